@@ -1,0 +1,103 @@
+// Chooses the instruction set, once, and runs its kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "axiscap/cpu.h"
+
+namespace axiscap {
+
+struct Kernels {
+  const char* isa;
+  void (*cap)(const CapParams&, int64_t, int64_t);
+  uint64_t (*read_pass)(const void*, int64_t);
+  void (*read_modify_write_pass)(void*, int64_t);
+};
+
+#define AXISCAP_DECLARE(ISA)                                                         \
+  namespace ISA {                                                                    \
+  void cap(const CapParams&, int64_t, int64_t);                                      \
+  uint64_t read_pass(const void*, int64_t);                                          \
+  void read_modify_write_pass(void*, int64_t);                                       \
+  inline constexpr Kernels kernels = {#ISA, cap, read_pass, read_modify_write_pass}; \
+  }
+
+#if defined(__x86_64__)
+AXISCAP_DECLARE(avx512)
+AXISCAP_DECLARE(avx2)
+#endif
+#if defined(__aarch64__)
+// NEON is part of the architecture: the baseline build is the vector build.
+AXISCAP_DECLARE(neon)
+#else
+AXISCAP_DECLARE(baseline)
+#endif
+
+namespace {
+
+const Kernels& choose() {
+#if defined(__aarch64__)
+  return neon::kernels;
+#else
+#if defined(__x86_64__)
+  const char* asked = std::getenv("AXISCAP_ISA");
+  const auto allowed = [asked](const Kernels& k) { return !asked || !std::strcmp(asked, k.isa); };
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && allowed(avx512::kernels)) return avx512::kernels;
+  if (has_avx2 && allowed(avx2::kernels)) return avx2::kernels;
+#endif
+  return baseline::kernels;
+#endif
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+namespace cpu {
+
+void cap(const CapParams& params, int64_t begin, int64_t end) { kernels().cap(params, begin, end); }
+
+void accumulate(const StatsParams& p) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int32_t slot = p.slots ? p.slots[row] : 0;
+    if (slot == kNoSlot) continue;
+    bool fired = false;
+    for (int64_t k = 0; k < p.directions; ++k) {
+      const double projection = p.projections[row * p.directions + k];
+      const double floor = p.floors[slot * p.directions + k];
+      double* s = p.stats + (slot * p.directions + k) * kStatFields;
+      s[kSeen] += 1;
+      if (!std::isfinite(projection)) {
+        s[kNonFinite] += 1;
+        continue;
+      }
+      s[kSum] += projection;
+      s[kMin] = std::min(s[kMin], projection);
+      s[kMax] = std::max(s[kMax], projection);
+      if (projection >= floor) continue;
+      s[kBelow] += 1;
+      s[kShortfall] += floor - projection;
+      // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
+      if (!fired) s[kFired] += 1;
+      fired = true;
+    }
+  }
+}
+
+uint64_t read_pass(const void* data, int64_t bytes) { return kernels().read_pass(data, bytes); }
+
+void read_modify_write_pass(void* data, int64_t bytes) { kernels().read_modify_write_pass(data, bytes); }
+
+const char* isa() { return kernels().isa; }
+
+}  // namespace cpu
+}  // namespace axiscap

@@ -1,0 +1,19 @@
+// Where an accelerator's kernels enter: csrc/cuda fills in `accelerator` when it is linked, and whoever dispatches by
+// device needs no other knowledge of it.
+#pragma once
+
+#include "axiscap/params.h"
+
+namespace axiscap {
+
+// Each call is asynchronous on `stream` (the runtime's own handle) of the current device and returns null, or a text
+// that says what went wrong.
+struct Accelerator {
+  const char* name;
+  const char* (*cap)(const CapParams* layers, int64_t count, void* stream);
+  const char* (*accumulate)(const StatsParams&, void* stream);
+};
+
+inline const Accelerator* accelerator = nullptr;
+
+}  // namespace axiscap

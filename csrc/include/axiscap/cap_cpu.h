@@ -1,0 +1,284 @@
+// The cap on a CPU: one row loop for every op. Included with AXISCAP_ISA defined (see simd.h).
+//
+// Bits depend on the row, H, dtype and slot alone. Element i of a dot product is always added to lane i % kLanes, in
+// the order of i, and the lanes are folded in one fixed tree. So neither how many rows are taken at once, nor the
+// thread, nor the vector width of the instruction set, can show in a result. (The x86-64 baseline alone has no fused
+// multiply-add: its last bits differ from those of the other sets.)
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "axiscap/params.h"
+#include "axiscap/simd.h"
+
+namespace axiscap::AXISCAP_ISA {
+
+inline constexpr int kLanes = 32;
+inline constexpr int kVecs = kLanes / kWidth;
+// Most rows that share one pass over the axis: the axis (4 bytes an element, from L1 or L2) costs more than a bfloat16
+// row, and several rows at once keep more of memory's requests in flight. Bounded by the registers for their sums.
+inline constexpr int kMaxRowsAtOnce = kWidth == 16 ? 8 : 4;
+
+// Where a row comes from: one stream, or the sum of two. `base` is the stream that a correction is added to.
+template <class T>
+struct OneStream {
+  const T* hidden;
+  OneStream(const CapParams& p, int64_t row) : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride) {}
+  Vec load_at(int64_t i) const { return load(hidden + i); }
+  Vec base_at(int64_t i) const { return load(hidden + i); }
+  const T* base() const { return hidden; }
+  static int64_t stride(const CapParams& p) { return p.hidden_stride; }
+  OneStream tail(int64_t i, int64_t n, T* buffer) const {
+    OneStream copy = *this;
+    std::memcpy(buffer, hidden + i, n * sizeof(T));
+    copy.hidden = buffer;
+    return copy;
+  }
+};
+
+template <class T>
+struct TwoStreams {
+  const T* hidden;
+  const T* residual;
+  TwoStreams(const CapParams& p, int64_t row)
+      : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride),
+        residual(static_cast<const T*>(p.residual) + row * p.residual_stride) {}
+  Vec load_at(int64_t i) const { return load(hidden + i) + load(residual + i); }
+  Vec base_at(int64_t i) const { return load(residual + i); }
+  const T* base() const { return residual; }
+  static int64_t stride(const CapParams& p) { return p.residual_stride; }
+  TwoStreams tail(int64_t i, int64_t n, T* buffer) const {
+    TwoStreams copy = *this;
+    std::memcpy(buffer, hidden + i, n * sizeof(T));
+    std::memcpy(buffer + kLanes, residual + i, n * sizeof(T));
+    copy.hidden = buffer;
+    copy.residual = buffer + kLanes;
+    return copy;
+  }
+};
+
+// What the directions so far have added to a row: x = row + sum_j delta_j v_j, in the order of j.
+struct Corrections {
+  const float* axes[kMaxDirections];
+  float delta[kMaxDirections];
+  int count = 0;
+
+  void add(const float* axis, float d) {
+    axes[count] = axis;
+    delta[count++] = d;
+  }
+  Vec apply(Vec x, int64_t i) const {
+    for (int j = 0; j < count; ++j) x = multiply_add(load(axes[j] + i), broadcast(delta[j]), x);
+    return x;
+  }
+};
+
+inline float fold(const Vec (&acc)[kVecs]) {
+  float lanes[kLanes];
+  for (int u = 0; u < kVecs; ++u) store(lanes + u * kWidth, acc[u]);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+// <row_r, axis> for R rows in one pass over the axis.
+template <int R, class Row, class T>
+inline void dots(const Row* rows, const float* axis, int64_t size, float* out) {
+  Vec acc[R][kVecs] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int u = 0; u < kVecs; ++u) {
+      const Vec v = load(axis + i + u * kWidth);
+      for (int r = 0; r < R; ++r) acc[r][u] = multiply_add(rows[r].load_at(i + u * kWidth), v, acc[r][u]);
+    }
+  if (i < size) {
+    float axis_tail[kLanes] = {};
+    std::memcpy(axis_tail, axis + i, (size - i) * sizeof(float));
+    for (int r = 0; r < R; ++r) {
+      T row_tail[2 * kLanes] = {};
+      const Row row = rows[r].tail(i, size - i, row_tail);
+      for (int u = 0; u < kVecs; ++u)
+        acc[r][u] = multiply_add(row.load_at(u * kWidth), load(axis_tail + u * kWidth), acc[r][u]);
+    }
+  }
+  for (int r = 0; r < R; ++r) out[r] = fold(acc[r]);
+}
+
+// <x, axis> of a row that earlier directions have corrected; the same sum as `dots` over x.
+template <class T, class Row>
+inline float dot_corrected(const Row& row, const Corrections& corrections, const float* axis, int64_t size) {
+  Vec acc[kVecs] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int u = 0; u < kVecs; ++u) {
+      const int64_t at = i + u * kWidth;
+      acc[u] = multiply_add(corrections.apply(row.load_at(at), at), load(axis + at), acc[u]);
+    }
+  if (i < size) {
+    T row_tail[2 * kLanes] = {};
+    const Row tail = row.tail(i, size - i, row_tail);
+    float axis_tail[kLanes] = {};
+    Vec x[kVecs];
+    for (int u = 0; u < kVecs; ++u) x[u] = tail.load_at(u * kWidth);
+    for (int j = 0; j < corrections.count; ++j) {
+      std::memcpy(axis_tail, corrections.axes[j] + i, (size - i) * sizeof(float));
+      for (int u = 0; u < kVecs; ++u)
+        x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
+    }
+    std::memcpy(axis_tail, axis + i, (size - i) * sizeof(float));
+    for (int u = 0; u < kVecs; ++u) acc[u] = multiply_add(x[u], load(axis_tail + u * kWidth), acc[u]);
+  }
+  return fold(acc);
+}
+
+// out_r = round(base_r + corrections_r): the one store of rows that fired. Rows that share a slot and have only one
+// correction share the pass over its axis too. `ahead`: how many elements further on the rows after these lie, or 0.
+template <int R, bool Single, class T, class Row>
+inline void store_corrected(const Row* rows, const Corrections* corrections, T* const* out, int64_t size,
+                            int64_t ahead) {
+  const auto corrected = [&](int r, Vec base, int64_t i) {
+    if constexpr (Single)
+      return multiply_add(load(corrections[0].axes[0] + i), broadcast(corrections[r].delta[0]), base);
+    return corrections[r].apply(base, i);
+  };
+  constexpr int kStep = 2 * kWidth;
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep)
+    for (int r = 0; r < R; ++r) {
+      // The pass computes more than it moves: meanwhile the next rows can come in from memory.
+      if (ahead) __builtin_prefetch(rows[r].base() + i + ahead);
+      store(out[r] + i, corrected(r, rows[r].base_at(i), i), corrected(r, rows[r].base_at(i + kWidth), i + kWidth));
+    }
+  if (i == size) return;
+  const int64_t n = size - i;
+  for (int r = 0; r < R; ++r) {
+    T row_tail[2 * kLanes] = {};
+    const Row tail = rows[r].tail(i, n, row_tail);
+    Vec x[2] = {tail.base_at(0), tail.base_at(kWidth)};
+    for (int j = 0; j < corrections[r].count; ++j) {
+      float axis_tail[kStep] = {};
+      std::memcpy(axis_tail, corrections[r].axes[j] + i, n * sizeof(float));
+      for (int u = 0; u < 2; ++u)
+        x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections[r].delta[j]), x[u]);
+    }
+    T rounded[kStep];
+    store(rounded, x[0], x[1]);
+    std::memcpy(out[r] + i, rounded, n * sizeof(T));
+  }
+}
+
+// Applies a slot's directions in order to one row whose incoming projections are known. Returns false, with nothing
+// written, where a projection or a correction is not finite.
+template <class T, class Row>
+bool correct(const CapParams& p, const Row& row, const float* axes, const float* floors, const float* projections,
+             Corrections& corrections, uint8_t* fired) {
+  for (int64_t k = 0; k < p.directions; ++k) {
+    const float* axis = axes + k * p.hidden_size;
+    const float now = corrections.count == 0 ? projections[k] : dot_corrected<T>(row, corrections, axis, p.hidden_size);
+    if (!std::isfinite(now)) return false;
+    fired[k] = now < floors[k];
+    if (!fired[k]) continue;
+    const float delta = floors[k] - now;
+    if (!std::isfinite(delta)) return false;
+    corrections.add(axis, delta);
+  }
+  return true;
+}
+
+// Rows [row, row + R) of a range that ends at `end`; they share a slot.
+template <int R, class T, class Row>
+void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
+  const float* axes = p.axes + slot * p.directions * p.hidden_size;
+  const float* floors = p.floors ? p.floors + slot * p.directions : nullptr;
+  // Made in place without default constructors; R is a constant, so this is R rows side by side.
+  alignas(Row) unsigned char storage[R * sizeof(Row)];
+  Row* rows = reinterpret_cast<Row*>(storage);
+  for (int r = 0; r < R; ++r) new (rows + r) Row(p, row + r);
+
+  float projections[R][kMaxDirections];
+  for (int64_t k = 0; k < p.directions; ++k) {
+    float column[R];
+    dots<R, Row, T>(rows, axes + k * p.hidden_size, p.hidden_size, column);
+    for (int r = 0; r < R; ++r) projections[r][k] = column[r];
+  }
+
+  Corrections corrections[R];
+  T* out[R];
+  int single = 0;
+  for (int r = 0; r < R; ++r) {
+    uint8_t fired[kMaxDirections] = {};
+    bool finite = true;
+    if (p.out) {
+      finite = correct<T>(p, rows[r], axes, floors, projections[r], corrections[r], fired);
+      if (!finite) corrections[r].count = 0;
+      out[r] = static_cast<T*>(p.out) + (row + r) * p.out_stride;
+      single += p.directions == 1 && corrections[r].count == 1;
+    } else {
+      for (int64_t k = 0; k < p.directions; ++k) finite &= std::isfinite(projections[r][k]);
+    }
+    if (p.projections) {
+      float* to = p.projections + (row + r) * p.directions;
+      for (int64_t k = 0; k < p.directions; ++k)
+        to[k] = finite ? projections[r][k] : std::numeric_limits<float>::quiet_NaN();
+    }
+    if (p.fired)
+      for (int64_t k = 0; k < p.directions; ++k) p.fired[(row + r) * p.directions + k] = finite && fired[k];
+  }
+  if (!p.out) return;
+  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
+  if (single == R) return store_corrected<R, true>(rows, corrections, out, p.hidden_size, ahead);
+  for (int r = 0; r < R; ++r) {
+    if (corrections[r].count > 0)
+      store_corrected<1, false>(rows + r, corrections + r, out + r, p.hidden_size, ahead);
+    else if (out[r] != rows[r].base())
+      std::memcpy(out[r], rows[r].base(), p.hidden_size * sizeof(T));
+  }
+}
+
+template <class T, class Row>
+void skip_row(const CapParams& p, int64_t row) {
+  const T* base = Row(p, row).base();
+  T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  if (p.out && out != base) std::memcpy(out, base, p.hidden_size * sizeof(T));
+  for (int64_t k = 0; k < p.directions; ++k) {
+    if (p.projections) p.projections[row * p.directions + k] = std::numeric_limits<float>::quiet_NaN();
+    if (p.fired) p.fired[row * p.directions + k] = 0;
+  }
+}
+
+template <class T, class Row>
+void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end;) {
+    const int32_t slot = p.slots ? p.slots[row] : 0;
+    if (slot == kNoSlot) {
+      skip_row<T, Row>(p, row++);
+      continue;
+    }
+    const int64_t most = std::min<int64_t>(end - row, kMaxRowsAtOnce);
+    int64_t alike = p.slots ? 1 : most;
+    while (alike < most && p.slots[row + alike] == slot) ++alike;
+    if (alike == 8) {
+      cap_block<8, T, Row>(p, row, end, slot);
+    } else if (alike >= 4) {
+      alike = 4;
+      cap_block<4, T, Row>(p, row, end, slot);
+    } else {
+      alike = 1;
+      cap_block<1, T, Row>(p, row, end, slot);
+    }
+    row += alike;
+  }
+}
+
+template <class T>
+void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
+  if (p.residual)
+    cap_rows<T, TwoStreams<T>>(p, begin, end);
+  else
+    cap_rows<T, OneStream<T>>(p, begin, end);
+}
+
+}  // namespace axiscap::AXISCAP_ISA

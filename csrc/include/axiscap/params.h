@@ -1,0 +1,65 @@
+// What one call asks for, in plain pointers: the contract between a framework's checks and the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace axiscap {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Directions that one slot may hold. The kernels keep a row's projections in fixed storage of this size.
+inline constexpr int64_t kMaxDirections = 64;
+
+// Slot of a row that is not capped.
+inline constexpr int32_t kNoSlot = -1;
+
+// The row is x = hidden, or hidden + residual where residual is given. Strides are in elements; the last one is 1.
+// The correction is added to residual where given, else to hidden, and the sum is rounded once, into out.
+//   out == the corrected input: in place; a row in which nothing fires is not written.
+//   out elsewhere: every row is written. out null: only the projections are wanted.
+struct CapParams {
+  const void* hidden = nullptr;
+  const void* residual = nullptr;
+  void* out = nullptr;
+  int64_t hidden_stride = 0;
+  int64_t residual_stride = 0;
+  int64_t out_stride = 0;
+  int64_t rows = 0;
+  int64_t hidden_size = 0;
+
+  const float* axes = nullptr;     // (slots, directions, hidden_size), contiguous, unit rows
+  const float* floors = nullptr;   // (slots, directions)
+  const int32_t* slots = nullptr;  // (rows,), kNoSlot for a row to leave alone; null: every row uses slot 0
+  int64_t num_slots = 0;
+  int64_t directions = 0;
+
+  float* projections = nullptr;  // (rows, directions) or null: <x, v_k> before the cap, NaN for a row left alone
+  uint8_t* fired = nullptr;      // (rows, directions) or null: 1 where direction k changed the row
+
+  DType dtype = DType::kFloat32;
+};
+
+// Running statistics: the fields of one entry of a (slots, directions, kStatFields) float64 array.
+enum StatField : int64_t {
+  kSeen,       // rows of this slot
+  kFired,      // rows that this direction was the first to fire in: summed over directions, the rows fired
+  kBelow,      // rows whose incoming projection was below this direction's floor
+  kNonFinite,  // rows left alone because a projection or correction was not finite
+  kSum,        // of the projections, like the next two over the other rows
+  kMin,
+  kMax,
+  kShortfall,  // sum of floor - projection over the rows below
+  kStatFields
+};
+
+struct StatsParams {
+  const float* projections = nullptr;  // (rows, directions)
+  const float* floors = nullptr;       // (slots, directions)
+  const int32_t* slots = nullptr;      // (rows,) or null
+  double* stats = nullptr;             // (slots, directions, kStatFields)
+  int64_t rows = 0;
+  int64_t num_slots = 0;
+  int64_t directions = 0;
+};
+
+}  // namespace axiscap

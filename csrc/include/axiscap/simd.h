@@ -1,0 +1,169 @@
+// Vectors of float through the compilers' own vector extension (GCC and Clang: x86, Arm and others), and the loads and
+// stores of the three row dtypes. Compiled once per instruction set: AXISCAP_ISA names the namespace, so that two
+// copies never meet at link time. Intrinsics stand only where GCC has no good code for a conversion between widths.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace axiscap::AXISCAP_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t VecU32 __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kWidth * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+inline void store(float* p, Vec x, Vec y) {
+  store(p, x);
+  store(p + kWidth, y);
+}
+
+// a * b + c. Fused, with one rounding, wherever the instruction set has it; written out, because what a compiler
+// contracts by itself may differ from loop to loop, and a row's bits must not.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline VecU32 widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (VecU32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (VecU32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecU16 half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, VecU32);
+#endif
+}
+
+// The low halves of x, then those of y.
+inline void narrow(uint16_t* p, VecU32 x, VecU32 y) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)y);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  const VecU16 halves[2] = {__builtin_convertvector(x, VecU16), __builtin_convertvector(y, VecU16)};
+  std::memcpy(p, halves, sizeof(halves));
+#endif
+}
+
+inline Vec load(const bfloat16* p) { return bit_cast<Vec>(widen(&p->bits) << 16); }
+
+// Round to nearest even; the result is in the upper half. A row that reaches a store is free of NaN (its projection was
+// finite), so NaN needs no case.
+inline VecU32 round_to_bfloat16(Vec x) {
+  const VecU32 bits = bit_cast<VecU32>(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+inline void store(bfloat16* p, Vec x, Vec y) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)round_to_bfloat16(x), _mm512_load_si512(kUpperHalves),
+                                                   (__m512i)round_to_bfloat16(y)));
+#else
+  narrow(&p->bits, round_to_bfloat16(x) >> 16, round_to_bfloat16(y) >> 16);
+#endif
+}
+
+#if defined(__AVX512F__)
+inline Vec load(const float16* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float16* p, Vec x, Vec y) {
+  __m256i* to = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(to + 1, _mm512_cvtps_ph((__m512)y, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline Vec load(const float16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store(float16* p, Vec x, Vec y) {
+  __m128i* to = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(to + 1, _mm256_cvtps_ph((__m256)y, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+typedef __fp16 VecF16 __attribute__((vector_size(kWidth * 2)));
+inline Vec load(const float16* p) {
+  VecF16 half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Vec);
+}
+inline void store(float16* p, Vec x, Vec y) {
+  const VecF16 halves[2] = {__builtin_convertvector(x, VecF16), __builtin_convertvector(y, VecF16)};
+  std::memcpy(p, halves, sizeof(halves));
+}
+#else
+// No conversion instruction: rebuild the float from its fields. Scaling by 2^112 moves the exponent's bias from 15 to
+// 127 and is exact for normal and subnormal halves alike; an exponent of all ones is set again by hand.
+inline Vec load(const float16* p) {
+  const VecU32 bits = widen(&p->bits);
+  const VecU32 magnitude = (bits & 0x7fff) << 13;
+  const VecU32 special = (VecU32)((bits & 0x7c00) == 0x7c00);
+  const VecU32 scaled = bit_cast<VecU32>(bit_cast<Vec>(magnitude) * 0x1p112f);
+  return bit_cast<Vec>(((scaled & ~special) | ((magnitude | 0x7f800000) & special)) | ((bits & 0x8000) << 16));
+}
+// Normal halves round on the integer side, subnormal ones by adding the float whose last place is 2^-24, and what is
+// at or above 65520 is infinite.
+inline VecU32 round_to_float16(Vec x) {
+  const VecU32 bits = bit_cast<VecU32>(x);
+  const VecU32 magnitude = bits & 0x7fffffff;
+  const VecU32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const VecU32 subnormal = bit_cast<VecU32>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
+  const VecU32 is_subnormal = (VecU32)(magnitude < (113u << 23));
+  const VecU32 is_infinite = (VecU32)(magnitude >= 0x477ff000);
+  const VecU32 finite = (normal & ~is_subnormal) | (subnormal & is_subnormal);
+  return (finite & ~is_infinite) | (0x7c00 & is_infinite) | ((bits >> 16) & 0x8000);
+}
+inline void store(float16* p, Vec x, Vec y) { narrow(&p->bits, round_to_float16(x), round_to_float16(y)); }
+#endif
+
+}  // namespace axiscap::AXISCAP_ISA

@@ -1,0 +1,56 @@
+// The torch.library door: schemas, and each op's one implementation for every device with kernels. Fake kernels and
+// autograd are in axiscap/ops.py.
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace axiscap {
+namespace {
+
+using at::Tensor;
+
+TORCH_LIBRARY(axiscap, m) {
+  m.set_python_module("axiscap.ops");
+  m.def(
+      "cap_(Tensor(a!) hidden, Tensor axes, Tensor floors, Tensor? slots=None, *, Tensor(b!)? projections=None) -> ()");
+  m.def("cap(Tensor hidden, Tensor axes, Tensor floors, Tensor? slots=None) -> (Tensor, Tensor, Tensor)");
+  m.def("project(Tensor hidden, Tensor axes, Tensor? slots=None) -> Tensor");
+  m.def(
+      "cap_residual_(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor? slots=None, *, "
+      "Tensor(b!)? projections=None) -> ()");
+  m.def(
+      "cap_layers_(Tensor(a!)[] hiddens, Tensor axes, Tensor floors, Tensor? slots=None, *, "
+      "Tensor(b!)? projections=None) -> ()");
+  m.def("accumulate_(Tensor(a!) stats, Tensor projections, Tensor floors, Tensor? slots=None) -> ()");
+}
+
+void cap__op(const Tensor& hidden, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
+             const OptionalTensor& projections) {
+  cap_(hidden, Bank(axes, floors), slots, projections);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cap_op(const Tensor& hidden, const Tensor& axes, const Tensor& floors,
+                                          const OptionalTensor& slots) {
+  return cap(hidden, Bank(axes, floors), slots);
+}
+
+void cap_residual__op(const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
+                      const OptionalTensor& slots, const OptionalTensor& projections) {
+  cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
+}
+
+// CPU and CUDA dispatch to the same functions: the device is looked at where the kernel is launched.
+void implement(torch::Library& m) {
+  m.impl("cap_", cap__op);
+  m.impl("cap", cap_op);
+  m.impl("project", project);
+  m.impl("cap_residual_", cap_residual__op);
+  m.impl("cap_layers_", cap_layers_);
+  m.impl("accumulate_", accumulate_);
+}
+
+TORCH_LIBRARY_IMPL(axiscap, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(axiscap, CUDA, m) { implement(m); }
+
+}  // namespace
+}  // namespace axiscap

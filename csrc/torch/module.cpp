@@ -1,0 +1,95 @@
+// The pybind11 door: the same ops, called without the dispatcher.
+#include <ATen/Parallel.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "axiscap/accelerator.h"
+#include "axiscap/cpu.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace axiscap {
+namespace {
+
+using at::Tensor;
+
+// The exception types that torch gives the same errors through its dispatcher.
+void translate(std::exception_ptr pointer) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const c10::IndexError& error) {
+    PyErr_SetString(PyExc_IndexError, error.what_without_backtrace());
+  } catch (const c10::ValueError& error) {
+    PyErr_SetString(PyExc_ValueError, error.what_without_backtrace());
+  } catch (const c10::TypeError& error) {
+    PyErr_SetString(PyExc_TypeError, error.what_without_backtrace());
+  } catch (const c10::Error& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+  }
+}
+
+// The memory bound over a tensor's bytes, with the threads that the ops would use.
+template <class Pass>
+void over_bytes(const Tensor& tensor, Pass pass) {
+  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.is_contiguous(), "tensor must be contiguous and on the CPU");
+  constexpr int64_t kGrain = 64 * 1024;
+  char* data = static_cast<char*>(tensor.mutable_data_ptr());
+  at::parallel_for(0, tensor.nbytes(), kGrain, [&](int64_t begin, int64_t end) { pass(data + begin, end - begin); });
+}
+
+PYBIND11_MODULE(_C, m) {
+  py::register_local_exception_translator(translate);
+
+  py::class_<Bank>(m, "Bank")
+      .def(py::init([](const Tensor& axes, const Tensor& floors) {
+             Bank bank(axes, floors);
+             check_values(bank);
+             return bank;
+           }),
+           "axes"_a, "floors"_a)
+      .def_readonly("axes", &Bank::axes)
+      .def_readonly("floors", &Bank::floors)
+      .def(
+          "cap_",
+          [](const Bank& bank, const Tensor& hidden, const OptionalTensor& slots, const OptionalTensor& projections) {
+            cap_(hidden, bank, slots, projections);
+          },
+          "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
+
+  m.def(
+      "cap_",
+      [](const Tensor& hidden, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
+         const OptionalTensor& projections) { cap_(hidden, Bank(axes, floors), slots, projections); },
+      "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+  m.def("project", &project, "hidden"_a, "axes"_a, "slots"_a = py::none());
+  m.def(
+      "cap_residual_",
+      [](const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
+         const OptionalTensor& slots, const OptionalTensor& projections) {
+        cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
+      },
+      "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+  m.def(
+      "cap_layers_",
+      [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
+         const OptionalTensor& projections) { cap_layers_(hiddens, axes, floors, slots, projections); },
+      "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+  m.def("accumulate_", &accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
+
+  m.def("read_pass", [](const Tensor& tensor) {
+    over_bytes(tensor, [](const char* data, int64_t bytes) {
+      // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
+      volatile uint64_t sink = cpu::read_pass(data, bytes);
+      (void)sink;
+    });
+  });
+  m.def("read_modify_write_pass", [](const Tensor& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); });
+  m.def("isa", &cpu::isa);
+  m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
+  m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
+  m.attr("MAX_DIRECTIONS") = kMaxDirections;
+}
+
+}  // namespace
+}  // namespace axiscap

@@ -1,0 +1,315 @@
+#include "ops.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <array>
+
+#include "axiscap/accelerator.h"
+#include "axiscap/cpu.h"
+
+namespace axiscap {
+namespace {
+
+// A second thread pays for waking it (a few microseconds) from about this much of a stream.
+constexpr int64_t kBytesPerThread = 64 * 1024;
+
+struct Rows {
+  int64_t count;
+  int64_t stride;
+};
+
+// The leading dimensions of (..., H) as one dimension of rows with one stride.
+Rows rows_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 1 && tensor.size(-1) >= 1, name, " must have shape (..., H) with H >= 1, got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) == 1, name,
+                    " must have stride 1 in its last dimension, got strides ", tensor.strides());
+  Rows rows{1, tensor.size(-1)};
+  for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
+    if (tensor.size(d) == 1) continue;
+    if (rows.count == 1) rows.stride = tensor.stride(d);
+    TORCH_CHECK_VALUE(rows.count == 0 || tensor.size(d) == 0 || tensor.stride(d) == rows.stride * rows.count, name,
+                      " must have rows with one uniform stride, got shape ", tensor.sizes(), " with strides ",
+                      tensor.strides());
+    rows.count *= tensor.size(d);
+  }
+  return rows;
+}
+
+Rows writable_rows_of(const at::Tensor& tensor, const char* name) {
+  const Rows rows = rows_of(tensor, name);
+  TORCH_CHECK_VALUE(rows.count <= 1 || rows.stride >= tensor.size(-1), name,
+                    " is changed in place, so its rows must not overlap; got a row stride of ", rows.stride,
+                    " for H = ", tensor.size(-1));
+  TORCH_CHECK_VALUE(!(tensor.requires_grad() && at::GradMode::is_enabled()), name,
+                    " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+  return rows;
+}
+
+DType dtype_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarType wanted) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == wanted, name, " must be ", wanted, ", got ", tensor.scalar_type());
+}
+
+void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& hidden) {
+  TORCH_CHECK_VALUE(tensor.device() == hidden.device(), name, " must be on the device of hidden, ", hidden.device(),
+                    ", got ", tensor.device());
+}
+
+void check_axes(const at::Tensor& axes, int64_t dim) {
+  check_dtype(axes, "axes", at::kFloat);
+  TORCH_CHECK_VALUE(axes.dim() == dim, "axes must have shape ", dim == 3 ? "(S, K, H)" : "(L, S, K, H)", ", got ",
+                    axes.sizes());
+  TORCH_CHECK_VALUE(axes.numel() > 0, "axes must have no dimension of size 0, got shape ", axes.sizes());
+  TORCH_CHECK_VALUE(axes.size(-2) <= kMaxDirections, "axes must have at most ", kMaxDirections,
+                    " directions (dimension -2), got ", axes.size(-2));
+  TORCH_CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides());
+}
+
+void check_floors(const at::Tensor& floors, const at::Tensor& axes) {
+  check_dtype(floors, "floors", at::kFloat);
+  TORCH_CHECK_VALUE(floors.sizes() == axes.sizes().slice(0, axes.dim() - 1),
+                    "floors must have the shape of axes less H, ", axes.sizes().slice(0, axes.dim() - 1), ", got ",
+                    floors.sizes());
+  TORCH_CHECK_VALUE(floors.is_contiguous(), "floors must be contiguous, got strides ", floors.strides());
+  TORCH_CHECK_VALUE(floors.device() == axes.device(), "floors must be on the device of axes, ", axes.device(), ", got ",
+                    floors.device());
+}
+
+const int32_t* check_slots(const OptionalTensor& slots, const at::Tensor& beside, int64_t rows, int64_t num_slots) {
+  if (!slots) return nullptr;
+  check_dtype(*slots, "slots", at::kInt);
+  TORCH_CHECK_VALUE(slots->dim() == 1 && slots->size(0) == rows, "slots must have shape (rows,) = (", rows, ",), got ",
+                    slots->sizes());
+  TORCH_CHECK_VALUE(slots->is_contiguous(), "slots must be contiguous, got strides ", slots->strides());
+  check_device(*slots, "slots", beside);
+  const int32_t* data = slots->const_data_ptr<int32_t>();
+  // On an accelerator reading them would wait for the device; its kernels leave such rows alone and report NaN.
+  if (slots->is_cpu())
+    for (int64_t row = 0; row < rows; ++row)
+      TORCH_CHECK_INDEX(data[row] >= kNoSlot && data[row] < num_slots, "slots[", row, "] must be in [0, ", num_slots,
+                        ") or -1, got ", data[row]);
+  return data;
+}
+
+float* check_projections(const OptionalTensor& projections, const at::Tensor& hidden, at::IntArrayRef shape) {
+  if (!projections) return nullptr;
+  check_dtype(*projections, "projections", at::kFloat);
+  TORCH_CHECK_VALUE(projections->sizes() == shape, "projections must have shape ", shape, ", got ",
+                    projections->sizes());
+  TORCH_CHECK_VALUE(projections->is_contiguous(), "projections must be contiguous, got strides ",
+                    projections->strides());
+  check_device(*projections, "projections", hidden);
+  return projections->mutable_data_ptr<float>();
+}
+
+// What every op needs: a stream of rows and the axes that measure it.
+CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes, const OptionalTensor& slots) {
+  CapParams p;
+  p.dtype = dtype_of(hidden, "hidden");
+  p.rows = rows.count;
+  p.hidden_size = hidden.size(-1);
+  p.hidden = hidden.const_data_ptr();
+  p.hidden_stride = rows.stride;
+  TORCH_CHECK_VALUE(axes.size(-1) == p.hidden_size, "axes must have the H of hidden, ", p.hidden_size, ", got ",
+                    axes.size(-1));
+  check_device(axes, "axes", hidden);
+  p.axes = axes.const_data_ptr<float>();
+  p.num_slots = axes.size(-3);
+  p.directions = axes.size(-2);
+  p.slots = check_slots(slots, hidden, p.rows, p.num_slots);
+  return p;
+}
+
+void* stream_of(at::Device device) {
+  return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
+}
+
+const Accelerator& accelerator_for(at::Device device) {
+  TORCH_CHECK_VALUE(device.is_cuda() && accelerator, "hidden is on ", device,
+                    ", for which this build of axiscap has no kernels; see `axiscap doctor`");
+  return *accelerator;
+}
+
+// Calls of equal row count and size, one for each layer.
+void launch(const CapParams* layers, int64_t count, at::Device device) {
+  const CapParams& p = layers[0];
+  if (p.rows == 0) return;
+  if (!device.is_cpu()) {
+    const c10::DeviceGuard guard(device);
+    const char* error = accelerator_for(device).cap(layers, count, stream_of(device));
+    TORCH_CHECK(!error, "axiscap: the launch on ", device, " failed: ", error);
+    return;
+  }
+  const int64_t row_bytes = p.hidden_size * (p.dtype == DType::kFloat32 ? 4 : 2) * (p.residual ? 2 : 1);
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / row_bytes);
+  at::parallel_for(0, count * p.rows, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t layer = begin / p.rows;
+      const int64_t stop = std::min(end, (layer + 1) * p.rows);
+      cpu::cap(layers[layer], begin - layer * p.rows, stop - layer * p.rows);
+      begin = stop;
+    }
+  });
+}
+
+// The dispatcher does this for an op whose schema says (a!); a direct call has to say it itself, so that autograd
+// notices a saved tensor that was changed.
+void mark_changed(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Bank::Bank(at::Tensor axes_, at::Tensor floors_) : axes(std::move(axes_)), floors(std::move(floors_)) {
+  check_axes(axes, 3);
+  check_floors(floors, axes);
+}
+
+void check_values(const Bank& bank) {
+  const at::Tensor norms = at::linalg_vector_norm(bank.axes, 2, {-1});
+  TORCH_CHECK_VALUE((norms - 1).abs().le(1e-3).all().item<bool>(),
+                    "axes must be finite and of unit length (1e-3), got norms from ", norms.min().item<float>(), " to ",
+                    norms.max().item<float>());
+  TORCH_CHECK_VALUE(!bank.floors.isnan().any().item<bool>(), "floors must not be NaN");
+}
+
+void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {
+  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
+  p.out = hidden.mutable_data_ptr();
+  p.out_stride = p.hidden_stride;
+  launch(&p, 1, hidden.device());
+  mark_changed(hidden);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const Bank& bank,
+                                                   const OptionalTensor& slots) {
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  const at::Tensor out = at::empty(hidden.sizes(), hidden.options());
+  const at::Tensor projections = at::empty({p.rows, p.directions}, bank.axes.options());
+  const at::Tensor fired = at::empty({p.rows, p.directions}, bank.axes.options().dtype(at::kBool));
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.projections = projections.mutable_data_ptr<float>();
+  p.fired = static_cast<uint8_t*>(fired.mutable_data_ptr());
+  p.out = out.mutable_data_ptr();
+  p.out_stride = p.hidden_size;
+  launch(&p, 1, hidden.device());
+  return {out, projections, fired};
+}
+
+at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots) {
+  check_axes(axes, 3);
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), axes, slots);
+  std::vector<int64_t> shape = hidden.sizes().vec();
+  shape.back() = p.directions;
+  const at::Tensor projections = at::empty(shape, axes.options());
+  p.projections = projections.mutable_data_ptr<float>();
+  launch(&p, 1, hidden.device());
+  return projections;
+}
+
+void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
+                   const OptionalTensor& projections) {
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  TORCH_CHECK_VALUE(residual.sizes() == hidden.sizes(), "residual must have the shape of hidden, ", hidden.sizes(),
+                    ", got ", residual.sizes());
+  check_dtype(residual, "residual", hidden.scalar_type());
+  check_device(residual, "residual", hidden);
+  p.residual = residual.const_data_ptr();
+  p.residual_stride = writable_rows_of(residual, "residual").stride;
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
+  p.out = residual.mutable_data_ptr();
+  p.out_stride = p.residual_stride;
+  launch(&p, 1, hidden.device());
+  mark_changed(residual);
+}
+
+void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+                 const OptionalTensor& projections) {
+  check_axes(axes, 4);
+  check_floors(floors, axes);
+  const int64_t count = hiddens.size();
+  TORCH_CHECK_VALUE(count == axes.size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
+                    axes.size(0));
+  const at::Tensor& first = hiddens[0];
+  std::vector<CapParams> layers(count);
+  for (int64_t layer = 0; layer < count; ++layer) {
+    const at::Tensor& hidden = hiddens[layer];
+    TORCH_CHECK_VALUE(hidden.sizes() == first.sizes(), "hiddens must have one shape, got ", first.sizes(), " and ",
+                      hidden.sizes());
+    check_dtype(hidden, "hiddens", first.scalar_type());
+    check_device(hidden, "hiddens", first);
+    CapParams& p = layers[layer];
+    if (layer == 0) {
+      p = params_for(hidden, writable_rows_of(hidden, "hiddens"), axes, slots);
+      p.floors = floors.const_data_ptr<float>();
+      p.projections = check_projections(projections, first, {count, p.rows, p.directions});
+    } else {
+      p = layers[layer - 1];
+      p.hidden = hidden.const_data_ptr();
+      p.hidden_stride = writable_rows_of(hidden, "hiddens").stride;
+      p.axes += p.num_slots * p.directions * p.hidden_size;
+      p.floors += p.num_slots * p.directions;
+      if (p.projections) p.projections += p.rows * p.directions;
+    }
+    p.out = hidden.mutable_data_ptr();
+    p.out_stride = p.hidden_stride;
+  }
+  launch(layers.data(), count, first.device());
+  for (const at::Tensor& hidden : hiddens) mark_changed(hidden);
+}
+
+void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,
+                 const OptionalTensor& slots) {
+  check_dtype(stats, "stats", at::kDouble);
+  check_dtype(projections, "projections", at::kFloat);
+  check_dtype(floors, "floors", at::kFloat);
+  TORCH_CHECK_VALUE(floors.dim() == 2 && floors.is_contiguous(), "floors must have shape (S, K), contiguous, got ",
+                    floors.sizes());
+  const std::array<int64_t, 3> wanted = {floors.size(0), floors.size(1), kStatFields};
+  TORCH_CHECK_VALUE(stats.sizes() == at::IntArrayRef(wanted) && stats.is_contiguous(), "stats must have shape ",
+                    at::IntArrayRef(wanted), ", contiguous, got ", stats.sizes());
+  TORCH_CHECK_VALUE(projections.dim() == 2 && projections.size(1) == floors.size(1) && projections.is_contiguous(),
+                    "projections must have shape (rows, ", floors.size(1), "), contiguous, got ", projections.sizes());
+  check_device(floors, "floors", projections);
+  check_device(stats, "stats", projections);
+  StatsParams p;
+  p.rows = projections.size(0);
+  p.num_slots = floors.size(0);
+  p.directions = floors.size(1);
+  p.projections = projections.const_data_ptr<float>();
+  p.floors = floors.const_data_ptr<float>();
+  p.slots = check_slots(slots, projections, p.rows, p.num_slots);
+  p.stats = stats.mutable_data_ptr<double>();
+  const at::Device device = projections.device();
+  if (device.is_cpu()) {
+    cpu::accumulate(p);
+  } else {
+    const c10::DeviceGuard guard(device);
+    const char* error = accelerator_for(device).accumulate(p, stream_of(device));
+    TORCH_CHECK(!error, "axiscap: the launch on ", device, " failed: ", error);
+  }
+  mark_changed(stats);
+}
+
+}  // namespace axiscap

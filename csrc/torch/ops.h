@@ -1,0 +1,42 @@
+// The ops on tensors: every check, then one launch. Both doors (pybind11 and torch.library) call these and add nothing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <vector>
+
+namespace axiscap {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Axes (S, K, H) and floors (S, K) whose sizes, dtypes and layout have been checked.
+struct Bank {
+  at::Tensor axes;
+  at::Tensor floors;
+
+  Bank(at::Tensor axes, at::Tensor floors);
+};
+
+// Raises unless every axis is finite and of unit length and no floor is NaN. Reads the values: for set-up, not for
+// calls.
+void check_values(const Bank& bank);
+
+void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections);
+
+// (out, projections (rows, K), fired (rows, K) bool)
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const Bank& bank,
+                                                   const OptionalTensor& slots);
+
+at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots);
+
+void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
+                   const OptionalTensor& projections);
+
+void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+                 const OptionalTensor& projections);
+
+void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,
+                 const OptionalTensor& slots);
+
+}  // namespace axiscap

@@ -1,0 +1,13 @@
+"""AxisCap: activation capping along the Assistant Axis (arXiv 2601.10387), as a production part.
+
+``CapProfile`` holds the axis and the floors, ``install`` puts them into a transformers model, ``ops`` are the fused
+kernels underneath, and ``reference`` is the same in plain torch.
+"""
+
+from axiscap import ops
+from axiscap.install import Installation, LayerStats, install
+from axiscap.profile import CapProfile, ProfileError
+
+__version__ = "0.1.0"
+
+__all__ = ["CapProfile", "Installation", "LayerStats", "ProfileError", "install", "ops"]

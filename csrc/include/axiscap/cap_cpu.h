@@ -260,7 +260,7 @@ void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
     const int64_t most = std::min<int64_t>(end - row, kMaxRowsAtOnce);
     int64_t alike = p.slots ? 1 : most;
     while (alike < most && p.slots[row + alike] == slot) ++alike;
-    if (alike == 8) {
+    if (kMaxRowsAtOnce == 8 && alike == 8) {
       cap_block<8, T, Row>(p, row, end, slot);
     } else if (alike >= 4) {
       alike = 4;

@@ -1,0 +1,142 @@
+"""The files published with the paper (arXiv 2601.10387), read and written.
+
+Their cap is a *ceiling* on vectors that point *away* from the Assistant and are not of unit length:
+``h - clamp(<h, v/|v|> - cap, min=0) * v/|v|``. Here it becomes a floor on the axis that points towards the Assistant:
+``axis = -v/|v|``, ``floor = -cap``, which is the same operation.
+
+The files are torch pickles. They are read with ``weights_only=True``, which executes nothing; a file that needs more
+is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axiscap.profile import MAX_FILE_BYTES, CapProfile, ProfileError
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    size = Path(path).stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ProfileError(f"{os.fspath(path)}: {size} bytes, more than the {MAX_FILE_BYTES} allowed")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        why = "it holds objects that only full unpickling, which executes code, could load"
+        if "Unsupported" not in str(error) and "weights_only" not in str(error):
+            why = "it is damaged or no torch file"
+        raise ProfileError(f"{os.fspath(path)}: not loaded, because {why}") from None
+
+
+def _vector(value: Any, dim: int, what: str) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        raise ProfileError(f"{what} must be a dense floating-point tensor")
+    # A stored view can claim more elements than its file has bytes; float() would allocate them all.
+    if value.dim() != dim or value.numel() == 0 or value.numel() * 4 > MAX_FILE_BYTES:
+        raise ProfileError(f"{what} must have {dim} dimensions and a sensible size, got shape {tuple(value.shape)}")
+    result = value.detach().float()
+    if not bool(result.isfinite().all()):
+        raise ProfileError(f"{what} must be finite")
+    return result
+
+
+def experiments(path: str | os.PathLike[str]) -> list[str]:
+    """The ids of the settings in a capping config, such as ``layers_46:54-p0.25``."""
+    return list(_experiments(_load(path), path))
+
+
+def _experiments(config: Any, path: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    try:
+        return {str(entry["id"]): list(entry["interventions"]) for entry in config["experiments"]}
+    except (TypeError, KeyError, IndexError):
+        raise ProfileError(
+            f"{os.fspath(path)}: not a capping config; it must have 'experiments' with 'id' and 'interventions'"
+        ) from None
+
+
+def read_capping_config(
+    path: str | os.PathLike[str], experiment: str, provenance: Mapping[str, Any] | None = None
+) -> CapProfile:
+    """The profile of one experiment of a published capping config.
+
+    Args:
+        path: ``{"vectors": {name: {"vector": (H,), "layer": int}}, "experiments": [{"id", "interventions":
+            [{"vector": name, "cap": float}]}]}``, saved by torch.
+        experiment: its id.
+        provenance: what to record beside the facts that the file gives.
+
+    Several interventions at one layer become its directions, in their order.
+
+    Raises:
+        ProfileError: the file is not a capping config, or has no such experiment.
+    """
+    config = _load(path)
+    by_id = _experiments(config, path)
+    if experiment not in by_id:
+        raise ProfileError(f"{os.fspath(path)}: no experiment {experiment!r}; it has {', '.join(by_id) or 'none'}")
+    by_layer: dict[int, list[tuple[Tensor, float]]] = {}
+    for step in by_id[experiment]:
+        try:
+            entry = config["vectors"][step["vector"]]
+            layer, cap, stored = entry["layer"], float(step["cap"]), entry["vector"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise ProfileError(f"{os.fspath(path)}: an intervention of {experiment!r} lacks {error}") from None
+        if not isinstance(layer, int) or layer < 0:
+            raise ProfileError(f"{os.fspath(path)}: layer must be a non-negative integer, got {layer!r}")
+        vector = _vector(stored, 1, f"{os.fspath(path)}: vector {step['vector']!r}")
+        norm = vector.norm()
+        if norm == 0:
+            raise ProfileError(f"{os.fspath(path)}: vector {step['vector']!r} has length 0")
+        by_layer.setdefault(layer, []).append((-vector / norm, -cap))
+    if not by_layer:
+        raise ProfileError(f"{os.fspath(path)}: experiment {experiment!r} has no interventions")
+    sizes = {len(axis) for directions in by_layer.values() for axis, _ in directions}
+    if len(sizes) > 1:
+        raise ProfileError(f"{os.fspath(path)}: vectors must have one length, got {sorted(sizes)}")
+    most = max(len(directions) for directions in by_layer.values())
+    for directions in by_layer.values():  # a layer with fewer directions gets one that is off
+        directions += [(directions[-1][0], -torch.inf)] * (most - len(directions))
+    layers = sorted(by_layer)
+    axes = torch.stack([torch.stack([axis for axis, _ in by_layer[layer]]) for layer in layers])
+    floors = torch.tensor([[floor for _, floor in by_layer[layer]] for layer in layers], dtype=torch.float32)
+    facts = {"source": f"capping config {Path(path).name}, experiment {experiment}", **(provenance or {})}
+    return CapProfile(layers, axes, floors, facts)
+
+
+def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], experiment: str) -> None:
+    """Writes a profile as a capping config with one experiment. Directions that are off are left out."""
+    vectors: dict[str, dict[str, Any]] = {}
+    interventions = []
+    for index, layer in enumerate(profile.layers):
+        for k in range(profile.directions):
+            floor = profile.floors[index, k].item()
+            if floor == -torch.inf:
+                continue
+            name = f"layer_{layer}/direction_{k}"
+            vectors[name] = {"vector": -profile.axes[index, k], "layer": layer}
+            interventions.append({"vector": name, "cap": -floor})
+    torch.save({"vectors": vectors, "experiments": [{"id": experiment, "interventions": interventions}]}, path)
+
+
+def read_axis(path: str | os.PathLike[str]) -> Tensor:
+    """A published axis file: (n_layers, H) float32, not normalised, + = Assistant.
+
+    The file is a tensor or ``{"axis": tensor}``, saved by torch.
+    """
+    value = _load(path)
+    if isinstance(value, Mapping):
+        value = value.get("axis")
+    return _vector(value, 2, f"{os.fspath(path)}: the axis")
+
+
+def write_axis(axis: Tensor, path: str | os.PathLike[str]) -> None:
+    """Writes an axis (n_layers, H) in the published form."""
+    torch.save({"axis": _vector(axis, 2, "axis")}, path)

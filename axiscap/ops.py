@@ -1,0 +1,189 @@
+"""The ops: activation capping on rows of a residual stream (arXiv 2601.10387, eq. 1), fused.
+
+For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k``.
+A row in which nothing fires is not written. A row whose projection or correction is not finite is left as it is, and its
+projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+
+Common arguments:
+
+- hidden: (..., H), float32, bfloat16 or float16; last stride 1, rows with one uniform stride. ``rows`` below is the
+  product of the leading dimensions.
+- axes: (S, K, H) float32, contiguous, unit length. floors: (S, K) float32; ``-inf`` switches a direction off.
+- slots: (rows,) int32, the bank's slot of each row; -1 leaves a row alone (its projections are NaN). None: slot 0.
+- projections: (rows, K) float32, filled with ``<row, v_k>`` before the cap.
+
+All on one device. Errors, before anything is changed: TypeError for a dtype, ValueError for a shape, stride or device,
+IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator leaves that row alone and reports NaN). Unit
+length is the caller's promise here; :class:`axiscap.CapProfile` and ``axiscap.install`` check it.
+
+The functions call the kernels directly; under ``torch.compile`` and ``torch.export`` they become
+``torch.ops.axiscap.*``, which is the same code behind the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axiscap import _C
+
+
+def cap_(
+    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+) -> Tensor:
+    """Caps hidden in place and returns it."""
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.cap_(hidden, axes, floors, slots, projections=projections)
+    else:
+        _C.cap_(hidden, axes, floors, slots, projections)
+    return hidden
+
+
+def cap(
+    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+) -> Tensor:
+    """The capped copy of hidden, contiguous.
+
+    Differentiable with respect to hidden: where directions fired, the gradient loses its component along each of them,
+    in reverse order. Axes and floors are constants.
+    """
+    out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots)
+    if projections is not None:
+        projections.copy_(incoming.detach())
+    return out  # type: ignore[no-any-return]
+
+
+def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
+    """``<row, v_k>`` in float32, shape hidden.shape[:-1] + (K,). Differentiable with respect to hidden."""
+    return torch.ops.axiscap.project(hidden, axes, slots)  # type: ignore[no-any-return]
+
+
+def cap_residual_(
+    hidden: Tensor,
+    residual: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    projections: Tensor | None = None,
+) -> Tensor:
+    """Caps the block output hidden + residual by changing residual, in place; returns residual.
+
+    The sum is taken in float32 and not rounded; residual has the shape and dtype of hidden.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.cap_residual_(hidden, residual, axes, floors, slots, projections=projections)
+    else:
+        _C.cap_residual_(hidden, residual, axes, floors, slots, projections)
+    return residual
+
+
+def cap_layers_(
+    hiddens: Sequence[Tensor],
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    projections: Tensor | None = None,
+) -> list[Tensor]:
+    """Caps L layers' streams in place, in one launch; returns them.
+
+    hiddens: L tensors of one shape and dtype. axes (L, S, K, H), floors (L, S, K), projections (L, rows, K); slots are
+    shared.
+    """
+    streams = list(hiddens)
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.cap_layers_(streams, axes, floors, slots, projections=projections)
+    else:
+        _C.cap_layers_(streams, axes, floors, slots, projections)
+    return streams
+
+
+def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Adds one call's projections (rows, K) to running statistics, in place; returns them.
+
+    stats: (S, K, F) float64, the F fields of ``axiscap._C.STAT_FIELDS``, made by :func:`new_stats`.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.accumulate_(stats, projections, floors, slots)
+    else:
+        _C.accumulate_(stats, projections, floors, slots)
+    return stats
+
+
+def new_stats(slots: int, directions: int, device: torch.device | str | None = None) -> Tensor:
+    """Statistics of no rows: (slots, directions, F) float64."""
+    stats = torch.zeros(slots, directions, len(_C.STAT_FIELDS), dtype=torch.float64, device=device)
+    stats[..., _C.STAT_FIELDS.index("min")] = math.inf
+    stats[..., _C.STAT_FIELDS.index("max")] = -math.inf
+    return stats
+
+
+# What torch.compile needs to know: shapes without data, and the backward of the functional ops.
+
+
+@torch.library.register_fake("axiscap::cap_")
+@torch.library.register_fake("axiscap::cap_residual_")
+@torch.library.register_fake("axiscap::cap_layers_")
+@torch.library.register_fake("axiscap::accumulate_")
+def _changes_only_its_arguments(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("axiscap::cap")
+def _cap_fake(
+    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = hidden.new_empty(hidden.shape)
+    per_row = (math.prod(hidden.shape[:-1]), axes.shape[1])
+    return out, axes.new_empty(per_row), axes.new_empty(per_row, dtype=torch.bool)
+
+
+@torch.library.register_fake("axiscap::project")
+def _project_fake(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
+    return axes.new_empty((*hidden.shape[:-1], axes.shape[1]))
+
+
+def _axes_of_rows(axes: Tensor, slots: Tensor | None, rows: int) -> Tensor:
+    """(rows, K, H); a row without a slot gets some slot's, which its caller leaves unused."""
+    return axes[:1].expand(rows, -1, -1) if slots is None else axes[slots.clamp(0, len(axes) - 1)]
+
+
+def _cap_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, axes, _, slots = inputs
+    ctx.save_for_backward(axes, slots, output[2])
+
+
+def _cap_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    axes, slots, fired = ctx.saved_tensors
+    g = grad.reshape(-1, grad.shape[-1]).float()
+    v = _axes_of_rows(axes, slots, len(g))
+    # Where direction k fired, x -> x + (tau - <x, v>) v has the Jacobian I - v v^T.
+    for k in reversed(range(axes.shape[1])):
+        along = (g * v[:, k]).sum(-1, keepdim=True) * v[:, k]
+        g = torch.where(fired[:, k, None], g - along, g)
+    return g.to(grad.dtype).reshape(grad.shape), None, None, None
+
+
+def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, axes, slots = inputs
+    ctx.save_for_backward(axes, slots, output)
+    ctx.hidden_dtype = hidden.dtype
+
+
+def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    axes, slots, projections = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    v = _axes_of_rows(axes, slots, len(rows))
+    # A row that was left alone has projections NaN, which nothing flows back through.
+    rows = torch.where(projections.reshape(rows.shape).isnan(), 0, rows)
+    g = torch.einsum("nk,nkh->nh", rows, v)
+    return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
+
+
+torch.library.register_autograd("axiscap::cap", _cap_backward, setup_context=_cap_context)
+torch.library.register_autograd("axiscap::project", _project_backward, setup_context=_project_context)

@@ -1,0 +1,208 @@
+"""The profile: what a user saves, shares and installs. One safetensors file; loading never unpickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+#: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.
+UNIT_TOLERANCE = 1e-3
+#: Bounds for files from strangers: far above any real profile, far below what hurts a machine.
+MAX_FILE_BYTES = 4 << 30
+MAX_HEADER_BYTES = 8 << 20
+
+_DTYPES = {"layers": "I64", "axes": "F32", "floors": "F32", "axis_all": "F32", "quantiles": "F32"}
+_DIMS = {"layers": 1, "axes": 3, "floors": 2, "axis_all": 2, "quantiles": 2}
+
+
+class ProfileError(ValueError):
+    """A profile, or a file read as one, is not valid; the message says what is wrong with it."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ProfileError(message)
+
+
+class CapProfile:
+    """Axes and floors per layer, with their provenance.
+
+    Args:
+        layers: the L capped layers (block outputs, counted from 0), ascending.
+        axes: (L, K, H) float32, unit rows; larger projection = more Assistant-like.
+        floors: (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+        provenance: JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
+            ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
+            (``percentiles``, the columns of the tensor of that name).
+        axis_all: (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
+        quantiles: (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
+
+    Raises:
+        ProfileError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] | Tensor,
+        axes: Tensor,
+        floors: Tensor,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        axis_all: Tensor | None = None,
+        quantiles: Tensor | None = None,
+    ) -> None:
+        self.layers: tuple[int, ...] = tuple(int(layer) for layer in layers)
+        self.axes = axes
+        self.floors = floors
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        self.axis_all = axis_all
+        self.quantiles = quantiles
+        self._check()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.axes.shape[2]
+
+    @property
+    def directions(self) -> int:
+        return self.axes.shape[1]
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers the model has that this was made for, where that is known."""
+        stated = self.model_facts.get("num_layers")
+        if stated is None and self.axis_all is not None:
+            stated = len(self.axis_all)
+        return stated
+
+    @property
+    def model_facts(self) -> Mapping[str, Any]:
+        facts = self.provenance.get("model", {})
+        return facts if isinstance(facts, Mapping) else {}
+
+    def _check(self) -> None:
+        for name in ("axes", "floors", "axis_all", "quantiles"):
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            _require(isinstance(tensor, Tensor), f"{name} must be a tensor, got {type(tensor).__name__}")
+            _require(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
+            _require(tensor.dim() == _DIMS[name], f"{name} must have {_DIMS[name]} dimensions, got {tensor.dim()}")
+        count, directions, size = self.axes.shape
+        _require(count > 0 and directions > 0 and size > 0, f"axes must not be empty, got shape {tuple(self.axes.shape)}")
+        _require(len(self.layers) == count, f"layers must name the {count} layers of axes, got {len(self.layers)}")
+        _require(
+            self.floors.shape == (count, directions),
+            f"floors must have shape ({count}, {directions}) like axes, got {tuple(self.floors.shape)}",
+        )
+        ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+        _require(ascending and self.layers[0] >= 0, f"layers must be ascending from 0, got {list(self.layers)}")
+        _require(bool(self.axes.isfinite().all()), "axes must be finite")
+        off = (self.axes.norm(dim=-1) - 1).abs().max().item()
+        _require(off <= UNIT_TOLERANCE, f"axes must be of unit length within {UNIT_TOLERANCE}, one is off by {off:.3g}")
+        bad = self.floors.isnan() | (self.floors == torch.inf)
+        _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
+        if self.axis_all is not None:
+            _require(self.axis_all.shape[1] == size, f"axis_all must have H = {size} columns, got {self.axis_all.shape[1]}")
+            _require(bool(self.axis_all.isfinite().all()), "axis_all must be finite")
+        if self.quantiles is not None:
+            _require(bool(self.quantiles.isfinite().all()), "quantiles must be finite")
+        stated = self.model_facts.get("num_layers")
+        _require(stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}")
+        for name in ("axis_all", "quantiles"):
+            tensor = getattr(self, name)
+            _require(
+                tensor is None or stated is None or len(tensor) == stated,
+                f"{name} must have a row for each of the model's {stated} layers",
+            )
+        last = self.num_layers
+        _require(
+            last is None or self.layers[-1] < last,
+            f"layers must be below {last}, the model's layer count, got {self.layers[-1]}",
+        )
+        size_stated = self.model_facts.get("hidden_size")
+        _require(
+            size_stated is None or size_stated == size,
+            f"axes must have the model's hidden size {size_stated}, got {size}",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file in one step: whoever reads the path sees the old file or the whole new one."""
+        tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
+        if self.axis_all is not None:
+            tensors["axis_all"] = self.axis_all
+        if self.quantiles is not None:
+            tensors["quantiles"] = self.quantiles
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CapProfile:
+        """Reads a profile.
+
+        Raises:
+            ProfileError: a sentence that names the file and what is wrong with it.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return cls._load(Path(path))
+        except ProfileError as error:
+            raise ProfileError(f"{os.fspath(path)}: {error}") from None
+
+    @classmethod
+    def _load(cls, path: Path) -> CapProfile:
+        _check_header_size(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _require(metadata.get("format") == "axiscap", "not an AxisCap profile (its metadata does not say so)")
+                version = metadata.get("version")
+                _require(version == str(FORMAT_VERSION), f"format version {version} is not one this AxisCap reads")
+                names = set(file.keys())
+                missing = {"layers", "axes", "floors"} - names
+                _require(not missing, f"tensors are missing: {', '.join(sorted(missing))}")
+                extra = names - set(_DTYPES)
+                _require(not extra, f"unknown tensors: {', '.join(sorted(extra)[:5])}")
+                for name in names:
+                    entry = file.get_slice(name)
+                    found = entry.get_dtype(), len(entry.get_shape())
+                    wanted = _DTYPES[name], _DIMS[name]
+                    _require(found == wanted, f"{name} must be {wanted[0]} of {wanted[1]} dimensions, got {found}")
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ProfileError(f"not a valid safetensors file ({error})") from None
+        try:
+            provenance = json.loads(metadata.get("provenance", "{}"))
+        except (ValueError, RecursionError):
+            raise ProfileError("its provenance is not JSON") from None
+        _require(isinstance(provenance, dict), "its provenance is not a JSON object")
+        layers = tensors.pop("layers")
+        return cls(layers, tensors.pop("axes"), tensors.pop("floors"), provenance, **tensors)
+
+
+def _check_header_size(path: Path) -> None:
+    size = path.stat().st_size
+    _require(size <= MAX_FILE_BYTES, f"{size} bytes, more than the {MAX_FILE_BYTES} that a profile may have")
+    with path.open("rb") as file:
+        start = file.read(8)
+    _require(len(start) == 8, "too short for a safetensors file")
+    (header,) = struct.unpack("<Q", start)
+    _require(header <= size - 8, f"its header says {header} bytes, but {size - 8} are there: truncated or no safetensors file")
+    _require(header <= MAX_HEADER_BYTES, f"its header has {header} bytes, more than the {MAX_HEADER_BYTES} allowed")

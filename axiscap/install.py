@@ -53,7 +53,10 @@ class _CappedLayer:
                 at = profile.layers.index(index)
                 axis, floor = profile.axes[at], profile.floors[at]
             else:  # a layer that only other profiles cap: a direction that never fires
-                axis, floor = nn.functional.one_hot(torch.tensor([0]), profile.hidden_size).float(), torch.tensor([-math.inf])
+                axis, floor = (
+                    nn.functional.one_hot(torch.tensor([0]), profile.hidden_size).float(),
+                    torch.tensor([-math.inf]),
+                )
             missing = directions - len(axis)
             axes.append(torch.cat([axis, axis[-1:].expand(missing, -1)]))
             floors.append(torch.cat([floor, floor.new_full((missing,), -math.inf)]))
@@ -233,7 +236,9 @@ class Installation:
         slots = chosen.repeat_interleave(batch // len(self._selection))[:, None].expand(batch, tokens)
         if real is not None:
             if real.shape[0] != batch or real.shape[1] < tokens:
-                raise ValueError(f"attention_mask has shape {tuple(real.shape)}, but hidden states {tuple(hidden.shape)}")
+                raise ValueError(
+                    f"attention_mask has shape {tuple(real.shape)}, but hidden states {tuple(hidden.shape)}"
+                )
             slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
         if self._generated_only and generated is not None:
             slots = torch.where(generated.to(hidden.device), slots, -1)
@@ -315,7 +320,9 @@ def _check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: in
     if profile.num_layers is not None and profile.num_layers != num_layers:
         raise ValueError(f"profile {name!r} is for a model of {profile.num_layers} layers, this one has {num_layers}")
     if profile.directions > _C.MAX_DIRECTIONS:
-        raise ValueError(f"profile {name!r} has {profile.directions} directions, at most {_C.MAX_DIRECTIONS} are allowed")
+        raise ValueError(
+            f"profile {name!r} has {profile.directions} directions, at most {_C.MAX_DIRECTIONS} are allowed"
+        )
 
 
 def _owner(model: nn.Module, block: nn.Module) -> nn.Module:

@@ -29,7 +29,15 @@ def _load(path: str | os.PathLike[str]) -> Any:
         raise ProfileError(f"{os.fspath(path)}: {size} bytes, more than the {MAX_FILE_BYTES} allowed")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
         why = "it holds objects that only full unpickling, which executes code, could load"
         if "Unsupported" not in str(error) and "weights_only" not in str(error):
             why = "it is damaged or no torch file"

@@ -90,6 +90,13 @@ class CapProfile:
         facts = self.provenance.get("model", {})
         return facts if isinstance(facts, Mapping) else {}
 
+    def measuring_only(self) -> CapProfile:
+        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
+        off = torch.full_like(self.floors, -torch.inf)
+        return CapProfile(
+            self.layers, self.axes, off, self.provenance, axis_all=self.axis_all, quantiles=self.quantiles
+        )
+
     def _check(self) -> None:
         for name in ("axes", "floors", "axis_all", "quantiles"):
             tensor = getattr(self, name)
@@ -99,7 +106,9 @@ class CapProfile:
             _require(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
             _require(tensor.dim() == _DIMS[name], f"{name} must have {_DIMS[name]} dimensions, got {tensor.dim()}")
         count, directions, size = self.axes.shape
-        _require(count > 0 and directions > 0 and size > 0, f"axes must not be empty, got shape {tuple(self.axes.shape)}")
+        _require(
+            count > 0 and directions > 0 and size > 0, f"axes must not be empty, got shape {tuple(self.axes.shape)}"
+        )
         _require(len(self.layers) == count, f"layers must name the {count} layers of axes, got {len(self.layers)}")
         _require(
             self.floors.shape == (count, directions),
@@ -113,12 +122,16 @@ class CapProfile:
         bad = self.floors.isnan() | (self.floors == torch.inf)
         _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
         if self.axis_all is not None:
-            _require(self.axis_all.shape[1] == size, f"axis_all must have H = {size} columns, got {self.axis_all.shape[1]}")
+            _require(
+                self.axis_all.shape[1] == size, f"axis_all must have H = {size} columns, got {self.axis_all.shape[1]}"
+            )
             _require(bool(self.axis_all.isfinite().all()), "axis_all must be finite")
         if self.quantiles is not None:
             _require(bool(self.quantiles.isfinite().all()), "quantiles must be finite")
         stated = self.model_facts.get("num_layers")
-        _require(stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}")
+        _require(
+            stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
+        )
         for name in ("axis_all", "quantiles"):
             tensor = getattr(self, name)
             _require(
@@ -204,5 +217,8 @@ def _check_header_size(path: Path) -> None:
         start = file.read(8)
     _require(len(start) == 8, "too short for a safetensors file")
     (header,) = struct.unpack("<Q", start)
-    _require(header <= size - 8, f"its header says {header} bytes, but {size - 8} are there: truncated or no safetensors file")
+    _require(
+        header <= size - 8,
+        f"its header says {header} bytes, but {size - 8} are there: truncated or no safetensors file",
+    )
     _require(header <= MAX_HEADER_BYTES, f"its header has {header} bytes, more than the {MAX_HEADER_BYTES} allowed")

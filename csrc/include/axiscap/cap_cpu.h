@@ -28,7 +28,6 @@ struct OneStream {
   const T* hidden;
   OneStream(const CapParams& p, int64_t row) : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride) {}
   Vec load_at(int64_t i) const { return load(hidden + i); }
-  Vec base_at(int64_t i) const { return load(hidden + i); }
   const T* base() const { return hidden; }
   static int64_t stride(const CapParams& p) { return p.hidden_stride; }
   OneStream tail(int64_t i, int64_t n, T* buffer) const {
@@ -47,7 +46,6 @@ struct TwoStreams {
       : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride),
         residual(static_cast<const T*>(p.residual) + row * p.residual_stride) {}
   Vec load_at(int64_t i) const { return load(hidden + i) + load(residual + i); }
-  Vec base_at(int64_t i) const { return load(residual + i); }
   const T* base() const { return residual; }
   static int64_t stride(const CapParams& p) { return p.residual_stride; }
   TwoStreams tail(int64_t i, int64_t n, T* buffer) const {
@@ -89,11 +87,13 @@ template <int R, class Row, class T>
 inline void dots(const Row* rows, const float* axis, int64_t size, float* out) {
   Vec acc[R][kVecs] = {};
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r].base() + i + R*size, 0, 2);
     for (int u = 0; u < kVecs; ++u) {
       const Vec v = load(axis + i + u * kWidth);
       for (int r = 0; r < R; ++r) acc[r][u] = multiply_add(rows[r].load_at(i + u * kWidth), v, acc[r][u]);
     }
+  }
   if (i < size) {
     float axis_tail[kLanes] = {};
     std::memcpy(axis_tail, axis + i, (size - i) * sizeof(float));
@@ -134,40 +134,39 @@ inline float dot_corrected(const Row& row, const Corrections& corrections, const
   return fold(acc);
 }
 
-// out_r = round(base_r + corrections_r): the one store of rows that fired. Rows that share a slot and have only one
-// correction share the pass over its axis too. `ahead`: how many elements further on the rows after these lie, or 0.
-template <int R, bool Single, class T, class Row>
-inline void store_corrected(const Row* rows, const Corrections* corrections, T* const* out, int64_t size,
-                            int64_t ahead) {
-  const auto corrected = [&](int r, Vec base, int64_t i) {
-    if constexpr (Single)
-      return multiply_add(load(corrections[0].axes[0] + i), broadcast(corrections[r].delta[0]), base);
-    return corrections[r].apply(base, i);
-  };
+// out = round(base + corrections): the one store of a row that fired. `ahead`: how many elements further on a row lies
+// that will be wanted soon, or 0. The pass computes more than it moves, so that one can come in from memory meanwhile.
+template <class T, class Row>
+inline void store_corrected(const Row& row, const Corrections& corrections, T* out, int64_t size, int64_t ahead) {
   constexpr int kStep = 2 * kWidth;
+  const T* base = row.base();
   int64_t i = 0;
-  for (; i + kStep <= size; i += kStep)
-    for (int r = 0; r < R; ++r) {
-      // The pass computes more than it moves: meanwhile the next rows can come in from memory.
-      if (ahead) __builtin_prefetch(rows[r].base() + i + ahead);
-      store(out[r] + i, corrected(r, rows[r].base_at(i), i), corrected(r, rows[r].base_at(i + kWidth), i + kWidth));
+  if (corrections.count == 1) {
+    // Held in locals: the stores could change anything behind a pointer, for all that the compiler knows.
+    const float* axis = corrections.axes[0];
+    const Vec delta = broadcast(corrections.delta[0]);
+    for (; i + kStep <= size; i += kStep) {
+      __builtin_prefetch(base + i + ahead, 0, 2);
+      store(out + i, multiply_add(load(axis + i), delta, load(base + i)),
+            multiply_add(load(axis + i + kWidth), delta, load(base + i + kWidth)));
     }
+  }
+  for (; i + kStep <= size; i += kStep)
+    store(out + i, corrections.apply(load(base + i), i), corrections.apply(load(base + i + kWidth), i + kWidth));
   if (i == size) return;
   const int64_t n = size - i;
-  for (int r = 0; r < R; ++r) {
-    T row_tail[2 * kLanes] = {};
-    const Row tail = rows[r].tail(i, n, row_tail);
-    Vec x[2] = {tail.base_at(0), tail.base_at(kWidth)};
-    for (int j = 0; j < corrections[r].count; ++j) {
-      float axis_tail[kStep] = {};
-      std::memcpy(axis_tail, corrections[r].axes[j] + i, n * sizeof(float));
-      for (int u = 0; u < 2; ++u)
-        x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections[r].delta[j]), x[u]);
-    }
-    T rounded[kStep];
-    store(rounded, x[0], x[1]);
-    std::memcpy(out[r] + i, rounded, n * sizeof(T));
+  T base_tail[kStep] = {};
+  std::memcpy(base_tail, base + i, n * sizeof(T));
+  Vec x[2] = {load(base_tail), load(base_tail + kWidth)};
+  for (int j = 0; j < corrections.count; ++j) {
+    float axis_tail[kStep] = {};
+    std::memcpy(axis_tail, corrections.axes[j] + i, n * sizeof(float));
+    for (int u = 0; u < 2; ++u)
+      x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
   }
+  T rounded[kStep];
+  store(rounded, x[0], x[1]);
+  std::memcpy(out + i, rounded, n * sizeof(T));
 }
 
 // Applies a slot's directions in order to one row whose incoming projections are known. Returns false, with nothing
@@ -205,17 +204,18 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
     for (int r = 0; r < R; ++r) projections[r][k] = column[r];
   }
 
-  Corrections corrections[R];
-  T* out[R];
-  int single = 0;
+  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
   for (int r = 0; r < R; ++r) {
+    Corrections corrections;
     uint8_t fired[kMaxDirections] = {};
     bool finite = true;
     if (p.out) {
-      finite = correct<T>(p, rows[r], axes, floors, projections[r], corrections[r], fired);
-      if (!finite) corrections[r].count = 0;
-      out[r] = static_cast<T*>(p.out) + (row + r) * p.out_stride;
-      single += p.directions == 1 && corrections[r].count == 1;
+      finite = correct<T>(p, rows[r], axes, floors, projections[r], corrections, fired);
+      T* out = static_cast<T*>(p.out) + (row + r) * p.out_stride;
+      if (finite && corrections.count > 0)
+        store_corrected(rows[r], corrections, out, p.hidden_size, ahead);
+      else if (out != rows[r].base())
+        std::memcpy(out, rows[r].base(), p.hidden_size * sizeof(T));
     } else {
       for (int64_t k = 0; k < p.directions; ++k) finite &= std::isfinite(projections[r][k]);
     }
@@ -226,15 +226,6 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
     }
     if (p.fired)
       for (int64_t k = 0; k < p.directions; ++k) p.fired[(row + r) * p.directions + k] = finite && fired[k];
-  }
-  if (!p.out) return;
-  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
-  if (single == R) return store_corrected<R, true>(rows, corrections, out, p.hidden_size, ahead);
-  for (int r = 0; r < R; ++r) {
-    if (corrections[r].count > 0)
-      store_corrected<1, false>(rows + r, corrections + r, out + r, p.hidden_size, ahead);
-    else if (out[r] != rows[r].base())
-      std::memcpy(out[r], rows[r].base(), p.hidden_size * sizeof(T));
   }
 }
 

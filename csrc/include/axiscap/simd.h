@@ -71,15 +71,9 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 }
 
 inline VecU32 widen(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (VecU32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return (VecU32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
   VecU16 half;
   std::memcpy(&half, p, sizeof(half));
   return __builtin_convertvector(half, VecU32);
-#endif
 }
 
 // The low halves of x, then those of y.
@@ -93,7 +87,24 @@ inline void narrow(uint16_t* p, VecU32 x, VecU32 y) {
 #endif
 }
 
-inline Vec load(const bfloat16* p) { return bit_cast<Vec>(widen(&p->bits) << 16); }
+// A bfloat16 is the upper half of a float. One shuffle puts it there and clears the lower half.
+inline Vec load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr uint16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                              0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  const __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kToUpperHalves), half);
+#elif defined(__AVX2__)
+  constexpr char kZero = -1;
+  const __m256i to_upper_halves =
+      _mm256_setr_epi8(kZero, kZero, 0, 1, kZero, kZero, 2, 3, kZero, kZero, 4, 5, kZero, kZero, 6, 7,  //
+                       kZero, kZero, 8, 9, kZero, kZero, 10, 11, kZero, kZero, 12, 13, kZero, kZero, 14, 15);
+  const __m256i half = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Vec)_mm256_shuffle_epi8(half, to_upper_halves);
+#else
+  return bit_cast<Vec>(widen(&p->bits) << 16);
+#endif
+}
 
 // Round to nearest even; the result is in the upper half. A row that reaches a store is free of NaN (its projection was
 // finite), so NaN needs no case.

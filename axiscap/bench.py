@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 import axiscap
-from axiscap import _C, models, ops
+from axiscap import _C, models
 from axiscap.profile import CapProfile
 
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
@@ -228,7 +228,12 @@ def measure_decode(progress: Progress, name: str, quick: bool) -> dict[str, Any]
                 layers[layer].register_forward_hook(_published_hook(-profile.axes[i, 0], -profile.floors[i, 0]))
                 for i, layer in enumerate(chosen)
             ]
-            return lambda: [handle.remove() for handle in handles] and None
+
+            def unhook() -> None:
+                for handle in handles:
+                    handle.remove()
+
+            return unhook
 
         probe = _Alternate([plain, capped, hooked])
         task = progress.add_task(f"decoding, {label} fire", total=1)

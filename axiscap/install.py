@@ -152,7 +152,7 @@ class Installation:
         _installed.discard(self._first_block)
         _forget_compiled_code()
 
-    def select(self, names: str | None | Sequence[str | None]) -> None:
+    def select(self, names: str | Sequence[str | None] | None) -> None:
         """Chooses the profile of the coming forward passes: one for all sequences, or one for each of a batch.
 
         None leaves a sequence uncapped. A list must have the batch's length; where ``generate`` runs several rows for a
@@ -182,10 +182,11 @@ class Installation:
     def reset_stats(self) -> None:
         """Forgets what was seen so far."""
         for layer in self._layers.values():
-            layer.stats = ops.new_stats(*layer.floors.shape, device=layer.floors.device)
+            slots, directions = layer.floors.shape
+            layer.stats = ops.new_stats(slots, directions, layer.floors.device)
 
     def projections(self) -> dict[int, Tensor]:
-        """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN where a token was not capped."""
+        """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone."""
         return {
             index: layer.projections.reshape(*layer.shape, -1).clone()
             for index, layer in self._layers.items()
@@ -245,7 +246,7 @@ class Installation:
         return slots.reshape(-1).to(torch.int32).contiguous()
 
     def _listen_to_generate(self, model: nn.Module) -> None:
-        """generate() knows what a forward pass no longer sees: the 2-d mask under a prepared one, and the prompt's end."""
+        """generate() knows what a forward pass does not see: the 2-d mask, and where the prompt ends."""
         original = getattr(model, "prepare_inputs_for_generation", None)
         if original is None:
             return
@@ -286,7 +287,8 @@ def install(
 
     Args:
         model: the model, also wrapped by PEFT or torch.compile, quantised, or spread over devices.
-        profile: one profile, or several by name; the first is in force until :meth:`Installation.select` says otherwise.
+        profile: one profile, or several by name; the first is in force until :meth:`Installation.select` says
+            otherwise.
         layers: where the decoder layers are, for a model whose structure does not tell; see
             :func:`axiscap.models.decoder_layers`.
         positions: which tokens are capped: ``"all"`` (as published), or ``"generated"``, those that the model itself
@@ -327,8 +329,7 @@ def _check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: in
 
 def _owner(model: nn.Module, block: nn.Module) -> nn.Module:
     """The module whose forward runs the decoder layers: what holds the list that holds the first one."""
-    modules = dict(model.named_modules())
-    for module in modules.values():
+    for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and child[0] is block:
                 return module

@@ -1,8 +1,8 @@
 """The ops: activation capping on rows of a residual stream (arXiv 2601.10387, eq. 1), fused.
 
 For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k``.
-A row in which nothing fires is not written. A row whose projection or correction is not finite is left as it is, and its
-projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+A row in which nothing fires is not written. A row whose projection or correction is not finite is left as it is, and
+its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
 
 Common arguments:
 
@@ -126,15 +126,10 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
 # What torch.compile needs to know: shapes without data, and the backward of the functional ops.
 
 
-@torch.library.register_fake("axiscap::cap_")
-@torch.library.register_fake("axiscap::cap_residual_")
-@torch.library.register_fake("axiscap::cap_layers_")
-@torch.library.register_fake("axiscap::accumulate_")
 def _changes_only_its_arguments(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-@torch.library.register_fake("axiscap::cap")
 def _cap_fake(
     hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +138,6 @@ def _cap_fake(
     return out, axes.new_empty(per_row), axes.new_empty(per_row, dtype=torch.bool)
 
 
-@torch.library.register_fake("axiscap::project")
 def _project_fake(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
     return axes.new_empty((*hidden.shape[:-1], axes.shape[1]))
 
@@ -185,5 +179,9 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
+for _op in ("cap_", "cap_residual_", "cap_layers_", "accumulate_"):
+    torch.library.register_fake(f"axiscap::{_op}", _changes_only_its_arguments)
+torch.library.register_fake("axiscap::cap", _cap_fake)
+torch.library.register_fake("axiscap::project", _project_fake)
 torch.library.register_autograd("axiscap::cap", _cap_backward, setup_context=_cap_context)
 torch.library.register_autograd("axiscap::project", _project_backward, setup_context=_project_context)

@@ -20,7 +20,7 @@ class Role:
 
 
 def load_roles(folder: Path | None = None) -> dict[str, Role]:
-    """The roles of a folder of JSON files ``{"instruction": [{"pos": prompt}, ...]}``, by name; AxisCap's own without one.
+    """The roles of a folder of JSON files ``{"instruction": [{"pos": prompt}, ...]}``, by name; without one, AxisCap's.
 
     Raises:
         ValueError: naming the file that is not a role, or that ``default.json`` is missing.

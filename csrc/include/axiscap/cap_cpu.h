@@ -82,13 +82,17 @@ inline float fold(const Vec (&acc)[kVecs]) {
   return lanes[0];
 }
 
-// <row_r, axis> for R rows in one pass over the axis.
+// <row_r, axis> for R rows in one pass over the axis. `ahead`: how many elements further on the row lies that comes in
+// row r's place after this block, or 0.
 template <int R, class Row, class T>
-inline void dots(const Row* rows, const float* axis, int64_t size, float* out) {
+inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead, float* out) {
   Vec acc[R][kVecs] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r].base() + i + R*size, 0, 2);
+    // R rows at once are R short streams, which the hardware's prefetchers lose at every row's end. (With AVX-512 the
+    // loop is short enough that asking costs more than it brings: 0.87 against 1.0 of the speed of only reading.)
+    if constexpr (kWidth < 16)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r].base() + i + ahead, 0, 2);
     for (int u = 0; u < kVecs; ++u) {
       const Vec v = load(axis + i + u * kWidth);
       for (int r = 0; r < R; ++r) acc[r][u] = multiply_add(rows[r].load_at(i + u * kWidth), v, acc[r][u]);
@@ -197,14 +201,14 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
   Row* rows = reinterpret_cast<Row*>(storage);
   for (int r = 0; r < R; ++r) new (rows + r) Row(p, row + r);
 
+  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
   float projections[R][kMaxDirections];
   for (int64_t k = 0; k < p.directions; ++k) {
     float column[R];
-    dots<R, Row, T>(rows, axes + k * p.hidden_size, p.hidden_size, column);
+    dots<R, Row, T>(rows, axes + k * p.hidden_size, p.hidden_size, ahead, column);
     for (int r = 0; r < R; ++r) projections[r][k] = column[r];
   }
 
-  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
   for (int r = 0; r < R; ++r) {
     Corrections corrections;
     uint8_t fired[kMaxDirections] = {};

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "axiscap/accelerator.h"
 #include "axiscap/cpu.h"
@@ -188,7 +189,8 @@ void check_values(const Bank& bank) {
   TORCH_CHECK_VALUE((norms - 1).abs().le(1e-3).all().item<bool>(),
                     "axes must be finite and of unit length (1e-3), got norms from ", norms.min().item<float>(), " to ",
                     norms.max().item<float>());
-  TORCH_CHECK_VALUE(!bank.floors.isnan().any().item<bool>(), "floors must not be NaN");
+  TORCH_CHECK_VALUE((bank.floors < std::numeric_limits<float>::infinity()).all().item<bool>(),
+                    "floors must be finite, or -inf for a direction that is off");
 }
 
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {

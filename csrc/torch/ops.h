@@ -18,8 +18,8 @@ struct Bank {
   Bank(at::Tensor axes, at::Tensor floors);
 };
 
-// Raises unless every axis is finite and of unit length and no floor is NaN. Reads the values: for set-up, not for
-// calls.
+// Raises unless every axis is finite and of unit length and every floor finite or -inf. Reads the values: for set-up,
+// not for calls.
 void check_values(const Bank& bank);
 
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections);

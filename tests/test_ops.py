@@ -1,0 +1,633 @@
+"""The kernels against the float64 oracle, and the promises that they keep bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import assert_same_bits, lower_instruction_sets, unit
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import axiscap
+from axiscap import _C, ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Half the distance to the next number, relative; and absolute, where numbers are subnormal.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TINY = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
+
+
+class Input:
+    """One random call: rows with a stride of their own inside a larger buffer, some of them not finite."""
+
+    def __init__(self, dtype, rows, size, slots, directions, padding, scale, choose, special, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        self.axes = torch.nn.functional.normalize(randn(slots, directions, size), dim=-1)
+        self.floors = randn(slots, directions) * scale
+        self.floors[torch.rand(slots, directions, generator=generator) < 0.15] = -math.inf
+        self.buffer = (randn(rows, size + padding) * scale).to(dtype)
+        if special and rows:
+            for value in (math.inf, -math.inf, math.nan):
+                row = int(torch.randint(rows, (), generator=generator))
+                self.buffer[row, int(torch.randint(size, (), generator=generator))] = value
+        self.hidden = self.buffer[:, :size]
+        self.slots = torch.randint(-1, slots, (rows,), generator=generator).int() if choose else None
+
+    def call(self):
+        return self.axes, self.floors, self.slots
+
+
+@st.composite
+def inputs(draw, directions=st.integers(1, 4)):
+    return Input(
+        dtype=draw(st.sampled_from(DTYPES)),
+        rows=draw(st.integers(0, 37)),
+        size=draw(st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 576, 1000, 4099]))),
+        slots=draw(st.integers(1, 3)),
+        directions=draw(directions),
+        padding=draw(st.sampled_from([0, 0, 1, 7, 32])),
+        scale=draw(st.sampled_from([1e-6, 1e-3, 1.0, 30.0, 1000.0])),
+        choose=draw(st.booleans()),
+        special=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None):
+    """Within the rounding of one store, beside what float32 sums in 32 lanes may be off by."""
+    exact = reference.cap(incoming.double(), axes, floors, slots)
+    x = incoming.double()
+    size, directions = x.shape[-1], axes.shape[1]
+    index = torch.zeros(len(x), dtype=torch.long) if slots is None else slots.clamp(min=0).long()
+    v = axes.double()[index].abs().amax(1)
+    # Every element of |x| + sum |delta v| that can enter a sum; a lane adds size / 32 products, then five folds.
+    largest = x.abs() + directions * (x.abs().sum(-1, keepdim=True) + floors.double()[index].abs().nan_to_num(
+        posinf=0.0, neginf=0.0).amax(-1, keepdim=True)) * v  # fmt: skip
+    sums = (size / 32 + 6) * 2.0**-24 * (largest * v).sum(-1, keepdim=True) * v * directions
+    written = exact if base is None else base.double() + (exact - x)
+    bound = ROUNDING[actual.dtype] * written.abs() + TINY[actual.dtype] + sums + directions * 2.0**-24 * largest
+    finite = exact.isfinite().all(-1) & (written.abs() < torch.finfo(actual.dtype).max).all(-1)
+    error = (actual.double() - written).abs()
+    assert bool((error <= bound)[finite].all()), f"off by up to {(error / bound)[finite].max():.3g} of what is allowed"
+
+
+@given(inputs())
+@example(Input(torch.bfloat16, 9, 32768, 1, 1, 0, 1.0, False, False, 0))
+@example(Input(torch.float16, 5, 32771, 2, 3, 5, 1.0, True, True, 1))
+def test_cap_is_the_oracle(case):
+    before, outside = case.hidden.clone(), case.buffer.clone()
+    projections = torch.empty(len(before), case.axes.shape[1])
+    out = ops.cap_(case.hidden, *case.call(), projections=projections)
+    assert out is case.hidden
+    assert_close_to_oracle(out, before, *case.call())
+
+    expected = reference.project(before.double(), case.axes, case.slots)
+    finite = expected.isfinite()
+    # A row may be left alone because its correction overflows float32, which its float64 oracle does not show.
+    assert not projections[~finite].isfinite().any()
+    magnitude = before.double().abs().sum(-1, keepdim=True) + 1e-30
+    near = (projections.double() - expected).abs() <= (case.hidden.shape[-1] / 32 + 6) * 2.0**-24 * magnitude
+    assert bool(near[finite].all())
+
+    copy, incoming, fired = torch.ops.axiscap.cap(before, *case.call())
+    assert_same_bits(copy, out.contiguous())
+    assert_same_bits(incoming, projections)
+    untouched = ~fired.any(-1)
+    assert_same_bits(out[untouched], before[untouched])
+    if case.axes.shape[1] == 1:
+        slots = torch.zeros(len(before), dtype=torch.long) if case.slots is None else case.slots.clamp(min=0).long()
+        assert bool((fired == (projections < case.floors[slots])).all())
+    size = case.hidden.shape[-1]
+    assert_same_bits(case.buffer[:, size:], outside[:, size:])
+
+
+@given(inputs())
+def test_project_gives_what_cap_reports(case):
+    found = ops.project(case.hidden, case.axes, case.slots)
+    # A direction that is off fires nowhere, so nothing but the incoming row decides.
+    off = torch.full_like(case.floors, -math.inf)
+    incoming = torch.ops.axiscap.cap(case.hidden, case.axes, off, case.slots)[1]
+    assert_same_bits(found, incoming)
+
+
+@given(inputs())
+def test_cap_residual_is_the_oracle(case):
+    hidden = case.hidden.clone()
+    residual = case.hidden.flip(0).clone() if len(hidden) else hidden.clone()
+    before = residual.clone()
+    projections = torch.empty(len(hidden), case.axes.shape[1])
+    out = ops.cap_residual_(hidden, residual, *case.call(), projections=projections)
+    assert out is residual
+    assert_same_bits(hidden, case.hidden.clone())
+    # The sum is exact in float64; in float32 it is rounded once more.
+    assert_close_to_oracle(residual, hidden.double() + before.double(), *case.call(), base=before)
+    left_alone = ~projections.isfinite().all(-1)
+    assert_same_bits(residual[left_alone], before[left_alone])
+
+
+@given(inputs(), st.integers(1, 4))
+def test_cap_layers_is_cap_of_each(case, count):
+    axes = torch.stack([case.axes.roll(layer, 0) for layer in range(count)])
+    floors = torch.stack([case.floors + layer for layer in range(count)])
+    streams = [case.hidden * (layer + 1) for layer in range(count)]
+    each = [ops.cap_(s.clone(), axes[i], floors[i], case.slots) for i, s in enumerate(streams)]
+    projections = torch.empty(count, len(case.hidden), case.axes.shape[1])
+    wanted = [ops.project(s, axes[i], case.slots) for i, s in enumerate(streams)]
+    found = ops.cap_layers_(streams, axes, floors, case.slots, projections=projections)
+    for layer in range(count):
+        assert found[layer] is streams[layer]
+        assert_same_bits(found[layer], each[layer])
+        overflowed = projections[layer].isnan() & ~wanted[layer].isnan()
+        assert_same_bits(torch.where(overflowed, wanted[layer], projections[layer]), wanted[layer])
+
+
+@given(inputs(), st.randoms(use_true_random=False))
+def test_a_row_depends_on_itself_alone(case, random):
+    """Not on the batch's size, its place in it, the row stride, or the threads."""
+    if not len(case.hidden):
+        return
+    whole = ops.cap(case.hidden.clone(), *case.call())
+    order = list(range(len(whole)))
+    random.shuffle(order)
+    slots = None if case.slots is None else case.slots[order]
+    shuffled = ops.cap(case.hidden[order], case.axes, case.floors, slots)
+    assert_same_bits(shuffled, whole[order])
+    row = order[0]
+    alone = ops.cap_(case.hidden[row].clone(), case.axes, case.floors, None if slots is None else slots[:1])
+    assert_same_bits(alone, whole[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_show(dtype):
+    hidden = torch.randn(257, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
+    axes, floors = unit(2, 2, 2048), torch.zeros(2, 2)
+    slots = torch.randint(-1, 2, (257,)).int()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.cap_(hidden.clone(), axes, floors, slots))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 31, 576, 4096, 8192])
+def test_fired_rows_end_on_the_floor(dtype, size):
+    rows = 64
+    hidden = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    axes, floors = unit(1, 1, size), torch.tensor([[0.75]])
+    before = ops.project(hidden, axes)[:, 0]
+    ops.cap_(hidden, axes, floors)
+    after = (hidden.double() @ axes[0, 0].double())[before < 0.75]
+    assert len(after) > 0
+    # Each element's rounding, weighted by the axis; the float32 sum's beside it.
+    allowed = (hidden.double().abs() * axes[0, 0].double().abs()).sum(-1)[before < 0.75] * (
+        ROUNDING[dtype] + 8 * 2.0**-24
+    )
+    assert bool(((after - 0.75).abs() <= allowed).all())
+
+
+def test_directions_apply_in_order():
+    v = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
+    hidden = torch.tensor([[-1.0, -1.0]])
+    projections = torch.empty(1, 2)
+    ops.cap_(hidden, v, torch.tensor([[1.0, 1.0]]), projections=projections)
+    # First to (1, -1); that projects to -0.2 on the second axis, so 1.2 of it is added.
+    torch.testing.assert_close(hidden, torch.tensor([[1.72, -0.04]]))
+    torch.testing.assert_close(projections, torch.tensor([[-1.0, -1.4]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_finite_stay_and_are_reported(dtype):
+    hidden = torch.ones(4, 40, dtype=dtype)
+    hidden[1, 39], hidden[2, 0] = math.inf, math.nan
+    before = hidden.clone()
+    projections = torch.empty(4, 1)
+    ops.cap_(hidden, unit(1, 1, 40), torch.full((1, 1), 100.0), projections=projections)
+    assert_same_bits(hidden[1:3], before[1:3])
+    assert projections.isnan().flatten().tolist() == [False, True, True, False]
+    assert bool((hidden[0] != before[0]).any())
+
+
+def test_a_correction_that_overflows_leaves_the_row():
+    hidden = torch.tensor([[-3e38, 0.0]])
+    projections = torch.empty(1, 1)
+    ops.cap_(hidden, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3e38]]), projections=projections)
+    assert hidden.tolist() == [[torch.tensor(-3e38).item(), 0.0]]
+    assert projections.isnan().all()
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [(torch.bfloat16, torch.int16), (torch.float16, torch.int16)])
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, storage):
+    """All 65,536 patterns as rows of one element, and their sums with a small correction."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(storage).view(dtype)[:, None].contiguous()
+    axis = torch.ones(1, 1, 1)
+    found = ops.project(every, axis).flatten()
+    wanted = torch.where(every.float().isfinite(), every.float(), math.nan).flatten()
+    assert_same_bits(torch.where(found.isnan(), math.nan, found), torch.where(wanted.isnan(), math.nan, wanted) + 0.0)
+    for floor in (1.0, 1.00390625, 1.01171875, 1e-41, 3e-8, 6.1e-5, 65519.0, 65520.0, 3.39e38):
+        capped = ops.cap(every, axis, torch.tensor([[floor]]))
+        assert_same_bits(capped, reference.cap(every, axis, torch.tensor([[floor]])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_do_not_fire_are_never_written(dtype):
+    """The rows lie in memory that cannot be written: touching one would end the process."""
+    script = textwrap.dedent(f"""
+        import mmap, sys, tempfile, torch, warnings
+        warnings.simplefilter("ignore")
+        from axiscap import ops
+        with tempfile.TemporaryFile() as file:
+            file.write(b"\\0" * (64 * 640 * 4)); file.flush()
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            hidden = torch.frombuffer(memory, dtype={dtype})[: 64 * 640].reshape(64, 640)
+            axes = torch.nn.functional.normalize(torch.ones(1, 1, 640), dim=-1)
+            ops.cap_(hidden, axes, torch.tensor([[float(sys.argv[1])]]))
+    """)
+    quiet = subprocess.run([sys.executable, "-c", script, "-1"], capture_output=True, text=True)
+    assert quiet.returncode == 0, quiet.stderr
+    fires = subprocess.run([sys.executable, "-c", script, "1"], capture_output=True)
+    assert fires.returncode < 0, "the control should have been killed by its write"
+
+
+RESULTS_OF_AN_ISA = textwrap.dedent("""
+    import hashlib, json, torch
+    from axiscap import _C, ops
+    digests = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for size in (1, 7, 31, 33, 576, 4099):
+            generator = torch.Generator().manual_seed(size)
+            hidden = torch.randn(23, size, generator=generator).to(dtype)
+            axes = torch.nn.functional.normalize(torch.randn(2, 3, size, generator=generator), dim=-1)
+            slots = torch.randint(-1, 2, (23,), generator=generator).int()
+            out, projections, fired = torch.ops.axiscap.cap(hidden, axes, torch.zeros(2, 3), slots)
+            raw = out.float().numpy().tobytes() + projections.nan_to_num(nan=9e9).numpy().tobytes()
+            digests[f"{dtype} {size}"] = hashlib.sha256(raw).hexdigest()
+    print(json.dumps({"isa": _C.isa(), "digests": digests}))
+""")
+
+
+def run_with_isa(name: str, script: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"AXISCAP_ISA": name}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+
+
+def test_instruction_sets_with_fused_multiply_add_give_the_same_bits():
+    names = [name for name in lower_instruction_sets() if name != "baseline"]
+    if len(names) < 2:
+        pytest.skip(f"this machine has no two such instruction sets, only {names or 'the baseline'}")
+    results = [json.loads(run_with_isa(name, RESULTS_OF_AN_ISA).stdout) for name in names]
+    assert [result["isa"] for result in results] == names
+    assert results[0]["digests"] == results[1]["digests"]
+
+
+@pytest.mark.parametrize("name", lower_instruction_sets()[:-1])
+def test_the_lower_instruction_sets_pass_the_same_tests(name):
+    if os.environ.get("AXISCAP_ISA"):
+        pytest.skip("AXISCAP_ISA is set: this is the inner run")
+    wanted = "oracle or alone or floor or 16_bit or finite"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", wanted, __file__]
+    inner = subprocess.run(command, env=os.environ | {"AXISCAP_ISA": name}, capture_output=True, text=True)
+    assert inner.returncode == 0, inner.stdout[-3000:]
+    assert " passed" in inner.stdout
+
+
+# Gradients.
+
+
+def _graded_inputs(directions: int):
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(6, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    axes = unit(2, directions, 12, seed=2)
+    slots = torch.tensor([0, 1, -1, 0, 1, 1], dtype=torch.int32)
+    return hidden, axes, torch.full((2, directions), 0.3), slots
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_gradients_of_the_reference(directions):
+    hidden, axes, floors, slots = _graded_inputs(directions)
+    assert torch.autograd.gradcheck(lambda h: reference.cap(h, axes.double(), floors.double(), slots), hidden)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("use_slots", [True, False])
+def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slots):
+    hidden, axes, floors, slots = _graded_inputs(directions)
+    slots = slots if use_slots else None
+    seed = torch.randn(6, 12, generator=torch.Generator().manual_seed(8))
+    (wanted,) = torch.autograd.grad(reference.cap(hidden, axes, floors, slots), hidden, seed.double())
+    h = hidden.detach().float().requires_grad_()
+    (found,) = torch.autograd.grad(ops.cap(h, axes, floors, slots), h, seed)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    project_seed = torch.randn(6, directions, generator=torch.Generator().manual_seed(9))
+    scores = reference.project(hidden, axes, slots)
+    finite = torch.where(scores.isnan(), 0.0, scores)
+    (wanted,) = torch.autograd.grad(finite, hidden, project_seed.double())
+    (found,) = torch.autograd.grad(ops.project(h, axes, slots).nan_to_num(), h, project_seed)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_changing_in_place_what_needs_a_gradient_is_refused():
+    hidden = torch.zeros(2, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"hidden requires grad .* use axiscap\.ops\.cap"):
+        ops.cap_(hidden, unit(1, 1, 8), torch.ones(1, 1))
+    with torch.no_grad():
+        ops.cap_(hidden, unit(1, 1, 8), torch.ones(1, 1))
+    assert bool((hidden != 0).any())
+
+
+def test_autograd_notices_a_saved_tensor_that_was_changed():
+    x = torch.ones(2, 8, requires_grad=True)
+    y = x * 2
+    z = y * y
+    ops.cap_(y.detach(), unit(1, 1, 8), torch.full((1, 1), 50.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+# The torch.library door.
+
+
+def _op_calls(dtype):
+    hidden = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    axes, floors = unit(2, 3, 40), torch.zeros(2, 3)
+    slots = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.int32)
+    with_none = torch.where(torch.arange(10) % 5 == 2, -1, slots)  # NaN in a result is unequal to itself, for opcheck
+    projections = torch.empty(10, 3)
+    graded = hidden.clone().requires_grad_()
+    library = torch.ops.axiscap
+    return {
+        "cap_": (library.cap_.default, (hidden, axes, floors, with_none), {}),
+        "cap_ with projections": (library.cap_.default, (hidden, axes, floors), {"projections": projections}),
+        "cap": (library.cap.default, (graded, axes, floors, slots), {}),
+        "project": (library.project.default, (graded, axes, slots), {}),
+        "cap_residual_": (
+            library.cap_residual_.default,
+            (hidden, hidden.clone(), axes, floors, slots),
+            {"projections": projections},
+        ),
+        "cap_layers_": (
+            library.cap_layers_.default,
+            ([hidden, hidden + 1], torch.stack([axes, axes]), torch.stack([floors, floors]), slots),
+            {"projections": torch.empty(2, 10, 3)},
+        ),
+        "accumulate_": (library.accumulate_.default, (ops.new_stats(2, 3), torch.zeros(10, 3), floors, slots), {}),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(_op_calls(torch.float32)))
+def test_opcheck(name, dtype):
+    op, args, kwargs = _op_calls(dtype)[name]
+    torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole_without_a_graph_break(dynamic):
+    axes, floors = unit(1, 1, 64), torch.full((1, 1), 0.5)
+
+    def everything(hidden, residual):
+        a = ops.cap_(hidden * 1.5, axes, floors)
+        b = ops.cap(a + 0.25, axes, floors)
+        c = ops.cap_residual_(hidden, residual + 1, axes, floors)
+        d = ops.cap_layers_([a * 2, b * 2], torch.stack([axes, axes]), torch.stack([floors, floors]))
+        stats = ops.accumulate_(ops.new_stats(1, 1), ops.project(b, axes).reshape(-1, 1), floors)
+        return a, b, c, *d, stats
+
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic)
+    for rows in (3, 8):
+        hidden, residual = torch.randn(rows, 64), torch.randn(rows, 64)
+        for found, wanted in zip(compiled(hidden, residual), everything(hidden, residual), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_exported_programs_keep_the_op():
+    class Block(torch.nn.Module):
+        def forward(self, hidden):
+            return ops.cap(hidden, unit(1, 1, 16), torch.ones(1, 1))
+
+    program = torch.export.export(Block(), (torch.zeros(3, 16),))
+    assert "axiscap.cap.default" in str(program.graph)
+    hidden = torch.randn(3, 16)
+    assert_same_bits(program.module()(hidden), Block()(hidden))
+
+
+def test_both_doors_run_the_same_code():
+    hidden = torch.randn(9, 100).bfloat16()
+    axes, floors = unit(1, 2, 100), torch.zeros(1, 2)
+    results = [hidden.clone() for _ in range(3)]
+    _C.cap_(results[0], axes, floors)
+    torch.ops.axiscap.cap_(results[1], axes, floors)
+    _C.Bank(axes, floors).cap_(results[2])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+# Statistics.
+
+
+@given(inputs())
+def test_statistics_are_exact(case):
+    _, projections, fired = torch.ops.axiscap.cap(case.hidden, *case.call())
+    stats = ops.new_stats(*case.floors.shape)
+    for part in (slice(0, 5), slice(5, None)):
+        ops.accumulate_(stats, projections[part], case.floors, None if case.slots is None else case.slots[part])
+    field = {name: stats[..., i] for i, name in enumerate(_C.STAT_FIELDS)}
+    slots = torch.zeros(len(projections)) if case.slots is None else case.slots
+    for slot in range(len(case.floors)):
+        mine = projections[slots == slot].double()
+        finite = mine[mine.isfinite().all(-1)]
+        floors = case.floors[slot].double()
+        below = finite < floors
+        assert field["seen"][slot].tolist() == [len(mine)] * mine.shape[1]
+        assert field["nonfinite"][slot].tolist() == [len(mine) - len(finite)] * mine.shape[1]
+        assert field["below"][slot].tolist() == below.sum(0).tolist()
+        # The sums are those of the order of rows, in float64.
+        assert field["sum"][slot].tolist() == [sum(column) for column in finite.T.tolist()]
+        shortfall = [sum((floors[k] - finite[below[:, k], k]).tolist()) for k in range(mine.shape[1])]
+        assert field["shortfall"][slot].tolist() == shortfall
+        if len(finite):
+            assert field["min"][slot].tolist() == finite.min(0).values.tolist()
+            assert field["max"][slot].tolist() == finite.max(0).values.tolist()
+        # A row fires exactly where its first direction below the floor does.
+        assert field["fired"][slot].sum().item() == int(fired[slots == slot].any(-1).sum())
+
+
+# Errors: one sentence that names the argument, and nothing changed.
+
+H = 16
+
+
+def _good():
+    return {
+        "hidden": torch.zeros(4, H),
+        "axes": unit(2, 1, H),
+        "floors": torch.ones(2, 1),
+        "slots": torch.zeros(4, dtype=torch.int32),
+        "projections": torch.zeros(4, 1),
+    }
+
+
+BAD_CAP = {
+    "hidden dtype": ("hidden", lambda t: t.double(), TypeError, "hidden must be float32, bfloat16 or float16, got Double"),
+    "hidden integer": ("hidden", lambda t: t.int(), TypeError, "hidden must be float32"),
+    "hidden scalar": ("hidden", lambda t: torch.zeros(()), ValueError, r"hidden must have shape \(\.\.\., H\)"),
+    "hidden empty": ("hidden", lambda t: torch.zeros(4, 0), ValueError, "hidden must have shape"),
+    "hidden last stride": ("hidden", lambda t: torch.zeros(H, 4).T, ValueError, "hidden must have stride 1"),
+    "hidden row strides": (
+        "hidden",
+        lambda t: torch.zeros(2, 3, H)[:, :2],
+        ValueError,
+        "hidden must have rows with one uniform stride",
+    ),
+    "hidden overlapping": (
+        "hidden",
+        lambda t: torch.zeros(H).expand(4, H),
+        ValueError,
+        "hidden is changed in place, so its rows must not overlap",
+    ),
+    "hidden other H": ("hidden", lambda t: torch.zeros(4, H + 1), ValueError, "axes must have the H of hidden, 17"),
+    "hidden device": ("hidden", lambda t: t.to("meta"), ValueError, "axes must be on the device of hidden, meta, got cpu"),
+    "axes dtype": ("axes", lambda t: t.bfloat16(), TypeError, "axes must be Float, got BFloat16"),
+    "axes shape": ("axes", lambda t: t[0], ValueError, r"axes must have shape \(S, K, H\), got \[1, 16\]"),
+    "axes empty": ("axes", lambda t: t[:0], ValueError, "axes must have no dimension of size 0"),
+    "axes directions": ("axes", lambda t: t.expand(2, 65, H).contiguous(), ValueError, "axes must have at most 64"),
+    "axes stride": ("axes", lambda t: unit(2, 1, 2 * H)[..., ::2], ValueError, "axes must be contiguous"),
+    "axes device": ("axes", lambda t: t.to("meta"), ValueError, "floors must be on the device of axes, meta, got cpu"),
+    "floors dtype": ("floors", lambda t: t.double(), TypeError, "floors must be Float, got Double"),
+    "floors shape": ("floors", lambda t: t[0], ValueError, "floors must have the shape of axes less H"),
+    "slots dtype": ("slots", lambda t: t.long(), TypeError, "slots must be Int, got Long"),
+    "slots shape": ("slots", lambda t: t[:3], ValueError, r"slots must have shape \(rows,\) = \(4,\), got \[3\]"),
+    "slots stride": ("slots", lambda t: torch.zeros(8, dtype=torch.int32)[::2], ValueError, "slots must be contiguous"),
+    "slots too large": ("slots", lambda t: t + 2, IndexError, r"slots\[0\] must be in \[0, 2\) or -1, got 2"),
+    "slots too small": ("slots", lambda t: t - 2, IndexError, r"slots\[0\] must be in \[0, 2\) or -1, got -2"),
+    "slots late": (
+        "slots",
+        lambda t: torch.tensor([0, 0, 0, 2**31 - 1], dtype=torch.int32),
+        IndexError,
+        r"slots\[3\] must be in",
+    ),
+    "projections dtype": ("projections", lambda t: t.double(), TypeError, "projections must be Float"),
+    "projections shape": ("projections", lambda t: t[:, 0], ValueError, r"projections must have shape \[4, 1\]"),
+    "projections stride": (
+        "projections",
+        lambda t: torch.zeros(4, 2)[:, :1],
+        ValueError,
+        "projections must be contiguous",
+    ),
+}
+
+
+@pytest.mark.parametrize("door", ["ops", "library", "bank", "residual"])
+@pytest.mark.parametrize("name", list(BAD_CAP))
+def test_errors_name_the_argument_and_change_nothing(name, door):
+    argument, spoil, error, message = BAD_CAP[name]
+    if "device" in name and door == "library":
+        pytest.skip("the dispatcher takes a call with a meta tensor for one about shapes")
+    call = _good()
+    call[argument] = spoil(call[argument])
+    before = {key: value.clone() if value.device.type == "cpu" else None for key, value in call.items()}
+    hidden, axes, floors, slots, projections = call.values()
+    if door == "residual":
+        message = message.replace("hidden is", "residual is")
+    with pytest.raises(error, match=message) as caught:
+        if door == "ops":
+            ops.cap_(hidden, axes, floors, slots, projections=projections)
+        elif door == "library":
+            torch.ops.axiscap.cap_(hidden, axes, floors, slots, projections=projections)
+        elif door == "bank":
+            _C.Bank(axes, floors).cap_(hidden, slots, projections)
+        else:
+            residual = hidden if "overlap" in message else hidden.clone()
+            ops.cap_residual_(hidden.detach(), residual, axes, floors, slots, projections=projections)
+    assert "\n" not in str(caught.value)
+    for key, value in call.items():
+        if before[key] is not None:
+            assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "message"),
+    [
+        (torch.zeros(3, H), ValueError, "residual must have the shape of hidden"),
+        (torch.zeros(4, H, dtype=torch.bfloat16), TypeError, "residual must be Float, got BFloat16"),
+        (torch.zeros(H, 4).T, ValueError, "residual must have stride 1"),
+        (torch.zeros(4, H, requires_grad=True), ValueError, "residual requires grad"),
+    ],
+)
+def test_errors_of_the_residual(residual, error, message):
+    with pytest.raises(error, match=message):
+        ops.cap_residual_(torch.zeros(4, H), residual, unit(1, 1, H), torch.ones(1, 1))
+    assert not residual.any()
+
+
+def test_errors_of_cap_layers():
+    axes, floors = unit(2, 1, 1, H), torch.ones(2, 1, 1)
+    streams = [torch.zeros(4, H), torch.zeros(4, H)]
+    for hiddens, message in (
+        (streams[:1], "axes must have one entry for each of the 1 hiddens, got 2"),
+        ([streams[0], torch.zeros(3, H)], "hiddens must have one shape"),
+        ([streams[0], torch.zeros(H, 4).T], "hiddens must have stride 1"),
+        ([], "hiddens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.cap_layers_(hiddens, axes, floors)
+    with pytest.raises(TypeError, match="hiddens must be Float, got Half"):
+        ops.cap_layers_([streams[0], streams[1].half()], axes, floors)
+    with pytest.raises(IndexError, match=r"slots\[1\]"):
+        ops.cap_layers_(streams, axes, floors, torch.tensor([0, 1, 0, 0], dtype=torch.int32))
+    assert not streams[0].any()
+
+
+@pytest.mark.parametrize(
+    ("axes", "floors", "message"),
+    [
+        (unit(1, 1, H) * 1.01, torch.ones(1, 1), "axes must be finite and of unit length"),
+        (torch.full((1, 1, H), math.nan), torch.ones(1, 1), "axes must be finite and of unit length"),
+        (unit(1, 1, H), torch.full((1, 1), math.nan), "floors must be finite"),
+        (unit(1, 1, H), torch.full((1, 1), math.inf), "floors must be finite"),
+    ],
+)
+def test_a_bank_checks_its_values_once(axes, floors, message):
+    with pytest.raises(ValueError, match=message):
+        _C.Bank(axes, floors)
+
+
+def test_zero_rows_and_one_dimension():
+    axes, floors = unit(1, 1, 5), torch.ones(1, 1)
+    assert ops.cap_(torch.zeros(0, 5), axes, floors).shape == (0, 5)
+    assert ops.cap(torch.zeros(3, 0, 5), axes, floors).shape == (3, 0, 5)
+    assert ops.project(torch.zeros(3, 0, 5), axes).shape == (3, 0, 1)
+    assert ops.project(torch.zeros(5), axes).shape == (1,)
+    row = ops.cap_(torch.zeros(5), axes, floors)
+    assert row @ axes[0, 0] == pytest.approx(1)
+
+
+def test_reference_refuses_slots_outside_the_bank():
+    with pytest.raises(IndexError, match=r"slots must be in \[0, 1\) or -1"):
+        reference.cap(torch.zeros(1, 4), unit(1, 1, 4), torch.ones(1, 1), torch.tensor([1]))
+
+
+def test_the_same_call_gives_the_same_bits_every_time():
+    hidden = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    axes, floors = unit(1, 1, 4096), torch.zeros(1, 1)
+    seen = {hashlib.sha256(ops.cap(hidden, axes, floors).view(torch.int16).numpy().tobytes()).hexdigest() for _ in range(20)}
+    assert len(seen) == 1
+
+
+def test_version_is_one():
+    from importlib.metadata import version
+
+    assert axiscap.__version__ == version("axiscap")

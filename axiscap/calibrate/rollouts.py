@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,39 +119,62 @@ def _run_batch(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_to
         return_dict=True,
     ).to(model.device)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-    tokens = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-    prompt_length = inputs["input_ids"].shape[1]
-    answer = _answer_mask(tokens[:, prompt_length:], model, tokenizer)
-    mask = torch.cat([inputs["attention_mask"], answer.long()], dim=1)
-    activations = _mean_activations(model, tokens, mask, prompt_length, answer)
-    texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
-    return Rollouts([text.strip() for text in texts], activations)
+    with _AnswerMeans(model) as means:
+        # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
+        tokens = model.generate(
+            **inputs, **sampling, max_new_tokens=max_new_tokens + 1, pad_token_id=tokenizer.pad_token_id
+        )
+    answers = tokens[:, inputs["input_ids"].shape[1] :][:, :max_new_tokens]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return Rollouts([text.strip() for text in texts], means.result())
 
 
-def _answer_mask(answer: Tensor, model: Any, tokenizer: Any) -> Tensor:
-    """True up to the token before the first end-of-sequence one, and for the first token in any case."""
-    stop = model.generation_config.eos_token_id
-    stops = torch.tensor(stop if isinstance(stop, list) else [stop], device=answer.device)
-    ended = torch.isin(answer, stops).cumsum(1) > 0
-    ended[:, 0] = False
-    return ~ended
+class _AnswerMeans:
+    """Averages the block outputs over each answer's tokens while ``generate`` makes them, up to the end-of-sequence."""
 
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        stops = model.generation_config.eos_token_id
+        self.stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=model.device)
+        self.layers = decoder_layers(model)
+        self.running: Tensor | None = None  # (N,) whether the token being fed still belongs to the answer
+        self.ended: Tensor | None = None  # (N,) whether its end-of-sequence has been fed
+        self.count: Tensor | None = None  # (N,) answer tokens so far
+        self.sums: list[Tensor | None] = [None] * len(self.layers)  # (N, H) float64 each
 
-def _mean_activations(model: Any, tokens: Tensor, mask: Tensor, start: int, answer: Tensor) -> Tensor:
-    """Block outputs averaged over the answer's tokens, by one forward pass over prompts and answers: (N, layers, H)."""
-    layers = decoder_layers(model)
-    weights = answer.double() / answer.sum(1, keepdim=True)
-    means: list[Tensor] = []
+    def __enter__(self) -> _AnswerMeans:
+        self.handles = [self.model.get_input_embeddings().register_forward_pre_hook(self._before)]
+        self.handles += [
+            layer.register_forward_hook(partial(self._collect, index)) for index, layer in enumerate(self.layers)
+        ]
+        return self
 
-    def collect(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        means.append(torch.einsum("nth,nt->nh", hidden[:, start:].double(), weights.to(hidden.device)).float().cpu())
-
-    handles = [layer.register_forward_hook(collect) for layer in layers]
-    try:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
-    return torch.stack(means, dim=1)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        ids = args[0]
+        if self.count is None or self.ended is None:  # the prompt
+            self.count = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+            self.ended = self.count > 0
+            return
+        self.ended = self.ended | torch.isin(ids[:, -1], self.stops)
+        # An answer that ends at once would have no activations: its end-of-sequence stands for it.
+        self.running = ~self.ended | (self.count == 0)
+        self.count = self.count + self.running
+
+    def _collect(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self.running is None:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        last = hidden[:, -1].double() * self.running.to(hidden.device)[:, None]
+        known = self.sums[index]
+        self.sums[index] = last if known is None else known + last
+
+    def result(self) -> Tensor:
+        """(N, n_layers, H) float32."""
+        if self.count is None or self.running is None:
+            raise ValueError("the model ended all answers of a batch before their first token")
+        sums = [total.cpu() for total in self.sums if total is not None]
+        return (torch.stack(sums, dim=1) / self.count.cpu()[:, None, None]).float()

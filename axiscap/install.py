@@ -303,8 +303,14 @@ def install(
 
     Raises:
         ValueError: the profile does not fit the model, or its decoder layers cannot be told.
+        TypeError: profile is something else.
         RuntimeError: the model has an installation already.
     """
+    if not isinstance(profile, CapProfile | Mapping):
+        raise TypeError(
+            f"profile must be a CapProfile or a mapping of names to them, got {type(profile).__name__}; "
+            "read a file with CapProfile.load"
+        )
     profiles = {DEFAULT_NAME: profile} if isinstance(profile, CapProfile) else dict(profile)
     if not profiles:
         raise ValueError("profile must be a CapProfile or a mapping with at least one")

@@ -212,6 +212,7 @@ class CapProfile:
 
 def _check_header_size(path: Path) -> None:
     size = path.stat().st_size
+    _require(not path.is_dir(), "is a folder")
     _require(size <= MAX_FILE_BYTES, f"{size} bytes, more than the {MAX_FILE_BYTES} that a profile may have")
     with path.open("rb") as file:
         start = file.read(8)

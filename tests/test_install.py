@@ -1,0 +1,617 @@
+"""Installation into transformers models: every architecture by its structure, every way to run it, and out again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from conftest import assert_same_bits, profile_for, unit
+from torch import nn
+
+import axiscap
+from axiscap import CapProfile, models
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+OLD = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
+
+ARCHITECTURES = {
+    "Llama": ("LlamaConfig", SMALL),
+    "Qwen2": ("Qwen2Config", SMALL),
+    "Qwen3": ("Qwen3Config", SMALL | {"head_dim": 8}),
+    "Gemma2": ("Gemma2Config", SMALL | {"head_dim": 8}),
+    "Gemma3": ("Gemma3TextConfig", SMALL | {"head_dim": 8}),
+    "Mistral": ("MistralConfig", SMALL),
+    "Phi": ("PhiConfig", SMALL),
+    "Phi3": ("Phi3Config", SMALL),
+    "GPT2": ("GPT2Config", SMALL | OLD),
+    "GPTNeoX": ("GPTNeoXConfig", SMALL),
+    "Falcon": ("FalconConfig", SMALL),
+    "Mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 4}),
+    "Qwen2Moe": ("Qwen2MoeConfig", SMALL | MOE | {"shared_expert_intermediate_size": 24}),
+    "Qwen3Moe": ("Qwen3MoeConfig", SMALL | MOE | {"head_dim": 8}),
+    "OPT": ("OPTConfig", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Bloom": ("BloomConfig", SMALL | {"n_layer": 4, "n_head": 4}),
+    "GPTJ": ("GPTJConfig", SMALL | OLD | {"rotary_dim": 8}),
+    "StableLm": ("StableLmConfig", SMALL),
+    "Olmo2": ("Olmo2Config", SMALL),
+    "Cohere": ("CohereConfig", SMALL),
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+FLOOR = 0.4
+LAYERS = [1, 2]
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config_name, arguments = ARCHITECTURES[name]
+    config = getattr(transformers, config_name)(**arguments)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def gemma3_multimodal() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=4, image_token_index=90
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+def llava() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SMALL), vision_config=transformers.CLIPVisionConfig(**VISION)
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def peft_wrapped() -> nn.Module:
+    import peft
+
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    return peft.get_peft_model(build("Llama"), lora).eval()
+
+
+WRAPPED = {"Gemma3 multimodal": gemma3_multimodal, "Llava": llava, "PEFT": peft_wrapped}
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return build("Llama")
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor | None = None):
+    """Equation 1 in the simplest hooks that one can write, for any model whose layers the profile counts.
+
+    prompt_mask: which tokens of the prompts are real; those of a pass over one new token all are.
+    """
+    blocks = models.decoder_layers(model)
+
+    def hook_for(axis, floor):
+        def hook(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            capped = hidden - ((hidden @ axis) - floor).clamp(max=0)[..., None] * axis
+            batch, length = hidden.shape[:2]
+            if prompt_mask is not None and length >= prompt_mask.shape[1]:
+                real = nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1).bool()
+                real = real.repeat_interleave(batch // len(real), 0)
+                capped = torch.where(real[..., None], capped, hidden)
+            return (capped, *output[1:]) if isinstance(output, tuple) else capped
+
+        return hook
+
+    handles = [
+        blocks[layer].register_forward_hook(hook_for(profile.axes[i, 0], profile.floors[i, 0]))
+        for i, layer in enumerate(profile.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_caps_and_leaves_no_trace(model: nn.Module) -> None:
+    profile = profile_for(model, LAYERS, FLOOR)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with plain_cap(model, profile):
+            wanted = model(input_ids=ids).logits
+        before = hooks_and_attributes(model)
+        with axiscap.install(model, profile) as cap:
+            found = model(input_ids=ids).logits
+            stats, projections = cap.stats()["default"], cap.projections()
+        again = model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    assert (found - plain).abs().max() > 1e-4, "the cap should have changed something"
+    assert_same_bits(again, plain)
+    assert hooks_and_attributes(model) == before
+    for layer in LAYERS:
+        assert stats[layer].rows == ids.numel()
+        assert stats[layer].fired == int((projections[layer] < FLOOR).sum()) > 0
+        assert projections[layer].shape == (2, 9, 1)
+
+
+def hooks_and_attributes(model: nn.Module) -> list[tuple[str, int, int, tuple[str, ...]]]:
+    return [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks), tuple(sorted(module.__dict__)))
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_architectures(name):
+    check_caps_and_leaves_no_trace(build(name))
+
+
+@pytest.mark.parametrize("name", list(WRAPPED))
+def test_wrapped_models(name):
+    check_caps_and_leaves_no_trace(WRAPPED[name]())
+
+
+class Homemade(nn.Module):
+    """No transformers model: layers that return tuples, under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(97, 32)
+        self.trunk = nn.Module()
+        self.trunk.steps = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for step in self.trunk.steps:
+            hidden = hidden + step(hidden)
+        return hidden
+
+
+def test_explicit_layers():
+    model = Homemade()
+    profile = CapProfile([3], unit(1, 1, 32), torch.full((1, 1), 5.0))
+    with pytest.raises(ValueError, match="cannot tell the decoder layers of Homemade.*name the list with layers="):
+        axiscap.install(model, profile)
+    ids = tokens(2, 5)
+    for layers in ("trunk.steps", list(model.trunk.steps)):
+        seen = []
+        with axiscap.install(model, profile, layers=layers) as cap, torch.no_grad():
+            handle = model.trunk.steps[3].register_forward_hook(lambda m, a, output, seen=seen: seen.append(output))
+            model(ids)
+            handle.remove()
+        torch.testing.assert_close(seen[0] @ profile.axes[0, 0], torch.full((2, 5), 5.0))
+        assert cap.stats()["default"][3].fired == 10
+    for layers, message in (
+        ("trunk.nothing", "the model has no module 'trunk.nothing'"),
+        ("embed", "'embed' is a Embedding, not a non-empty list"),
+        ([], "layers must be a dotted name or a non-empty sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            axiscap.install(model, profile, layers=layers)
+
+
+def test_an_encoder_decoder_model_is_refused():
+    config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    profile = CapProfile([0], unit(1, 1, 32), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="encoder-decoder model; say which stack to cap with layers="):
+        axiscap.install(transformers.T5ForConditionalGeneration(config), profile)
+
+
+# Ways to generate: what comes out is what the plain hooks give.
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+CACHES = {
+    "dynamic": {"cache_implementation": "dynamic"},
+    "static": {"cache_implementation": "static"},
+    "offloaded static": {"cache_implementation": "offloaded_static"},
+    "none": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("name", list(CACHES))
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_generate(name, side, llama):
+    if "offloaded" in name and not torch.cuda.is_available():
+        pytest.skip("an offloaded cache needs an accelerator to be offloaded from")
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids, mask = tokens(3, 8), torch.ones(3, 8, dtype=torch.long)
+    if side != "none":
+        mask[1, slice(0, 3) if side == "left" else slice(5, 8)] = 0
+        ids[mask == 0] = 0
+    options = GREEDY | CACHES[name]
+
+    def generate():
+        torch.manual_seed(3)
+        output = llama.generate(
+            ids, attention_mask=mask, **options, output_scores=True, return_dict_in_generate=True, disable_compile=True
+        )
+        return output.sequences, torch.stack(output.scores)
+
+    plain = generate()
+    with plain_cap(llama, profile, mask):
+        wanted = generate()
+    with axiscap.install(llama, profile) as cap:
+        found = generate()
+        stats = cap.stats()["default"]
+    assert torch.equal(found[0], wanted[0])
+    # Scores of beams that ended or tokens that may not come are -inf in both.
+    torch.testing.assert_close(found[1], wanted[1], atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(plain[1], wanted[1], atol=1e-3)
+    real = int(mask.sum())
+    several = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
+    if name == "none":  # every step runs the whole sequence again
+        wanted_rows = sum(real + 3 * step for step in range(12))
+    elif name == "beams":
+        wanted_rows = None  # the prompt may run once a sequence or once a beam
+    else:
+        wanted_rows = several * (real + 3 * 11)
+    if wanted_rows is not None:
+        assert {layer: stats[layer].rows for layer in LAYERS} == dict.fromkeys(LAYERS, wanted_rows)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_capped_nor_measured(side, llama):
+    profile = profile_for(llama, LAYERS, 1e3)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, slice(0, 2) if side == "left" else slice(4, 6)] = 0
+    seen = []
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        llama.model.layers[1].register_forward_hook(lambda m, a, output: seen.append(output))
+        llama(tokens(2, 6), attention_mask=mask)
+        projections = cap.projections()[1][..., 0]
+        assert cap.stats()["default"][1].rows == 10
+    assert torch.equal(projections.isnan(), mask == 0)
+    lifted = (seen[0] @ profile.axes[0, 0] - 1e3).abs() < 0.1
+    assert torch.equal(lifted, mask == 1)
+
+
+def test_a_positional_mask_counts_too(llama):
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with axiscap.install(llama, profile_for(llama, LAYERS, 0.0)) as cap, torch.no_grad():
+        llama(tokens(2, 3), mask)
+        assert cap.stats()["default"][1].rows == 5
+
+
+def test_positions_generated(llama):
+    """The prompt is left alone; every token that the model wrote is capped when it is fed back."""
+    profile = profile_for(llama, LAYERS, 1e3)
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    for cached in (True, False):
+        with axiscap.install(llama, profile, positions="generated") as cap, torch.no_grad():
+            llama.generate(ids, attention_mask=mask, **GREEDY, use_cache=cached)
+            rows = cap.stats()["default"][1].rows
+            assert rows == 2 * (11 if cached else sum(range(12)))
+            last = cap.projections()[1][..., 0]
+            assert not last[:, -1].isnan().any()
+            if not cached:
+                assert last[:, :7].isnan().all()
+            llama.generate(ids, attention_mask=mask, **GREEDY)
+            assert cap.stats()["default"][1].rows == rows + 2 * 11
+    with axiscap.install(llama, profile, positions="generated") as cap, torch.no_grad():
+        out = llama(ids)
+        assert cap.stats()["default"][1].rows == 0
+        llama(tokens(2, 1), past_key_values=out.past_key_values)
+        assert cap.stats()["default"][1].rows == 2
+    with pytest.raises(ValueError, match="positions must be 'all' or 'generated', got 'some'"):
+        axiscap.install(llama, profile, positions="some")
+
+
+# Several profiles.
+
+
+def test_a_profile_for_each_sequence(llama):
+    names = {
+        "low": profile_for(llama, [1], 0.3),
+        "high": CapProfile([0, 2], unit(2, 2, 32, seed=7), torch.full((2, 2), 0.8)),
+    }
+    ids = tokens(3, 6)
+    choice = ["high", None, "low"]
+
+    def alone(name):
+        if name is None:
+            return llama.generate(ids[i : i + 1], **GREEDY)
+        with axiscap.install(llama, names[name]):
+            return llama.generate(ids[i : i + 1], **GREEDY)
+
+    wanted = []
+    for i, name in enumerate(choice):
+        wanted.append(alone(name))
+    with axiscap.install(llama, names) as cap:
+        cap.select(choice)
+        found = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        stats = cap.stats()
+        assert {layer: s.rows for layer, s in stats["low"].items()} == {1: 6 + 11}
+        assert {layer: s.rows for layer, s in stats["high"].items()} == {0: 6 + 11, 2: 6 + 11}
+        cap.reset_stats()
+        cap.select("low")
+        llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, num_beams=2)
+        assert cap.stats()["high"][0].rows == 0
+        assert cap.stats()["low"][1].rows > 0
+        cap.select(None)
+        uncapped = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        with pytest.raises(KeyError, match="no profile 'middle' is installed; there are low, high"):
+            cap.select(["low", "middle", None])
+        with pytest.raises(ValueError, match="names must not be empty"):
+            cap.select([])
+        cap.select(["low", "high"])
+        with pytest.raises(ValueError, match="profiles are selected for 2 sequences, but the batch has 3"):
+            llama(ids)
+    assert torch.equal(found, torch.cat(wanted))
+    assert torch.equal(uncapped, llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
+
+
+def test_beams_follow_their_sequence(llama):
+    names = {"low": profile_for(llama, [1], 0.3), "high": profile_for(llama, [1], 2.0)}
+    ids = tokens(2, 5)
+    wanted = []
+    for i, name in enumerate(["high", "low"]):
+        with axiscap.install(llama, names[name]):
+            wanted.append(llama.generate(ids[i : i + 1], **GREEDY, num_beams=3))
+    with axiscap.install(llama, names) as cap:
+        cap.select(["high", "low"])
+        found = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, num_beams=3)
+    assert torch.equal(found, torch.cat(wanted))
+
+
+# Other ways in which a model may run.
+
+
+def test_compiled_models(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids, short = tokens(2, 9), tokens(3, 4)
+    with torch.no_grad(), plain_cap(llama, profile):
+        wanted, wanted_short = llama(ids).logits, llama(short).logits
+    with torch.no_grad():
+        plain = llama(ids).logits
+        compiled = torch.compile(llama)
+        torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
+        with axiscap.install(compiled, profile) as cap:
+            torch.testing.assert_close(compiled(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(compiled(short).logits, wanted_short, atol=2e-5, rtol=2e-5)
+            assert cap.stats()["default"][1].rows == 18 + 12
+        torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
+        # Compiled with the cap in place, and after it has gone.
+        with axiscap.install(llama, profile) as cap:
+            inner = torch.compile(llama)
+            torch.testing.assert_close(inner(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            assert cap.stats()["default"][1].rows == 18
+        torch.testing.assert_close(inner(ids).logits, plain, atol=2e-5, rtol=2e-5)
+
+
+def test_compiled_with_a_selection(llama):
+    names = {"low": profile_for(llama, [1], 0.3), "high": profile_for(llama, [2], 1.5)}
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    compiled = torch.compile(llama)
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+        for choice in (["low", None], ["high", "low"], "high"):
+            cap.select(choice)
+            wanted = llama(ids, attention_mask=mask).logits
+            found = compiled(ids, attention_mask=mask).logits
+            real = mask.bool()
+            torch.testing.assert_close(found[real], wanted[real], atol=2e-5, rtol=2e-5)
+        assert cap.stats()["high"][2].rows == 2 * (5 + 12)
+
+
+def test_offloaded_weights(llama, tmp_path):
+    """accelerate's hooks replace the forwards of modules whose weights lie on disk."""
+    from accelerate import cpu_offload, disk_offload
+
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+    with torch.no_grad(), plain_cap(llama, profile):
+        wanted = llama(ids).logits
+    for offload in (lambda m: cpu_offload(m), lambda m: disk_offload(m, tmp_path / "weights")):
+        model = offload(copy.deepcopy(llama))
+        with torch.no_grad(), axiscap.install(model, profile):
+            torch.testing.assert_close(model(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_device_map(llama, tmp_path):
+    """Loaded with a device_map, part of it on disk."""
+    llama.save_pretrained(tmp_path / "model")
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = dict.fromkeys(names, "cpu") | {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+    with torch.no_grad(), plain_cap(llama, profile):
+        wanted = llama(ids).logits
+    with torch.no_grad(), axiscap.install(model, profile) as cap:
+        torch.testing.assert_close(model(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+        assert cap.stats()["default"][2].rows == 12
+
+
+def test_quantised_weights(llama):
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(llama), {nn.Linear}, torch.qint8)
+    check_caps_and_leaves_no_trace(quantised)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(llama, dtype):
+    model = llama.to(dtype)
+    profile = profile_for(model, LAYERS, FLOOR)
+    outputs = []
+    with axiscap.install(model, profile), torch.no_grad():
+        model.model.layers[2].register_forward_hook(lambda m, a, output: outputs.append(output))
+        model(tokens(2, 6))
+    projections = outputs[0].float() @ profile.axes[1, 0]
+    assert outputs[0].dtype == dtype
+    assert bool((projections > FLOOR - 0.02).all())
+
+
+def test_gradients_flow_through_the_cap(llama):
+    """Training with the cap in force: the gradients are those of the plain hooks."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+
+    def gradient():
+        llama.zero_grad()
+        llama(ids, labels=ids).loss.backward()
+        return llama.model.embed_tokens.weight.grad.clone()
+
+    with plain_cap(llama, profile):
+        wanted = gradient()
+    with axiscap.install(llama, profile):
+        found = gradient()
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    assert wanted.abs().max() > 0
+
+
+# Handles and mistakes.
+
+
+def test_installing_twice_is_an_error_that_says_so(llama):
+    profile = profile_for(llama, LAYERS, 0.0)
+    handle = axiscap.install(llama, profile)
+    for again in (llama, torch.compile(llama)):
+        with pytest.raises(RuntimeError, match="has an AxisCap installation already; remove it first"):
+            axiscap.install(again, profile)
+    handle.remove()
+    handle.remove()
+    axiscap.install(llama, profile).remove()
+
+
+def test_an_exception_inside_leaves_nothing_behind(llama):
+    before = hooks_and_attributes(llama)
+    with pytest.raises(ZeroDivisionError), axiscap.install(llama, profile_for(llama, LAYERS, 0.0)):
+        raise ZeroDivisionError
+    assert hooks_and_attributes(llama) == before
+
+
+def test_an_exception_in_the_middle_of_a_forward_pass(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(1, 5)
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        wanted = llama(ids).logits
+        handle = llama.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate(ids, **GREEDY)
+        handle.remove()
+        assert_same_bits(llama(ids).logits, wanted)
+        assert cap.stats()["default"][1].rows == 15
+        assert cap.stats()["default"][2].rows == 10
+
+
+def test_a_failing_installation_leaves_nothing_behind(llama, monkeypatch):
+    before = hooks_and_attributes(llama)
+    last = llama.model.layers[2]
+    monkeypatch.setattr(last, "register_forward_hook", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        axiscap.install(llama, profile_for(llama, LAYERS, 0.0))
+    monkeypatch.undo()
+    assert hooks_and_attributes(llama) == before
+    axiscap.install(llama, profile_for(llama, LAYERS, 0.0)).remove()
+
+
+@pytest.mark.parametrize(
+    ("profile", "error", "message"),
+    [
+        (CapProfile([0], unit(1, 1, 16), torch.zeros(1, 1)), ValueError, "has hidden size 16, the model 32"),
+        (CapProfile([4], unit(1, 1, 32), torch.zeros(1, 1)), ValueError, "caps layer 4, but the model has 4 layers"),
+        (
+            CapProfile([0], unit(1, 1, 32), torch.zeros(1, 1), {"model": {"num_layers": 12}}),
+            ValueError,
+            "is for a model of 12 layers, this one has 4",
+        ),
+        (CapProfile([0], unit(1, 65, 32), torch.zeros(1, 65)), ValueError, "has 65 directions, at most 64"),
+        ({}, ValueError, "profile must be a CapProfile or a mapping with at least one"),
+        ({"a": "file.safetensors"}, TypeError, "profile 'a' must be a CapProfile, got str"),
+        ("file.safetensors", TypeError, "profile must be a CapProfile or a mapping of names to them, got str"),
+    ],
+)
+def test_profiles_that_do_not_fit(profile, error, message, llama):
+    before = hooks_and_attributes(llama)
+    with pytest.raises(error, match=message):
+        axiscap.install(llama, profile)
+    assert hooks_and_attributes(llama) == before
+
+
+def test_changing_the_profile_later_changes_nothing(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    with axiscap.install(llama, profile), torch.no_grad():
+        before = llama(tokens(1, 5)).logits
+        profile.floors.fill_(50.0)
+        profile.axes.neg_()
+        assert_same_bits(llama(tokens(1, 5)).logits, before)
+
+
+def test_stats_say_what_was_seen(llama):
+    profile = profile_for(llama, [2], FLOOR, directions=2)
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        empty = cap.stats()["default"][2]
+        assert (empty.rows, empty.fired, empty.nonfinite) == (0, 0, 0)
+        assert all(math.isnan(value) for value in empty.mean + empty.min + empty.max + empty.mean_shortfall)
+        parts = []
+        for seed in range(3):
+            llama(tokens(2, 5, seed=seed))
+            parts.append(cap.projections()[2].reshape(-1, 2))
+        seen = torch.cat(parts).double()
+        stats = cap.stats()["default"][2]
+        assert stats.rows == 30
+        assert stats.fired == int((seen < FLOOR).any(-1).sum())
+        assert stats.min == tuple(seen.min(0).values.tolist())
+        assert stats.max == tuple(seen.max(0).values.tolist())
+        assert stats.mean == pytest.approx(tuple(seen.mean(0).tolist()), rel=1e-14)
+        floor = profile.floors[0, 0].item()
+        short = tuple((floor - seen[seen[:, k] < floor, k]).mean().item() for k in range(2))
+        assert stats.mean_shortfall == pytest.approx(short, rel=1e-12)
+        cap.reset_stats()
+        assert cap.stats()["default"][2].rows == 0
+    assert cap.stats()["default"][2].rows == 0
+
+
+def test_rows_that_are_not_finite_are_counted(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+
+    def spoil(module, args, output):
+        output[0, 2, 0] = math.inf
+
+    llama.model.layers[1].register_forward_hook(spoil)
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        llama(tokens(2, 5))
+        stats = cap.stats()["default"]
+    assert (stats[1].rows, stats[1].nonfinite) == (10, 1)
+    assert math.isfinite(stats[1].mean[0])
+
+
+def test_layers_that_return_no_rows_are_refused(llama):
+    llama.model.layers[1].register_forward_hook(lambda m, a, output: {"hidden": output})
+    with axiscap.install(llama, profile_for(llama, LAYERS, 0.0)), pytest.raises(TypeError, match="layer 1 returned no"):
+        llama(tokens(1, 4))

@@ -1,0 +1,145 @@
+"""The published files: the sign, the norm, and nothing executed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import unit
+
+from axiscap import CapProfile, ProfileError, interop, reference
+
+
+def config():
+    """Two layers, one with two interventions; vectors of any length, pointing away from the Assistant."""
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "vectors": {
+            f"layer_{layer}/{name}": {"vector": torch.randn(16, generator=generator) * 7, "layer": layer}
+            for layer, name in ((3, "a"), (3, "b"), (5, "a"))
+        },
+        "experiments": [
+            {
+                "id": "layers_3:6-p0.25",
+                "interventions": [
+                    {"vector": "layer_5/a", "cap": 0.5},
+                    {"vector": "layer_3/a", "cap": -0.25},
+                    {"vector": "layer_3/b", "cap": 1.5},
+                ],
+            },
+            {"id": "another", "interventions": [{"vector": "layer_3/a", "cap": 0.0}]},
+        ],
+    }
+
+
+def ceiling(hidden: torch.Tensor, vector: torch.Tensor, cap: float) -> torch.Tensor:
+    """The published operation, from its description."""
+    v = vector / vector.norm()
+    excess = (hidden @ v - cap).clamp(min=0)
+    return hidden - excess[:, None] * v
+
+
+def test_a_published_ceiling_becomes_the_same_operation(tmp_path):
+    path = tmp_path / "config.pt"
+    torch.save(config(), path)
+    assert interop.experiments(path) == ["layers_3:6-p0.25", "another"]
+    profile = interop.read_capping_config(path, "layers_3:6-p0.25", {"model": {"id": "m"}})
+    assert profile.layers == (3, 5)
+    assert profile.provenance["model"] == {"id": "m"}
+    hidden = torch.randn(50, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vectors = {name: entry["vector"].double() for name, entry in config()["vectors"].items()}
+    wanted = {
+        3: ceiling(ceiling(hidden, vectors["layer_3/a"], -0.25), vectors["layer_3/b"], 1.5),
+        5: ceiling(hidden, vectors["layer_5/a"], 0.5),
+    }
+    for index, layer in enumerate(profile.layers):
+        found = reference.cap(hidden, profile.axes[index : index + 1], profile.floors[index : index + 1])
+        torch.testing.assert_close(found, wanted[layer], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(found, hidden)
+
+
+def test_written_back_it_reads_as_it_was(tmp_path):
+    profile = CapProfile([1, 4], unit(2, 2, 8), torch.tensor([[0.5, -math.inf], [-1.0, 2.0]]))
+    interop.write_capping_config(profile, tmp_path / "out.pt", "mine")
+    again = interop.read_capping_config(tmp_path / "out.pt", "mine")
+    assert again.layers == profile.layers
+    torch.testing.assert_close(again.floors, profile.floors)
+    torch.testing.assert_close(again.axes[1], profile.axes[1])
+    torch.testing.assert_close(again.axes[0, 0], profile.axes[0, 0])
+    stored = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert stored["experiments"][0]["interventions"][0] == {"vector": "layer_1/direction_0", "cap": -0.5}
+    torch.testing.assert_close(stored["vectors"]["layer_1/direction_0"]["vector"], -profile.axes[0, 0])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_axis_files(tmp_path, wrapped):
+    axis = torch.randn(6, 12).bfloat16()
+    torch.save({"axis": axis} if wrapped else axis, tmp_path / "axis.pt")
+    read = interop.read_axis(tmp_path / "axis.pt")
+    assert read.dtype == torch.float32
+    assert torch.equal(read, axis.float())
+    interop.write_axis(read, tmp_path / "again.pt")
+    assert torch.equal(interop.read_axis(tmp_path / "again.pt"), read)
+
+
+class _Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def test_a_pickle_that_executes_code_is_refused(tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"vectors": {}, "experiments": [], "extra": _Evil(str(tmp_path / "executed"))}, path)
+    for read in (lambda: interop.experiments(path), lambda: interop.read_axis(path)):
+        with pytest.raises(ProfileError, match="only full unpickling, which executes code, could load"):
+            read()
+    assert not (tmp_path / "executed").exists()
+
+
+def _spoil(**changes):
+    result = config()
+    result.update(changes)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"vectors": {}}, "not a capping config"),
+        ([1, 2], "not a capping config"),
+        (_spoil(experiments=[{"id": "x"}]), "not a capping config"),
+        (_spoil(experiments=[{"id": "x", "interventions": []}]), "experiment 'x' has no interventions"),
+        (_spoil(vectors={}), "an intervention of 'x' lacks 'layer_3/a'"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.zeros(4), "layer": 3}}), "has length 0"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.full((4,), math.nan), "layer": 3}}), "must be finite"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.ones(2, 2), "layer": 3}}), "must have 1 dimensions"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.ones(4), "layer": -3}}), "layer must be a non-negative integer"),
+        (_spoil(vectors={"layer_3/a": {"vector": [1.0], "layer": 3}}), "must be a dense floating-point tensor"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.ones(1).expand(1 << 40), "layer": 3}}), "a sensible size"),
+    ],
+)
+def test_configs_that_are_none(tmp_path, content, message):
+    if isinstance(content, dict) and content.get("experiments", [{}])[0].get("id") == "layers_3:6-p0.25":
+        content["experiments"] = [{"id": "x", "interventions": [{"vector": "layer_3/a", "cap": 0.0}]}]
+    path = tmp_path / "config.pt"
+    torch.save(content, path)
+    with pytest.raises(ProfileError, match=message):
+        interop.read_capping_config(path, "x")
+
+
+def test_an_unknown_experiment_names_those_there_are(tmp_path):
+    torch.save(config(), tmp_path / "config.pt")
+    with pytest.raises(ProfileError, match=r"no experiment 'x'; it has layers_3:6-p0\.25, another"):
+        interop.read_capping_config(tmp_path / "config.pt", "x")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\x03\x04" + b"\0" * 50])
+def test_files_that_are_no_torch_files(tmp_path, content):
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="not loaded, because"):
+        interop.read_axis(path)

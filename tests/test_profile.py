@@ -1,0 +1,178 @@
+"""Profiles: what is saved comes back, and what is wrong gets a sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from conftest import unit
+from safetensors.torch import save, save_file
+
+from axiscap import CapProfile, ProfileError
+
+
+def good(**changes):
+    fields = {
+        "layers": [2, 5],
+        "axes": unit(2, 3, 16),
+        "floors": torch.tensor([[1.0, -math.inf, 0.5], [2.0, 3.0, -4.0]]),
+        "provenance": {"model": {"id": "a model", "num_layers": 8, "hidden_size": 16}, "note": "naïve ✓"},
+        "axis_all": torch.randn(8, 16, generator=torch.Generator().manual_seed(0)),
+        "quantiles": torch.arange(16.0).reshape(8, 2),
+    } | changes
+    return CapProfile(**fields)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    saved = good()
+    saved.save(path)
+    loaded = CapProfile.load(path)
+    assert loaded.layers == (2, 5)
+    for name in ("axes", "floors", "axis_all", "quantiles"):
+        assert torch.equal(getattr(loaded, name), getattr(saved, name))
+    assert loaded.provenance == saved.provenance
+    assert (loaded.hidden_size, loaded.directions, loaded.num_layers) == (16, 3, 8)
+
+
+def test_the_optional_parts_are_optional(tmp_path):
+    path = tmp_path / "small.safetensors"
+    CapProfile([0], unit(1, 1, 4), torch.zeros(1, 1)).save(path)
+    loaded = CapProfile.load(path)
+    assert (loaded.axis_all, loaded.quantiles, loaded.num_layers, loaded.provenance) == (None, None, None, {})
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    good().save(path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        good(provenance={"not json": object()}).save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": unit(2, 3, 16).double()}, "axes must be float32, got torch.float64"),
+        ({"axes": unit(2, 16)}, "axes must have 3 dimensions, got 2"),
+        ({"axes": torch.zeros(0, 3, 16)}, "axes must not be empty"),
+        ({"axes": unit(2, 3, 16) * 1.01}, "axes must be of unit length within 0.001, one is off by 0.01"),
+        ({"axes": torch.full((2, 3, 16), math.nan)}, "axes must be finite"),
+        ({"axes": [[1.0]]}, "axes must be a tensor, got list"),
+        ({"axes": unit(2, 3, 12), "axis_all": None}, "axes must have the model's hidden size 16, got 12"),
+        ({"axes": unit(2, 3, 12)}, "axis_all must have H = 12 columns, got 16"),
+        ({"floors": torch.zeros(2, 2)}, r"floors must have shape \(2, 3\) like axes, got \(2, 2\)"),
+        ({"floors": torch.full((2, 3), math.nan)}, "floors must be finite, or -inf"),
+        ({"floors": torch.full((2, 3), math.inf)}, "floors must be finite, or -inf"),
+        ({"layers": [2]}, "layers must name the 2 layers of axes, got 1"),
+        ({"layers": [5, 2]}, "layers must be ascending from 0"),
+        ({"layers": [2, 2]}, "layers must be ascending from 0"),
+        ({"layers": [-1, 2]}, "layers must be ascending from 0"),
+        ({"layers": [2, 8]}, "layers must be below 8, the model's layer count, got 8"),
+        ({"axis_all": torch.zeros(7, 16)}, "axis_all must have a row for each of the model's 8 layers"),
+        ({"axis_all": torch.full((8, 16), math.inf)}, "axis_all must be finite"),
+        ({"quantiles": torch.zeros(7, 2)}, "quantiles must have a row for each of the model's 8 layers"),
+        ({"quantiles": torch.full((8, 2), math.nan)}, "quantiles must be finite"),
+        ({"provenance": {"model": {"num_layers": "8"}}}, "num_layers must be positive, got '8'"),
+    ],
+)
+def test_a_profile_that_is_not_one(changes, message):
+    with pytest.raises(ProfileError, match=message):
+        good(**changes)
+
+
+TENSORS = {"layers": torch.tensor([0]), "axes": unit(1, 1, 4), "floors": torch.zeros(1, 1)}
+METADATA = {"format": "axiscap", "version": "1", "provenance": "{}"}
+
+
+def _file(tensors=None, **metadata):
+    wanted = {key: value for key, value in (METADATA | metadata).items() if value is not None}
+    return save(TENSORS | (tensors or {}), wanted)
+
+
+def _header(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
+HOSTILE = {
+    "empty": (b"", "too short"),
+    "short": (b"\x01\x02", "too short"),
+    "text": (b"this is no safetensors file, but it is long enough", "truncated or no safetensors file"),
+    "truncated": (_file()[:-5], "not a valid safetensors file"),
+    "truncated in its header": (_file()[:60], "truncated or no safetensors file"),
+    "header larger than the file": (struct.pack("<Q", 2**63) + b"{}", "truncated or no safetensors file"),
+    "huge header": (_header(b" " * (9 << 20)), "more than the 8388608 allowed"),
+    "header of garbage": (_header(b"\xff\xfe" * 20), "not a valid safetensors file"),
+    "deep header": (_header(b"[" * 100000), "not a valid safetensors file"),
+    "offsets outside": (
+        _header(json.dumps({"axes": {"dtype": "F32", "shape": [1, 1, 4], "data_offsets": [0, 1 << 40]}}).encode()),
+        "not a valid safetensors file",
+    ),
+    "shape that overflows": (
+        _header(json.dumps({"axes": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 16]}}).encode() + b" ")
+        + b"\0" * 16,
+        "not a valid safetensors file",
+    ),
+    "not a profile": (save(TENSORS), "not an AxisCap profile"),
+    "other version": (_file(version="2"), "format version 2 is not one this AxisCap reads"),
+    "no floors": (save({k: v for k, v in TENSORS.items() if k != "floors"}, METADATA), "tensors are missing: floors"),
+    "another tensor": (_file({"weights": torch.zeros(3)}), "unknown tensors: weights"),
+    "dtype": (_file({"axes": unit(1, 1, 4).half()}), "axes must be F32 of 3 dimensions"),
+    "dimensions": (_file({"axes": unit(1, 4)}), "axes must be F32 of 3 dimensions"),
+    "layers as floats": (_file({"layers": torch.tensor([0.0])}), "layers must be I64 of 1 dimensions"),
+    "NaN": (_file({"axes": torch.full((1, 1, 4), math.nan)}), "axes must be finite"),
+    "not of unit length": (_file({"axes": torch.ones(1, 1, 4)}), "axes must be of unit length"),
+    "negative layer": (_file({"layers": torch.tensor([-1])}), "layers must be ascending from 0"),
+    "provenance": (_file(provenance="{"), "its provenance is not JSON"),
+    "deep provenance": (_file(provenance="[" * 100000), "its provenance is not"),
+    "provenance of another kind": (_file(provenance="[1]"), "its provenance is not a JSON object"),
+    "model facts": (_file(provenance='{"model": {"num_layers": -3}}'), "num_layers must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_files_get_a_sentence(name, tmp_path):
+    content, message = HOSTILE[name]
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match=message) as caught:
+        CapProfile.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    path = tmp_path / "evil.safetensors"
+    torch.save({"axes": Evil()}, path)
+    with pytest.raises(ProfileError, match="truncated or no safetensors file"):
+        CapProfile.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        CapProfile.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ProfileError, match="is a folder"):
+        CapProfile.load(tmp_path)
+
+
+def test_measuring_only_keeps_the_axes_and_never_fires():
+    profile = good().measuring_only()
+    assert bool((profile.floors == -math.inf).all())
+    assert torch.equal(profile.axes, good().axes)
+
+
+def test_profiles_from_other_tools_load(tmp_path):
+    """The format is plain safetensors: anything that writes the tensors and the metadata makes a profile."""
+    path = tmp_path / "other.safetensors"
+    save_file(TENSORS, path, METADATA)
+    assert CapProfile.load(path).layers == (0,)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +41,12 @@ def _main(
     """Activation capping along the Assistant Axis."""
 
 
+def _show(title: str, table: Table) -> None:
+    """A table under its title, on one line of its own: a table's own title breaks at the table's width."""
+    console.print(f"\n[bold]{escape(title)}[/bold]")
+    console.print(table)
+
+
 def _progress() -> Progress:
     parts = (
         TextColumn("{task.description}"),
@@ -51,30 +58,40 @@ def _progress() -> Progress:
     return Progress(*parts, console=console)
 
 
+def _numbers(facts: Mapping[str, Any], key: str, part: str) -> list[float]:
+    """A list of numbers in a profile's provenance, which anyone may have written; empty where it is none."""
+    entry = facts.get(key)
+    values = entry.get(part) if isinstance(entry, Mapping) else None
+    is_list = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    return list(values) if is_list and values is not None else []
+
+
 @app.command()
 def inspect(profile: ProfileArgument) -> None:
     """Print what a profile holds and where it comes from."""
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
-    console.print(f"[bold]{profile.name}[/bold]")
+    console.print(f"[bold]{escape(profile.name)}[/bold]")
     model = loaded.model_facts
     depth = loaded.num_layers
     summary = Table(show_header=False, box=None)
-    summary.add_row("model", f"{model.get('id', 'unknown')} ({model.get('architecture', 'unknown architecture')})")
+    known = f"{model.get('id', 'unknown')} ({model.get('architecture', 'unknown architecture')})"
+    summary.add_row("model", escape(known))
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
     for key in ("axis", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:
             value = facts[key]
             text = value if isinstance(value, str) else json.dumps(value)
-            summary.add_row(key, text if len(text) <= 300 else text[:297] + "...")
+            summary.add_row(key, escape(text if len(text) <= 300 else text[:297] + "..."))
     console.print(summary)
 
-    separation = facts.get("separation", {}).get("auc")
-    table = Table(title="capped layers")
+    separation = _numbers(facts, "separation", "auc")
+    if len(separation) <= loaded.layers[-1]:
+        separation = []
+    table = Table()
     for name in ("layer", "direction", "floor"):
         table.add_column(name, justify="right")
-    has_quantiles = loaded.quantiles is not None and "percentiles" in facts.get("quantiles", {})
-    percentiles = facts["quantiles"]["percentiles"] if has_quantiles else []
+    percentiles = _numbers(facts, "quantiles", "percentiles") if loaded.quantiles is not None else []
     for percentile in percentiles:
         table.add_column(f"p{percentile:g}", justify="right")
     if separation:
@@ -87,7 +104,7 @@ def inspect(profile: ProfileArgument) -> None:
             if separation:
                 row.append(f"{separation[layer]:.3f}")
             table.add_row(*row)
-    console.print(table)
+    _show("capped layers", table)
 
 
 @app.command()
@@ -134,20 +151,20 @@ def calibrate(
         part.unlink()
     work.rmdir()
 
-    title = "separation from the default on held-out roles and questions (AUC; 0.5 = none)"
-    table = Table(title=title)
+    table = Table()
     table.add_column("layer", justify="right")
     table.add_column("all", justify="right")
     for name in result.auc_by_role:
         table.add_column(name, justify="right")
     table.add_column("floor", justify="right")
     for layer, value in enumerate(result.auc.tolist()):
-        capped = layer in result.profile.layers
+        is_capped = layer in result.profile.layers
         each = [f"{row[layer].item():.3f}" for row in result.auc_by_role.values()]
-        floor = f"{result.profile.floors[result.profile.layers.index(layer), 0].item():.4g}" if capped else ""
-        table.add_row(str(layer), f"{value:.3f}", *each, floor, style="bold" if capped else None)
-    console.print(table)
-    console.print(f"wrote {out}: layers {result.profile.layers[0]}-{result.profile.layers[-1]}, bold above")
+        floor = f"{result.profile.floors[result.profile.layers.index(layer), 0].item():.4g}" if is_capped else ""
+        table.add_row(str(layer), f"{value:.3f}", *each, floor, style="bold" if is_capped else None)
+    _show("separation from the default on held-out roles and questions (AUC; 0.5 = none)", table)
+    capped = f"layers {result.profile.layers[0]}-{result.profile.layers[-1]}, bold above"
+    console.print(f"wrote {escape(str(out))}: {capped}", soft_wrap=True)
 
 
 @app.command()
@@ -163,6 +180,7 @@ def run(
     """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
     from axiscap import compare, report
 
+    report.pyplot()  # what is missing is said before a minute's work, not after it
     loaded_profile = CapProfile.load(profile)
     talks = compare.load_conversations(conversations)
     loaded, tokenizer = models.load(model)
@@ -174,21 +192,22 @@ def run(
         with console.status(f"generating the conversation '{talk.name}' twice"):
             result = compare.compare(loaded, tokenizer, loaded_profile, talk, max_new_tokens=max_new_tokens)
         results.append(result)
-        texts = Table(title=f"conversation: {talk.name}", show_lines=True)
+        texts = Table(show_lines=True)
         for column in ("user", "uncapped", "capped"):
             texts.add_column(column, ratio=1)
         for turn, said in enumerate(talk.turns):
-            texts.add_row(said, result.uncapped.answers[turn].text, result.capped.answers[turn].text)
-        console.print(texts)
-        means = Table(title=f"mean projection of each answer before the cap, layer {layer}; floor {floor:.4g}")
+            answers = result.uncapped.answers[turn].text, result.capped.answers[turn].text
+            texts.add_row(*(escape(text) for text in (said, *answers)))
+        _show(f"conversation: {talk.name}", texts)
+        means = Table()
         for column in ("turn", "uncapped", "capped"):
             means.add_column(column, justify="right")
         both = zip(result.uncapped.turn_means(shown), result.capped.turn_means(shown), strict=True)
         for turn, pair in enumerate(both, start=1):
             means.add_row(str(turn), *(f"{value:.4g}{' (below)' if value < floor else ''}" for value in pair))
-        console.print(means)
+        _show(f"mean projection of each answer before the cap, layer {layer}; floor {floor:.4g}", means)
 
-    fired = Table(title="rows fired in the capped conversations (prompts included)")
+    fired = Table()
     fired.add_column("layer", justify="right")
     for talk in talks:
         fired.add_column(talk.name, justify="right")
@@ -198,8 +217,8 @@ def run(
             stats = (result.capped.stats or {})[index]
             cells.append(f"{stats.fired} of {stats.rows} ({stats.fired / max(1, stats.rows):.0%})")
         fired.add_row(str(index), *cells)
-    console.print(fired)
-    speed = Table(title="generated tokens per second (prompt included; one run, so noisy)")
+    _show("rows fired in the capped conversations (prompts included)", fired)
+    speed = Table()
     for column in ("conversation", "uncapped", "capped"):
         speed.add_column(column, justify="left" if column == "conversation" else "right")
     for result in results:
@@ -208,9 +227,10 @@ def run(
             f"{result.uncapped.tokens_per_second:.1f}",
             f"{result.capped.tokens_per_second:.1f}",
         )
-    console.print(speed)
+    _show("generated tokens per second (prompts included; one run, so noisy)", speed)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     report.draw_trajectories(results, loaded_profile, shown, picture)
-    console.print(f"picture: {picture}")
+    console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
 @app.command()
@@ -222,16 +242,18 @@ def bench(
     decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model.")] = True,
 ) -> None:
     """Measure the kernels beside eager torch, torch.compile, the published hook and the memory bound, in one run."""
+    if picture:
+        from axiscap import report
+
+        report.pyplot()
     with _progress() as progress:
         results = bench_module.measure(progress, quick=quick, model=model if decode else None)
     bench_module.print_tables(console, results)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"figures: {out}")
+    console.print(f"figures: {escape(str(out))}", soft_wrap=True)
     if picture:
-        from axiscap import report
-
         report.draw_bench(results, picture)
-        console.print(f"picture: {picture}")
+        console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
 @app.command()
@@ -239,11 +261,12 @@ def doctor() -> None:
     """Say what is here, what is not, and what to do about it."""
     from axiscap import doctor as checks
 
-    table = Table(title="axiscap doctor")
+    table = Table()
     for column in ("what", "found", "what to do"):
         table.add_column(column)
     for check in checks.run():
-        table.add_row(check.what, check.found, check.advice, style=None if not check.advice else "yellow")
+        cells = (escape(text) for text in (check.what, check.found, check.advice))
+        table.add_row(*cells, style="yellow" if check.advice else None)
     console.print(table)
 
 
@@ -252,5 +275,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]axiscap:[/red] {escape(str(error))}", highlight=False)
+        Console(stderr=True).print(f"[red]axiscap:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

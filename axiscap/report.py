@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,14 @@ from axiscap.profile import CapProfile
 UNCAPPED, CAPPED, FLOOR = "#D55E00", "#0072B2", "#555555"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, drawing without a screen; the error without it names the extra."""
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'axiscap[report]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def draw_trajectories(comparisons: Sequence[Comparison], profile: CapProfile, layer_index: int, path: Path) -> None:
@@ -33,8 +33,8 @@ def draw_trajectories(comparisons: Sequence[Comparison], profile: CapProfile, la
         layer_index: which of the profile's layers is drawn.
         path: the picture, its kind by its suffix.
     """
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(
+    plot = pyplot()
+    figure, panels = plot.subplots(
         1, len(comparisons), figsize=(5.6 * len(comparisons), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     floor = profile.floors[layer_index, 0].item()
@@ -56,7 +56,7 @@ def draw_trajectories(comparisons: Sequence[Comparison], profile: CapProfile, la
     panels[0][-1].legend(loc="lower left", fontsize=8)
     figure.suptitle("Drift along the Assistant Axis: higher is more Assistant-like")
     figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    plot.close(figure)
 
 
 def draw_bench(results: dict[str, Any], path: Path) -> None:
@@ -66,10 +66,10 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
         results: what ``axiscap bench`` writes as JSON.
         path: the picture, its kind by its suffix.
     """
-    pyplot = _pyplot()
+    plot = pyplot()
     cases = [case for case in results["ops"] if case["dtype"] == "bfloat16"]
     shares = sorted({case["fire"] for case in cases})
-    figure, panels = pyplot.subplots(
+    figure, panels = plot.subplots(
         1, len(shares), figsize=(4.2 * len(shares), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, share in zip(panels[0], shares, strict=True):
@@ -99,4 +99,4 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
         f"cap_ against the memory bound, bfloat16, {results['machine']['threads']} threads; band: quartiles"
     )
     figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    plot.close(figure)

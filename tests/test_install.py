@@ -196,7 +196,7 @@ class Homemade(nn.Module):
 def test_explicit_layers():
     model = Homemade()
     profile = CapProfile([3], unit(1, 1, 32), torch.full((1, 1), 5.0))
-    with pytest.raises(ValueError, match="cannot tell the decoder layers of Homemade.*name the list with layers="):
+    with pytest.raises(ValueError, match=r"cannot tell the decoder layers of Homemade.*name the list with layers="):
         axiscap.install(model, profile)
     ids = tokens(2, 5)
     for layers in ("trunk.steps", list(model.trunk.steps)):
@@ -336,15 +336,13 @@ def test_a_profile_for_each_sequence(llama):
     ids = tokens(3, 6)
     choice = ["high", None, "low"]
 
-    def alone(name):
+    def alone(i, name):
         if name is None:
             return llama.generate(ids[i : i + 1], **GREEDY)
         with axiscap.install(llama, names[name]):
             return llama.generate(ids[i : i + 1], **GREEDY)
 
-    wanted = []
-    for i, name in enumerate(choice):
-        wanted.append(alone(name))
+    wanted = [alone(i, name) for i, name in enumerate(choice)]
     with axiscap.install(llama, names) as cap:
         cap.select(choice)
         found = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)

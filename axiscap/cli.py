@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,9 +148,7 @@ def calibrate(
             progress=lambda count: progress.advance(task, count),
         )
     result.profile.save(out)
-    for part in work.glob("*.safetensors"):
-        part.unlink()
-    work.rmdir()
+    shutil.rmtree(work, ignore_errors=True)
 
     table = Table()
     table.add_column("layer", justify="right")

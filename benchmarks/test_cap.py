@@ -1,0 +1,27 @@
+"""The cases of `axiscap bench` under pytest-benchmark, for its statistics, comparisons and history:
+
+pytest benchmarks --benchmark-group-by=param:hidden_size,param:rows,param:dtype,param:fire
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from axiscap import bench
+
+
+@pytest.mark.parametrize("fire", bench.SHARES)
+@pytest.mark.parametrize("rows", bench.ROWS)
+@pytest.mark.parametrize("hidden_size", bench.HIDDEN_SIZES)
+@pytest.mark.parametrize("dtype", list(bench.DTYPES))
+@pytest.mark.parametrize("contender", ["axiscap", "bound", "eager", "compile", "published"])
+def test_cap(benchmark, contender, dtype, hidden_size, rows, fire):
+    case = bench.Case(hidden_size, rows, dtype, fire)
+    call = case.contenders()[contender]
+
+    def one_round():
+        for copy in case.copies:
+            call(copy)
+
+    benchmark.extra_info["calls_per_round"] = len(case.copies)
+    benchmark.pedantic(one_round, setup=case.restore, rounds=7, warmup_rounds=1)

@@ -301,7 +301,8 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
     """The full table, and the targets beside what was reached."""
     machine = results["machine"]
     about = f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
-    table = Table(title=f"cap_ on {about}; ratios: median (quartiles) over paired rounds")
+    console.print(f"\n[bold]cap_ on {about}; ratios: median (quartiles) over paired rounds[/bold]")
+    table = Table()
     for name in ("dtype", "H", "rows", "fire", "us", "of memory bound", "x eager", "x compile", "x published hook"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in results["ops"]:
@@ -316,7 +317,8 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
         )
     console.print(table)
 
-    goals = Table(title="targets (bfloat16)")
+    console.print("\n[bold]targets (bfloat16)[/bold]")
+    goals = Table()
     columns = targets(results)
     sizes = [f"H = {size}" for size in (4096, 8192)][: len(columns[0][2])]
     for name in ("case", "target", *sizes, "met"):

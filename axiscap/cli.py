@@ -21,7 +21,8 @@ from axiscap import models
 from axiscap.profile import CapProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console()
+# In a file or a pipe there is no width to fit; tables then stay readable.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `axiscap calibrate` writes it.")]
@@ -179,7 +180,9 @@ def run(
     """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
     from axiscap import compare, report
 
-    report.pyplot()  # what is missing is said before a minute's work, not after it
+    # What would fail at the end fails before the minutes of work.
+    report.pyplot()
+    picture.parent.mkdir(parents=True, exist_ok=True)
     loaded_profile = CapProfile.load(profile)
     talks = compare.load_conversations(conversations)
     loaded, tokenizer = models.load(model)
@@ -227,7 +230,6 @@ def run(
             f"{result.capped.tokens_per_second:.1f}",
         )
     _show("generated tokens per second (prompts included; one run, so noisy)", speed)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     report.draw_trajectories(results, loaded_profile, shown, picture)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
@@ -241,10 +243,13 @@ def bench(
     decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model.")] = True,
 ) -> None:
     """Measure the kernels beside eager torch, torch.compile, the published hook and the memory bound, in one run."""
+    # What would fail at the end fails before the minutes of work.
+    out.parent.mkdir(parents=True, exist_ok=True)
     if picture:
         from axiscap import report
 
         report.pyplot()
+        picture.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         results = bench_module.measure(progress, quick=quick, model=model if decode else None)
     bench_module.print_tables(console, results)

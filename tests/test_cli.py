@@ -20,7 +20,6 @@ def command(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["axiscap", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "_width", 140)
         try:
             cli.main()
             status = 0

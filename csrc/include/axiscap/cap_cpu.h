@@ -75,11 +75,13 @@ struct Corrections {
 };
 
 inline float fold(const Vec (&acc)[kVecs]) {
-  float lanes[kLanes];
-  for (int u = 0; u < kVecs; ++u) store(lanes + u * kWidth, acc[u]);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  // Lane j is added to lane j - half, for half = 16, 8, 4, 2, 1: on four lanes at a time while there are four.
+  typedef float Four __attribute__((vector_size(16)));
+  Four lanes[kLanes / 4];
+  std::memcpy(lanes, acc, sizeof(lanes));
+  for (int half = kLanes / 8; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  return lanes[0];
+  return (lanes[0][0] + lanes[0][2]) + (lanes[0][1] + lanes[0][3]);
 }
 
 // <row_r, axis> for R rows in one pass over the axis. `ahead`: how many elements further on the row lies that comes in

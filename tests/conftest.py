@@ -65,5 +65,5 @@ def _isolated_threads():
 def lower_instruction_sets() -> list[str]:
     """Those that this machine can be asked for, beside its best."""
     best = os.environ.get("AXISCAP_ISA") or __import__("axiscap._C", fromlist=["isa"]).isa()
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512bf16"]
     return order[: order.index(best) + 1] if best in order else []

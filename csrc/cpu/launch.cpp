@@ -24,6 +24,7 @@ struct Kernels {
   }
 
 #if defined(__x86_64__)
+AXISCAP_DECLARE(avx512bf16)
 AXISCAP_DECLARE(avx512)
 AXISCAP_DECLARE(avx2)
 #endif
@@ -48,6 +49,8 @@ const Kernels& choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_avx512bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_avx512bf16 && allowed(avx512bf16::kernels)) return avx512bf16::kernels;
   if (has_avx512 && allowed(avx512::kernels)) return avx512::kernels;
   if (has_avx2 && allowed(avx2::kernels)) return avx2::kernels;
 #endif

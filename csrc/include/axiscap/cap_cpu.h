@@ -21,6 +21,9 @@ inline constexpr int kVecs = kLanes / kWidth;
 // Most rows that share one pass over the axis: the axis (4 bytes an element, from L1 or L2) costs more than a bfloat16
 // row, and several rows at once keep more of memory's requests in flight. Bounded by the registers for their sums.
 inline constexpr int kMaxRowsAtOnce = kWidth == 16 ? 8 : 4;
+// The pass that reads asks for one in this many of the next block's lines, and leaves the rest to the pass that writes,
+// which computes more: memory is then busy in both. (Asking costs: the wider the vectors, the shorter the loop.)
+inline constexpr int kPrefetchShare = kWidth == 16 ? 4 : 2;
 
 // Where a row comes from: one stream, or the sum of two. `base` is the stream that a correction is added to.
 template <class T>
@@ -91,10 +94,9 @@ inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead
   Vec acc[R][kVecs] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    // R rows at once are R short streams, which the hardware's prefetchers lose at every row's end. (With AVX-512 the
-    // loop is short enough that asking costs more than it brings: 0.87 against 1.0 of the speed of only reading.)
-    if constexpr (kWidth < 16)
-      for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r].base() + i + ahead, 0, 2);
+    // R rows at once are R short streams, which the hardware's prefetchers lose at every row's end.
+    for (int r = 0; r < R; r += kPrefetchShare)
+      __builtin_prefetch(rows[r + i / kLanes % std::min(R, kPrefetchShare)].base() + i + ahead, 0, 2);
     for (int u = 0; u < kVecs; ++u) {
       const Vec v = load(axis + i + u * kWidth);
       for (int r = 0; r < R; ++r) acc[r][u] = multiply_add(rows[r].load_at(i + u * kWidth), v, acc[r][u]);

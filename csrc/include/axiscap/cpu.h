@@ -15,8 +15,8 @@ void accumulate(const StatsParams& params);
 uint64_t read_pass(const void* data, int64_t bytes);
 void read_modify_write_pass(void* data, int64_t bytes);
 
-// The instruction set in use: "avx512", "avx2", "neon" or "baseline". AXISCAP_ISA in the environment asks for a lower
-// one than the best of this machine.
+// The instruction set in use: "avx512bf16", "avx512", "avx2", "neon" or "baseline". AXISCAP_ISA in the environment asks
+// for a lower one than the best of this machine.
 const char* isa();
 
 }  // namespace axiscap::cpu

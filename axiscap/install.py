@@ -76,7 +76,7 @@ class _CappedLayer:
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.stats, hidden.device)
         rows = hidden.numel() // hidden.shape[-1]
-        if self.projections is None or len(self.projections) != rows or torch.compiler.is_compiling():
+        if self.projections is None or self.projections.shape[0] != rows or torch.compiler.is_compiling():
             self.projections = self.floors.new_empty((rows, self.floors.shape[1]))
         self.shape = hidden.shape[:-1]
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
@@ -113,7 +113,8 @@ class Installation:
         self._generated_only = positions == "generated"
         self._selection: list[int] = [0]
         self._prompt_length = 0
-        # What generate() said of the coming forward pass: (real tokens or None, generated tokens or None).
+        # What generate() said of the coming forward pass: which tokens are real (None: all), and which generated (None:
+        # it does not matter).
         self._announced: tuple[Tensor | None, Tensor | None] | None = None
         self._tokens: tuple[Tensor | None, Tensor | None] = (None, None)
         self._slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
@@ -229,21 +230,22 @@ class Installation:
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if self._selection == [0] and real is None and not self._generated_only:
+        if self._selection == [0] and real is None and generated is None:
             return None
         if batch % len(self._selection) != 0:
             raise ValueError(f"profiles are selected for {len(self._selection)} sequences, but the batch has {batch}")
-        chosen = torch.tensor(self._selection, dtype=torch.int32, device=hidden.device)
-        slots = chosen.repeat_interleave(batch // len(self._selection))[:, None].expand(batch, tokens)
+        slots = torch.tensor(self._selection, dtype=torch.int32, device=hidden.device)[:, None]
+        if len(slots) > 1:
+            slots = slots.repeat_interleave(batch // len(slots), 0)
         if real is not None:
             if real.shape[0] != batch or real.shape[1] < tokens:
                 raise ValueError(
                     f"attention_mask has shape {tuple(real.shape)}, but hidden states {tuple(hidden.shape)}"
                 )
             slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
-        if self._generated_only and generated is not None:
+        if generated is not None:
             slots = torch.where(generated.to(hidden.device), slots, -1)
-        return slots.reshape(-1).to(torch.int32).contiguous()
+        return slots.expand(batch, tokens).reshape(-1).contiguous()
 
     def _listen_to_generate(self, model: nn.Module) -> None:
         """generate() knows what a forward pass does not see: the 2-d mask, and where the prompt ends."""
@@ -260,7 +262,7 @@ class Installation:
             tokens = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
             if kwargs.get("is_first_iteration"):
                 self._prompt_length = total
-            generated = torch.arange(total - tokens, total) >= self._prompt_length
+            generated = torch.arange(total - tokens, total) >= self._prompt_length if self._generated_only else None
             self._announced = (None if mask is None else mask[:, -tokens:], generated)
             return inputs
 

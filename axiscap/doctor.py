@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,11 +49,10 @@ def run() -> Iterator[Check]:
 
 
 def _cuda() -> Check:
-    kernels = _C.accelerator()
+    built = _C.accelerator() is not None
+    kernels = "kernels built in" if built else "no kernels in this build"
+    advice = "" if built else "build where nvcc is found (PATH or CUDA_HOME)"
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        if kernels:
-            return Check("CUDA", f"{name}, kernels for {kernels}")
-        compiler = "nvcc was found, so this version has none" if shutil.which("nvcc") else "build with nvcc on the PATH"
-        return Check("CUDA", f"{name}, no kernels in this build", compiler)
-    return Check("CUDA", f"no device; kernels in this build: {kernels or 'none (CPU only)'}")
+        return Check("CUDA", f"{torch.cuda.get_device_name()}, {kernels}", advice)
+    why = "torch is a CPU build" if torch.version.cuda is None else "no device or driver"
+    return Check("CUDA", f"{why}; {kernels}", advice)

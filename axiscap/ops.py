@@ -82,6 +82,35 @@ def cap_residual_(
     return residual
 
 
+def add_rms_norm_cap_(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    weight_bias: float = 0.0,
+    projections: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual add and the norm before a block, with the cap between them; returns (hidden, residual), changed.
+
+    ``residual <- cap(hidden + residual)``, ``hidden <- residual / sqrt(mean(residual^2) + eps) * (weight +
+    weight_bias)``. The sum is taken in float32 and rounded once, when it is stored; the norm is that of the stored row.
+    A row that is not capped (slot -1) gets exactly the bits of the add and the norm alone.
+
+    weight: (H,), of hidden's dtype; weight_bias: 1 for Gemma, whose weights are stored less 1.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.add_rms_norm_cap_(
+            hidden, residual, weight, eps, axes, floors, slots, weight_bias=weight_bias, projections=projections
+        )
+    else:
+        _C.add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, slots, weight_bias, projections)
+    return hidden, residual
+
+
 def cap_layers_(
     hiddens: Sequence[Tensor],
     axes: Tensor,
@@ -179,7 +208,7 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
-for _op in ("cap_", "cap_residual_", "cap_layers_", "accumulate_"):
+for _op in ("cap_", "cap_residual_", "add_rms_norm_cap_", "cap_layers_", "accumulate_"):
     torch.library.register_fake(f"axiscap::{_op}", _changes_only_its_arguments)
 torch.library.register_fake("axiscap::cap", _cap_fake)
 torch.library.register_fake("axiscap::project", _project_fake)

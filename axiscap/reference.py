@@ -86,6 +86,30 @@ def cap_residual_(
     return residual.copy_(torch.where(fired[:, None], corrected, residual.reshape(h.shape)).reshape(residual.shape))
 
 
+def add_rms_norm_cap_(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    weight_bias: float = 0.0,
+    projections: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias."""
+    h, row_axes, row_floors, active = _directions(hidden, axes, floors, slots)
+    x = h + residual.reshape(h.shape).to(h.dtype)
+    capped, incoming, fired = _cap(x, row_axes, row_floors, active)
+    if projections is not None:
+        projections.copy_(incoming)
+    residual.copy_(torch.where(fired[:, None], capped, x).reshape(residual.shape))
+    y = residual.to(h.dtype)
+    scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return hidden.copy_(y * scale * (weight.to(h.dtype) + weight_bias)), residual
+
+
 def cap_layers_(
     hiddens: Sequence[Tensor],
     axes: Tensor,

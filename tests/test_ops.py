@@ -137,6 +137,44 @@ def test_cap_residual_is_the_oracle(case):
     assert_same_bits(residual[left_alone], before[left_alone])
 
 
+def assert_normed(hidden, residual, weight, eps, bias):
+    """hidden is the RMS norm of the stored residual, within one rounding and the float32 sum's error."""
+    y = residual.double()
+    wanted = y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + bias)
+    allowed = ROUNDING[hidden.dtype] * wanted.abs() + TINY[hidden.dtype] + 2.0**-20 * wanted.abs()
+    finite = wanted.isfinite() & (wanted.abs() < torch.finfo(hidden.dtype).max) & (y.abs() < 1e15)
+    assert bool(((hidden.double() - wanted).abs() <= allowed)[finite].all())
+
+
+@given(inputs(), st.sampled_from([0.0, 1.0]))
+def test_add_rms_norm_cap_is_the_oracle(case, bias):
+    before_hidden = case.hidden.clone()
+    residual = case.hidden.flip(0).clone() if len(case.hidden) else case.hidden.clone()
+    before = residual.clone()
+    weight = torch.randn(case.hidden.shape[-1], generator=torch.Generator().manual_seed(1)).to(residual.dtype)
+    projections = torch.empty(len(residual), case.axes.shape[1])
+    hidden = case.hidden
+    axes, floors, slots = case.call()
+    found = ops.add_rms_norm_cap_(
+        hidden, residual, weight, 1e-6, axes, floors, slots, weight_bias=bias, projections=projections
+    )
+    assert found[0] is hidden
+    assert found[1] is residual
+    assert_close_to_oracle(residual, before_hidden.double() + before.double(), *case.call())
+    assert_normed(hidden, residual, weight, 1e-6, bias)
+    # A row that is left alone, or does not fire, has the bits of the plain fused norm.
+    plain_hidden, plain_residual = before_hidden.clone(), before.clone()
+    nobody = torch.full((len(hidden),), -1, dtype=torch.int32)
+    ops.add_rms_norm_cap_(plain_hidden, plain_residual, weight, 1e-6, axes, floors, nobody, weight_bias=bias)
+    sums = before_hidden.float() + before.float()
+    assert_same_bits(plain_residual.nan_to_num(), sums.to(residual.dtype).nan_to_num())
+    index = torch.zeros(len(hidden), dtype=torch.long) if slots is None else slots.clamp(min=0).long()
+    quiet = ~(projections < floors[index]).any(-1)
+    if axes.shape[1] == 1:
+        assert_same_bits(residual[quiet].nan_to_num(), plain_residual[quiet].nan_to_num())
+        assert_same_bits(hidden[quiet].nan_to_num(), plain_hidden[quiet].nan_to_num())
+
+
 @given(inputs(), st.integers(1, 4))
 def test_cap_layers_is_cap_of_each(case, count):
     axes = torch.stack([case.axes.roll(layer, 0) for layer in range(count)])
@@ -378,6 +416,11 @@ def _op_calls(dtype):
             (hidden, hidden.clone(), axes, floors, slots),
             {"projections": projections},
         ),
+        "add_rms_norm_cap_": (
+            library.add_rms_norm_cap_.default,
+            (hidden, hidden.clone(), torch.ones(40, dtype=dtype), 1e-6, axes, floors, slots),
+            {"projections": projections},
+        ),
         "cap_layers_": (
             library.cap_layers_.default,
             ([hidden, hidden + 1], torch.stack([axes, axes]), torch.stack([floors, floors]), slots),
@@ -402,6 +445,7 @@ def test_compiled_whole_without_a_graph_break(dynamic):
         a = ops.cap_(hidden * 1.5, axes, floors)
         b = ops.cap(a + 0.25, axes, floors)
         c = ops.cap_residual_(hidden, residual + 1, axes, floors)
+        c = sum(ops.add_rms_norm_cap_(hidden * 1, c, hidden[0] * 1, 1e-6, axes, floors))
         d = ops.cap_layers_([a * 2, b * 2], torch.stack([axes, axes]), torch.stack([floors, floors]))
         stats = ops.accumulate_(ops.new_stats(1, 1), ops.project(b, axes).reshape(-1, 1), floors)
         return a, b, c, *d, stats
@@ -579,6 +623,24 @@ def test_errors_name_the_argument_and_change_nothing(name, door):
 def test_errors_of_the_residual(residual, error, message):
     with pytest.raises(error, match=message):
         ops.cap_residual_(torch.zeros(4, H), residual, unit(1, 1, H), torch.ones(1, 1))
+    assert not residual.any()
+
+
+@pytest.mark.parametrize(
+    ("weight", "eps", "bias", "error", "message"),
+    [
+        (torch.ones(H - 1), 0.0, 0.0, ValueError, r"weight must have shape \(H,\) = \(16,\)"),
+        (torch.ones(H).half(), 0.0, 0.0, TypeError, "weight must be Float, got Half"),
+        (torch.ones(2 * H)[::2], 0.0, 0.0, ValueError, "weight must have shape"),
+        (torch.ones(H), -1.0, 0.0, ValueError, "eps must be finite and not negative, got -1"),
+        (torch.ones(H), 0.0, math.nan, ValueError, "weight_bias must be finite"),
+    ],
+)
+def test_errors_of_the_norm(weight, eps, bias, error, message):
+    hidden, residual = torch.ones(4, H), torch.zeros(4, H)
+    with pytest.raises(error, match=message):
+        ops.add_rms_norm_cap_(hidden, residual, weight, eps, unit(1, 1, H), torch.ones(1, 1), weight_bias=bias)
+    assert bool((hidden == 1).all())
     assert not residual.any()
 
 

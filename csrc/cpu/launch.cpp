@@ -43,7 +43,7 @@ const Kernels& choose() {
 #else
 #if defined(__x86_64__)
   const char* asked = std::getenv("AXISCAP_ISA");
-  const auto allowed = [asked](const Kernels& k) { return !asked || !std::strcmp(asked, k.isa); };
+  const auto allowed = [asked](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.isa); };
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

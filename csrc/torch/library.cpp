@@ -19,6 +19,9 @@ TORCH_LIBRARY(axiscap, m) {
       "cap_residual_(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor? slots=None, *, "
       "Tensor(b!)? projections=None) -> ()");
   m.def(
+      "add_rms_norm_cap_(Tensor(a!) hidden, Tensor(b!) residual, Tensor weight, float eps, Tensor axes, Tensor floors, "
+      "Tensor? slots=None, *, float weight_bias=0.0, Tensor(c!)? projections=None) -> ()");
+  m.def(
       "cap_layers_(Tensor(a!)[] hiddens, Tensor axes, Tensor floors, Tensor? slots=None, *, "
       "Tensor(b!)? projections=None) -> ()");
   m.def("accumulate_(Tensor(a!) stats, Tensor projections, Tensor floors, Tensor? slots=None) -> ()");
@@ -39,12 +42,19 @@ void cap_residual__op(const Tensor& hidden, const Tensor& residual, const Tensor
   cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
 }
 
+void add_rms_norm_cap__op(const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps,
+                          const Tensor& axes, const Tensor& floors, const OptionalTensor& slots, double weight_bias,
+                          const OptionalTensor& projections) {
+  add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors), slots, weight_bias, projections);
+}
+
 // CPU and CUDA dispatch to the same functions: the device is looked at where the kernel is launched.
 void implement(torch::Library& m) {
   m.impl("cap_", cap__op);
   m.impl("cap", cap_op);
   m.impl("project", project);
   m.impl("cap_residual_", cap_residual__op);
+  m.impl("add_rms_norm_cap_", add_rms_norm_cap__op);
   m.impl("cap_layers_", cap_layers_);
   m.impl("accumulate_", accumulate_);
 }

@@ -4,6 +4,7 @@
 
 #include "axiscap/accelerator.h"
 #include "axiscap/cpu.h"
+#include "axiscap/plan.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -71,6 +72,14 @@ PYBIND11_MODULE(_C, m) {
       },
       "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
   m.def(
+      "add_rms_norm_cap_",
+      [](const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps, const Tensor& axes,
+         const Tensor& floors, const OptionalTensor& slots, double weight_bias, const OptionalTensor& projections) {
+        add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors), slots, weight_bias, projections);
+      },
+      "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
+      "weight_bias"_a = 0.0, "projections"_a = py::none());
+  m.def(
       "cap_layers_",
       [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
          const OptionalTensor& projections) { cap_layers_(hiddens, axes, floors, slots, projections); },
@@ -86,6 +95,16 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("read_modify_write_pass", [](const Tensor& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); });
   m.def("isa", &cpu::isa);
+  m.def(
+      "plan",
+      [](const std::string& dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
+        const DType type = dtype == "float32"    ? DType::kFloat32
+                           : dtype == "bfloat16" ? DType::kBFloat16
+                                                 : DType::kFloat16;
+        const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
+        return py::make_tuple(plan.vecs_per_thread, plan.threads_per_row, plan.block, plan.grid);
+      },
+      "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
   m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
   m.attr("MAX_DIRECTIONS") = kMaxDirections;

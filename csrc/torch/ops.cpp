@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 
 #include "axiscap/accelerator.h"
@@ -229,20 +230,48 @@ at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const Optio
   return projections;
 }
 
-void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
-                   const OptionalTensor& projections) {
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+// The second stream, which the correction goes into.
+static void use_residual(CapParams& p, const at::Tensor& hidden, const at::Tensor& residual) {
   TORCH_CHECK_VALUE(residual.sizes() == hidden.sizes(), "residual must have the shape of hidden, ", hidden.sizes(),
                     ", got ", residual.sizes());
   check_dtype(residual, "residual", hidden.scalar_type());
   check_device(residual, "residual", hidden);
   p.residual = residual.const_data_ptr();
   p.residual_stride = writable_rows_of(residual, "residual").stride;
-  p.floors = bank.floors.const_data_ptr<float>();
-  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   p.out = residual.mutable_data_ptr();
   p.out_stride = p.residual_stride;
+}
+
+void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
+                   const OptionalTensor& projections) {
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  use_residual(p, hidden, residual);
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   launch(&p, 1, hidden.device());
+  mark_changed(residual);
+}
+
+void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight, double eps,
+                       const Bank& bank, const OptionalTensor& slots, double weight_bias,
+                       const OptionalTensor& projections) {
+  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
+  use_residual(p, hidden, residual);
+  check_dtype(weight, "weight", hidden.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == p.hidden_size && weight.is_contiguous(),
+                    "weight must have shape (H,) = (", p.hidden_size, ",), contiguous, got ", weight.sizes());
+  check_device(weight, "weight", hidden);
+  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
+  TORCH_CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
+  p.weight = weight.const_data_ptr();
+  p.normed = hidden.mutable_data_ptr();
+  p.normed_stride = p.hidden_stride;
+  p.eps = float(eps);
+  p.weight_bias = float(weight_bias);
+  launch(&p, 1, hidden.device());
+  mark_changed(hidden);
   mark_changed(residual);
 }
 

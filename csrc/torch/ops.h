@@ -33,6 +33,10 @@ at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const Optio
 void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
                    const OptionalTensor& projections);
 
+void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight, double eps,
+                       const Bank& bank, const OptionalTensor& slots, double weight_bias,
+                       const OptionalTensor& projections);
+
 void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
                  const OptionalTensor& projections);
 

@@ -25,12 +25,13 @@ inline constexpr int kMaxRowsAtOnce = kWidth == 16 ? 8 : 4;
 // which computes more: memory is then busy in both. (Asking costs: the wider the vectors, the shorter the loop.)
 inline constexpr int kPrefetchShare = kWidth == 16 ? 4 : 2;
 
-// Where a row comes from: one stream, or the sum of two. `base` is the stream that a correction is added to.
+// Where a row comes from: one stream, or the sum of two. `base` is what a correction is added to.
 template <class T>
 struct OneStream {
   const T* hidden;
   OneStream(const CapParams& p, int64_t row) : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride) {}
   Vec load_at(int64_t i) const { return load(hidden + i); }
+  Vec base_at(int64_t i) const { return load(hidden + i); }
   const T* base() const { return hidden; }
   static int64_t stride(const CapParams& p) { return p.hidden_stride; }
   OneStream tail(int64_t i, int64_t n, T* buffer) const {
@@ -41,7 +42,7 @@ struct OneStream {
   }
 };
 
-template <class T>
+template <class T, bool kNorm>
 struct TwoStreams {
   const T* hidden;
   const T* residual;
@@ -49,6 +50,8 @@ struct TwoStreams {
       : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride),
         residual(static_cast<const T*>(p.residual) + row * p.residual_stride) {}
   Vec load_at(int64_t i) const { return load(hidden + i) + load(residual + i); }
+  // Under a norm all of the sum goes on in the residual; else the correction alone joins it.
+  Vec base_at(int64_t i) const { return kNorm ? load_at(i) : load(residual + i); }
   const T* base() const { return residual; }
   static int64_t stride(const CapParams& p) { return p.residual_stride; }
   TwoStreams tail(int64_t i, int64_t n, T* buffer) const {
@@ -147,25 +150,25 @@ inline float dot_corrected(const Row& row, const Corrections& corrections, const
 template <class T, class Row>
 inline void store_corrected(const Row& row, const Corrections& corrections, T* out, int64_t size, int64_t ahead) {
   constexpr int kStep = 2 * kWidth;
-  const T* base = row.base();
   int64_t i = 0;
   if (corrections.count == 1) {
     // Held in locals: the stores could change anything behind a pointer, for all that the compiler knows.
+    const Row local = row;
     const float* axis = corrections.axes[0];
     const Vec delta = broadcast(corrections.delta[0]);
     for (; i + kStep <= size; i += kStep) {
-      __builtin_prefetch(base + i + ahead, 0, 2);
-      store(out + i, multiply_add(load(axis + i), delta, load(base + i)),
-            multiply_add(load(axis + i + kWidth), delta, load(base + i + kWidth)));
+      __builtin_prefetch(local.base() + i + ahead, 0, 2);
+      store(out + i, multiply_add(load(axis + i), delta, local.base_at(i)),
+            multiply_add(load(axis + i + kWidth), delta, local.base_at(i + kWidth)));
     }
   }
   for (; i + kStep <= size; i += kStep)
-    store(out + i, corrections.apply(load(base + i), i), corrections.apply(load(base + i + kWidth), i + kWidth));
+    store(out + i, corrections.apply(row.base_at(i), i), corrections.apply(row.base_at(i + kWidth), i + kWidth));
   if (i == size) return;
   const int64_t n = size - i;
-  T base_tail[kStep] = {};
-  std::memcpy(base_tail, base + i, n * sizeof(T));
-  Vec x[2] = {load(base_tail), load(base_tail + kWidth)};
+  T row_tail[2 * kLanes] = {};
+  const Row tail = row.tail(i, n, row_tail);
+  Vec x[2] = {tail.base_at(0), tail.base_at(kWidth)};
   for (int j = 0; j < corrections.count; ++j) {
     float axis_tail[kStep] = {};
     std::memcpy(axis_tail, corrections.axes[j] + i, n * sizeof(float));
@@ -175,6 +178,49 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
   T rounded[kStep];
   store(rounded, x[0], x[1]);
   std::memcpy(out + i, rounded, n * sizeof(T));
+}
+
+// normed = x / sqrt(mean(x^2) + eps) * (weight + weight_bias), of a row x as it was stored.
+template <class T>
+void norm_row(const CapParams& p, const T* x, T* normed) {
+  const T* weight = static_cast<const T*>(p.weight);
+  const int64_t size = p.hidden_size;
+  Vec acc[kVecs] = {};
+  T tail[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int u = 0; u < kVecs; ++u) {
+      const Vec v = load(x + i + u * kWidth);
+      acc[u] = multiply_add(v, v, acc[u]);
+    }
+  std::memcpy(tail, x + i, (size - i) * sizeof(T));
+  for (int u = 0; u < kVecs; ++u) {
+    const Vec v = load(tail + u * kWidth);
+    acc[u] = multiply_add(v, v, acc[u]);
+  }
+  const Vec scale = broadcast(1.f / std::sqrt(fold(acc) / float(size) + p.eps));
+  const Vec bias = broadcast(p.weight_bias);
+  constexpr int kStep = 2 * kWidth;
+  for (i = 0; i + kStep <= size; i += kStep)
+    store(normed + i, load(x + i) * scale * (load(weight + i) + bias),
+          load(x + i + kWidth) * scale * (load(weight + i + kWidth) + bias));
+  T weight_tail[kStep] = {}, rounded[kStep];
+  std::memcpy(tail, x + i, (size - i) * sizeof(T));
+  std::memcpy(weight_tail, weight + i, (size - i) * sizeof(T));
+  store(rounded, load(tail) * scale * (load(weight_tail) + bias),
+        load(tail + kWidth) * scale * (load(weight_tail + kWidth) + bias));
+  std::memcpy(normed + i, rounded, (size - i) * sizeof(T));
+}
+
+// What becomes of a row, once its corrections are known.
+template <class T, class Row>
+void finish_row(const CapParams& p, int64_t index, const Row& row, const Corrections& corrections, int64_t ahead) {
+  T* out = static_cast<T*>(p.out) + index * p.out_stride;
+  if (corrections.count > 0 || p.weight)
+    store_corrected(row, corrections, out, p.hidden_size, ahead);
+  else if (out != row.base())
+    std::memcpy(out, row.base(), p.hidden_size * sizeof(T));
+  if (p.weight) norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
 }
 
 // Applies a slot's directions in order to one row whose incoming projections are known. Returns false, with nothing
@@ -219,11 +265,8 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
     bool finite = true;
     if (p.out) {
       finite = correct<T>(p, rows[r], axes, floors, projections[r], corrections, fired);
-      T* out = static_cast<T*>(p.out) + (row + r) * p.out_stride;
-      if (finite && corrections.count > 0)
-        store_corrected(rows[r], corrections, out, p.hidden_size, ahead);
-      else if (out != rows[r].base())
-        std::memcpy(out, rows[r].base(), p.hidden_size * sizeof(T));
+      if (!finite) corrections.count = 0;
+      finish_row<T>(p, row + r, rows[r], corrections, ahead);
     } else {
       for (int64_t k = 0; k < p.directions; ++k) finite &= std::isfinite(projections[r][k]);
     }
@@ -239,9 +282,7 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
 
 template <class T, class Row>
 void skip_row(const CapParams& p, int64_t row) {
-  const T* base = Row(p, row).base();
-  T* out = static_cast<T*>(p.out) + row * p.out_stride;
-  if (p.out && out != base) std::memcpy(out, base, p.hidden_size * sizeof(T));
+  if (p.out) finish_row<T>(p, row, Row(p, row), Corrections(), 0);
   for (int64_t k = 0; k < p.directions; ++k) {
     if (p.projections) p.projections[row * p.directions + k] = std::numeric_limits<float>::quiet_NaN();
     if (p.fired) p.fired[row * p.directions + k] = 0;
@@ -274,8 +315,10 @@ void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
 
 template <class T>
 void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
-  if (p.residual)
-    cap_rows<T, TwoStreams<T>>(p, begin, end);
+  if (p.weight)
+    cap_rows<T, TwoStreams<T, true>>(p, begin, end);
+  else if (p.residual)
+    cap_rows<T, TwoStreams<T, false>>(p, begin, end);
   else
     cap_rows<T, OneStream<T>>(p, begin, end);
 }

@@ -36,6 +36,14 @@ struct CapParams {
   float* projections = nullptr;  // (rows, directions) or null: <x, v_k> before the cap, NaN for a row left alone
   uint8_t* fired = nullptr;      // (rows, directions) or null: 1 where direction k changed the row
 
+  // With a weight, the norm that the next block runs anyway: every row of out is x, capped or not, and
+  // normed <- out / sqrt(mean(out^2) + eps) * (weight + weight_bias), of the rounded out. residual must be given.
+  const void* weight = nullptr;  // (hidden_size,), of the rows' dtype
+  void* normed = nullptr;
+  int64_t normed_stride = 0;
+  float eps = 0;
+  float weight_bias = 0;
+
   DType dtype = DType::kFloat32;
 };
 

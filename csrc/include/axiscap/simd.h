@@ -106,8 +106,8 @@ inline Vec load(const bfloat16* p) {
 #endif
 }
 
-// Round to nearest even; the result is in the upper half. A row that reaches a store is free of NaN (its projection was
-// finite), so NaN needs no case.
+// Round to nearest even; the result is in the upper half. A NaN needs no case: a corrected row has none (its projection
+// was finite), and that of a sum of two bfloat16 has nothing in its lower half to carry.
 inline VecU32 round_to_bfloat16(Vec x) {
   const VecU32 bits = bit_cast<VecU32>(x);
 #if defined(__AVX512F__)
@@ -186,7 +186,8 @@ inline VecU32 round_to_float16(Vec x) {
   const VecU32 is_subnormal = (VecU32)(magnitude < (113u << 23));
   const VecU32 is_infinite = (VecU32)(magnitude >= 0x477ff000);
   const VecU32 finite = (normal & ~is_subnormal) | (subnormal & is_subnormal);
-  return (finite & ~is_infinite) | (0x7c00 & is_infinite) | ((bits >> 16) & 0x8000);
+  const VecU32 is_nan = (VecU32)(magnitude > 0x7f800000);
+  return (finite & ~is_infinite) | (0x7c00 & is_infinite) | (0x200 & is_nan) | ((bits >> 16) & 0x8000);
 }
 inline void store(float16* p, Vec x, Vec y) { narrow(&p->bits, round_to_float16(x), round_to_float16(y)); }
 #endif

@@ -1,0 +1,144 @@
+// Chooses a kernel and a plan for a call and starts it: no allocation, no synchronisation, nothing read back.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "axiscap/accelerator.h"
+#include "axiscap/cap_cuda.cuh"
+#include "axiscap/stats_cuda.cuh"
+
+namespace axiscap::cuda {
+namespace {
+
+using Kernel = void (*)(Call);
+
+template <class T, int kVecs, Op kOp, bool kMany>
+Kernel choose_aligned(bool aligned) {
+  return aligned ? cap_rows<T, kVecs, kOp, kMany, true> : cap_rows<T, kVecs, kOp, kMany, false>;
+}
+
+template <class T, int kVecs, Op kOp>
+Kernel choose_many(bool many, bool aligned) {
+  return many ? choose_aligned<T, kVecs, kOp, true>(aligned) : choose_aligned<T, kVecs, kOp, false>(aligned);
+}
+
+template <class T, int kVecs>
+Kernel choose_op(Op op, bool many, bool aligned) {
+  switch (op) {
+    case Op::kCap:
+      return choose_many<T, kVecs, Op::kCap>(many, aligned);
+    case Op::kCapResidual:
+      return choose_many<T, kVecs, Op::kCapResidual>(many, aligned);
+    default:
+      return choose_many<T, kVecs, Op::kNorm>(many, aligned);
+  }
+}
+
+Kernel choose(DType dtype, int vecs, Op op, bool many, bool aligned) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return choose_op<float, 4>(op, many, aligned);
+    case DType::kBFloat16:
+      return vecs == 2 ? choose_op<__nv_bfloat16, 2>(op, many, aligned)
+                       : choose_op<__nv_bfloat16, 4>(op, many, aligned);
+    default:
+      return vecs == 2 ? choose_op<__half, 2>(op, many, aligned) : choose_op<__half, 4>(op, many, aligned);
+  }
+}
+
+bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVecBytes == 0; }
+
+bool is_aligned(const CapParams& p) {
+  const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const auto rows = [&](const void* base, int64_t stride) {
+    return !base || (on_16_bytes(base) && stride * bytes % kVecBytes == 0);
+  };
+  return p.hidden_size % elements_per_vec(p.dtype) == 0 && rows(p.hidden, p.hidden_stride) &&
+         rows(p.residual, p.residual_stride) && rows(p.out, p.out_stride) && rows(p.normed, p.normed_stride) &&
+         on_16_bytes(p.axes) && on_16_bytes(p.weight);
+}
+
+// What a device is, asked once: attributes do not change, and asking costs more than a launch.
+struct Device {
+  std::atomic<int> processors{0};
+  std::atomic<int> major{0};
+};
+constexpr int kMaxDevices = 64;
+Device devices[kMaxDevices];
+
+cudaError_t ask(int& device, int& processors, int& major) {
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  Device* known = device < kMaxDevices ? &devices[device] : nullptr;
+  processors = known ? known->processors.load(std::memory_order_relaxed) : 0;
+  major = known ? known->major.load(std::memory_order_relaxed) : 0;
+  if (processors && major) return cudaSuccess;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  if (known) {
+    known->processors.store(processors, std::memory_order_relaxed);
+    known->major.store(major, std::memory_order_relaxed);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
+  int device, processors, major;
+  if (const cudaError_t error = ask(device, processors, major)) return error;
+  const CapParams& p = layers[0];
+  bool aligned = true;
+  for (int64_t i = 0; i < count; ++i) aligned = aligned && is_aligned(layers[i]);
+  const Op op = p.weight ? Op::kNorm : p.residual ? Op::kCapResidual : Op::kCap;
+  const int64_t block = plan_for(p.dtype, p.hidden_size, 1, 1).block;
+  const int64_t resident = processors * std::max<int64_t>(1, kResidentThreads / block);
+  const Plan plan = plan_for(p.dtype, p.hidden_size, p.rows, std::max<int64_t>(1, resident / count));
+  const Kernel kernel = choose(p.dtype, plan.vecs_per_thread, op, p.directions > 1, aligned);
+
+  Call call{};
+  call.shared = p;
+  call.threads_per_row = plan.threads_per_row;
+  call.inverse_size = 1.f / float(p.hidden_size);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(unsigned(plan.block));
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  for (int64_t begin = 0; begin < count; begin += kMaxLayers) {
+    const int64_t some = std::min<int64_t>(count - begin, kMaxLayers);
+    for (int64_t i = 0; i < some; ++i) {
+      const CapParams& l = layers[begin + i];
+      call.layers[i] = {l.hidden, l.out, l.hidden_stride, l.out_stride, l.axes, l.floors, l.projections};
+    }
+    config.gridDim = dim3(unsigned(plan.grid), unsigned(some));
+    if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call)) return error;
+  }
+  return cudaSuccess;
+}
+
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // a failed launch must not surface again in somebody else's call
+  return cudaGetErrorString(error);
+}
+
+const char* cap(const CapParams* layers, int64_t count, void* stream) {
+  if (layers[0].hidden_size > max_hidden_size(layers[0].dtype))
+    return layers[0].dtype == DType::kFloat32 ? "H must be at most 8192 for float32 rows on a GPU"
+                                              : "H must be at most 16384 for 16-bit rows on a GPU";
+  return text_of(start(layers, count, static_cast<cudaStream_t>(stream)));
+}
+
+const char* accumulate(const StatsParams& params, void* stream) {
+  accumulate_rows<<<unsigned(params.num_slots * params.directions), kStatsThreads, 0,
+                    static_cast<cudaStream_t>(stream)>>>(params);
+  return text_of(cudaPeekAtLastError());
+}
+
+constexpr Accelerator kCuda = {"CUDA", cap, accumulate};
+[[maybe_unused]] const bool registered = (accelerator = &kCuda, true);
+
+}  // namespace
+}  // namespace axiscap::cuda

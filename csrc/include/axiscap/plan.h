@@ -1,0 +1,58 @@
+// How a call is laid out on a GPU: pure arithmetic on the host, the same for every device but for how many blocks it
+// holds. Threads per row depend on H and dtype alone, because the order of a row's sum, and so its bits, depend on
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "axiscap/params.h"
+
+namespace axiscap::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kVecBytes = 16;  // one access of one thread
+// A row is held in the registers of its threads. More threads a block, or more elements a thread, would not leave each
+// of them the registers it needs.
+inline constexpr int kMaxThreads = 512;
+// Threads that a processor holds of these kernels, whose registers are at most 128: what a grid is made for.
+inline constexpr int kResidentThreads = 512;
+// Threads of a block whose rows are a warp's or less.
+inline constexpr int kSmallBlock = 128;
+
+constexpr int elements_per_vec(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
+
+// Elements a thread: 16, and 32 for the widest rows of 16-bit numbers.
+constexpr int elements_per_thread(DType dtype, int64_t hidden_size) {
+  return dtype != DType::kFloat32 && hidden_size > 16 * kMaxThreads ? 32 : 16;
+}
+
+constexpr int64_t max_hidden_size(DType dtype) { return (dtype == DType::kFloat32 ? 16 : 32) * int64_t(kMaxThreads); }
+
+struct Plan {
+  int vecs_per_thread;  // which kernel
+  int threads_per_row;  // a power of two up to a warp, or whole warps
+  int block;            // threads
+  int rows_per_block;
+  int64_t grid;  // blocks a layer
+};
+
+// `resident`: the blocks of that size that the whole device holds at once. H must be in [1, max_hidden_size(dtype)].
+constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
+  const int64_t vecs = (hidden_size + elements_per_vec(dtype) - 1) / elements_per_vec(dtype);
+  Plan plan{};
+  plan.vecs_per_thread = elements_per_thread(dtype, hidden_size) / elements_per_vec(dtype);
+  const int64_t threads = (vecs + plan.vecs_per_thread - 1) / plan.vecs_per_thread;
+  plan.threads_per_row = 1;
+  while (plan.threads_per_row < threads && plan.threads_per_row < kWarp) plan.threads_per_row *= 2;
+  if (threads > kWarp) plan.threads_per_row = int((threads + kWarp - 1) / kWarp) * kWarp;
+  plan.block = plan.threads_per_row > kWarp ? plan.threads_per_row : kSmallBlock;
+  plan.rows_per_block = plan.block / plan.threads_per_row;
+  // As many blocks as fit at once, each for the same number of rows: a block keeps its axis from row to row, and all
+  // end together.
+  const int64_t units = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const int64_t turns = (units + resident - 1) / resident;
+  plan.grid = turns == 0 ? 0 : (units + turns - 1) / turns;
+  return plan;
+}
+
+}  // namespace axiscap::cuda

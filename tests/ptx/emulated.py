@@ -1,0 +1,156 @@
+"""The ops, on the interpreter: tensors become buffers, a call becomes a launch, as csrc/cuda/launch.cu makes it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from interpreter import Kernel, Launch, Memory, parse
+
+from axiscap import _C
+
+OPS = {"cap": 0, "cap_residual": 1, "norm": 2}
+TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
+         torch.float16: ("float16", "6__half", 2)}  # fmt: skip
+MAX_LAYERS = 64
+
+
+def nvcc() -> str:
+    """The CUDA compiler; skips the test where there is none."""
+    found = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    if not os.path.exists(found):
+        pytest.skip("the kernels' PTX needs nvcc, which is not here")
+    return found
+
+
+@functools.cache
+def ptx_text(architecture: int = 90) -> str:
+    """The PTX of csrc/cuda/launch.cu, compiled with the build's own flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.ptx"
+        source = REPOSITORY / "csrc" / "cuda" / "launch.cu"
+        command = [nvcc(), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{architecture}"]
+        subprocess.run([*command, f"-I{REPOSITORY / 'csrc/include'}", str(source), "-o", str(out)], check=True)
+        return out.read_text()
+
+
+@functools.cache
+def kernels(architecture: int = 90) -> dict[str, Kernel]:
+    return parse(ptx_text(architecture))
+
+
+def kernel_name(dtype: torch.dtype, vecs: int, op: str, many: bool, aligned: bool) -> str:
+    code = TYPES[dtype][1]
+    flags = f"ELb{int(many)}ELb{int(aligned)}"
+    return f"_ZN7axiscap4cuda8cap_rowsI{code}Li{vecs}ELNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallE"
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's storage as bytes, shared with it."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.view(torch.uint8).numpy()
+
+
+class Device:
+    """What a call needs and leaves: memory, and the launch with its counts."""
+
+    def __init__(self, source: dict[str, Kernel] | None = None, *, resident: int = 3, seed: int | None = None) -> None:
+        self.source, self.resident, self.seed = source, resident, seed
+        self.memory = Memory()
+        self.launch: Launch | None = None
+        self.name = ""
+
+    def call(
+        self,
+        hiddens,
+        axes,
+        floors,
+        slots=None,
+        *,
+        residual=None,
+        weight=None,
+        eps=0.0,
+        weight_bias=0.0,
+        out=None,
+        projections=None,
+        fired=None,
+    ) -> None:
+        """hiddens: L rows (rows, H); axes (L, S, K, H), floors (L, S, K) or None, projections (L, rows, K).
+
+        In place (in residual, where given), unless out is a tensor; out False: only projections.
+        """
+        first = hiddens[0]
+        rows, size = first.shape
+        name, _, number = TYPES[first.dtype]
+        layers, num_slots, directions = axes.shape[:3]
+        vecs, threads, block, grid = _C.plan(name, size, rows, max(1, self.resident // layers))
+        at = {}
+
+        def place(key: str, tensor: torch.Tensor | None, written: bool = True) -> int:
+            if tensor is None:
+                return 0
+            storage = raw(tensor)
+            if not len(storage):
+                return 0
+            # A tensor's storage is aligned for any vector; where in it the tensor begins is what counts.
+            at[key] = self.memory.add(key, storage, written=written)
+            return at[key] + tensor.storage_offset() * tensor.element_size()
+
+        streams = [place(f"hidden{i}", hidden) for i, hidden in enumerate(hiddens)]
+        residual_at, weight_at = place("residual", residual), place("weight", weight)
+        axes_at, floors_at, slots_at = place("axes", axes), place("floors", floors), place("slots", slots)
+        projections_at = place("projections", projections, written=False)
+        fired_at = place("fired", fired, written=False)
+        if out is None:
+            targets = [residual_at] * layers if residual is not None else streams
+            out_stride = (residual if residual is not None else first).stride(0)
+        elif out is False:
+            targets, out_stride = [0] * layers, 0
+        else:
+            targets, out_stride = [place("out", out, written=False)], out.stride(0)
+        residual_stride = residual.stride(0) if residual is not None else 0
+
+        unit = first.element_size()
+        everything = [*streams, *targets, residual_at, weight_at, axes_at]
+        strides = [hidden.stride(0) for hidden in hiddens] + [out_stride, residual_stride]
+        aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
+        aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
+        op = "norm" if weight is not None else "cap_residual" if residual is not None else "cap"
+        self.name = kernel_name(first.dtype, vecs, op, directions > 1, aligned)
+        if rows == 0:
+            return
+
+        normed, normed_stride = (streams[0], first.stride(0)) if weight is not None else (0, 0)
+        shared = struct.pack(
+            "<3Q3q2q3Q2q4Qqffi4x",
+            *(streams[0], residual_at, targets[0]),
+            *(first.stride(0), residual_stride, out_stride),
+            *(rows, size),
+            *(axes_at, floors_at, slots_at),
+            *(num_slots, directions),
+            *(projections_at, fired_at, weight_at, normed),
+            *(normed_stride, eps, weight_bias, number),
+        )
+        parameters = shared + struct.pack("<if", threads, 1 / size)
+        for i in range(layers):
+            bank = num_slots * directions
+            parameters += struct.pack(
+                "<2Q2q3Q",
+                *(streams[i], targets[i], hiddens[i].stride(0), out_stride),
+                axes_at + i * bank * size * 4,
+                floors_at + i * bank * 4 if floors is not None else 0,
+                projections_at + i * rows * directions * 4 if projections is not None else 0,
+            )
+        parameters += bytes(56 * (MAX_LAYERS - layers))
+        kernel = (self.source or kernels())[self.name]
+        self.launch = Launch(kernel, self.memory, parameters, (grid, layers), block)
+        self.launch.run(self.seed)

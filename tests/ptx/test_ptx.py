@@ -1,0 +1,433 @@
+"""The CUDA kernels, executed without a GPU: their PTX runs on an interpreter, against the same oracle as the CPU's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_bits, unit
+from emulated import OPS, TYPES, Device, kernel_name, kernels, raw
+from hypothesis import given, settings
+from interpreter import Instruction, Kernel, Launch, Memory, PtxError
+from test_ops import DTYPES, Input, assert_close_to_oracle, assert_normed, inputs
+
+from axiscap import _C, ops, reference
+
+#: The widest row of the kernel with 16 elements a thread.
+MAX_NARROW = 16 * 512
+
+KERNELS = [
+    (dtype, vecs, op, many, aligned)
+    for dtype in DTYPES
+    for vecs in ((4,) if dtype == torch.float32 else (2, 4))
+    for op, many, aligned in itertools.product(OPS, (False, True), (True, False))
+]
+
+
+def sizes_for(dtype: torch.dtype, vecs: int, aligned: bool) -> list[int]:
+    """Rows of a part of a warp, of a warp, of several, and the widest, each with whole vectors or a tail."""
+    wide = dtype != torch.float32 and vecs == 4
+    if wide:
+        return [8200, 16384] if aligned else [8193, 16383]
+    return [8, 72, 512, 1040, MAX_NARROW] if aligned else [1, 7, 67, 513, 1041, MAX_NARROW - 1]
+
+
+def run_like_the_cpu(device: Device, op: str, case: Input, *, bias: float = 0.0):
+    """Runs one op on the device, on copies of the case's rows; returns what it left and what it was given."""
+    hidden = case.buffer.clone()[:, : case.hidden.shape[-1]]
+    residual = case.buffer.flip(0).clone()[:, : hidden.shape[-1]]
+    rows, directions = len(hidden), case.axes.shape[1]
+    projections = torch.empty(1, rows, directions)
+    fired = torch.empty(rows, directions, dtype=torch.uint8)
+    weight = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(5)).to(hidden.dtype)
+    device.call(
+        [hidden],
+        case.axes[None],
+        case.floors[None],
+        case.slots,
+        residual=None if op == "cap" else residual,
+        weight=weight if op == "norm" else None,
+        eps=1e-6,
+        weight_bias=bias,
+        projections=projections,
+        fired=fired,
+    )
+    return hidden, residual, weight, projections[0], fired
+
+
+def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
+    before, before_residual = case.hidden.clone(), case.buffer.flip(0)[:, : case.hidden.shape[-1]].clone()
+    hidden, residual, weight, projections, fired = run_like_the_cpu(device, op, case, bias=1.0)
+    incoming = before.double() if op == "cap" else before.double() + before_residual.double()
+    if op == "cap":
+        assert_close_to_oracle(hidden, incoming, *case.call())
+        untouched, was = hidden, before
+    elif op == "cap_residual":
+        assert_same_bits(hidden.contiguous(), before.contiguous())
+        assert_close_to_oracle(residual, incoming, *case.call(), base=before_residual)
+        untouched, was = residual, before_residual
+    else:
+        assert_close_to_oracle(residual, incoming, *case.call())
+        assert_normed(hidden, residual, weight, 1e-6, 1.0)
+        untouched = residual.nan_to_num()
+        was = (before.float() + before_residual.float()).to(residual.dtype).nan_to_num()
+    quiet = ~fired.bool().any(-1)
+    assert_same_bits(untouched[quiet].contiguous(), was[quiet].contiguous())
+    wanted = reference.project(incoming, case.axes, case.slots)
+    finite = wanted.isfinite()
+    assert not projections[~finite].isfinite().any()
+    near = (projections.double() - wanted).abs() <= (case.hidden.shape[-1] / 16 + 12) * 2.0**-24 * (
+        incoming.abs().sum(-1, keepdim=True) + 1e-30
+    )
+    assert bool(near[finite].all())
+    if case.axes.shape[1] == 1:
+        slots = torch.zeros(len(hidden), dtype=torch.long) if case.slots is None else case.slots.clamp(min=0).long()
+        assert bool((fired.bool() == (projections < case.floors[slots])).all())
+
+
+def test_the_list_of_kernels_is_that_of_the_module():
+    found = {name for name in kernels() if "cap_rows" in name}
+    assert found == {kernel_name(*entry) for entry in KERNELS}
+    assert len(kernels()) == len(found) + 1  # and the statistics
+
+
+@pytest.mark.parametrize(("dtype", "vecs", "op", "many", "aligned"), KERNELS)
+def test_every_kernel_against_the_oracle(dtype, vecs, op, many, aligned):
+    for seed, size in enumerate(sizes_for(dtype, vecs, aligned)):
+        for slots in (True, False):
+            rows = 3 if size > 4000 else 9
+            padding = 8 if aligned else seed % 3
+            case = Input(dtype, rows, size, 2, 3 if many else 1, padding, 1.0, slots, seed % 2 == 1, seed)
+            device = Device(resident=2)
+            check_against_the_oracle(device, op, case)
+            assert device.name == kernel_name(dtype, vecs, op, many, aligned)
+
+
+@settings(max_examples=60)
+@given(inputs())
+def test_the_properties_of_the_cpu_hold(case):
+    if not len(case.hidden):
+        return
+    for op in OPS:
+        check_against_the_oracle(Device(resident=4), op, case)
+
+
+def test_older_architectures_run_the_same():
+    """Without programmatic dependent launch; the same bits."""
+    for op, many in itertools.product(OPS, (False, True)):
+        case = Input(torch.bfloat16, 5, 1040, 2, 3 if many else 1, 0, 1.0, True, True, 4)
+        new, old = Device(), Device(kernels(80))
+        for found, wanted in zip(run_like_the_cpu(old, op, case), run_like_the_cpu(new, op, case), strict=True):
+            assert torch.equal(raw_bits(found), raw_bits(wanted))
+    assert not any("griddepcontrol" in i.op for kernel in kernels(80).values() for i in kernel.code)
+    for name, kernel in kernels(90).items():
+        assert ("cap_rows" in name) == any(i.op == "griddepcontrol.wait" for i in kernel.code)
+
+
+def raw_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(raw(tensor.contiguous().clone()).copy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [40, 576, 2056])
+def test_a_row_depends_on_itself_alone(dtype, size):
+    """Not on the batch, its place in it, the stride, the alignment or how many blocks there are."""
+    case = Input(dtype, 11, size, 2, 1, 0, 1.0, True, False, 3)
+    whole = run_like_the_cpu(Device(resident=100), "cap", case)[0]
+    few = run_like_the_cpu(Device(resident=1), "cap", case)[0]
+    assert_same_bits(few.contiguous(), whole.contiguous())
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    odd = Input(dtype, 11, size, 2, 1, 1, 1.0, True, False, 3)  # a row stride that no vector divides
+    odd.buffer[:, :size] = case.hidden[order]
+    odd.axes, odd.floors, odd.slots = case.axes, case.floors, case.slots[order].contiguous()
+    device = Device(resident=2)
+    shuffled = run_like_the_cpu(device, "cap", odd)[0]
+    assert device.name.endswith("ELb0EEEvNS0_4CallE")
+    assert_same_bits(shuffled.contiguous(), whole[order].contiguous())
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", [40, 1040])
+def test_schedules_do_not_show(op, size):
+    case = Input(torch.bfloat16, 7, size, 2, 2, 0, 1.0, True, True, 8)
+    wanted = run_like_the_cpu(Device(resident=2), op, case)
+    for seed in range(4):
+        found = run_like_the_cpu(Device(resident=2, seed=seed), op, case)
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(raw_bits(a), raw_bits(b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_rows(dtype):
+    """Infinity, NaN, slots outside the bank, -1, a correction that overflows: left alone, and reported as NaN."""
+    size = 1040
+    hidden = torch.randn(8, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    hidden[1, size - 1], hidden[2, 0] = math.inf, math.nan
+    axes, floors = unit(1, 2, 1, size), torch.tensor([[[50.0], [3.4e38]]])
+    hidden[3] = torch.where(axes[0, 1, 0] > 0, -3e38, 3e38).to(dtype) if dtype != torch.float16 else hidden[3]
+    slots = torch.tensor([0, 0, 0, 1, 2, -1, -7, 2**31 - 1], dtype=torch.int32)
+    before, projections = hidden.clone(), torch.empty(1, 8, 1)
+    fired = torch.empty(8, 1, dtype=torch.uint8)
+    Device().call([hidden], axes, floors, slots, projections=projections, fired=fired)
+    left = [1, 2, 4, 5, 6, 7] + ([3] if dtype != torch.float16 else [])
+    assert_same_bits(hidden[left], before[left])
+    assert bool(projections[0, left].isnan().all())
+    assert fired.flatten().tolist()[0] == 1
+    assert not fired[left].any()
+
+
+def test_cap_layers_in_one_launch():
+    size, layers = 72, 3
+    streams = [torch.randn(5, size, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(layers)]
+    axes, floors = unit(layers, 2, 2, size), torch.zeros(layers, 2, 2)
+    slots = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32)
+    wanted = [s.clone() for s in streams]
+    found_projections = torch.empty(layers, 5, 2)
+    device = Device(resident=6)
+    device.call(streams, axes, floors, slots, projections=found_projections)
+    assert device.launch.grid[1] == layers
+    for layer in range(layers):
+        alone, projections = Device(), torch.empty(1, 5, 2)
+        alone.call([wanted[layer]], axes[layer : layer + 1], floors[layer : layer + 1], slots, projections=projections)
+        assert_same_bits(streams[layer], wanted[layer])
+        assert_same_bits(found_projections[layer].nan_to_num(), projections[0].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [67, 72])
+def test_out_of_place_and_projecting(dtype, size):
+    case = Input(dtype, 9, size, 2, 1, 0, 1.0, True, True, 6)
+    in_place = run_like_the_cpu(Device(), "cap", case)
+    out, projections = torch.empty_like(case.hidden), torch.empty(1, 9, 1)
+    before = case.hidden.clone()
+    Device().call([case.hidden], case.axes[None], case.floors[None], case.slots, out=out, projections=projections)
+    assert_same_bits(out, in_place[0].contiguous())
+    assert_same_bits(case.hidden, before)
+    only = torch.empty(1, 9, 1)
+    device = Device()
+    device.call([case.hidden], case.axes[None], None, case.slots, out=False, projections=only)
+    finite = projections.isfinite()
+    assert_same_bits(only[finite], projections[finite])
+    assert device.memory["hidden0"].sectors["st"] == 0
+
+
+# What moves.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [576, 4096, MAX_NARROW])
+def test_bytes_moved_are_the_minimum(dtype, size):
+    """A row is read once, in whole sectors, and written once, only if it fires; the axis once a block."""
+    rows = 12
+    hidden = torch.randn(rows, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    axes = unit(1, 1, 1, size)
+    fires = torch.arange(rows) % 3 == 0
+    floors = torch.zeros(1, 1, 1)
+    x = hidden.float() + (torch.where(fires, -2.0, 2.0) - hidden.float() @ axes[0, 0, 0])[:, None] * axes[0, 0, 0]
+    hidden = x.to(dtype)
+    device = Device(resident=4)
+    device.call([hidden], axes, floors)
+    rows_of, axis = device.memory["hidden0"], device.memory["axes"]
+    row_bytes = size * hidden.element_size()
+    assert rows_of.sectors["ld"] * 32 == rows * row_bytes
+    assert rows_of.sectors["st"] * 32 == int(fires.sum()) * row_bytes
+    assert rows_of.requested["ld"] == rows * row_bytes
+    assert rows_of.requested["st"] == int(fires.sum()) * row_bytes
+    readers = device.launch.grid[0] * max(1, device.launch.block // _C.plan(TYPES[dtype][0], size, rows, 4)[1])
+    assert axis.requested["ld"] == min(readers, rows) * size * 4
+
+    residual, weight = torch.zeros(rows, size, dtype=dtype), torch.ones(size, dtype=dtype)
+    moved = []
+    for floor in (-math.inf, 1e3):
+        device = Device(resident=4)
+        device.call([hidden.clone()], axes, torch.full((1, 1, 1), floor), residual=residual.clone(), weight=weight)
+        both = [device.memory[name] for name in ("hidden0", "residual")]
+        moved.append([buffer.sectors[kind] * 32 for buffer in both for kind in ("ld", "st")])
+    # The norm reads both streams once and writes both once, capped or not.
+    assert moved[0] == moved[1] == [rows * row_bytes] * 4
+
+
+def test_a_corrected_residual_is_read_from_memory_once():
+    """Its second reading is of the same sectors, just read: the caches have them."""
+    size, rows = 4096, 6
+    hidden, residual = torch.randn(2, rows, size).bfloat16()
+    device = Device(resident=4)
+    device.call([hidden.clone()], unit(1, 1, 1, size), torch.full((1, 1, 1), 9.0), residual=residual.clone())
+    buffer = device.memory["residual"]
+    assert len(buffer.touched["ld"]) * 32 == rows * size * 2
+    assert buffer.sectors["st"] * 32 == rows * size * 2
+
+
+# The plan.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plan_for_every_size(dtype):
+    name = TYPES[dtype][0]
+    per = 16 // dtype.itemsize
+    most = MAX_NARROW if dtype == torch.float32 else 2 * MAX_NARROW
+    for size in range(1, most + 1):
+        vecs, threads, block, grid = _C.plan(name, size, 4096, 132)
+        assert threads * vecs * per >= size
+        assert (threads <= 32 and threads & (threads - 1) == 0) or threads % 32 == 0
+        assert block % threads == 0
+        assert block % 32 == 0
+        assert block <= 512
+        assert (threads > 32) == (block // threads == 1) or threads <= 32
+        assert grid <= 132
+        for rows, resident in ((0, 132), (1, 132), (7, 1), (4097, 1056)):
+            vecs_now, threads_now, block_now, grid = _C.plan(name, size, rows, resident)
+            assert (vecs_now, threads_now, block_now) == (vecs, threads, block)  # the bits hang on them
+            at_once = block // threads
+            units = -(-rows // at_once)
+            assert grid <= max(resident, 0)
+            assert grid == 0 if rows == 0 else 0 < grid <= units
+            if grid:
+                turns = -(-units // grid)
+                assert turns == -(-units // resident)  # as few as can be, and the blocks share them evenly
+
+
+# Statistics.
+
+
+def test_the_statistics_kernel():
+    generator = torch.Generator().manual_seed(2)
+    rows, slots, directions = 300, 3, 2
+    projections = torch.randn(rows, directions, generator=generator)
+    projections[5] = math.nan
+    floors = torch.randn(slots, directions, generator=generator)
+    slot = torch.randint(-1, slots, (rows,), generator=generator).int()
+    found, wanted = ops.new_stats(slots, directions), ops.new_stats(slots, directions)
+    (kernel,) = [kernel for name, kernel in kernels().items() if "accumulate_rows" in name]
+    for part in (slice(0, 130), slice(130, None)):
+        piece, own = projections[part].clone(), slot[part].clone()
+        ops.accumulate_(wanted, piece, floors, own)
+        memory = Memory()
+        places = [memory.add(str(i), raw(tensor)) for i, tensor in enumerate((piece, floors, own, found))]
+        parameters = np.array([*places, len(piece), slots, directions], np.int64).tobytes()
+        Launch(kernel, memory, parameters, (slots * directions, 1), 128).run()
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+    counts = [_C.STAT_FIELDS.index(name) for name in ("seen", "fired", "below", "nonfinite", "min", "max")]
+    assert torch.equal(found[..., counts], wanted[..., counts])
+
+
+# Planted faults: each must be caught by what is above.
+
+
+def mutated(name: str, change) -> dict[str, Kernel]:
+    """The module with one kernel's instructions changed by change(code) -> code of the same length."""
+    kernel = kernels()[name]
+    code = change(list(kernel.code))
+    assert len(code) == len(kernel.code)
+    assert code != kernel.code, "the fault was not planted"
+    return {**kernels(), name: dataclasses.replace(kernel, code=code)}
+
+
+def nop(instruction: Instruction) -> Instruction:
+    return dataclasses.replace(instruction, op="griddepcontrol.wait", operands=(), guard=None)
+
+
+def first(code: list[Instruction], op: str, start: int = 0) -> int:
+    return next(i for i in range(start, len(code)) if code[i].op.startswith(op))
+
+
+def drop_a_lane(code):
+    """The sum leaves out what one shuffle brings."""
+    at = first(code, "add.f32", first(code, "shfl"))
+    code[at] = dataclasses.replace(code[at], op="mov.f32", operands=code[at].operands[:2])
+    return code
+
+
+def drop_the_barrier(code):
+    return [nop(i) if i.op.startswith("bar.") else i for i in code]
+
+
+def read_one_too_far(code):
+    """A tail's bounds are off by one: at + e <= size for at + e < size."""
+    for at in [i for i, instruction in enumerate(code) if instruction.op == "ld.global.u16"]:
+        test = max(i for i in range(at) if code[i].op.startswith("setp"))
+        if code[test].op == "setp.ge.s32":
+            code[test] = dataclasses.replace(code[test], op="setp.gt.s32")
+    return code
+
+
+def forget_the_slot(code):
+    """Every slot gets the first one's axis: slot * H becomes H * 0."""
+    at = first(code, "ld.global.nc")
+    product = max(i for i in range(at) if code[i].op == "mul.lo.s64")
+    code[product] = dataclasses.replace(code[product], op="mov.u64", operands=(code[product].operands[0], "0"))
+    return code
+
+
+def store_what_did_not_fire(code):
+    """The branch around the stores of a row is never taken."""
+    at = first(code, "st.global.v4")
+    targets = kernels()[PLANTED].labels
+    around = [i for i in range(at) if code[i].op == "bra" and code[i].guard and targets[code[i].operands[0]] > at]
+    for i in around[-2:]:
+        code[i] = nop(code[i])
+    return code
+
+
+def shuffle_apart(code):
+    """Half of a warp does not come to the shuffle."""
+    spare = first(code, "griddepcontrol.launch_dependents")
+    code[spare] = dataclasses.replace(code[spare], op="setp.lt.u32", operands=("%p9999", "%tid.x", "16"))
+    at = first(code, "shfl")
+    code[at] = dataclasses.replace(code[at], guard="%p9999")
+    return code
+
+
+def misalign(code):
+    """A vector is read from two bytes further on."""
+    at = first(code, "ld.global.L1::no_allocate.v4")
+    base = code[at].operands[1].strip("[]")
+    code[at] = dataclasses.replace(code[at], operands=(code[at].operands[0], f"[{base}+2]"))
+    return code
+
+
+PLANTED = kernel_name(torch.bfloat16, 2, "cap", False, True)
+UNALIGNED = kernel_name(torch.bfloat16, 2, "cap", False, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "error", "message"),
+    [
+        (drop_a_lane, 1040, AssertionError, None),
+        (drop_the_barrier, 1040, PtxError, "a race: shared|a read of shared where nothing"),
+        (read_one_too_far, 67, PtxError, "an access outside of hidden0"),
+        (forget_the_slot, 1040, AssertionError, None),
+        (store_what_did_not_fire, 1040, AssertionError, None),
+        (shuffle_apart, 1040, PtxError, "a shuffle under divergence"),
+        (misalign, 1040, PtxError, "which it does not divide"),
+    ],
+)
+def test_planted_faults_are_caught(change, size, error, message):
+    name = PLANTED if size == 1040 else UNALIGNED
+    case = Input(torch.bfloat16, 9, size, 2, 1, 0, 1.0, size == 1040, False, 1)
+    check_bits_and_oracle(Device(), case)
+    with pytest.raises(error, match=message):
+        check_bits_and_oracle(Device(mutated(name, change)), case)
+
+
+def check_bits_and_oracle(device: Device, case: Input) -> None:
+    """The oracle, and that rows which did not fire were not even written with what they held."""
+    check_against_the_oracle(device, "cap", case)
+    axes, floors, slots = case.call()
+    fired = torch.ops.axiscap.cap(case.hidden, axes, floors, slots)[2].any(-1)
+    assert device.memory["hidden0"].requested["st"] == int(fired.sum()) * case.hidden.shape[-1] * 2
+
+
+def test_an_unknown_opcode_is_an_error():
+    def invent(code):
+        at = first(code, "fma.rn.f32")
+        code[at] = dataclasses.replace(code[at], op="fma.rz.f32")
+        return code
+
+    case = Input(torch.bfloat16, 3, 1040, 2, 1, 0, 1.0, True, False, 1)
+    with pytest.raises(PtxError, match=r"unknown opcode fma\.rz\.f32"):
+        check_against_the_oracle(Device(mutated(PLANTED, invent)), "cap", case)

@@ -17,7 +17,7 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks examples -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 bench: .venv/built
 	$(BIN)/axiscap bench --out docs/bench.json --picture docs/bench.png

@@ -58,41 +58,52 @@ bool is_aligned(const CapParams& p) {
          on_16_bytes(p.axes) && on_16_bytes(p.weight);
 }
 
-// What a device is, asked once: attributes do not change, and asking costs more than a launch.
+// What a device is and how many blocks of a kernel one of its processors holds, asked once: it does not change, and
+// asking costs more than a launch.
 struct Device {
   std::atomic<int> processors{0};
   std::atomic<int> major{0};
+  std::atomic<int> blocks[5][3][2][2][kMaxThreads / kWarp + 1] = {};
 };
-constexpr int kMaxDevices = 64;
+constexpr int kMaxDevices = 16;
 Device devices[kMaxDevices];
 
-cudaError_t ask(int& device, int& processors, int& major) {
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  Device* known = device < kMaxDevices ? &devices[device] : nullptr;
-  processors = known ? known->processors.load(std::memory_order_relaxed) : 0;
-  major = known ? known->major.load(std::memory_order_relaxed) : 0;
-  if (processors && major) return cudaSuccess;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-  if (known) {
-    known->processors.store(processors, std::memory_order_relaxed);
-    known->major.store(major, std::memory_order_relaxed);
-  }
+template <class Ask>
+cudaError_t remember(std::atomic<int>& known, int& value, Ask ask) {
+  value = known.load(std::memory_order_relaxed);
+  if (value) return cudaSuccess;
+  if (const cudaError_t error = ask(&value)) return error;
+  known.store(value, std::memory_order_relaxed);
   return cudaSuccess;
 }
 
 cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
-  int device, processors, major;
-  if (const cudaError_t error = ask(device, processors, major)) return error;
   const CapParams& p = layers[0];
   bool aligned = true;
   for (int64_t i = 0; i < count; ++i) aligned = aligned && is_aligned(layers[i]);
   const Op op = p.weight ? Op::kNorm : p.residual ? Op::kCapResidual : Op::kCap;
-  const int64_t block = plan_for(p.dtype, p.hidden_size, 1, 1).block;
-  const int64_t resident = processors * std::max<int64_t>(1, kResidentThreads / block);
-  const Plan plan = plan_for(p.dtype, p.hidden_size, p.rows, std::max<int64_t>(1, resident / count));
-  const Kernel kernel = choose(p.dtype, plan.vecs_per_thread, op, p.directions > 1, aligned);
+  const bool many = p.directions > 1;
+  const Plan shape = plan_for(p.dtype, p.hidden_size, 1, 1);  // all but the grid hangs on dtype and H alone
+  const Kernel kernel = choose(p.dtype, shape.vecs_per_thread, op, many, aligned);
+
+  int number, processors, major, blocks;
+  if (const cudaError_t error = cudaGetDevice(&number)) return error;
+  if (number >= kMaxDevices) return cudaErrorInvalidDevice;
+  Device& device = devices[number];
+  const int width = p.dtype == DType::kFloat32 ? 0 : int(p.dtype) * 2 - 1 + shape.vecs_per_thread / 4;
+  const auto attribute = [&](cudaDeviceAttr wanted) {
+    return [=](int* value) { return cudaDeviceGetAttribute(value, wanted, number); };
+  };
+  if (const cudaError_t error = remember(device.processors, processors, attribute(cudaDevAttrMultiProcessorCount)))
+    return error;
+  if (const cudaError_t error = remember(device.major, major, attribute(cudaDevAttrComputeCapabilityMajor)))
+    return error;
+  if (const cudaError_t error = remember(
+          device.blocks[width][int(op)][many][aligned][shape.block / kWarp], blocks,
+          [&](int* value) { return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, 0); }))
+    return error;
+  const int64_t resident = std::max<int64_t>(1, int64_t(processors) * blocks / count);
+  const Plan plan = plan_for(p.dtype, p.hidden_size, p.rows, resident);
 
   Call call{};
   call.shared = p;

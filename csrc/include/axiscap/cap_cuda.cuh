@@ -174,6 +174,8 @@ __device__ inline void wait_for_the_kernel_before() {
 template <class T, int kVecs, Op kOp, bool kMany, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) cap_rows(const __grid_constant__ Call call) {
   constexpr int kN = kPer<T>;
+  // The widest rows' norm needs the registers for itself.
+  constexpr bool kKeepsAxis = !kMany && !(kOp == Op::kNorm && kVecs * kN > 16);
   const CapParams& p = call.shared;
   const Layer& layer = call.layers[blockIdx.y];
   const int size = int(p.hidden_size), directions = kMany ? int(p.directions) : 1;
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads) cap_rows(const __grid_constant__ 
     };
     const auto project_on = [&](int k) {
       const int64_t wanted = int64_t(slot) * directions + k;
-      if (active && wanted != held)
+      if (active && (!kKeepsAxis || wanted != held))
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) load_axis<kAligned>(layer.axes + wanted * size, at(v), size, axis[v]);
       held = wanted;
@@ -301,6 +303,7 @@ __global__ void __launch_bounds__(kMaxThreads) cap_rows(const __grid_constant__ 
       const float scale = rsqrtf(fmaf(group.sum(squares, turn), call.inverse_size, p.eps));
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) {
+        asm volatile("" ::: "memory");  // one vector's weights at a time: all of them would not fit the registers
         const Pack weight = load<T, kAligned>(p.weight, 0, at(v), size);
         float normed[kN];
 #pragma unroll

@@ -14,8 +14,6 @@ inline constexpr int kVecBytes = 16;  // one access of one thread
 // A row is held in the registers of its threads. More threads a block, or more elements a thread, would not leave each
 // of them the registers it needs.
 inline constexpr int kMaxThreads = 512;
-// Threads that a processor holds of these kernels, whose registers are at most 128: what a grid is made for.
-inline constexpr int kResidentThreads = 512;
 // Threads of a block whose rows are a warp's or less.
 inline constexpr int kSmallBlock = 128;
 

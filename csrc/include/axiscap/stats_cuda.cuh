@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kStatsThreads) accumulate_rows(const __grid_co
     mine[kShortfall] += floor - projection;
     // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
     bool first = true;
+#pragma unroll 1
     for (int64_t j = 0; j < k; ++j)
       first = first && !(p.projections[row * directions + j] < p.floors[slot * directions + j]);
     if (first) mine[kFired] += 1;

@@ -1,0 +1,79 @@
+/* AxisCap for programs without Python or torch: activation capping on raw pointers, on a CPU or a CUDA GPU.
+ *
+ * For a row x and its slot's directions k, in order, in float32: p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k
+ * (arXiv 2601.10387, eq. 1). A row in which nothing fires is not written. Every function checks sizes and pointers
+ * before anything is written, and no C++ exception leaves it.
+ */
+#ifndef AXISCAP_H
+#define AXISCAP_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define AXISCAP_API __attribute__((visibility("default")))
+#else
+#define AXISCAP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define AXISCAP_VERSION 100 /* 10000 major + 100 minor + patch */
+
+typedef enum axiscap_status {
+  AXISCAP_OK = 0,
+  AXISCAP_INVALID_ARGUMENT = 1,  /* a null pointer, a size out of range, overlapping rows */
+  AXISCAP_SLOT_OUT_OF_RANGE = 2, /* CPU only; a GPU leaves such a row alone and reports NaN */
+  AXISCAP_UNAVAILABLE = 3,       /* this library was built without CUDA */
+  AXISCAP_CUDA_ERROR = 4
+} axiscap_status;
+
+typedef enum axiscap_dtype { AXISCAP_FLOAT32 = 0, AXISCAP_BFLOAT16 = 1, AXISCAP_FLOAT16 = 2 } axiscap_dtype;
+
+/* One call. Zero it, set what is needed, and set size to sizeof(axiscap_call). Strides are in elements. */
+typedef struct axiscap_call {
+  int64_t size;
+
+  void* hidden;          /* (rows, hidden_size); changed in place, unless residual or out is given */
+  int64_t hidden_stride; /* at least hidden_size */
+  void* residual;        /* NULL, or the rows are hidden + residual and the correction goes into residual */
+  int64_t residual_stride;
+  void* out; /* NULL, or where the capped copy of hidden goes */
+  int64_t out_stride;
+  int64_t rows;
+  int64_t hidden_size;
+  int32_t dtype;        /* axiscap_dtype of hidden, residual, out and weight */
+  int32_t project_only; /* not 0: nothing is capped, projections are reported; floors may be NULL */
+
+  const float* axes;    /* (num_slots, directions, hidden_size), contiguous, unit rows */
+  const float* floors;  /* (num_slots, directions); -INFINITY switches a direction off */
+  const int32_t* slots; /* (rows,): the bank's slot of each row, -1 for a row to leave alone; NULL: slot 0 */
+  int64_t num_slots;
+  int64_t directions; /* at most 64 */
+
+  float* projections; /* NULL, or (rows, directions): <x, v_k> before the cap, NaN for a row left alone */
+
+  const void*
+      weight; /* NULL, or (hidden_size,): residual <- cap(hidden + residual), and hidden becomes its RMS norm, */
+  float eps;  /* hidden <- residual / sqrt(mean(residual^2) + eps) * (weight + weight_bias) */
+  float weight_bias;
+} axiscap_call;
+
+/* The library's AXISCAP_VERSION. */
+AXISCAP_API int axiscap_version(void);
+
+/* Caps rows [begin, end) on the calling thread. Threads may work on distinct ranges of one call at once. */
+AXISCAP_API axiscap_status axiscap_cap_cpu(const axiscap_call* call, int64_t begin, int64_t end);
+
+/* Starts a call on the current device; stream is a cudaStream_t. Returns without waiting. */
+AXISCAP_API axiscap_status axiscap_cap_cuda(const axiscap_call* call, void* stream);
+
+/* What the last call of this thread that did not return AXISCAP_OK had to say. */
+AXISCAP_API const char* axiscap_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

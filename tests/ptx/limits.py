@@ -1,0 +1,16 @@
+"""What the compiled kernels may use, and why."""
+
+# Every architecture that a release is built for.
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120)
+
+# 512 threads a block at 65,536 registers a processor.
+REGISTERS = 128
+# A spilled register costs memory traffic that the op's own bytes do not have.
+SPILL_BYTES = 0
+# Arrays in local memory are spills by another name.
+STACK_BYTES = 0
+# One block's partial sums, twice; the statistics: a double a thread.
+SHARED_BYTES = 1024
+
+# The gate of cuxray, which reads the machine code and not what the compiler says of it.
+GATE = f"spill_instrs=={SPILL_BYTES}, regs<={REGISTERS}, stack=={STACK_BYTES}, smem<={SHARED_BYTES}"

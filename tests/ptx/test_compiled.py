@@ -1,0 +1,103 @@
+"""The machine code that ptxas makes of the kernels, for every architecture: registers, spills, the width of accesses."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import limits
+import pytest
+from conftest import REPOSITORY
+from emulated import nvcc
+
+#: The disassemblers come as Python packages, which put their programs here.
+TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[int, tuple[Path, str]]:
+    """For each architecture: the machine code, and what ptxas said."""
+    folder, compiler = tmp_path_factory.mktemp("cubins"), nvcc()
+
+    def build(architecture: int) -> tuple[Path, str]:
+        out = folder / f"sm_{architecture}.cubin"
+        command = [compiler, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+        source = REPOSITORY / "csrc" / "cuda" / "launch.cu"
+        done = subprocess.run(
+            [*command, f"-I{REPOSITORY / 'csrc/include'}", str(source), "-o", str(out)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return out, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(limits.ARCHITECTURES, pool.map(build, limits.ARCHITECTURES), strict=True))
+
+
+@functools.cache
+def disassembled(cubin: Path) -> dict[str, list[str]]:
+    """Instructions by kernel."""
+    if not (TOOLS / "nvdisasm").exists():
+        pytest.skip("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, list[str]] = {}
+    for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
+        name = re.split(r"[,\s]", section, maxsplit=1)[0].strip('"')
+        found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)", section, re.M)
+        kernels[name] = found
+    return kernels
+
+
+@pytest.mark.parametrize("architecture", limits.ARCHITECTURES)
+def test_no_spills_and_few_registers(compiled, architecture):
+    said = compiled[architecture][1]
+    entries = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        said,
+        re.S,
+    )
+    assert len(entries) == 61
+    for name, stack, stores, loads, registers, shared in entries:
+        assert int(stack) <= limits.STACK_BYTES, name
+        assert int(stores) + int(loads) <= limits.SPILL_BYTES, name
+        assert int(registers) <= limits.REGISTERS, name
+        assert int(shared or 0) <= limits.SHARED_BYTES, name
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_accesses_are_wide_and_none_is_local(compiled, architecture):
+    kernels = disassembled(compiled[architecture][0])
+    assert len(kernels) == 61
+    for name, code in kernels.items():
+        assert not [op for op in code if op.startswith(("LDL", "STL"))], name
+        if "cap_rows" not in name:
+            continue
+        aligned = name.endswith("ELb1EEEvNS0_4CallE")
+        loads = [op for op in code if op.startswith("LDG")]
+        stores = [op for op in code if op.startswith("STG")]
+        wide_loads = [op for op in loads if ".128" in op]
+        wide_stores = [op for op in stores if ".128" in op]
+        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a projection or a flag.
+        assert bool(wide_loads) == bool(wide_stores) == aligned, name
+        if aligned:
+            assert not [op for op in loads + stores if ".U16" in op], name
+            assert len(loads) - len(wide_loads) <= 6, (name, loads)
+
+
+@pytest.mark.parametrize("architecture", [90, 120])
+def test_the_gate_of_cuxray(compiled, architecture):
+    cuxray = Path(sysconfig.get_paths()["scripts"]) / "cuxray"
+    if not cuxray.exists() or not TOOLS.exists():
+        pytest.skip("the gate needs cuxray: pip install cuxray nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    path = f"{TOOLS}:{Path(nvcc()).parent}:{os.environ['PATH']}"
+    gate = subprocess.run(
+        [cuxray, "gate", compiled[architecture][0], limits.GATE, "--no-cache"],
+        env={**os.environ, "PATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert gate.returncode == 0, gate.stdout[-2000:] + gate.stderr[-2000:]
+    assert "gate passed" in gate.stdout

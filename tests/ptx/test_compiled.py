@@ -1,4 +1,4 @@
-"""The machine code that ptxas makes of the kernels, for every architecture: registers, spills, the width of accesses."""
+"""The machine code that ptxas makes of the kernels, for every architecture: registers, spills, width of accesses."""
 
 from __future__ import annotations
 

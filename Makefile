@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -21,6 +21,11 @@ lint: .venv/built
 
 bench: .venv/built
 	$(BIN)/axiscap bench --out docs/bench.json --picture docs/bench.png
+
+# On a machine with a GPU, in an environment whose torch has CUDA: PYTHON names its interpreter.
+gpu:
+	$(PYTHON) -m pip install --no-build-isolation -e '.[test]'
+	$(PYTHON) -m pytest tests/test_gpu.py
 
 # Address and undefined behaviour in one build, data races in another: the two cannot share one.
 sanitize: .venv/built

@@ -12,38 +12,23 @@ namespace {
 
 using Kernel = void (*)(Call);
 
-template <class T, int kVecs, Op kOp, bool kMany>
-Kernel choose_aligned(bool aligned) {
-  return aligned ? cap_rows<T, kVecs, kOp, kMany, true> : cap_rows<T, kVecs, kOp, kMany, false>;
+template <class T, Op kOp>
+Kernel choose(bool many, bool aligned) {
+  if (many) return aligned ? cap_rows<T, kOp, true, true> : cap_rows<T, kOp, true, false>;
+  return aligned ? cap_rows<T, kOp, false, true> : cap_rows<T, kOp, false, false>;
 }
 
-template <class T, int kVecs, Op kOp>
-Kernel choose_many(bool many, bool aligned) {
-  return many ? choose_aligned<T, kVecs, kOp, true>(aligned) : choose_aligned<T, kVecs, kOp, false>(aligned);
+template <class T>
+Kernel choose(Op op, bool many, bool aligned) {
+  if (op == Op::kCap) return choose<T, Op::kCap>(many, aligned);
+  if (op == Op::kCapResidual) return choose<T, Op::kCapResidual>(many, aligned);
+  return choose<T, Op::kNorm>(many, aligned);
 }
 
-template <class T, int kVecs>
-Kernel choose_op(Op op, bool many, bool aligned) {
-  switch (op) {
-    case Op::kCap:
-      return choose_many<T, kVecs, Op::kCap>(many, aligned);
-    case Op::kCapResidual:
-      return choose_many<T, kVecs, Op::kCapResidual>(many, aligned);
-    default:
-      return choose_many<T, kVecs, Op::kNorm>(many, aligned);
-  }
-}
-
-Kernel choose(DType dtype, int vecs, Op op, bool many, bool aligned) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return choose_op<float, 4>(op, many, aligned);
-    case DType::kBFloat16:
-      return vecs == 2 ? choose_op<__nv_bfloat16, 2>(op, many, aligned)
-                       : choose_op<__nv_bfloat16, 4>(op, many, aligned);
-    default:
-      return vecs == 2 ? choose_op<__half, 2>(op, many, aligned) : choose_op<__half, 4>(op, many, aligned);
-  }
+Kernel choose(DType dtype, Op op, bool many, bool aligned) {
+  if (dtype == DType::kFloat32) return choose<float>(op, many, aligned);
+  if (dtype == DType::kBFloat16) return choose<__nv_bfloat16>(op, many, aligned);
+  return choose<__half>(op, many, aligned);
 }
 
 bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVecBytes == 0; }
@@ -63,7 +48,7 @@ bool is_aligned(const CapParams& p) {
 struct Device {
   std::atomic<int> processors{0};
   std::atomic<int> major{0};
-  std::atomic<int> blocks[5][3][2][2][kMaxThreads / kWarp + 1] = {};
+  std::atomic<int> blocks[3][3][2][2][kMaxThreads / kWarp + 1] = {};
 };
 constexpr int kMaxDevices = 16;
 Device devices[kMaxDevices];
@@ -84,13 +69,12 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   const Op op = p.weight ? Op::kNorm : p.residual ? Op::kCapResidual : Op::kCap;
   const bool many = p.directions > 1;
   const Plan shape = plan_for(p.dtype, p.hidden_size, 1, 1);  // all but the grid hangs on dtype and H alone
-  const Kernel kernel = choose(p.dtype, shape.vecs_per_thread, op, many, aligned);
+  const Kernel kernel = choose(p.dtype, op, many, aligned);
 
   int number, processors, major, blocks;
   if (const cudaError_t error = cudaGetDevice(&number)) return error;
   if (number >= kMaxDevices) return cudaErrorInvalidDevice;
   Device& device = devices[number];
-  const int width = p.dtype == DType::kFloat32 ? 0 : int(p.dtype) * 2 - 1 + shape.vecs_per_thread / 4;
   const auto attribute = [&](cudaDeviceAttr wanted) {
     return [=](int* value) { return cudaDeviceGetAttribute(value, wanted, number); };
   };
@@ -99,7 +83,7 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   if (const cudaError_t error = remember(device.major, major, attribute(cudaDevAttrComputeCapabilityMajor)))
     return error;
   if (const cudaError_t error = remember(
-          device.blocks[width][int(op)][many][aligned][shape.block / kWarp], blocks,
+          device.blocks[int(p.dtype)][int(op)][many][aligned][shape.block / kWarp], blocks,
           [&](int* value) { return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, 0); }))
     return error;
   const int64_t resident = std::max<int64_t>(1, int64_t(processors) * blocks / count);

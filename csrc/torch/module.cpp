@@ -102,7 +102,7 @@ PYBIND11_MODULE(_C, m) {
                            : dtype == "bfloat16" ? DType::kBFloat16
                                                  : DType::kFloat16;
         const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
-        return py::make_tuple(plan.vecs_per_thread, plan.threads_per_row, plan.block, plan.grid);
+        return py::make_tuple(plan.threads_per_row, plan.block, plan.grid);
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });

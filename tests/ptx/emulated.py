@@ -48,10 +48,10 @@ def kernels(architecture: int = 90) -> dict[str, Kernel]:
     return parse(ptx_text(architecture))
 
 
-def kernel_name(dtype: torch.dtype, vecs: int, op: str, many: bool, aligned: bool) -> str:
+def kernel_name(dtype: torch.dtype, op: str, many: bool, aligned: bool) -> str:
     code = TYPES[dtype][1]
     flags = f"ELb{int(many)}ELb{int(aligned)}"
-    return f"_ZN7axiscap4cuda8cap_rowsI{code}Li{vecs}ELNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallE"
+    return f"_ZN7axiscap4cuda8cap_rowsI{code}LNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallE"
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -92,7 +92,7 @@ class Device:
         rows, size = first.shape
         name, _, number = TYPES[first.dtype]
         layers, num_slots, directions = axes.shape[:3]
-        vecs, threads, block, grid = _C.plan(name, size, rows, max(1, self.resident // layers))
+        threads, block, grid = _C.plan(name, size, rows, max(1, self.resident // layers))
         at = {}
 
         def place(key: str, tensor: torch.Tensor | None, written: bool = True) -> int:
@@ -125,7 +125,7 @@ class Device:
         aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
         aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
         op = "norm" if weight is not None else "cap_residual" if residual is not None else "cap"
-        self.name = kernel_name(first.dtype, vecs, op, directions > 1, aligned)
+        self.name = kernel_name(first.dtype, op, directions > 1, aligned)
         if rows == 0:
             return
 

@@ -17,23 +17,15 @@ from test_ops import DTYPES, Input, assert_close_to_oracle, assert_normed, input
 
 from axiscap import _C, ops, reference
 
-#: The widest row of the kernel with 16 elements a thread.
-MAX_NARROW = 16 * 512
+#: The widest row of each dtype: four vectors for each of 512 threads.
+WIDEST = {dtype: 4 * 512 * (16 // dtype.itemsize) for dtype in DTYPES}
 
-KERNELS = [
-    (dtype, vecs, op, many, aligned)
-    for dtype in DTYPES
-    for vecs in ((4,) if dtype == torch.float32 else (2, 4))
-    for op, many, aligned in itertools.product(OPS, (False, True), (True, False))
-]
+KERNELS = list(itertools.product(DTYPES, OPS, (False, True), (True, False)))
 
 
-def sizes_for(dtype: torch.dtype, vecs: int, aligned: bool) -> list[int]:
+def sizes_for(dtype: torch.dtype, aligned: bool) -> list[int]:
     """Rows of a part of a warp, of a warp, of several, and the widest, each with whole vectors or a tail."""
-    wide = dtype != torch.float32 and vecs == 4
-    if wide:
-        return [8200, 16384] if aligned else [8193, 16383]
-    return [8, 72, 512, 1040, MAX_NARROW] if aligned else [1, 7, 67, 513, 1041, MAX_NARROW - 1]
+    return [8, 72, 1024, 1040, WIDEST[dtype]] if aligned else [1, 7, 67, 1023, 1041, WIDEST[dtype] - 1]
 
 
 def run_like_the_cpu(device: Device, op: str, case: Input, *, bias: float = 0.0):
@@ -95,16 +87,16 @@ def test_the_list_of_kernels_is_that_of_the_module():
     assert len(kernels()) == len(found) + 1  # and the statistics
 
 
-@pytest.mark.parametrize(("dtype", "vecs", "op", "many", "aligned"), KERNELS)
-def test_every_kernel_against_the_oracle(dtype, vecs, op, many, aligned):
-    for seed, size in enumerate(sizes_for(dtype, vecs, aligned)):
+@pytest.mark.parametrize(("dtype", "op", "many", "aligned"), KERNELS)
+def test_every_kernel_against_the_oracle(dtype, op, many, aligned):
+    for seed, size in enumerate(sizes_for(dtype, aligned)):
         for slots in (True, False):
             rows = 3 if size > 4000 else 9
             padding = 8 if aligned else seed % 3
             case = Input(dtype, rows, size, 2, 3 if many else 1, padding, 1.0, slots, seed % 2 == 1, seed)
             device = Device(resident=2)
             check_against_the_oracle(device, op, case)
-            assert device.name == kernel_name(dtype, vecs, op, many, aligned)
+            assert device.name == kernel_name(dtype, op, many, aligned)
 
 
 @settings(max_examples=60)
@@ -219,7 +211,7 @@ def test_out_of_place_and_projecting(dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [576, 4096, MAX_NARROW])
+@pytest.mark.parametrize("size", [576, 4096, 8192])
 def test_bytes_moved_are_the_minimum(dtype, size):
     """A row is read once, in whole sectors, and written once, only if it fires; the axis once a block."""
     rows = 12
@@ -237,7 +229,7 @@ def test_bytes_moved_are_the_minimum(dtype, size):
     assert rows_of.sectors["st"] * 32 == int(fires.sum()) * row_bytes
     assert rows_of.requested["ld"] == rows * row_bytes
     assert rows_of.requested["st"] == int(fires.sum()) * row_bytes
-    readers = device.launch.grid[0] * max(1, device.launch.block // _C.plan(TYPES[dtype][0], size, rows, 4)[1])
+    readers = device.launch.grid[0] * max(1, device.launch.block // _C.plan(TYPES[dtype][0], size, rows, 4)[0])
     assert axis.requested["ld"] == min(readers, rows) * size * 4
 
     residual, weight = torch.zeros(rows, size, dtype=dtype), torch.ones(size, dtype=dtype)
@@ -269,26 +261,21 @@ def test_a_corrected_residual_is_read_from_memory_once():
 def test_the_plan_for_every_size(dtype):
     name = TYPES[dtype][0]
     per = 16 // dtype.itemsize
-    most = MAX_NARROW if dtype == torch.float32 else 2 * MAX_NARROW
-    for size in range(1, most + 1):
-        vecs, threads, block, grid = _C.plan(name, size, 4096, 132)
-        assert threads * vecs * per >= size
+    for size in range(1, WIDEST[dtype] + 1):
+        threads, block, _ = _C.plan(name, size, 4096, 132)
+        assert threads * 4 * per >= size
         assert (threads <= 32 and threads & (threads - 1) == 0) or threads % 32 == 0
-        assert block % threads == 0
+        assert threads == 1 or threads * 4 * per < 2 * size + 32 * 4 * per  # and not many more than that
         assert block % 32 == 0
         assert block <= 512
-        assert (threads > 32) == (block // threads == 1) or threads <= 32
-        assert grid <= 132
+        assert block == threads if threads > 32 else block % threads == 0
         for rows, resident in ((0, 132), (1, 132), (7, 1), (4097, 1056)):
-            vecs_now, threads_now, block_now, grid = _C.plan(name, size, rows, resident)
-            assert (vecs_now, threads_now, block_now) == (vecs, threads, block)  # the bits hang on them
-            at_once = block // threads
-            units = -(-rows // at_once)
-            assert grid <= max(resident, 0)
-            assert grid == 0 if rows == 0 else 0 < grid <= units
-            if grid:
-                turns = -(-units // grid)
-                assert turns == -(-units // resident)  # as few as can be, and the blocks share them evenly
+            threads_now, block_now, grid = _C.plan(name, size, rows, resident)
+            assert (threads_now, block_now) == (threads, block)  # the bits hang on them
+            units = -(-rows // (block // threads))
+            assert grid == 0 if rows == 0 else 0 < grid <= min(units, resident)
+            if grid:  # as few turns as can be, and the blocks share them evenly
+                assert -(-units // grid) == -(-units // resident)
 
 
 # Statistics.
@@ -335,9 +322,13 @@ def first(code: list[Instruction], op: str, start: int = 0) -> int:
     return next(i for i in range(start, len(code)) if code[i].op.startswith(op))
 
 
+def last(code: list[Instruction], op: str) -> int:
+    return max(i for i, instruction in enumerate(code) if instruction.op.startswith(op))
+
+
 def drop_a_lane(code):
-    """The sum leaves out what one shuffle brings."""
-    at = first(code, "add.f32", first(code, "shfl"))
+    """The sum leaves out what the last shuffle brings."""
+    at = first(code, "add.f32", last(code, "shfl"))
     code[at] = dataclasses.replace(code[at], op="mov.f32", operands=code[at].operands[:2])
     return code
 
@@ -377,7 +368,7 @@ def shuffle_apart(code):
     """Half of a warp does not come to the shuffle."""
     spare = first(code, "griddepcontrol.launch_dependents")
     code[spare] = dataclasses.replace(code[spare], op="setp.lt.u32", operands=("%p9999", "%tid.x", "16"))
-    at = first(code, "shfl")
+    at = last(code, "shfl")
     code[at] = dataclasses.replace(code[at], guard="%p9999")
     return code
 
@@ -390,8 +381,8 @@ def misalign(code):
     return code
 
 
-PLANTED = kernel_name(torch.bfloat16, 2, "cap", False, True)
-UNALIGNED = kernel_name(torch.bfloat16, 2, "cap", False, False)
+PLANTED = kernel_name(torch.bfloat16, "cap", False, True)
+UNALIGNED = kernel_name(torch.bfloat16, "cap", False, False)
 
 
 @pytest.mark.parametrize(

@@ -141,16 +141,22 @@ struct Group {
 
   // Every thread gets the sum over its group, added in one fixed order. All threads of the block call it.
   __device__ float sum(float value, int& turn) const {
-    for (int offset = min(threads, kWarp) / 2; offset > 0; offset /= 2)
-      value += __shfl_xor_sync(0xffffffffu, value, offset);
-    if (threads <= kWarp) return value;
+    if (threads < kWarp) {
+      for (int offset = threads / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+      return value;
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    if (threads == kWarp) return value;
     // Two sets of partial sums, by turns: whoever writes one again has passed the barrier behind its last reading.
-    __shared__ float partial[2][kMaxThreads / kWarp];
+    constexpr int kMaxWarps = kMaxThreads / kWarp;
+    __shared__ float partial[2][kMaxWarps];
     turn ^= 1;
     if (lane % kWarp == 0) partial[turn][lane / kWarp] = value;
     __syncthreads();
-    value = 0;
-    for (int warp = 0; warp < threads / kWarp; ++warp) value += partial[turn][warp];
+    value = lane % kMaxWarps < threads / kWarp ? partial[turn][lane % kMaxWarps] : 0.f;
+#pragma unroll
+    for (int offset = kMaxWarps / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
   }
 };
@@ -171,11 +177,11 @@ __device__ inline void wait_for_the_kernel_before() {
 }
 
 // kMany: more than one direction. Their axes are read for each row; a single one is kept in registers from row to row.
-template <class T, int kVecs, Op kOp, bool kMany, bool kAligned>
+template <class T, Op kOp, bool kMany, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) cap_rows(const __grid_constant__ Call call) {
-  constexpr int kN = kPer<T>;
-  // The widest rows' norm needs the registers for itself.
-  constexpr bool kKeepsAxis = !kMany && !(kOp == Op::kNorm && kVecs * kN > 16);
+  constexpr int kN = kPer<T>, kVecs = kVecsPerThread;
+  // A norm element by element needs the registers for itself.
+  constexpr bool kKeepsAxis = !kMany && (kOp != Op::kNorm || kAligned);
   const CapParams& p = call.shared;
   const Layer& layer = call.layers[blockIdx.y];
   const int size = int(p.hidden_size), directions = kMany ? int(p.directions) : 1;

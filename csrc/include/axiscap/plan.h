@@ -19,15 +19,15 @@ inline constexpr int kSmallBlock = 128;
 
 constexpr int elements_per_vec(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
 
-// Elements a thread: 16, and 32 for the widest rows of 16-bit numbers.
-constexpr int elements_per_thread(DType dtype, int64_t hidden_size) {
-  return dtype != DType::kFloat32 && hidden_size > 16 * kMaxThreads ? 32 : 16;
+// Vectors of a row that a thread holds: as many as its registers allow, since what a row costs beside its bytes it
+// costs each warp.
+inline constexpr int kVecsPerThread = 4;
+
+constexpr int64_t max_hidden_size(DType dtype) {
+  return int64_t(kVecsPerThread) * elements_per_vec(dtype) * kMaxThreads;
 }
 
-constexpr int64_t max_hidden_size(DType dtype) { return (dtype == DType::kFloat32 ? 16 : 32) * int64_t(kMaxThreads); }
-
 struct Plan {
-  int vecs_per_thread;  // which kernel
   int threads_per_row;  // a power of two up to a warp, or whole warps
   int block;            // threads
   int rows_per_block;
@@ -38,8 +38,7 @@ struct Plan {
 constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
   const int64_t vecs = (hidden_size + elements_per_vec(dtype) - 1) / elements_per_vec(dtype);
   Plan plan{};
-  plan.vecs_per_thread = elements_per_thread(dtype, hidden_size) / elements_per_vec(dtype);
-  const int64_t threads = (vecs + plan.vecs_per_thread - 1) / plan.vecs_per_thread;
+  const int64_t threads = (vecs + kVecsPerThread - 1) / kVecsPerThread;
   plan.threads_per_row = 1;
   while (plan.threads_per_row < threads && plan.threads_per_row < kWarp) plan.threads_per_row *= 2;
   if (threads > kWarp) plan.threads_per_row = int((threads + kWarp - 1) / kWarp) * kWarp;

@@ -28,6 +28,9 @@ ROWS = (1, 8, 64, 512, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARES = (0.0, 0.1, 1.0)
 
+#: Inputs of at least this many bytes are measured from memory, over this many bytes of copies.
+LARGE, BEYOND_CACHES = 16 << 20, 128 << 20
+
 Contender = Callable[[Tensor], Any]
 
 
@@ -68,8 +71,10 @@ class Case:
         rows += (wanted - rows @ self.axis)[:, None] * self.axis
         self.pristine = rows.to(DTYPES[self.dtype])
         bytes_each = self.pristine.nbytes
-        # About a megabyte of copies: long enough for the clock, inside the second-level cache like a decoding step's.
-        self.copies = [self.pristine.clone() for _ in range(max(1, min(256, (1 << 20) // bytes_each)))]
+        # Few rows: about a megabyte of copies, long enough for the clock, inside the second-level cache like those of a
+        # decoding step. Many rows: more than the caches hold, so that all of them come from memory.
+        total = BEYOND_CACHES if bytes_each >= LARGE else 1 << 20
+        self.copies = [self.pristine.clone() for _ in range(max(1, min(256, -(-total // bytes_each))))]
 
     def restore(self) -> None:
         for copy in self.copies:
@@ -153,7 +158,7 @@ def measure(progress: Progress, *, quick: bool = False, model: str | None = None
     task = progress.add_task("kernels", total=len(grid))
     results = []
     for hidden_size, rows, dtype, share in grid:
-        rounds = 5 if quick else 25
+        rounds = 5 if quick else (15 if rows * hidden_size * DTYPES[dtype].itemsize >= LARGE else 25)
         results.append(measure_case(Case(hidden_size, rows, dtype, share), rounds))
         progress.advance(task)
     machine = {

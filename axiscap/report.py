@@ -91,8 +91,8 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
         bound = "reading only" if share == 0 else "reading and writing back"
         panel.set_title(f"{share:.0%} of rows fire\n(bound: {bound})", fontsize=10)
         panel.set_xlabel("rows")
-        panel.set_ylim(0, None)
         panel.grid(alpha=0.25)
+    panels[0][0].set_ylim(0, 1.05 * max(1, *(case["of_memory_bound"]["p75"] for case in cases)))
     panels[0][0].set_ylabel("fraction of the memory bound's speed")
     panels[0][-1].legend(fontsize=8)
     figure.suptitle(

@@ -105,8 +105,8 @@ def main() -> None:
         "# Predicted times on GPUs",
         "",
         "**Predicted, not measured**: made by `python benchmarks/predict.py`, which executes the kernels' PTX,",
-        "counts its instructions and the sectors that it moves, and sets them against published rates. Nothing here has",
-        "run on a GPU, and what the model leaves out can only make it slower. bfloat16, one direction, one layer;",
+        "counts its instructions and the sectors that it moves, and sets them against published rates. Nothing here",
+        "has run on a GPU, and what the model leaves out can only make it slower. bfloat16, one direction, one layer;",
         "microseconds without the launch, what binds, and the fraction of the speed of the memory's full bandwidth.",
     ]
     curves = {}

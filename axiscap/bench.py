@@ -70,11 +70,11 @@ class Case:
         wanted = torch.where(fires, -1.0, 1.0)
         rows += (wanted - rows @ self.axis)[:, None] * self.axis
         self.pristine = rows.to(DTYPES[self.dtype])
-        bytes_each = self.pristine.nbytes
+        self.large = self.pristine.nbytes >= LARGE
         # Few rows: about a megabyte of copies, long enough for the clock, inside the second-level cache like those of a
         # decoding step. Many rows: more than the caches hold, so that all of them come from memory.
-        total = BEYOND_CACHES if bytes_each >= LARGE else 1 << 20
-        self.copies = [self.pristine.clone() for _ in range(max(1, min(256, -(-total // bytes_each))))]
+        total = BEYOND_CACHES if self.large else 1 << 20
+        self.copies = [self.pristine.clone() for _ in range(max(1, min(256, -(-total // self.pristine.nbytes))))]
 
     def restore(self) -> None:
         for copy in self.copies:
@@ -158,8 +158,9 @@ def measure(progress: Progress, *, quick: bool = False, model: str | None = None
     task = progress.add_task("kernels", total=len(grid))
     results = []
     for hidden_size, rows, dtype, share in grid:
-        rounds = 5 if quick else (15 if rows * hidden_size * DTYPES[dtype].itemsize >= LARGE else 25)
-        results.append(measure_case(Case(hidden_size, rows, dtype, share), rounds))
+        case = Case(hidden_size, rows, dtype, share)
+        rounds = 5 if quick else (15 if case.large else 25)
+        results.append(measure_case(case, rounds))
         progress.advance(task)
     machine = {
         "processor": _processor(),

@@ -98,9 +98,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan",
       [](const std::string& dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
+        TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
+                          "dtype must be float32, bfloat16 or float16, got ", dtype);
         const DType type = dtype == "float32"    ? DType::kFloat32
                            : dtype == "bfloat16" ? DType::kBFloat16
                                                  : DType::kFloat16;
+        TORCH_CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::max_hidden_size(type),
+                          "hidden_size must be from 1 to ", cuda::max_hidden_size(type), ", got ", hidden_size);
+        TORCH_CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
+        TORCH_CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
         const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
         return py::make_tuple(plan.threads_per_row, plan.block, plan.grid);
       },

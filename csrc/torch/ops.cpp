@@ -140,6 +140,18 @@ CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes
   return p;
 }
 
+// The second stream, which the correction goes into.
+void use_residual(CapParams& p, const at::Tensor& hidden, const at::Tensor& residual) {
+  TORCH_CHECK_VALUE(residual.sizes() == hidden.sizes(), "residual must have the shape of hidden, ", hidden.sizes(),
+                    ", got ", residual.sizes());
+  check_dtype(residual, "residual", hidden.scalar_type());
+  check_device(residual, "residual", hidden);
+  p.residual = residual.const_data_ptr();
+  p.residual_stride = writable_rows_of(residual, "residual").stride;
+  p.out = residual.mutable_data_ptr();
+  p.out_stride = p.residual_stride;
+}
+
 void* stream_of(at::Device device) {
   return reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
 }
@@ -228,18 +240,6 @@ at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const Optio
   p.projections = projections.mutable_data_ptr<float>();
   launch(&p, 1, hidden.device());
   return projections;
-}
-
-// The second stream, which the correction goes into.
-static void use_residual(CapParams& p, const at::Tensor& hidden, const at::Tensor& residual) {
-  TORCH_CHECK_VALUE(residual.sizes() == hidden.sizes(), "residual must have the shape of hidden, ", hidden.sizes(),
-                    ", got ", residual.sizes());
-  check_dtype(residual, "residual", hidden.scalar_type());
-  check_device(residual, "residual", hidden);
-  p.residual = residual.const_data_ptr();
-  p.residual_stride = writable_rows_of(residual, "residual").stride;
-  p.out = residual.mutable_data_ptr();
-  p.out_stride = p.residual_stride;
 }
 
 void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,

@@ -117,13 +117,10 @@ class Memory:
         self.buffers: list[Buffer] = []
         self._next = 1 << 32
 
-    def add(self, name: str, array: np.ndarray, *, written: bool = True, offset: int = 0) -> int:
-        """Maps a contiguous array (not copied: the kernel changes it) and returns its address.
-
-        offset: how many bytes behind a 256-byte boundary it begins.
-        """
+    def add(self, name: str, array: np.ndarray, *, written: bool = True) -> int:
+        """Maps a contiguous array (not copied: the kernel changes it) and returns its address, a multiple of 256."""
         data = array.reshape(-1).view(np.uint8)
-        base = self._next + offset
+        base = self._next
         self.buffers.append(Buffer.of(name, base, data, written))
         self._next = -(-(base + len(data) + 4096) // 256) * 256
         return base

@@ -278,6 +278,21 @@ def test_the_plan_for_every_size(dtype):
                 assert -(-units // grid) == -(-units // resident)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("int8", 64, 1, 1), "dtype must be float32, bfloat16 or float16, got int8"),
+        (("bfloat16", 0, 1, 1), "hidden_size must be from 1 to 16384, got 0"),
+        (("float32", 8193, 1, 1), "hidden_size must be from 1 to 8192, got 8193"),
+        (("float16", 64, -1, 1), "rows must not be negative, got -1"),
+        (("float16", 64, 1, 0), "resident must be at least 1, got 0"),
+    ],
+)
+def test_a_plan_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _C.plan(*arguments)
+
+
 # Statistics.
 
 

@@ -84,10 +84,10 @@ def count(op: str, floor: float, size: int) -> tuple[float, float]:
 
 def predict(gpu: Gpu, used: int, op: str, size: int, rows: int, work: float, moved: float) -> tuple[float, str, float]:
     """(seconds, what binds, fraction of the memory bound)."""
-    threads_per_row, block, _ = _C.plan("bfloat16", size, rows, 1)
+    threads_per_row, block, _, _ = _C.plan("bfloat16", size, rows, 1)
     allocated = -(-used // 8) * 8
     blocks = min(65536 // (allocated * block), gpu.threads // block, 24)
-    grid = _C.plan("bfloat16", size, rows, blocks * gpu.processors)[2]
+    grid = _C.plan("bfloat16", size, rows, blocks * gpu.processors)[3]
     at_once = min(grid * (block // threads_per_row), rows)
     memory = rows * moved / gpu.bandwidth
     # Each row in turn waits for its reading; what is in flight is the rows of the resident blocks.

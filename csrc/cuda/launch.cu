@@ -82,9 +82,13 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
     return error;
   if (const cudaError_t error = remember(device.major, major, attribute(cudaDevAttrComputeCapabilityMajor)))
     return error;
-  if (const cudaError_t error = remember(
-          device.blocks[int(p.dtype)][int(op)][many][aligned][shape.block / kWarp], blocks,
-          [&](int* value) { return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, 0); }))
+  if (const cudaError_t error =
+          remember(device.blocks[int(p.dtype)][int(op)][many][aligned][shape.block / kWarp], blocks, [&](int* value) {
+            const void* function = reinterpret_cast<const void*>(kernel);
+            const cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+            if (const cudaError_t error = cudaFuncSetAttribute(function, limit, kMaxSharedBytes)) return error;
+            return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, shape.shared_bytes);
+          }))
     return error;
   const int64_t resident = std::max<int64_t>(1, int64_t(processors) * blocks / count);
   const Plan plan = plan_for(p.dtype, p.hidden_size, p.rows, resident);
@@ -98,6 +102,7 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(unsigned(plan.block));
+  config.dynamicSmemBytes = size_t(plan.shared_bytes);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = major >= 9 ? 1 : 0;

@@ -108,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
         TORCH_CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
         TORCH_CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
         const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
-        return py::make_tuple(plan.threads_per_row, plan.block, plan.grid);
+        return py::make_tuple(plan.threads_per_row, plan.block, plan.shared_bytes, plan.grid);
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });

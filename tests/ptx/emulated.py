@@ -92,7 +92,7 @@ class Device:
         rows, size = first.shape
         name, _, number = TYPES[first.dtype]
         layers, num_slots, directions = axes.shape[:3]
-        threads, block, grid = _C.plan(name, size, rows, max(1, self.resident // layers))
+        threads, block, dynamic, grid = _C.plan(name, size, rows, max(1, self.resident // layers))
         at = {}
 
         def place(key: str, tensor: torch.Tensor | None, written: bool = True) -> int:
@@ -152,5 +152,5 @@ class Device:
             )
         parameters += bytes(56 * (MAX_LAYERS - layers))
         kernel = (self.source or kernels())[self.name]
-        self.launch = Launch(kernel, self.memory, parameters, (grid, layers), block)
+        self.launch = Launch(kernel, self.memory, parameters, (grid, layers), block, dynamic)
         self.launch.run(self.seed)

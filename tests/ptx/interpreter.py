@@ -2,7 +2,7 @@
 
 The kernels' PTX, as nvcc emits it, is executed on buffers of real bytes. An access outside its allocation or not on
 its own size, a read of bytes that nobody wrote, two threads at one byte without a barrier between them, a barrier or
-shuffle that not all of its lanes reach, and an opcode that is not known here: each is an error that says where.
+shuffle that not all of its lanes reach, bytes used while an asynchronous copy of them is under way, and an opcode that is not known here: each is an error that says where.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX module, by (mangled) name."""
     text = re.sub(r"//[^\n]*", "", text)
     module_shared = re.findall(r"^\.shared \.align (\d+) \.b8 (\S+)\[(\d+)\];", text, re.M)
+    dynamic_shared = re.findall(r"^\.extern \.shared \.align (\d+) \.b8 (\S+)\[\];", text, re.M)
     kernels = {}
     for match in re.finditer(r"\.entry (\S+)\((.*?)\)\s*((?:\.\w+[^{]*)?)\{(.*?)^\}", text, re.S | re.M):
         name, parameters, _, body = match.groups()
@@ -66,6 +67,10 @@ def parse(text: str) -> dict[str, Kernel]:
             end = -(-end // int(align)) * int(align)
             shared[variable] = end
             end += int(size)
+        for align, variable in dynamic_shared:  # behind the rest, as long as the launch makes it
+            if variable in body:
+                end = -(-end // int(align)) * int(align)
+                shared[variable] = end
         code, labels = [], {}
         body = re.sub(r"^\s*\.(reg|shared|pragma)[^;]*;", "", body, flags=re.M)
         # Inline assembly stands in braces of its own.
@@ -99,6 +104,7 @@ class Buffer:
     write_time: np.ndarray  # (block, epoch) as one number
     reader: np.ndarray  # like writer; -1: several
     read_time: np.ndarray
+    copying: np.ndarray  # asynchronous copies to or from here that nobody has waited for
     sectors: Counter = field(default_factory=Counter)  # moved by the requests of warps, by "ld" and "st"
     requested: Counter = field(default_factory=Counter)  # bytes
     touched: dict[str, set[int]] = field(default_factory=lambda: {"ld": set(), "st": set()})  # distinct sectors
@@ -107,7 +113,7 @@ class Buffer:
     def of(cls, name: str, base: int, data: np.ndarray, written: bool) -> Buffer:
         size = len(data)
         zeros = [np.zeros(size, np.int64) for _ in range(4)]
-        return cls(name, base, data, np.full(size, written), *zeros)
+        return cls(name, base, data, np.full(size, written), *zeros, np.zeros(size, np.int16))
 
 
 class Memory:
@@ -165,6 +171,18 @@ _COMPARE = {
 }  # fmt: skip
 
 
+@dataclass
+class Copy:
+    """An asynchronous copy of 16 bytes a lane into shared memory, not yet waited for."""
+
+    lanes: np.ndarray
+    group: np.ndarray  # of each lane
+    source: Buffer | None  # None where no lane asks for a byte
+    source_at: np.ndarray
+    to: np.ndarray
+    length: np.ndarray  # bytes to copy; the rest become zeros
+
+
 class Block:
     """One block in the middle of a launch: a program counter and registers for each of its lanes."""
 
@@ -179,7 +197,9 @@ class Block:
         self.epoch = 1
         self.lane = np.arange(self.threads)
         self.registers: dict[str, np.ndarray] = {}
-        self.shared = Buffer.of("shared", 0, np.zeros(max(kernel.shared_bytes, 1), np.uint8), False)
+        self.shared = Buffer.of("shared", 0, np.zeros(max(kernel.shared_bytes + launch.dynamic, 1), np.uint8), False)
+        self.copies: list[Copy] = []
+        self.committed = np.zeros(self.threads, np.int64)  # groups of copies
 
     # Registers and operands.
 
@@ -264,6 +284,8 @@ class Block:
             if active.any():
                 if root in ("ld", "st"):
                     self.access(root, parts, operands, active)
+                elif root == "cp":
+                    self.copy(op, operands, active)
                 elif root != "griddepcontrol":
                     self.put(operands[0], self.compute(op, parts, operands), active)
         self.launch.counts[op] += int(warps.sum())
@@ -321,6 +343,8 @@ class Block:
         if root == "mul" and parts[1] == "wide":
             wide = np.int64 if parts[2] == "s32" else np.uint64
             return get(1).astype(wide) * get(2).astype(wide)
+        if root == "mad" and parts[1] == "lo":
+            return get(1) * get(2) + get(3)
         if root in ("add", "sub") or (root == "mul" and parts[1] in ("lo", "f32", "rn")):
             return {"add": np.add, "sub": np.subtract, "mul": np.multiply}[root](get(1), get(2))
         if root in ("div", "rem") and kind is not None and np.dtype(kind).kind in "iu":
@@ -381,13 +405,7 @@ class Block:
         if block:
             self.watch(buffer, root, where, lanes)
         if space == "global":
-            for start in range(0, self.threads, WARP):
-                mine = (lanes >= start) & (lanes < start + WARP)
-                if mine.any():
-                    moved = np.unique((buffer.base + where[mine]) // SECTOR)
-                    buffer.sectors[root] += len(moved)
-                    buffer.touched[root].update(moved.tolist())
-                    buffer.requested[root] += int(mine.sum()) * size
+            self.count(buffer, root, where, lanes)
         if root == "ld":
             values = buffer.data[where]
             for i, name in enumerate(names):
@@ -401,6 +419,70 @@ class Block:
                 raw = np.ascontiguousarray(self.value(name, f"u{unit}" if unit > 1 else np.uint8)[lanes])
                 buffer.data[where[:, i * unit : (i + 1) * unit]] = raw[:, None].view(np.uint8)
 
+    def copy(self, op: str, operands: tuple[str, ...], active: np.ndarray) -> None:
+        """cp.async. The bytes arrive when they are waited for, no earlier: whoever looks before is told."""
+        lanes = np.flatnonzero(active)
+        if op == "cp.async.commit_group":
+            self.committed[lanes] += 1
+        elif op == "cp.async.wait_group":
+            for copy in self.copies:
+                done = active[copy.lanes] & (copy.group < self.committed[copy.lanes] - int(operands[0]))
+                self.arrive(copy, done)
+            self.copies = [copy for copy in self.copies if len(copy.lanes)]
+        elif op == "cp.async.cg.shared.global" and operands[2] == "16":
+            to = self.value(operands[0].strip("[]"), np.uint64).astype(np.int64)[lanes]
+            address = self.value(operands[1].strip("[]"), np.uint64).astype(np.int64)[lanes]
+            length = self.value(operands[3], np.uint32).astype(np.int64)[lanes]
+            asked = length > 0
+            if (to % 16).any() or (address[asked] % 16).any() or (length > 16).any():
+                raise PtxError("a copy that is not 16 bytes at a multiple of 16")
+            if (to + 16 > len(self.shared.data)).any():
+                raise PtxError(f"an access outside of shared: byte {to.max()}")
+            where = to[:, None] + np.arange(16)
+            self.watch(self.shared, "st", where, lanes)
+            self.shared.written[where] = False
+            self.shared.copying[where] += 1
+            source = None
+            if asked.any():
+                source = self.launch.memory.find(int(address[asked][0]))
+                if source is None:
+                    raise PtxError(f"an access at {address[asked][0]:#x}, where nothing is")
+                address = address - source.base
+                if (address[asked] < 0).any() or (address + length > len(source.data))[asked].any():
+                    raise PtxError(f"an access outside of {source.name}: byte {address[asked].max()}")
+                read = address[asked][:, None] + np.arange(16)
+                if (length[asked] != 16).any():
+                    raise PtxError("a copy of part of its bytes, which is not known here")
+                self.watch(source, "ld", read, lanes[asked])
+                source.copying[read] += 1
+                self.count(source, "ld", read, lanes[asked])
+            self.copies.append(Copy(lanes, self.committed[lanes].copy(), source, address, to, length))
+        else:
+            raise PtxError(f"unknown opcode {op}")
+
+    def arrive(self, copy: Copy, done: np.ndarray) -> None:
+        where = copy.to[done][:, None] + np.arange(16)
+        asked = done & (copy.length > 0)
+        self.shared.data[where] = 0
+        if copy.source is not None and asked.any():
+            read = copy.source_at[asked][:, None] + np.arange(16)
+            self.shared.data[copy.to[asked][:, None] + np.arange(16)] = copy.source.data[read]
+            copy.source.copying[read] -= 1
+        self.shared.written[where] = True
+        self.shared.copying[where] -= 1
+        for name in ("lanes", "group", "source_at", "to", "length"):
+            setattr(copy, name, getattr(copy, name)[~done])
+
+    def count(self, buffer: Buffer, root: str, where: np.ndarray, lanes: np.ndarray) -> None:
+        """Adds up the sectors that each warp's request moves."""
+        for start in range(0, self.threads, WARP):
+            mine = (lanes >= start) & (lanes < start + WARP)
+            if mine.any():
+                moved = np.unique((buffer.base + where[mine]) // SECTOR)
+                buffer.sectors[root] += len(moved)
+                buffer.touched[root].update(moved.tolist())
+                buffer.requested[root] += int(mine.sum()) * where.shape[1]
+
     def watch(self, buffer: Buffer, root: str, where: np.ndarray, lanes: np.ndarray) -> None:
         now = (self.number << 32) | self.epoch
         thread = (self.number * self.threads + lanes + 1)[:, None]
@@ -410,6 +492,8 @@ class Block:
             before = (when >> 32 == self.number) & (when < now)
             return (who != 0) & (who != thread) & ~before
 
+        if buffer.copying[where].any() and (root == "st" or buffer is self.shared):
+            raise PtxError(f"{buffer.name} is used while it is being copied")
         if unordered(buffer.writer[where], buffer.write_time[where]).any():
             raise PtxError(f"a race: {buffer.name} was written by another thread, with no barrier since")
         if root == "ld":
@@ -468,8 +552,16 @@ class Block:
 class Launch:
     """A kernel with its parameters and memory, ready to run."""
 
-    def __init__(self, kernel: Kernel, memory: Memory, parameters: bytes, grid: tuple[int, int], block: int) -> None:
-        self.kernel, self.memory, self.grid, self.block = kernel, memory, grid, block
+    def __init__(
+        self,
+        kernel: Kernel,
+        memory: Memory,
+        parameters: bytes,
+        grid: tuple[int, int],
+        block: int,
+        dynamic: int = 0,  # bytes of shared memory beside those that the kernel names
+    ) -> None:
+        self.kernel, self.memory, self.grid, self.block, self.dynamic = kernel, memory, grid, block, dynamic
         ((name, size),) = kernel.parameters
         if len(parameters) != size:
             raise ValueError(f"the kernel takes {size} bytes of parameters, got {len(parameters)}")

@@ -262,16 +262,17 @@ def test_the_plan_for_every_size(dtype):
     name = TYPES[dtype][0]
     per = 16 // dtype.itemsize
     for size in range(1, WIDEST[dtype] + 1):
-        threads, block, _ = _C.plan(name, size, 4096, 132)
+        threads, block, shared, _ = _C.plan(name, size, 4096, 132)
         assert threads * 4 * per >= size
         assert (threads <= 32 and threads & (threads - 1) == 0) or threads % 32 == 0
         assert threads == 1 or threads * 4 * per < 2 * size + 32 * 4 * per  # and not many more than that
         assert block % 32 == 0
         assert block <= 512
+        assert shared == block * 128
         assert block == threads if threads > 32 else block % threads == 0
         for rows, resident in ((0, 132), (1, 132), (7, 1), (4097, 1056)):
-            threads_now, block_now, grid = _C.plan(name, size, rows, resident)
-            assert (threads_now, block_now) == (threads, block)  # the bits hang on them
+            *now, grid = _C.plan(name, size, rows, resident)
+            assert now == [threads, block, shared]  # the bits hang on them
             units = -(-rows // (block // threads))
             assert grid == 0 if rows == 0 else 0 < grid <= min(units, resident)
             if grid:  # as few turns as can be, and the blocks share them evenly
@@ -390,9 +391,22 @@ def shuffle_apart(code):
 
 def misalign(code):
     """A vector is read from two bytes further on."""
-    at = first(code, "ld.global.L1::no_allocate.v4")
-    base = code[at].operands[1].strip("[]")
-    code[at] = dataclasses.replace(code[at], operands=(code[at].operands[0], f"[{base}+2]"))
+    at = first(code, "cp.async.cg")
+    address = code[at].operands[1].strip("[]")
+    sum_of = max(i for i in range(at) if code[i].op == "add.s64" and code[i].operands[0] == address)
+    code[sum_of] = dataclasses.replace(code[sum_of], operands=(address, code[sum_of].operands[1], "2"))
+    return code
+
+
+def do_not_wait(code):
+    """A row is used while it is on its way."""
+    return [nop(i) if i.op == "cp.async.wait_group" else i for i in code]
+
+
+def wait_for_too_few(code):
+    """The row that is waited for is the one before."""
+    at = first(code, "cp.async.wait_group")
+    code[at] = dataclasses.replace(code[at], operands=("2",))
     return code
 
 
@@ -409,7 +423,9 @@ UNALIGNED = kernel_name(torch.bfloat16, "cap", False, False)
         (forget_the_slot, 1040, AssertionError, None),
         (store_what_did_not_fire, 1040, AssertionError, None),
         (shuffle_apart, 1040, PtxError, "a shuffle under divergence"),
-        (misalign, 1040, PtxError, "which it does not divide"),
+        (misalign, 1040, PtxError, "a copy that is not 16 bytes at a multiple of 16"),
+        (do_not_wait, 1040, PtxError, "shared is used while it is being copied"),
+        (wait_for_too_few, 1040, PtxError, "shared is used while it is being copied"),
     ],
 )
 def test_planted_faults_are_caught(change, size, error, message):

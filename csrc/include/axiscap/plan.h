@@ -22,6 +22,10 @@ constexpr int elements_per_vec(DType dtype) { return dtype == DType::kFloat32 ? 
 // Vectors of a row that a thread holds: as many as its registers allow, since what a row costs beside its bytes it
 // costs each warp.
 inline constexpr int kVecsPerThread = 4;
+// Vectors that a thread has on their way into shared memory, the row at hand with them: two rows of one stream, or one
+// of two.
+inline constexpr int kPacksAhead = 8;
+inline constexpr int kMaxSharedBytes = kMaxThreads * kPacksAhead * kVecBytes;
 
 constexpr int64_t max_hidden_size(DType dtype) {
   return int64_t(kVecsPerThread) * elements_per_vec(dtype) * kMaxThreads;
@@ -31,7 +35,8 @@ struct Plan {
   int threads_per_row;  // a power of two up to a warp, or whole warps
   int block;            // threads
   int rows_per_block;
-  int64_t grid;  // blocks a layer
+  int shared_bytes;  // a block
+  int64_t grid;      // blocks a layer
 };
 
 // `resident`: the blocks of that size that the whole device holds at once. H must be in [1, max_hidden_size(dtype)].
@@ -44,6 +49,7 @@ constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t 
   if (threads > kWarp) plan.threads_per_row = int((threads + kWarp - 1) / kWarp) * kWarp;
   plan.block = plan.threads_per_row > kWarp ? plan.threads_per_row : kSmallBlock;
   plan.rows_per_block = plan.block / plan.threads_per_row;
+  plan.shared_bytes = plan.block * kPacksAhead * kVecBytes;
   // As many blocks as fit at once, each for the same number of rows: a block keeps its axis from row to row, and all
   // end together.
   const int64_t units = (rows + plan.rows_per_block - 1) / plan.rows_per_block;

@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -22,10 +22,20 @@ lint: .venv/built
 bench: .venv/built
 	$(BIN)/axiscap bench --out docs/bench.json --picture docs/bench.png
 
-# On a machine with a GPU, in an environment whose torch has CUDA: PYTHON names its interpreter.
+# On a machine with a GPU, in an environment whose torch has CUDA: PYTHON names its interpreter. The tests, once more
+# under each of compute-sanitizer's tools where it is found, and the benchmark.
 gpu:
-	$(PYTHON) -m pip install --no-build-isolation -e '.[test]'
-	$(PYTHON) -m pytest tests/test_gpu.py
+	$(PYTHON) -m pip install --no-build-isolation -e '.[test,report]'
+	$(PYTHON) -m pytest tests/test_ops.py tests/test_gpu.py
+	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/test_gpu.py || exit 1; done; fi
+	"$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/axiscap bench --device cuda --no-decode --out out/gpu.json --picture out/gpu.png
+
+# A wheel with code for every GPU; says how long it takes and how large it is.
+release: .venv/built
+	begin=$$(date +%s) && rm -rf dist build/temp* && \
+	AXISCAP_CUDA_ARCHITECTURES=release $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist . && \
+	ls -l dist && echo "built in $$(($$(date +%s) - begin)) s"
 
 # Address and undefined behaviour in one build, data races in another: the two cannot share one.
 sanitize: .venv/built

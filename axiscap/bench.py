@@ -1,7 +1,8 @@
 """Benchmarks: cap_ beside what people use instead, and beside the memory bound, paired within one run.
 
 Every round times all contenders one after the other on the same restored input; a ratio is taken within a round, and
-its median and quartiles over the rounds are reported, so that a machine's slow minutes hit both sides.
+its median and quartiles over the rounds are reported, so that a machine's slow minutes hit both sides. On a GPU a
+contender's calls are captured in one CUDA graph, so that its kernels are timed and not their launches.
 """
 
 from __future__ import annotations
@@ -56,47 +57,106 @@ class Case:
     rows: int
     dtype: str
     fire: float
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.hidden_size + self.rows)
-        self.axis = torch.nn.functional.normalize(torch.randn(self.hidden_size, generator=generator), dim=0)
-        self.axes = self.axis[None, None].contiguous()
-        self.floors = torch.zeros(1, 1)
-        self.floor = self.floors[0, 0]
-        self.bank = _C.Bank(self.axes, self.floors)
+        axis = torch.nn.functional.normalize(torch.randn(self.hidden_size, generator=generator), dim=0)
         rows = torch.randn(self.rows, self.hidden_size, generator=generator)
         # Put every row one unit below the floor or one above it, mixed.
         fires = torch.randperm(self.rows, generator=generator) < round(self.fire * self.rows)
         wanted = torch.where(fires, -1.0, 1.0)
-        rows += (wanted - rows @ self.axis)[:, None] * self.axis
-        self.pristine = rows.to(DTYPES[self.dtype])
+        rows += (wanted - rows @ axis)[:, None] * axis
+        self.axis = axis.to(self.device)
+        self.axes = self.axis[None, None].contiguous()
+        self.floors = torch.zeros(1, 1, device=self.device)
+        self.floor = self.floors[0, 0]
+        self.bank = _C.Bank(self.axes, self.floors)
+        self.pristine = self.input(rows.to(self.device, DTYPES[self.dtype]))
         self.large = self.pristine.nbytes >= LARGE
         # Few rows: about a megabyte of copies, long enough for the clock, inside the second-level cache like those of a
         # decoding step. Many rows: more than the caches hold, so that all of them come from memory.
         total = BEYOND_CACHES if self.large else 1 << 20
         self.copies = [self.pristine.clone() for _ in range(max(1, min(256, -(-total // self.pristine.nbytes))))]
 
+    def input(self, rows: Tensor) -> Tensor:
+        """What a contender is given."""
+        return rows
+
     def restore(self) -> None:
         for copy in self.copies:
             copy.copy_(self.pristine)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
-    def seconds(self, contender: Contender) -> float:
-        """Seconds a call."""
+    def over_all_copies(self, contender: Contender) -> Callable[[], None]:
+        """Calls it on every copy, and returns when that is done."""
+
+        def run() -> None:
+            for copy in self.copies:
+                contender(copy)
+
+        if self.device == "cpu":
+            return run
+        run()  # what is compiled or allocated at the first call would not be captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+
+        def replay() -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return replay
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        """Seconds a call of what ``over_all_copies`` gave."""
         begin = time.perf_counter()
-        for copy in self.copies:
-            contender(copy)
+        run()
         return (time.perf_counter() - begin) / len(self.copies)
+
+    def bound(self) -> tuple[Contender, float]:
+        """The fastest pass over the same bytes, and the bytes that cap_ moves over those that it does.
+
+        On a CPU the pass reads them, or reads and writes them back; on a GPU it copies them.
+        """
+        if self.device == "cpu":
+            return (_C.read_pass if self.fire == 0 else _C.read_modify_write_pass), 1.0
+        scratch = torch.empty_like(self.pristine)
+        return scratch.copy_, (1 + self.fire) / 2
 
     def contenders(self) -> dict[str, Contender]:
         compiled = _compiled()
         vector, ceiling = -self.axis, -self.floor
         return {
             "axiscap": self.bank.cap_,
-            "bound": _C.read_pass if self.fire == 0 else _C.read_modify_write_pass,
             "eager": lambda h: eager(h, self.axis, self.floor),
             "compile": lambda h: compiled(h, self.axis, self.floor),
             "published": lambda h: published(h, vector, ceiling),
         }
+
+
+class NormCase(Case):
+    """The same rows as both streams of ``add_rms_norm_cap_``: with the cap, with no row capped, and by torch."""
+
+    def input(self, rows: Tensor) -> Tensor:
+        return torch.stack((rows, rows / 2))
+
+    def contenders(self) -> dict[str, Contender]:
+        weight = torch.ones(self.hidden_size, dtype=DTYPES[self.dtype], device=self.device)
+        nobody = torch.full((self.rows,), -1, dtype=torch.int32, device=self.device)
+
+        def norm(streams: Tensor, slots: Tensor | None = None) -> None:
+            hidden, residual = streams
+            _C.add_rms_norm_cap_(hidden, residual, weight, 1e-6, self.axes, self.floors, slots)
+
+        def by_torch(streams: Tensor) -> Tensor:
+            hidden, residual = streams
+            residual += hidden
+            return torch.nn.functional.rms_norm(residual, weight.shape, weight, 1e-6)
+
+        return {"axiscap": norm, "uncapped": lambda streams: norm(streams, nobody), "torch": by_torch}
 
 
 _compiled_eager: Callable[..., Tensor] | None = None
@@ -121,55 +181,76 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 def measure_case(case: Case, rounds: int) -> dict[str, Any]:
     """Times the contenders of a case in turn and takes the ratios within each round."""
     contenders = case.contenders()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    if not isinstance(case, NormCase):
+        contenders["bound"], traffic = case.bound()
+    runs = {name: case.over_all_copies(contender) for name, contender in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 2):
-        for name, contender in contenders.items():
+        for name, run in runs.items():
             case.restore()
-            seconds = case.seconds(contender)
+            seconds = case.seconds(run)
             if round_ >= 2:  # the first two warm up
                 times[name].append(seconds)
-    ours = times["axiscap"]
-
-    def ratio(name: str) -> dict[str, float]:
-        return spread(other / own for other, own in zip(times[name], ours, strict=True))
-
-    return {
+    ours = times.pop("axiscap")
+    bound = times.pop("bound", None)
+    result = {
         "hidden_size": case.hidden_size,
         "rows": case.rows,
         "dtype": case.dtype,
         "fire": case.fire,
-        "microseconds": {name: spread(value * 1e6 for value in values) for name, values in times.items()},
-        "overhead_us": spread((own - bound) * 1e6 for own, bound in zip(ours, times["bound"], strict=True)),
-        "of_memory_bound": ratio("bound"),
-        "speedup": {name: ratio(name) for name in ("eager", "compile", "published")},
+        "microseconds": {name: spread(t * 1e6 for t in found) for name, found in (("axiscap", ours), *times.items())},
+        "speedup": {
+            name: spread(other / own for other, own in zip(found, ours, strict=True)) for name, found in times.items()
+        },
     }
+    if bound:
+        pairs = list(zip(ours, bound, strict=True))
+        result["microseconds"]["bound"] = spread(seconds * 1e6 for seconds in bound)
+        result["overhead_us"] = spread((own - least * traffic) * 1e6 for own, least in pairs)
+        result["of_memory_bound"] = spread(least * traffic / own for own, least in pairs)
+    return result
 
 
-def measure(progress: Progress, *, quick: bool = False, model: str | None = None) -> dict[str, Any]:
+def measure(
+    progress: Progress, *, quick: bool = False, model: str | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """The whole benchmark.
 
     Args:
         progress: where its bar is drawn.
+        device: ``cpu`` or ``cuda``.
         quick: one size and dtype, few repetitions; for looking, not for reporting.
         model: also time the decoding of this model.
     """
     sizes, dtypes = ((4096,), ("bfloat16",)) if quick else (HIDDEN_SIZES, tuple(DTYPES))
     grid = [(h, n, d, s) for d in dtypes for h in sizes for n in ROWS for s in SHARES]
-    task = progress.add_task("kernels", total=len(grid))
-    results = []
-    for hidden_size, rows, dtype, share in grid:
-        case = Case(hidden_size, rows, dtype, share)
-        rounds = 5 if quick else (15 if case.large else 25)
-        results.append(measure_case(case, rounds))
-        progress.advance(task)
+    norms = [(h, n, "bfloat16", s) for h in sizes for n in ROWS for s in (0.0, 1.0)]
+    task = progress.add_task("kernels", total=len(grid) + len(norms))
+    results: dict[type[Case], list[dict[str, Any]]] = {Case: [], NormCase: []}
+    for kind, entries in ((Case, grid), (NormCase, norms)):
+        for entry in entries:
+            case = kind(*entry, device)
+            results[kind].append(measure_case(case, 5 if quick else (15 if case.large else 25)))
+            progress.advance(task)
     machine = {
-        "processor": _processor(),
+        "device": device,
+        "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(),
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "axiscap": axiscap.__version__,
     }
-    return {"machine": machine, "ops": results, "decode": measure_decode(progress, model, quick) if model else None}
+    decode = measure_decode(progress, model, quick) if model else None
+    return {"machine": machine, "ops": results[Case], "norm": results[NormCase], "decode": decode}
+
+
+def check_cuda() -> None:
+    """Raises a RuntimeError that says what is missing for a benchmark on a GPU."""
+    if _C.accelerator() is None:
+        raise RuntimeError("this build has no CUDA kernels: build it where nvcc is found (PATH or CUDA_HOME)")
+    if not torch.cuda.is_available():
+        why = "torch is a CPU build" if torch.version.cuda is None else "there is no device or driver"
+        raise RuntimeError(f"no GPU to measure: {why}")
 
 
 def _processor() -> str:
@@ -288,6 +369,12 @@ def targets(results: dict[str, Any]) -> list[tuple[str, str, list[str], str]]:
         met = all(value["median"] >= goal for value in found)
         rows.append((what, f">= {goal:g}", [_text(value, digits) for value in found], _met(met)))
 
+    if results["machine"]["device"] != "cpu":
+        add("4096 rows, none fire: of copy bandwidth", 0.9, (4096, 0.0), lambda c: c["of_memory_bound"])
+        add("4096 rows, all fire: of copy bandwidth", 0.9, (4096, 1.0), lambda c: c["of_memory_bound"])
+        cases = {(c["hidden_size"], c["rows"], c["fire"]): c for c in results["norm"]}
+        add("4096 rows: of the norm's speed without a cap", 0.97, (4096, 0.0), lambda c: c["speedup"]["uncapped"])
+        return rows
     add("4096 rows, none fire: of the read-only bound", 0.85, (4096, 0.0), lambda c: c["of_memory_bound"])
     add("4096 rows, all fire: of the read-modify-write bound", 0.75, (4096, 1.0), lambda c: c["of_memory_bound"])
     for name, title, goals in (
@@ -323,7 +410,9 @@ def _met(met: bool) -> str:
 def print_tables(console: Console, results: dict[str, Any]) -> None:
     """The full table, and the targets beside what was reached."""
     machine = results["machine"]
-    about = f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
+    about = f"{machine['processor']}, torch {machine['torch']}"
+    if machine["device"] == "cpu":
+        about += f", {machine['isa']}, {machine['threads']} threads"
     console.print(f"\n[bold]cap_ on {about}; ratios: median (quartiles) over paired rounds[/bold]")
     table = Table()
     for name in ("dtype", "H", "rows", "fire", "us", "of memory bound", "x eager", "x compile", "x published hook"):
@@ -339,6 +428,20 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
             *(_text(case["speedup"][name], 1) for name in ("eager", "compile", "published")),
         )
     console.print(table)
+
+    console.print("\n[bold]add_rms_norm_cap_, bfloat16[/bold]")
+    norms = Table()
+    for name in ("H", "rows", "fire", "us", "x uncapped", "x torch"):
+        norms.add_column(name, justify="right", no_wrap=True)
+    for case in results["norm"]:
+        norms.add_row(
+            str(case["hidden_size"]),
+            str(case["rows"]),
+            f"{case['fire']:.0%}",
+            f"{case['microseconds']['axiscap']['median']:.2f}",
+            *(_text(case["speedup"][name]) for name in ("uncapped", "torch")),
+        )
+    console.print(norms)
 
     console.print("\n[bold]targets (bfloat16)[/bold]")
     goals = Table()

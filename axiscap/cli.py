@@ -240,10 +240,15 @@ def bench(
     picture: Annotated[Path | None, typer.Option(help="Fraction of the memory bound against rows.")] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     quick: Annotated[bool, typer.Option(help="One size and dtype, few repetitions.")] = False,
-    decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model.")] = True,
+    decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model, on the CPU.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure the kernels beside eager torch, torch.compile, the published hook and the memory bound, in one run."""
     # What would fail at the end fails before the minutes of work.
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device}")
+    if device == "cuda":
+        bench_module.check_cuda()
     out.parent.mkdir(parents=True, exist_ok=True)
     if picture:
         from axiscap import report
@@ -251,7 +256,7 @@ def bench(
         report.pyplot()
         picture.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        results = bench_module.measure(progress, quick=quick, model=model if decode else None)
+        results = bench_module.measure(progress, quick=quick, model=model if decode else None, device=device)
     bench_module.print_tables(console, results)
     out.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"figures: {escape(str(out))}", soft_wrap=True)

@@ -89,14 +89,18 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
         panel.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
         panel.axhline(1, color=FLOOR, linestyle="--", linewidth=1)
         bound = "reading only" if share == 0 else "reading and writing back"
+        if results["machine"]["device"] != "cpu":
+            bound = "copying, byte for byte"
         panel.set_title(f"{share:.0%} of rows fire\n(bound: {bound})", fontsize=10)
         panel.set_xlabel("rows")
         panel.grid(alpha=0.25)
     panels[0][0].set_ylim(0, 1.05 * max(1, *(case["of_memory_bound"]["p75"] for case in cases)))
     panels[0][0].set_ylabel("fraction of the memory bound's speed")
     panels[0][-1].legend(fontsize=8)
+    machine = results["machine"]
+    where = f"{machine['threads']} threads" if machine["device"] == "cpu" else machine["processor"]
     figure.suptitle(
-        f"cap_ against the memory bound, bfloat16, {results['machine']['threads']} threads; band: quartiles"
+        f"cap_ against the memory bound, bfloat16, {where}; band: quartiles"
     )
     figure.savefig(path, dpi=140)
     plot.close(figure)

@@ -110,6 +110,29 @@ def test_bench_measures_what_it_says():
         assert all(value["median"] > 0 for value in measured["microseconds"].values())
 
 
+def test_bench_of_the_norm_measures_what_it_says():
+    """With the cap the norm's input is capped, without it not; by torch it is the same."""
+    case = bench.NormCase(hidden_size=256, rows=16, dtype="float32", fire=1.0)
+    hidden, residual = {}, {}
+    for name, contender in case.contenders().items():
+        case.restore()
+        output = contender(case.copies[0])
+        residual[name] = case.copies[0][1].clone()
+        hidden[name] = case.copies[0][0].clone() if output is None else output
+    torch.testing.assert_close(residual["uncapped"], residual["torch"])
+    torch.testing.assert_close(hidden["uncapped"], hidden["torch"])
+    assert bool((residual["axiscap"] != residual["torch"]).any(-1).all())
+    assert set(bench.measure_case(case, rounds=3)["speedup"]) == {"uncapped", "torch"}
+
+
+def test_bench_on_a_gpu_that_is_not_there(command):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, output, errors = command("bench", "--device", "cuda")
+    assert (status, output) == (1, "")
+    assert "torch is a CPU build" in errors or "no device or driver" in errors or "no CUDA kernels" in errors
+
+
 def test_bench_command(command, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "ROWS", (1, 4096))
     picture = tmp_path / "bench.png"
@@ -119,6 +142,7 @@ def test_bench_command(command, tmp_path, monkeypatch):
     assert "of the read-only bound" in output
     results = json.loads((tmp_path / "bench.json").read_text())
     assert len(results["ops"]) == 6
+    assert len(results["norm"]) == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

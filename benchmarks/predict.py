@@ -3,7 +3,7 @@
     python benchmarks/predict.py
 
 Counts instructions and sectors by executing the kernels' PTX (tests/ptx), and sets them against published rates. A call
-takes the longest of: its bytes at the memory's bandwidth; its bytes at what the resident rows keep in flight (Little's
+takes the longest of: its bytes at the memory's bandwidth; its bytes at what the resident blocks keep in flight (Little's
 law); its instructions at one a clock and scheduler. Moves between registers are left out, since ptxas leaves them out.
 Writes docs/gpu-predicted.md and docs/gpu-predicted.png. Needs nvcc.
 """
@@ -39,20 +39,40 @@ class Gpu:
     bandwidth: float  # bytes a second
     clock: float  # Hz
     threads: int  # a processor holds at most
+    shared: int  # bytes of shared memory, a processor
     latency: float  # seconds
 
 
 GPUS = (
-    Gpu("A100 80GB", 80, 108, 2.04e12, 1.41e9, 2048, 600e-9),
-    Gpu("L40S", 89, 142, 0.864e12, 2.52e9, 1536, 600e-9),
-    Gpu("H100 SXM", 90, 132, 3.35e12, 1.98e9, 2048, 650e-9),
-    Gpu("H200", 90, 132, 4.8e12, 1.98e9, 2048, 700e-9),
-    Gpu("B200", 100, 148, 8.0e12, 1.97e9, 2048, 800e-9),
-    Gpu("RTX 5090", 120, 170, 1.79e12, 2.41e9, 1536, 700e-9),
+    Gpu("A100 80GB", 80, 108, 2.04e12, 1.41e9, 2048, 164 << 10, 600e-9),
+    Gpu("L40S", 89, 142, 0.864e12, 2.52e9, 1536, 100 << 10, 600e-9),
+    Gpu("H100 SXM", 90, 132, 3.35e12, 1.98e9, 2048, 228 << 10, 650e-9),
+    Gpu("H200", 90, 132, 4.8e12, 1.98e9, 2048, 228 << 10, 700e-9),
+    Gpu("B200", 100, 148, 8.0e12, 1.97e9, 2048, 228 << 10, 800e-9),
+    Gpu("RTX 5090", 120, 170, 1.79e12, 2.41e9, 1536, 100 << 10, 700e-9),
 )
-CASES = (("cap, none fire", "cap", -1e9), ("cap, all fire", "cap", 1e3), ("norm with cap, none fire", "norm", -1e9))
+CASES = (
+    ("cap, none fire", "cap", -1e9),
+    ("cap, all fire", "cap", 1e3),
+    ("cap_residual, none fire", "cap_residual", -1e9),
+    ("cap_residual, all fire", "cap_residual", 1e3),
+    ("norm with cap, none fire", "norm", -1e9),
+    ("norm with cap, all fire", "norm", 1e3),
+)
+SHOWN = ("cap, none fire", "cap, all fire", "norm with cap, none fire")  # row by row
+#: Clocks from a row's arrival to its place being free for the next: some fifteen shuffles and shared-memory accesses of
+#: the sums, a barrier, and the arithmetic of one thread.
+CHAIN = 600
 ROWS = (1, 8, 64, 512, 4096)
 SIZES = (576, 2048, 4096, 8192, 16384)
+
+
+INTRODUCTION = (
+    "Bytes moved are those of the streams, against one reading of each and one writing of what changed. Issue slots:",
+    "instructions a processor issues for a row, at one a clock and scheduler, over the time that its bytes take at full",
+    "bandwidth; a third is the aim, which leaves room for what the count does not see. In flight: what the resident",
+    "blocks have asked for while they wait, against latency times bandwidth.",
+)
 
 
 @functools.cache
@@ -66,13 +86,26 @@ def registers(architecture: int) -> dict[str, int]:
     return {name: int(count) for name, count in found}
 
 
+def sources(op: str) -> int:
+    """Streams that an op reads."""
+    return 1 if op == "cap" else 2
+
+
+def least(op: str, floor: float, size: int) -> int:
+    """Bytes that a row must move: every stream is read once; what fires is written, and the norm writes both."""
+    written = 2 if op == "norm" else int(floor > 0)
+    return size * 2 * (sources(op) + written)
+
+
 def count(op: str, floor: float, size: int) -> tuple[float, float]:
     """Instructions of warps and bytes moved, a row, of a block in the middle of its rows (bfloat16)."""
     totals = []
     for turns in (4, 8):  # the difference leaves out what a block does once
         rows = turns * (128 // min(128, _C.plan("bfloat16", size, 1, 1)[0]) if size <= 1024 else 1)
         hidden = torch.randn(rows, size).bfloat16()
-        second = {"residual": hidden.clone(), "weight": torch.ones(size).bfloat16()} if op == "norm" else {}
+        second = {} if op == "cap" else {"residual": hidden.clone()}
+        if op == "norm":
+            second["weight"] = torch.ones(size).bfloat16()
         device = Device(resident=1)
         device.call([hidden], unit(1, 1, 1, size), torch.full((1, 1, 1), floor), **second)
         work = sum(n for name, n in device.launch.counts.items() if not name.startswith(("mov", "cvta")))
@@ -82,21 +115,55 @@ def count(op: str, floor: float, size: int) -> tuple[float, float]:
     return (work2 - work) / (rows2 - rows), (moved2 - moved) / (rows2 - rows)
 
 
+def resident(gpu: Gpu, used: int, size: int) -> int:
+    """Blocks that a processor holds at once: by registers, threads, shared memory and their number."""
+    _, block, shared, _ = _C.plan("bfloat16", size, 1, 1)
+    allocated = -(-used // 8) * 8
+    return min(65536 // (allocated * block), gpu.threads // block, gpu.shared // (shared + 1024), 24)
+
+
+def in_flight(gpu: Gpu, used: int, size: int) -> int:
+    """Bytes that a processor has asked the memory for while its blocks wait: all of their places in shared memory."""
+    threads_per_row, block, _, _ = _C.plan("bfloat16", size, 1, 1)
+    rows = block // threads_per_row
+    return resident(gpu, used, size) * rows * size * 2 * 2  # two rows of one stream, or one of two
+
+
 def predict(gpu: Gpu, used: int, op: str, size: int, rows: int, work: float, moved: float) -> tuple[float, str, float]:
     """(seconds, what binds, fraction of the memory bound)."""
     threads_per_row, block, _, _ = _C.plan("bfloat16", size, rows, 1)
-    allocated = -(-used // 8) * 8
-    blocks = min(65536 // (allocated * block), gpu.threads // block, 24)
-    grid = _C.plan("bfloat16", size, rows, blocks * gpu.processors)[3]
-    at_once = min(grid * (block // threads_per_row), rows)
+    grid = _C.plan("bfloat16", size, rows, resident(gpu, used, size) * gpu.processors)[3]
+    groups = min(grid * (block // threads_per_row), rows)
     memory = rows * moved / gpu.bandwidth
-    # Each row in turn waits for its reading; what is in flight is the rows of the resident blocks.
-    read = size * 2 * (2 if op == "norm" else 1)
-    flight = rows * moved * gpu.latency / (at_once * read)
+    # A place in shared memory is filled, its row worked on, and the next one sent for; a write waits for nothing.
+    places = 2 // sources(op)
+    flight = max(1, -(-rows // groups) / places) * (gpu.latency + CHAIN / gpu.clock)
     busy = min(grid, gpu.processors)
     issue = rows * work / (4 * busy * gpu.clock)
     seconds, why = max((memory, "bandwidth"), (flight, "latency"), (issue, "instructions"))
     return seconds, why, memory / seconds
+
+
+def demands(per_row: dict[tuple[str, float, int], tuple[float, float]]) -> list[str]:
+    """The table of what the kernels ask of a processor."""
+    shown = [gpu for gpu in GPUS if gpu.name in ("H100 SXM", "B200")]
+    lines = [
+        "| op | H | bytes moved / least | instructions a row | "
+        + " | ".join(f"{gpu.name}: issue slots / memory time | {gpu.name}: KiB in flight / needed" for gpu in shown)
+        + " |",
+        "|---|---|---|---|" + "---|---|" * len(shown),
+    ]
+    for title, op, floor in CASES:
+        for size in SIZES:
+            work, moved = per_row[op, floor, size]
+            cells = [title, str(size), f"{moved / least(op, floor, size):.2f}", f"{work:.0f}"]
+            for gpu in shown:
+                used = registers(gpu.architecture)[kernel_name(torch.bfloat16, op, False, True)]
+                slots = work / 4 / gpu.clock / (moved / (gpu.bandwidth / gpu.processors))
+                needed = gpu.bandwidth * gpu.latency / gpu.processors
+                cells += [f"{slots:.2f}", f"{in_flight(gpu, used, size) / 1024:.0f} / {needed / 1024:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -109,8 +176,11 @@ def main() -> None:
         "has run on a GPU, and what the model leaves out can only make it slower. bfloat16, one direction, one layer;",
         "microseconds without the launch, what binds, and the fraction of the speed of the memory's full bandwidth.",
     ]
+    lines += ["", "## What the kernels ask of a processor", "", *INTRODUCTION, "", *demands(per_row)]
     curves = {}
     for title, op, floor in CASES:
+        if title not in SHOWN:
+            continue
         lines += ["", f"## {title}", "", "| GPU | H | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |"]
         lines += ["|---|---|" + "---|" * len(ROWS)]
         for gpu in GPUS:
@@ -125,8 +195,8 @@ def main() -> None:
     (ROOT / "docs" / "gpu-predicted.md").write_text("\n".join(lines) + "\n")
 
     plot = report.pyplot()
-    figure, panels = plot.subplots(1, len(CASES), figsize=(13, 3.8), sharey=True, layout="constrained")
-    for panel, (title, _, _) in zip(panels, CASES, strict=True):
+    figure, panels = plot.subplots(1, len(SHOWN), figsize=(13, 3.8), sharey=True, layout="constrained")
+    for panel, title in zip(panels, SHOWN, strict=True):
         for gpu, marker in zip(GPUS, "os^Dv*", strict=True):
             panel.plot(ROWS, curves[title, gpu.name, 4096], marker=marker, label=gpu.name)
         panel.set_xscale("log", base=8)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 
-from axiscap import CapProfile, models
+import axiscap.ops
+from axiscap import _C, CapProfile, models
 
 # Machines are shared: a slow example is no failure.
 settings.register_profile("axiscap", deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
@@ -42,6 +43,60 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     differs = (bits(actual) != bits(expected)).nonzero()
     assert len(differs) == 0, f"{len(differs)} elements differ, the first at {differs[0].tolist()}"
+
+
+class OnCuda:
+    """A module of ops, on a GPU, for tensors of the CPU: they go there, and come back changed."""
+
+    def __init__(self, module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str):
+        op = getattr(self.module, name)
+
+        def call(*args, **kwargs):
+            pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def there(value):
+                if isinstance(value, list):
+                    return [there(one) for one in value]
+                if not isinstance(value, torch.Tensor):
+                    return value
+                assume(value.shape[-1:] < (8193,))  # wider rows are an error on a GPU
+                pairs.append((value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")))
+                return pairs[-1][1].copy_(value)
+
+            def back(value):
+                if isinstance(value, tuple | list):
+                    return type(value)(back(one) for one in value)
+                return next((here for here, gpu in pairs if gpu is value), value.cpu())
+
+            result = op(*[there(value) for value in args], **{key: there(value) for key, value in kwargs.items()})
+            for here, gpu in pairs:
+                here.copy_(gpu)
+            return back(result)
+
+        return call
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """Each device that the ops run on."""
+    if request.param == "cuda" and not (torch.cuda.is_available() and _C.accelerator()):
+        pytest.skip("needs a CUDA GPU and kernels built for it")
+    return request.param
+
+
+@pytest.fixture
+def ops(device):
+    """``axiscap.ops`` on the device."""
+    return axiscap.ops if device == "cpu" else OnCuda(axiscap.ops)
+
+
+@pytest.fixture
+def library(device):
+    """``torch.ops.axiscap`` on the device."""
+    return torch.ops.axiscap if device == "cpu" else OnCuda(torch.ops.axiscap)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None):
 @given(inputs())
 @example(Input(torch.bfloat16, 9, 32768, 1, 1, 0, 1.0, False, False, 0))
 @example(Input(torch.float16, 5, 32771, 2, 3, 5, 1.0, True, True, 1))
-def test_cap_is_the_oracle(case):
+def test_cap_is_the_oracle(ops, library, case):
     before, outside = case.hidden.clone(), case.buffer.clone()
     projections = torch.empty(len(before), case.axes.shape[1])
     out = ops.cap_(case.hidden, *case.call(), projections=projections)
@@ -101,7 +101,7 @@ def test_cap_is_the_oracle(case):
     near = (projections.double() - expected).abs() <= (case.hidden.shape[-1] / 32 + 6) * 2.0**-24 * magnitude
     assert bool(near[finite].all())
 
-    copy, incoming, fired = torch.ops.axiscap.cap(before, *case.call())
+    copy, incoming, fired = library.cap(before, *case.call())
     assert_same_bits(copy, out.contiguous())
     assert_same_bits(incoming, projections)
     untouched = ~fired.any(-1)
@@ -114,16 +114,16 @@ def test_cap_is_the_oracle(case):
 
 
 @given(inputs())
-def test_project_gives_what_cap_reports(case):
+def test_project_gives_what_cap_reports(ops, library, case):
     found = ops.project(case.hidden, case.axes, case.slots)
     # A direction that is off fires nowhere, so nothing but the incoming row decides.
     off = torch.full_like(case.floors, -math.inf)
-    incoming = torch.ops.axiscap.cap(case.hidden, case.axes, off, case.slots)[1]
+    incoming = library.cap(case.hidden, case.axes, off, case.slots)[1]
     assert_same_bits(found, incoming)
 
 
 @given(inputs())
-def test_cap_residual_is_the_oracle(case):
+def test_cap_residual_is_the_oracle(ops, case):
     hidden = case.hidden.clone()
     residual = case.hidden.flip(0).clone() if len(hidden) else hidden.clone()
     before = residual.clone()
@@ -147,7 +147,7 @@ def assert_normed(hidden, residual, weight, eps, bias):
 
 
 @given(inputs(), st.sampled_from([0.0, 1.0]))
-def test_add_rms_norm_cap_is_the_oracle(case, bias):
+def test_add_rms_norm_cap_is_the_oracle(ops, case, bias):
     before_hidden = case.hidden.clone()
     residual = case.hidden.flip(0).clone() if len(case.hidden) else case.hidden.clone()
     before = residual.clone()
@@ -176,7 +176,7 @@ def test_add_rms_norm_cap_is_the_oracle(case, bias):
 
 
 @given(inputs(), st.integers(1, 4))
-def test_cap_layers_is_cap_of_each(case, count):
+def test_cap_layers_is_cap_of_each(ops, case, count):
     axes = torch.stack([case.axes.roll(layer, 0) for layer in range(count)])
     floors = torch.stack([case.floors + layer for layer in range(count)])
     streams = [case.hidden * (layer + 1) for layer in range(count)]
@@ -192,7 +192,7 @@ def test_cap_layers_is_cap_of_each(case, count):
 
 
 @given(inputs(), st.randoms(use_true_random=False))
-def test_a_row_depends_on_itself_alone(case, random):
+def test_a_row_depends_on_itself_alone(ops, case, random):
     """Not on the batch's size, its place in it, the row stride, or the threads."""
     if not len(case.hidden):
         return
@@ -222,7 +222,7 @@ def test_threads_do_not_show(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 576, 4096, 8192])
-def test_fired_rows_end_on_the_floor(dtype, size):
+def test_fired_rows_end_on_the_floor(ops, dtype, size):
     rows = 64
     hidden = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     axes, floors = unit(1, 1, size), torch.tensor([[0.75]])
@@ -237,7 +237,7 @@ def test_fired_rows_end_on_the_floor(dtype, size):
     assert bool(((after - 0.75).abs() <= allowed).all())
 
 
-def test_directions_apply_in_order():
+def test_directions_apply_in_order(ops):
     v = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
     hidden = torch.tensor([[-1.0, -1.0]])
     projections = torch.empty(1, 2)
@@ -248,7 +248,7 @@ def test_directions_apply_in_order():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_are_not_finite_stay_and_are_reported(dtype):
+def test_rows_that_are_not_finite_stay_and_are_reported(ops, dtype):
     hidden = torch.ones(4, 40, dtype=dtype)
     hidden[1, 39], hidden[2, 0] = math.inf, math.nan
     before = hidden.clone()
@@ -259,7 +259,7 @@ def test_rows_that_are_not_finite_stay_and_are_reported(dtype):
     assert bool((hidden[0] != before[0]).any())
 
 
-def test_a_correction_that_overflows_leaves_the_row():
+def test_a_correction_that_overflows_leaves_the_row(ops):
     hidden = torch.tensor([[-3e38, 0.0]])
     projections = torch.empty(1, 1)
     ops.cap_(hidden, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3e38]]), projections=projections)
@@ -268,7 +268,7 @@ def test_a_correction_that_overflows_leaves_the_row():
 
 
 @pytest.mark.parametrize(("dtype", "storage"), [(torch.bfloat16, torch.int16), (torch.float16, torch.int16)])
-def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, storage):
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(ops, dtype, storage):
     """All 65,536 patterns as rows of one element, and their sums with a small correction."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(storage).view(dtype)[:, None].contiguous()
     axis = torch.ones(1, 1, 1)

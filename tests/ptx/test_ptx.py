@@ -243,15 +243,28 @@ def test_bytes_moved_are_the_minimum(dtype, size):
     assert moved[0] == moved[1] == [rows * row_bytes] * 4
 
 
-def test_a_corrected_residual_is_read_from_memory_once():
-    """Its second reading is of the same sectors, just read: the caches have them."""
-    size, rows = 4096, 6
-    hidden, residual = torch.randn(2, rows, size).bfloat16()
-    device = Device(resident=4)
-    device.call([hidden.clone()], unit(1, 1, 1, size), torch.full((1, 1, 1), 9.0), residual=residual.clone())
-    buffer = device.memory["residual"]
-    assert len(buffer.touched["ld"]) * 32 == rows * size * 2
-    assert buffer.sectors["st"] * 32 == rows * size * 2
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("directions", [1, 3])
+def test_every_stream_is_read_once(op, directions):
+    """Also where it is corrected, and by any number of directions."""
+    size, rows = 1536, 7
+    streams = {name: torch.randn(rows, size).bfloat16() for name in ("hidden0", "residual")}
+    if op == "cap":
+        del streams["residual"]
+    weight = {"weight": torch.ones(size).bfloat16()} if op == "norm" else {}
+    device = Device(resident=2)
+    device.call(
+        [streams["hidden0"]],
+        unit(1, 1, directions, size),
+        torch.full((1, 1, directions), 9.0),
+        residual=streams.get("residual"),
+        **weight,
+    )
+    written = {"cap": ["hidden0"], "cap_residual": ["residual"], "norm": ["hidden0", "residual"]}[op]
+    for name in streams:
+        buffer = device.memory[name]
+        assert buffer.sectors["ld"] * 32 == buffer.requested["ld"] == rows * size * 2
+        assert buffer.sectors["st"] * 32 == (rows * size * 2 if name in written else 0)
 
 
 # The plan.

@@ -193,7 +193,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
                 times[name].append(seconds)
     ours = times.pop("axiscap")
     bound = times.pop("bound", None)
-    result = {
+    result: dict[str, Any] = {
         "hidden_size": case.hidden_size,
         "rows": case.rows,
         "dtype": case.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,8 +13,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 import axiscap
 from axiscap import bench as bench_module
@@ -49,11 +60,19 @@ def _show(title: str, table: Table) -> None:
     console.print(table)
 
 
-def _progress() -> Progress:
+class _Rate(ProgressColumn):
+    """Finished a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _progress(rate: bool = False) -> Progress:
     parts = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([_Rate()] if rate else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -69,7 +88,12 @@ def _numbers(facts: Mapping[str, Any], key: str, part: str) -> list[float]:
 
 
 @app.command()
-def inspect(profile: ProfileArgument) -> None:
+def inspect(
+    profile: ProfileArgument,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another model's profile, to compare role loadings with.")
+    ] = None,
+) -> None:
     """Print what a profile holds and where it comes from."""
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
@@ -87,84 +111,356 @@ def inspect(profile: ProfileArgument) -> None:
             summary.add_row(key, escape(text if len(text) <= 300 else text[:297] + "..."))
     console.print(summary)
 
-    separation = _numbers(facts, "separation", "auc")
+    separation = _numbers(facts, "evidence", "auc")
     if len(separation) <= loaded.layers[-1]:
         separation = []
     table = Table()
     for name in ("layer", "direction", "floor"):
         table.add_column(name, justify="right")
     percentiles = _numbers(facts, "quantiles", "percentiles") if loaded.quantiles is not None else []
-    for percentile in percentiles:
+    shown = [p for p in percentiles if p in (1, 5, 10, 25, 50, 75, 90, 95, 99)]
+    for percentile in shown:
         table.add_column(f"p{percentile:g}", justify="right")
     if separation:
         table.add_column("held-out AUC", justify="right")
     for index, layer in enumerate(loaded.layers):
         for k in range(loaded.directions):
             row = [str(layer), str(k), f"{loaded.floors[index, k].item():.4g}"]
-            if loaded.quantiles is not None and percentiles:
-                row += [f"{value:.4g}" for value in loaded.quantiles[layer].tolist()]
+            if loaded.quantiles is not None:
+                values = dict(zip(percentiles, loaded.quantiles[layer].tolist(), strict=False))
+                row += [f"{values[p]:.4g}" if p in values else "" for p in shown]
             if separation:
                 row.append(f"{separation[layer]:.3f}")
             table.add_row(*row)
     _show("capped layers", table)
+    if separation:
+        _show_evidence(loaded)
+    if other is not None:
+        from axiscap.calibrate import loadings_correlation
+
+        both = [_loadings(loaded, profile), _loadings(CapProfile.load(other), other)]
+        correlation, count = loadings_correlation(*both)
+        console.print(f"correlation of role loadings with {escape(other.name)}: {correlation:.3f} ({count} roles)")
+
+
+def _loadings(profile: CapProfile, path: Path) -> dict[str, float]:
+    evidence = profile.provenance.get("evidence")
+    found = evidence.get("loadings") if isinstance(evidence, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: no role loadings in it; it was not made by this version's calibration")
+    return {str(name): float(value) for name, value in found.items()}
+
+
+def _show_evidence(profile: CapProfile) -> None:
+    """What says whether the axis is real, at the best layer, in the middle and over all."""
+    facts = profile.provenance["evidence"]
+    best = facts["best_layer"]
+    middle = range(len(facts["auc"]) // 3, -(-2 * len(facts["auc"]) // 3))
+    cosines = [abs(facts["pc1_cosine"][layer]) for layer in middle]
+    strong = sorted(facts["auc_by_kind"].items(), key=lambda item: -max(item[1]))
+    table = Table(show_header=False)
+    low, high = facts["auc_interval"]
+    held = f"{len(facts['held_roles'])} roles, {facts['held_questions']} questions"
+    table.add_row(f"held-out AUC ({held}), layer {best}", f"{facts['auc'][best]:.3f} (95 %: {low:.3f} to {high:.3f})")
+    for kind, values in strong:
+        table.add_row(f"  {escape(kind)}", f"{values[best]:.3f}; best {max(values):.3f}")
+    table.add_row("d'", f"{facts['d_prime'][best]:.2f}")
+    low, high = facts["null_auc_interval"]
+    table.add_row("with labels permuted", f"{facts['null_auc'][best]:.3f} (95 %: {low:.3f} to {high:.3f})")
+    table.add_row(
+        f"|cos| of the first component with the axis, layers {middle[0]}-{middle[-1]}",
+        f"{min(cosines):.2f} to {max(cosines):.2f}",
+    )
+    table.add_row("components that hold 70 % of the roles' variance", str(facts["components_70"][best]))
+    table.add_row("cosine of the axes of both halves of the questions", f"{facts['halves'][best]:.3f}")
+    low, high = facts["axis_interval"]
+    table.add_row("cosine with the axes of resampled roles", f"95 %: {low:.3f} to {high:.3f}")
+    ordered = sorted(facts["loadings"].items(), key=lambda item: item[1])
+    table.add_row("least Assistant-like roles", escape(", ".join(name for name, _ in ordered[:6])))
+    table.add_row("most Assistant-like roles", escape(", ".join(name for name, _ in reversed(ordered[-6:]))))
+    _show("evidence", table)
+
+
+RolesOption = Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's own without it.")]
+QuestionsOption = Annotated[Path | None, typer.Option(help="Questions (JSONL); AxisCap's own without it.")]
+PopulationOption = Annotated[
+    str, typer.Option(help="Whose projections: assistant, pooled, 'assistant tokens' or 'pooled tokens'.")
+]
+PublishedOption = Annotated[
+    bool, typer.Option("--published", help="The authors' convention: the 75th percentile of the pooled answers.")
+]
+#: Their "p0.25" is the 25th percentile on the negated axis.
+PUBLISHED = (75.0, "pooled")
 
 
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Argument(help="The profile to write.")],
     model: ModelOption = models.DEFAULT_MODEL,
-    roles: Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's own without it.")] = None,
-    questions: Annotated[Path | None, typer.Option(help="Questions (JSONL); AxisCap's own without it.")] = None,
-    percentile: Annotated[float, typer.Option(help="Of the default's answers that the floors are at.")] = 25.0,
+    roles: RolesOption = None,
+    questions: QuestionsOption = None,
+    per_role: Annotated[
+        int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
+    ] = 32,
+    percentile: Annotated[float, typer.Option(help="Of the population that the floors are at.")] = 25.0,
+    population: PopulationOption = "assistant",
+    published: PublishedOption = False,
     layers: Annotated[
         int | None, typer.Option(help="How many layers to cap; 8, or a fifth where that is more.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    judge: Annotated[
+        str, typer.Option(help="Who says whether a role was taken on: none, local, or a model at OPENAI_BASE_URL.")
+    ] = "none",
+    minimum: Annotated[int, typer.Option(help="Answers that the judge kept, for a role to count.")] = 1,
+    engine: Annotated[str, typer.Option(help="transformers, in this process, or ray.")] = "transformers",
+    workers: Annotated[int, typer.Option(help="Of Ray.")] = 2,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            help="Where rollouts are kept: a folder or a URL. Without it beside the profile, until it is done."
+        ),
+    ] = None,
 ) -> None:
     """Find a model's Assistant Axis and floors, and write them as a profile.
 
-    Finished batches are kept beside the profile until it is written: started again, the command goes on where it was.
+    Finished rollouts are kept until the profile is written: started again, the command goes on where it was.
     """
     from axiscap import calibrate as calibration
+    from axiscap.calibrate.pipeline import Here, Workers
 
-    role_set, question_list = calibration.load_roles(roles), calibration.load_questions(questions)
+    if engine not in ("transformers", "ray"):
+        raise ValueError(f"--engine must be transformers or ray, got {engine}")
+    if published:
+        percentile, population = PUBLISHED
+    plan = _plan(roles, questions, per_role, model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_suffix(".rollouts")
+    folder = out.with_suffix(".rollouts")
     loaded, tokenizer = models.load(model)
-    with _progress() as progress:
-        task = progress.add_task("answers")
-        result = calibration.calibrate(
+    settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed)
+    store = calibration.Store(work or str(folder), settings)
+    crew: Workers = Here(loaded, tokenizer)
+    if engine == "ray":
+        from axiscap.calibrate.cluster import RayWorkers
+
+        crew = RayWorkers(model, workers, gpus=int(loaded.device.type == "cuda"))
+    with _progress(rate=True) as progress:
+        task = progress.add_task("answers", total=len(plan.tasks))
+        advance = lambda count: progress.advance(task, count)  # noqa: E731
+        keep = None
+        if judge != "none":
+            crew.rollouts(store, calibration.batches(plan), advance)
+            keep = _judged(judge, loaded, tokenizer, store, plan, folder, progress)
+        profile = calibration.calibrate(
             loaded,
             tokenizer,
-            role_set,
-            question_list,
-            model_id=model,
+            plan,
+            store,
             percentile=percentile,
+            population=population,
             count=layers,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            work=work,
-            start=lambda total: progress.update(task, total=total),
-            progress=lambda count: progress.advance(task, count),
+            keep=keep,
+            judge=judge,
+            minimum=minimum,
+            workers=crew,
+            progress=advance if keep is None else lambda count: None,
         )
-    result.profile.save(out)
-    shutil.rmtree(work, ignore_errors=True)
-
-    table = Table()
-    table.add_column("layer", justify="right")
-    table.add_column("all", justify="right")
-    for name in result.auc_by_role:
-        table.add_column(name, justify="right")
-    table.add_column("floor", justify="right")
-    for layer, value in enumerate(result.auc.tolist()):
-        is_capped = layer in result.profile.layers
-        each = [f"{row[layer].item():.3f}" for row in result.auc_by_role.values()]
-        floor = f"{result.profile.floors[result.profile.layers.index(layer), 0].item():.4g}" if is_capped else ""
-        table.add_row(str(layer), f"{value:.3f}", *each, floor, style="bold" if is_capped else None)
-    _show("separation from the default on held-out roles and questions (AUC; 0.5 = none)", table)
-    capped = f"layers {result.profile.layers[0]}-{result.profile.layers[-1]}, bold above"
+    profile.save(out)
+    if work is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    _show_evidence(profile)
+    capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, percentile {percentile:g}"
     console.print(f"wrote {escape(str(out))}: {capped}", soft_wrap=True)
+
+
+def _plan(roles: Path | None, questions: Path | None, per_role: int, model: str) -> Any:
+    from axiscap import calibrate as calibration
+
+    found = calibration.load_roles(roles, model_name=Path(model).name)
+    return calibration.plan(found, calibration.load_questions(questions), per_role or None)
+
+
+def _judged(judge: str, model: Any, tokenizer: Any, store: Any, plan: Any, folder: Path, progress: Progress) -> Any:
+    from axiscap import calibrate as calibration
+    from axiscap.calibrate import judge as judges
+
+    ask = judges.local(model, tokenizer) if judge == "local" else judges.endpoint(judge)
+    task = progress.add_task(f"judged by {judge}", total=len(plan.tasks))
+    path = folder / f"scores-{judge.replace('/', '_')}.jsonl"
+    scores = judges.scores(
+        ask,
+        store.shards(calibration.batches(plan)),
+        plan.roles,
+        path,
+        lambda count: progress.advance(task, count),
+        concurrent=1 if judge == "local" else judges.CONCURRENT,
+    )
+    return calibration.Keep(scores)
+
+
+def _layers(text: str) -> list[int]:
+    """``17-24`` or ``17,18,20``."""
+    try:
+        if "-" in text:
+            first, last = (int(part) for part in text.split("-"))
+            return list(range(first, last + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers must look like 17-24 or 17,18,20, got {text}") from None
+
+
+@app.command()
+def floors(
+    profile: ProfileArgument,
+    out: Annotated[Path, typer.Argument(help="The profile to write.")],
+    percentile: Annotated[float, typer.Option(help="Of the population, on the axis towards the Assistant.")] = 25.0,
+    population: PopulationOption = "assistant",
+    published: PublishedOption = False,
+    layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
+) -> None:
+    """Make a profile with other floors or other layers, without running the model."""
+    from axiscap.calibrate import with_floors
+
+    if published:
+        percentile, population = PUBLISHED
+    made = with_floors(CapProfile.load(profile), percentile, population, _layers(layers) if layers else None)
+    made.save(out)
+    console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    profile: ProfileArgument,
+    out: Annotated[Path, typer.Argument(help="The profile of the chosen point.")],
+    work: Annotated[str, typer.Option(help="The rollouts that `axiscap calibrate --work` kept.")],
+    model: ModelOption = models.DEFAULT_MODEL,
+    roles: RolesOption = None,
+    questions: QuestionsOption = None,
+    per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 32,
+    bands: Annotated[str, typer.Option(help="Of layers, first to last.")] = "",
+    percentiles: Annotated[str, typer.Option(help="Of the population.")] = "5,10,25,50",
+    population: PopulationOption = "assistant",
+    most_perplexity: Annotated[float, typer.Option(help="That the chosen point may cost ordinary answers.")] = 1.02,
+    ask: Annotated[int, typer.Option(help="Questions to each held-out role.")] = 4,
+    picture: Annotated[Path, typer.Option(help="Where to draw uptake against perplexity.")] = Path("sweep.png"),
+) -> None:
+    """Measure what capping does at bands of layers and percentiles, and write the profile of the best point.
+
+    Role uptake is judged from the text of held-out roles' answers to held-out questions; the cost is the perplexity of
+    ordinary answers and of plain text, agreement with the uncapped model, and multiple-choice questions.
+    """
+    from axiscap import calibrate as calibration
+    from axiscap import report
+    from axiscap.calibrate import sweep as sweeps
+
+    report.pyplot()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    loaded_profile = CapProfile.load(profile)
+    plan = _plan(roles, questions, per_role, model)
+    loaded, tokenizer = models.load(model)
+    sampling = loaded_profile.provenance["sampling"]
+    settings = calibration.Settings(model, str(loaded.dtype), sampling["max_new_tokens"], sampling["seed"])
+    store = calibration.Store(work, settings)
+    todo = calibration.batches(plan)
+    with console.status("training the judge of texts"):
+        judge = sweeps.UptakeJudge(store.shards(todo), plan)
+        bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store.shards(todo), ask)
+    console.print(f"the judge of texts: held-out AUC {judge.auc:.3f}")
+    found = [_layers(band) for band in bands.split(",")] if bands else _bands(loaded_profile)
+    levels = [float(p) for p in percentiles.split(",")]
+    with _progress() as progress:
+        task = progress.add_task("points", total=1 + len(found) * len(levels))
+        uncapped, points = sweeps.sweep(
+            bench,
+            loaded_profile,
+            [(band[0], band[-1]) for band in found],
+            levels,
+            population,
+            out.with_suffix(".points.jsonl"),
+            lambda point: progress.advance(task),
+        )
+    chosen = sweeps.choose(points, most_perplexity)
+    best = sweeps.front(points)
+    table = Table()
+    for column in ("point", "uptake", "default", "fired", "perplexity", "plain", "agreement", "choices", ""):
+        table.add_column(column, justify="left" if column == "point" else "right")
+    for point in [uncapped, *points]:
+        low, high = point.uptake_interval
+        least, most = point.perplexity_interval
+        mark = "chosen" if point is chosen else "front" if point in best else ""
+        table.add_row(
+            point.name,
+            f"{point.uptake:.3f} ({low:.2f}-{high:.2f})",
+            f"{point.default_uptake:.3f}",
+            f"{point.fired:.1%}",
+            f"{point.perplexity:.3f} ({least:.3f}-{most:.3f})",
+            f"{point.plain_perplexity:.3f}",
+            f"{point.agreement:.3f}",
+            f"{point.choices:.3f}",
+            mark,
+            style="bold" if point is chosen else None,
+        )
+    _show("held-out roles, held-out questions (95 % intervals)", table)
+    layers = list(range(chosen.first, chosen.last + 1))
+    made = calibration.with_floors(loaded_profile, chosen.percentile, population, layers)
+    made.provenance["sweep"] = {
+        "judge_auc": round(judge.auc, 4),
+        "uncapped": dataclasses.asdict(uncapped),
+        "chosen": dataclasses.asdict(chosen),
+    }
+    made.save(out)
+    report.draw_sweep(uncapped, points, chosen, picture)
+    console.print(f"wrote {escape(str(out))}: {chosen.name}", soft_wrap=True)
+    console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
+
+
+def _bands(profile: CapProfile) -> list[list[int]]:
+    """Runs of as many layers as the profile has, from two fifths of the depth on."""
+    depth, count = profile.num_layers or 0, len(profile.layers)
+    last = max(0, depth - count)
+    starts = sorted({min(last, round(depth * share)) for share in (0.4, 0.5, 0.57, 0.63, 0.7)})
+    return [list(range(start, start + count)) for start in starts]
+
+
+@app.command()
+def report(
+    profile: ProfileArgument,
+    picture: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("calibration.png"),
+) -> None:
+    """Draw the evidence for a profile: separation, the axis, floors and the persona space."""
+    from axiscap import report as reports
+
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    reports.draw_calibration(CapProfile.load(profile), picture)
+    console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    config: Annotated[Path, typer.Argument(help="A published capping config (.pt).")],
+    experiment: Annotated[str, typer.Argument(help="Its setting, such as layers_46:54-p0.25.")],
+    out: Annotated[Path, typer.Argument(help="The profile to write.")],
+) -> None:
+    """Make a profile of one setting of a published capping config."""
+    from axiscap import interop
+
+    profile = interop.read_capping_config(config, experiment)
+    profile.save(out)
+    console.print(f"wrote {escape(str(out))}: layers {', '.join(map(str, profile.layers))}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    profile: ProfileArgument,
+    out: Annotated[Path, typer.Argument(help="The capping config (.pt) to write.")],
+    experiment: Annotated[str, typer.Option(help="The setting's id in it.")] = "axiscap",
+) -> None:
+    """Write a profile as a published capping config."""
+    from axiscap import interop
+
+    interop.write_capping_config(CapProfile.load(profile), out, experiment)
+    console.print(f"wrote {escape(str(out))}: experiment {escape(experiment)}", soft_wrap=True)
 
 
 @app.command()

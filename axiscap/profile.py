@@ -21,8 +21,8 @@ UNIT_TOLERANCE = 1e-3
 MAX_FILE_BYTES = 4 << 30
 MAX_HEADER_BYTES = 8 << 20
 
-_DTYPES = {"layers": "I64", "axes": "F32", "floors": "F32", "axis_all": "F32", "quantiles": "F32"}
-_DIMS = {"layers": 1, "axes": 3, "floors": 2, "axis_all": 2, "quantiles": 2}
+_DTYPES = {"layers": "I64", "axes": "F32", "floors": "F32", "axis_all": "F32", "quantiles": "F32", "populations": "F32"}
+_DIMS = {"layers": 1, "axes": 3, "floors": 2, "axis_all": 2, "quantiles": 2, "populations": 3}
 
 
 class ProfileError(ValueError):
@@ -46,6 +46,7 @@ class CapProfile:
             (``percentiles``, the columns of the tensor of that name).
         axis_all: (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
         quantiles: (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
+        populations: (P, n_layers, Q) float32, the same of every population that ``quantiles`` in the provenance names.
 
     Raises:
         ProfileError: naming the argument that does not fit.
@@ -60,6 +61,7 @@ class CapProfile:
         *,
         axis_all: Tensor | None = None,
         quantiles: Tensor | None = None,
+        populations: Tensor | None = None,
     ) -> None:
         self.layers: tuple[int, ...] = tuple(int(layer) for layer in layers)
         self.axes = axes
@@ -67,6 +69,7 @@ class CapProfile:
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.axis_all = axis_all
         self.quantiles = quantiles
+        self.populations = populations
         self._check()
 
     @property
@@ -94,11 +97,17 @@ class CapProfile:
         """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
         off = torch.full_like(self.floors, -torch.inf)
         return CapProfile(
-            self.layers, self.axes, off, self.provenance, axis_all=self.axis_all, quantiles=self.quantiles
+            self.layers,
+            self.axes,
+            off,
+            self.provenance,
+            axis_all=self.axis_all,
+            quantiles=self.quantiles,
+            populations=self.populations,
         )
 
     def _check(self) -> None:
-        for name in ("axes", "floors", "axis_all", "quantiles"):
+        for name in ("axes", "floors", "axis_all", "quantiles", "populations"):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
@@ -126,8 +135,9 @@ class CapProfile:
                 self.axis_all.shape[1] == size, f"axis_all must have H = {size} columns, got {self.axis_all.shape[1]}"
             )
             _require(bool(self.axis_all.isfinite().all()), "axis_all must be finite")
-        if self.quantiles is not None:
-            _require(bool(self.quantiles.isfinite().all()), "quantiles must be finite")
+        for name in ("quantiles", "populations"):
+            tensor = getattr(self, name)
+            _require(tensor is None or bool(tensor.isfinite().all()), f"{name} must be finite")
         stated = self.model_facts.get("num_layers")
         _require(
             stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
@@ -156,6 +166,8 @@ class CapProfile:
             tensors["axis_all"] = self.axis_all
         if self.quantiles is not None:
             tensors["quantiles"] = self.quantiles
+        if self.populations is not None:
+            tensors["populations"] = self.populations
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
         target = Path(path)

@@ -99,8 +99,130 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
     panels[0][-1].legend(fontsize=8)
     machine = results["machine"]
     where = f"{machine['threads']} threads" if machine["device"] == "cpu" else machine["processor"]
-    figure.suptitle(
-        f"cap_ against the memory bound, bfloat16, {where}; band: quartiles"
-    )
+    figure.suptitle(f"cap_ against the memory bound, bfloat16, {where}; band: quartiles")
     figure.savefig(path, dpi=140)
+    plot.close(figure)
+
+
+def draw_calibration(profile: CapProfile, path: Path) -> None:
+    """The evidence for a profile: separation and geometry by layer, floors, the persona space, the roles' loadings.
+
+    Args:
+        profile: one that ``axiscap calibrate`` made.
+        path: the picture, its kind by its suffix.
+
+    Raises:
+        ValueError: the profile's provenance has no evidence.
+    """
+    facts = profile.provenance.get("evidence")
+    if not isinstance(facts, dict):
+        raise ValueError("the profile has no evidence to draw; it was not made by this version's calibration")
+    plot = pyplot()
+    figure, ((separation, geometry, floors), (space, scree, loadings)) = plot.subplots(
+        2, 3, figsize=(16, 9.5), layout="constrained"
+    )
+    depth, best = range(len(facts["auc"])), facts["best_layer"]
+    low, high = facts["auc_interval"]
+    shades = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+    def band(panel: Any) -> None:
+        panel.axvspan(profile.layers[0] - 0.5, profile.layers[-1] + 0.5, color="#999999", alpha=0.2, label="capped")
+        panel.set_xlabel("layer")
+        panel.grid(alpha=0.25)
+
+    separation.plot(depth, facts["auc"], color="black", linewidth=2, label="all held-out roles")
+    separation.errorbar([best], [facts["auc"][best]], [[facts["auc"][best] - low], [high - facts["auc"][best]]],
+                        color="black", capsize=4)  # fmt: skip
+    for (kind, values), shade, marker in zip(facts["auc_by_kind"].items(), shades * 9, "os^Dv*" * 9, strict=False):
+        separation.plot(depth, values, color=shade, marker=marker, markersize=3, linewidth=1, label=kind)
+    separation.plot(depth, facts["null_auc"], color=FLOOR, linestyle=":", label="labels permuted")
+    separation.set(title="separation from the default, held out", ylabel="AUC (0.5: none)", ylim=(0.35, 1.02))
+    band(separation)
+    separation.legend(fontsize=8, loc="lower right")
+
+    geometry.plot(depth, [abs(x) for x in facts["pc1_cosine"]], color=shades[0], marker="o", markersize=3,
+                  label="|cos|, first component and axis")  # fmt: skip
+    geometry.plot(
+        depth, facts["halves"], color=shades[1], marker="s", markersize=3, label="cos, halves of the questions"
+    )
+    geometry.plot(depth[:-1], facts["next_layer"], color=shades[2], marker="^", markersize=3, label="cos, next layer")
+    geometry.set(title="the axis", ylabel="cosine", ylim=(0, 1.05))
+    band(geometry)
+    geometry.legend(fontsize=8, loc="lower right")
+
+    percentiles = profile.provenance["quantiles"]["percentiles"]
+    columns = [percentiles.index(float(p)) for p in (5, 50, 95)]
+    names = list(profile.provenance["quantiles"]["populations"])
+    for name, shade, hatch in (("assistant", shades[0], ""), ("pooled", shades[1], "//")):
+        if profile.populations is None or name not in names:
+            continue
+        table = profile.populations[names.index(name)][:, columns].T.tolist()
+        floors.fill_between(depth, table[0], table[2], color=shade, alpha=0.2, hatch=hatch, label=f"{name}: 5 to 95 %")
+        floors.plot(depth, table[1], color=shade, linewidth=1)
+    floors.plot(
+        profile.layers, profile.floors[:, 0].tolist(), color="black", marker="_", linestyle="none", label="floor"
+    )
+    floors.set(title="projections of answer means (lines: medians)", ylabel="projection")
+    band(floors)
+    floors.legend(fontsize=8, loc="upper left")
+
+    for name, (x, y) in facts["map"].items():
+        space.plot(x, y, marker="o", color=shades[0], markersize=3)
+        space.annotate(name.replace("_", " "), (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")
+    space.annotate("Assistant", (1, -0.06), (0.8, -0.06), xycoords="axes fraction", va="center", fontsize=8,
+                   arrowprops={"arrowstyle": "->"})  # fmt: skip
+    space.set(title=f"roles on the first two components, layer {best}", xlabel="component 1 (+: Assistant)",
+              ylabel="component 2")  # fmt: skip
+    space.grid(alpha=0.25)
+
+    scree.bar(range(1, len(facts["variance"]) + 1), facts["variance"], color=shades[0])
+    scree.set(title=f"variance of the role vectors, layer {best}; {facts['components_70'][best]} components hold 70 %",
+              xlabel="component", ylabel="share")  # fmt: skip
+    scree.grid(alpha=0.25, axis="y")
+
+    ordered = sorted(facts["loadings"].items(), key=lambda item: item[1])
+    shown = ordered if len(ordered) <= 40 else ordered[:20] + ordered[-20:]
+    loadings.barh([name.replace("_", " ") for name, _ in shown], [value for _, value in shown], color=shades[1])
+    loadings.tick_params(axis="y", labelsize=6)
+    some = "" if len(ordered) <= 40 else ", lowest and highest 20"
+    loadings.set(title=f"roles along the axis{some}, layer {best}", xlabel="projection less the default's")
+    loadings.grid(alpha=0.25, axis="x")
+    figure.suptitle(f"The Assistant Axis of {profile.model_facts.get('id', 'a model')}: the evidence")
+    figure.savefig(path, dpi=120)
+    plot.close(figure)
+
+
+def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Any, path: Path) -> None:
+    """Uptake against perplexity for each point of a sweep, with intervals; the front and the chosen one marked."""
+    from axiscap.calibrate.sweep import front
+
+    plot = pyplot()
+    figure, panel = plot.subplots(figsize=(9, 6), layout="constrained")
+    shades = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    bands = sorted({(p.first, p.last) for p in points})
+    for (first, last), shade, marker in zip(bands, shades * 5, "os^Dv*P" * 5, strict=False):
+        mine = [p for p in points if (p.first, p.last) == (first, last)]
+        x, y = [p.perplexity for p in mine], [p.uptake for p in mine]
+        xerr = [
+            [p.perplexity - p.perplexity_interval[0] for p in mine],
+            [p.perplexity_interval[1] - p.perplexity for p in mine],
+        ]
+        yerr = [[p.uptake - p.uptake_interval[0] for p in mine], [p.uptake_interval[1] - p.uptake for p in mine]]
+        panel.errorbar(x, y, yerr, xerr, marker=marker, color=shade, linestyle="none", elinewidth=0.6,
+                       label=f"layers {first}-{last}")  # fmt: skip
+        for p in mine:
+            panel.annotate(f"p{p.percentile:g}", (p.perplexity, p.uptake), fontsize=7, xytext=(4, 4),
+                           textcoords="offset points")  # fmt: skip
+    best = front(points)
+    panel.plot([p.perplexity for p in best], [p.uptake for p in best], color=FLOOR, linewidth=1, label="front")
+    panel.plot([chosen.perplexity], [chosen.uptake], marker="o", markersize=16, fillstyle="none", color="black",
+               linestyle="none", label="chosen")  # fmt: skip
+    panel.plot([1], [uncapped.uptake], marker="x", markersize=10, color="black", linestyle="none", label="uncapped")
+    panel.axhline(uncapped.default_uptake, color=FLOOR, linestyle=":", label="the default, uncapped")
+    panel.set_title("What capping does to role-play, and what it costs (bars: 95 %)")
+    panel.set(xlabel="perplexity of ordinary answers, times the uncapped model's", ylim=(0, None))
+    panel.set_ylabel("role uptake (share of answers)")
+    panel.grid(alpha=0.25)
+    panel.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
     plot.close(figure)

@@ -3,8 +3,9 @@
     python benchmarks/predict.py
 
 Counts instructions and sectors by executing the kernels' PTX (tests/ptx), and sets them against published rates. A call
-takes the longest of: its bytes at the memory's bandwidth; its bytes at what the resident blocks keep in flight (Little's
-law); its instructions at one a clock and scheduler. Moves between registers are left out, since ptxas leaves them out.
+takes the longest of: its bytes at the memory's bandwidth; its bytes at what the resident blocks keep in flight
+(Little's law); its instructions at one a clock and scheduler. Moves between registers are left out, since ptxas leaves
+them out.
 Writes docs/gpu-predicted.md and docs/gpu-predicted.png. Needs nvcc.
 """
 
@@ -69,9 +70,9 @@ SIZES = (576, 2048, 4096, 8192, 16384)
 
 INTRODUCTION = (
     "Bytes moved are those of the streams, against one reading of each and one writing of what changed. Issue slots:",
-    "instructions a processor issues for a row, at one a clock and scheduler, over the time that its bytes take at full",
-    "bandwidth; a third is the aim, which leaves room for what the count does not see. In flight: what the resident",
-    "blocks have asked for while they wait, against latency times bandwidth.",
+    "instructions a processor issues for a row, at one a clock and scheduler, over the time that its bytes take at",
+    "full bandwidth; a third is the aim, which leaves room for what the count does not see. In flight: what the",
+    "resident blocks have asked for while they wait, against latency times bandwidth.",
 )
 
 

@@ -63,7 +63,9 @@ class OnCuda:
                 if not isinstance(value, torch.Tensor):
                     return value
                 assume(value.shape[-1:] < (8193,))  # wider rows are an error on a GPU
-                pairs.append((value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")))
+                pairs.append(
+                    (value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda"))
+                )
                 return pairs[-1][1].copy_(value)
 
             def back(value):

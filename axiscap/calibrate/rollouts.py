@@ -5,137 +5,264 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import fsspec
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from axiscap.models import decoder_layers
 
+#: The published sampling.
+TEMPERATURE, TOP_P = 0.7, 0.9
+
 
 @dataclass(frozen=True)
-class Prompt:
-    """One question under one system prompt (empty: none)."""
+class Task:
+    """One question to one role under one of its prompts (an empty one: no system prompt)."""
 
+    role: str
+    prompt: int
+    question: int
     system: str
-    question: str
+    text: str
+
+    @property
+    def id(self) -> str:
+        """What names it, and seeds its sampling."""
+        return f"{self.role}/{self.prompt}/{self.question}"
 
     def messages(self, system_role: bool) -> list[dict[str, str]]:
+        """The conversation so far, for a chat template with or without a system role."""
         if not self.system:
-            return [{"role": "user", "content": self.question}]
+            return [{"role": "user", "content": self.text}]
         if system_role:
-            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.question}]
-        return [{"role": "user", "content": f"{self.system}\n\n{self.question}"}]
+            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
+        return [{"role": "user", "content": f"{self.system}\n\n{self.text}"}]
+
+    def completion(self) -> str:
+        """The same for a base model, which continues a text."""
+        return f"{self.system}\n\n" * bool(self.system) + f"Question: {self.text}\nAnswer:"
 
 
 @dataclass
-class Rollouts:
-    """The answers (N) and their mean activations (N, n_layers, H), float32."""
+class Shard:
+    """Finished rollouts: what was asked, the prompts' and answers' tokens, and the answers' mean activations."""
 
-    answers: list[str]
-    activations: Tensor
+    tasks: list[Task]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    texts: list[str]
+    means: Tensor  # (N, n_layers, H) float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on beside its task."""
+
+    model: str
+    dtype: str
+    max_new_tokens: int = 40
+    seed: int = 0
+
+
+class Store:
+    """The shards of a calibration, in a folder: local, or anything that fsspec opens (``s3://...``).
+
+    A shard's name is a digest of its tasks and of the settings. It is there as a whole or not at all, whenever the
+    process that wrote it was killed, and whoever wants it again finds it, in whatever process.
+    """
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url, self.settings = url, settings
+        self.files, self.folder = fsspec.core.url_to_fs(url)
+
+    def name(self, tasks: Sequence[Task]) -> str:
+        what = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
+        return hashlib.sha256(what.encode()).hexdigest()[:24]
+
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        return self.read(name) is not None
+
+    def read(self, name: str) -> Shard | None:
+        """A shard, or None where there is none or a damaged one."""
+        try:
+            tensors = safetensors.torch.load(self.files.cat_file(self._path(name)))
+            facts = json.loads(tensors["facts"].numpy().tobytes())
+        except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError):
+            return None
+        tasks = [Task(**task) for task in facts["tasks"]]
+        return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
+
+    def write(self, name: str, shard: Shard) -> None:
+        facts = {
+            "tasks": [asdict(task) for task in shard.tasks],
+            "prompts": shard.prompts,
+            "answers": shard.answers,
+            "texts": shard.texts,
+        }
+        text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+        data = safetensors.torch.save({"means": shard.means.contiguous(), "facts": text})
+        self.files.makedirs(self.folder, exist_ok=True)
+        if "file" in np.atleast_1d(self.files.protocol):
+            partial_path = f"{self._path(name)}.{os.getpid()}.partial"
+            with open(partial_path, "wb") as file:
+                file.write(data)
+            os.replace(partial_path, self._path(name))
+        else:  # an object store shows an object when it is whole
+            self.files.pipe_file(self._path(name), data)
+
+    def shards(self, batches: Sequence[Sequence[Task]]) -> Iterator[Shard]:
+        """Each finished shard in turn; one at a time is in memory."""
+        for batch in batches:
+            shard = self.read(self.name(batch))
+            if shard is None:
+                raise ValueError(f"{self.url}: the rollouts of {batch[0].id} and {len(batch) - 1} more are missing")
+            yield shard
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int = 40,
-    batch_size: int = 32,
-    seed: int = 0,
-    work: Path | None = None,
+    engine: Callable[[Sequence[Task]], Shard],
+    store: Store,
+    todo: Sequence[Sequence[Task]],
     progress: Callable[[int], None] = lambda _: None,
-) -> Rollouts:
-    """Answers every prompt (temperature 0.7, top-p 0.9) and averages the block outputs over each answer's tokens.
+) -> None:
+    """Runs what the store does not have yet, batch after batch.
 
     Args:
-        model: a transformers causal LM.
-        tokenizer: its tokenizer, padding on the left, with a chat template.
-        prompts: N of them.
-        max_new_tokens: an answer's length at most.
-        batch_size: prompts generated at once.
-        seed: of the sampling; a batch's answers depend on it and on the batch alone.
-        work: a folder for finished batches: a run that was stopped takes up where it was.
-        progress: called with the number of prompts that each batch finished.
+        engine: answers a batch.
+        store: where the shards go.
+        todo: the batches.
+        progress: called with the number of rollouts that each batch finished or had.
     """
-    settings = json.dumps([max_new_tokens, seed, getattr(model.config, "name_or_path", ""), str(model.dtype)])
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        key = hashlib.sha256((settings + repr((start, batch))).encode()).hexdigest()[:24]
-        path = work / f"{key}.safetensors" if work else None
-        part = _read(path) if path else None
-        if part is None:
-            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                torch.manual_seed(seed + start)
-                part = _run_batch(model, tokenizer, batch, max_new_tokens)
-            if path:
-                _write(path, part)
-        parts.append(part)
+    for batch in todo:
+        name = store.name(batch)
+        if not store.has(name):
+            store.write(name, engine(batch))
         progress(len(batch))
-    return Rollouts([a for part in parts for a in part.answers], torch.cat([part.activations for part in parts]))
 
 
-def _read(path: Path) -> Rollouts | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return Rollouts(json.loads(file.metadata()["answers"]), file.get_tensor("activations"))
-    except (FileNotFoundError, SafetensorError):
-        return None
+class TransformersEngine:
+    """Answers by a transformers model, and averages its block outputs over each answer's tokens meanwhile.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer, padding on the left. Without a chat template the model is taken for a base model and
+            continues ``Question: ... Answer:``.
+        settings: of the answers.
+        capture: whether to collect activations; without them a shard's means are empty.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings, *, capture: bool = True) -> None:
+        self.model, self.tokenizer, self.settings, self.capture = model, tokenizer, settings, capture
+        self.has_template = tokenizer.chat_template is not None
+        self.system_role = self.has_template and _accepts_system_role(tokenizer)
+
+    def encode(self, tasks: Sequence[Task]) -> Any:
+        """The prompts as one padded batch."""
+        if not self.has_template:
+            texts = [task.completion() for task in tasks]
+            return self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        return self.tokenizer.apply_chat_template(
+            [task.messages(self.system_role) for task in tasks],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(self.model.device)
+
+    @torch.inference_mode()
+    def __call__(self, tasks: Sequence[Task]) -> Shard:
+        inputs = self.encode(tasks)
+        limit = self.settings.max_new_tokens
+        stops = _stops(self.model)
+        means = _AnswerMeans(self.model, stops) if self.capture else None
+        # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
+        options = {
+            "do_sample": False,
+            "max_new_tokens": limit + bool(means),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        with means or torch.inference_mode():
+            tokens = self.model.generate(
+                **inputs, **options, logits_processor=[_Sampler([task.id for task in tasks], self.settings)]
+            )
+        start = inputs["input_ids"].shape[1]
+        answers = []
+        for row in tokens[:, start : start + limit].tolist():
+            end = next((i for i, token in enumerate(row) if token in stops), len(row))
+            answers.append(row[:end] or row[:1])  # one that ends at once is its end-of-sequence
+        prompts = [
+            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return Shard(list(tasks), prompts, answers, texts, means.result() if means else torch.empty(len(tasks), 0, 0))
 
 
-def _write(path: Path, part: Rollouts) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"activations": part.activations}, partial, {"answers": json.dumps(part.answers)})
-    os.replace(partial, path)
+def _stops(model: Any) -> list[int]:
+    stops = model.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _accepts_system_role(tokenizer: Any) -> bool:
     try:
-        tokenizer.apply_chat_template(Prompt("s", "q").messages(True), tokenize=False)
+        tokenizer.apply_chat_template(Task("", 0, 0, "s", "q").messages(True), tokenize=False)
     except Exception:  # the template's own error; which class it is depends on the template
         return False
     return True
 
 
-@torch.inference_mode()
-def _run_batch(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> Rollouts:
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; calibration needs an instruction-tuned model")
-    system_role = _accepts_system_role(tokenizer)
-    inputs = tokenizer.apply_chat_template(
-        [prompt.messages(system_role) for prompt in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-    with _AnswerMeans(model) as means:
-        # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
-        tokens = model.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens + 1, pad_token_id=tokenizer.pad_token_id
-        )
-    answers = tokens[:, inputs["input_ids"].shape[1] :][:, :max_new_tokens]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return Rollouts([text.strip() for text in texts], means.result())
+class _Sampler:
+    """A logits processor that samples (temperature 0.7, top-p 0.9) by random numbers of each rollout's own.
+
+    It leaves one token possible. A row's choice hangs on its logits and on its rollout's numbers alone: not on the rows
+    beside it, as that of a generator shared by the batch would.
+    """
+
+    LIKELY = 256  # tokens among which the nucleus is looked for first: sorting all of a vocabulary costs more
+
+    def __init__(self, ids: Sequence[str], settings: Settings) -> None:
+        count = settings.max_new_tokens + 1
+        self.numbers = torch.from_numpy(np.stack([_uniform(f"{settings.seed}/{id}", count) for id in ids]))
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores.float() / TEMPERATURE, dim=-1)
+        likely = min(self.LIKELY, scores.shape[-1])
+        top, tokens = probabilities.topk(likely)
+        sums = top.double().cumsum(-1)
+        if bool((sums[:, -1] < TOP_P).any()):
+            top, tokens = probabilities.sort(dim=-1, descending=True)
+            sums = top.double().cumsum(-1)
+        # The nucleus: the fewest most likely tokens that have TOP_P together.
+        last = (sums < TOP_P).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
+        wanted = self.numbers[:, self.step, None].to(sums.device) * sums.gather(-1, last)
+        self.step += 1
+        chosen = tokens.gather(-1, torch.minimum((sums <= wanted).sum(-1, keepdim=True), last))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+
+def _uniform(name: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Numbers in [0, 1) that the name determines."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
 class _AnswerMeans:
     """Averages the block outputs over each answer's tokens while ``generate`` makes them, up to the end-of-sequence."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stops: Sequence[int]) -> None:
         self.model = model
-        stops = model.generation_config.eos_token_id
-        self.stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=model.device)
+        self.stops = torch.tensor(stops, device=model.device, dtype=torch.long)
         self.layers = decoder_layers(model)
         self.running: Tensor | None = None  # (N,) whether the token being fed still belongs to the answer
         self.ended: Tensor | None = None  # (N,) whether its end-of-sequence has been fed
@@ -170,7 +297,7 @@ class _AnswerMeans:
         hidden = output[0] if isinstance(output, tuple) else output
         last = hidden[:, -1].double() * self.running.to(hidden.device)[:, None]
         known = self.sums[index]
-        self.sums[index] = last if known is None else known + last
+        self.sums[index] = last if known is None else known.add_(last)
 
     def result(self) -> Tensor:
         """(N, n_layers, H) float32."""

@@ -2,7 +2,8 @@
 
 The kernels' PTX, as nvcc emits it, is executed on buffers of real bytes. An access outside its allocation or not on
 its own size, a read of bytes that nobody wrote, two threads at one byte without a barrier between them, a barrier or
-shuffle that not all of its lanes reach, bytes used while an asynchronous copy of them is under way, and an opcode that is not known here: each is an error that says where.
+shuffle that not all of its lanes reach, bytes used while an asynchronous copy of them is under way, and an opcode that
+is not known here: each is an error that says where.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_accesses_are_wide_and_none_is_local(compiled, architecture):
         if "cap_rows" not in name:
             continue
         aligned = name.endswith("ELb1EEEvNS0_4CallE")
-        loads = [op for op in code if op.startswith("LDG")]
+        loads = [op for op in code if op.startswith(("LDG.", "LDGSTS"))]  # also those into shared memory
         stores = [op for op in code if op.startswith("STG")]
         wide_loads = [op for op in loads if ".128" in op]
         wide_stores = [op for op in stores if ".128" in op]

@@ -1,0 +1,87 @@
+"""Calibration on Ray: a model in each worker, on one machine or a cluster (the extra ``axiscap[ray]``).
+
+Workers write their shards to the store, which all of them must reach: a shared folder, or an object store. What a dead
+worker had not written is run again by another; what it had written is found there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from axiscap import models
+from axiscap.calibrate.rollouts import Store, Task, TransformersEngine, run
+
+
+class RayWorkers:
+    """See :class:`axiscap.calibrate.pipeline.Workers`.
+
+    Args:
+        model: the name or folder that each worker loads.
+        workers: how many.
+        gpus: of each worker; 0 for CPUs, which they share evenly.
+        address: of a running cluster; this machine without one.
+    """
+
+    def __init__(self, model: str, workers: int, *, gpus: float = 0, address: str | None = None) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("--engine ray needs Ray: pip install 'axiscap[ray]'") from None
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self.ray, self.model, self.workers, self.gpus = ray, model, workers, gpus
+        if not ray.is_initialized():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        self.cpus = max(1, int(ray.cluster_resources().get("CPU", workers)) // workers)
+
+    def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
+        """Every batch by whichever worker is free; Ray starts a dead worker anew and gives it its batch again."""
+        ray = self.ray
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": -1}
+        actors = [
+            ray.remote(**options)(_Worker).remote(self.model, store.url, store.settings, self.cpus)
+            for _ in range(min(self.workers, max(1, len(todo))))
+        ]
+        waiting = list(todo)
+        busy = {actor.run.remote(waiting.pop(0)): actor for actor in actors if waiting}
+        try:
+            while busy:
+                (ready,), _ = ray.wait(list(busy), num_returns=1)
+                actor = busy.pop(ready)
+                progress(ray.get(ready))
+                if waiting:
+                    busy[actor.run.remote(waiting.pop(0))] = actor
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+    def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
+        """`work` on as many parts of `todo` as there are workers, as tasks that Ray repeats when one dies."""
+        ray = self.ray
+        shared = ray.put(work)
+        task = ray.remote(num_cpus=self.cpus, max_retries=-1)(_work)
+        parts = [todo[i :: self.workers] for i in range(self.workers)]
+        return list(ray.get([task.remote(shared, store.url, store.settings, part) for part in parts if part]))
+
+
+class _Worker:
+    def __init__(self, model: str, url: str, settings: Any, threads: int) -> None:
+        torch.set_num_threads(threads)
+        loaded, tokenizer = models.load(model)
+        if torch.cuda.is_available():
+            loaded = loaded.cuda()
+        self.store = Store(url, settings)
+        self.engine = TransformersEngine(loaded, tokenizer, settings)
+
+    def run(self, batch: Sequence[Task]) -> int:
+        run(self.engine, self.store, [batch])
+        return len(batch)
+
+
+def _work(work: Any, url: str, settings: Any, part: Any) -> Any:
+    return work(Store(url, settings), part)

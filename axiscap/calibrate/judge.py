@@ -1,0 +1,135 @@
+"""Was the role taken on? 0 to 3, as published; an answer of 3 counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axiscap.calibrate.data import DEFAULT_ROLE, Role
+from axiscap.calibrate.rollouts import Shard, Task
+
+#: The score from which an answer is one of the role.
+TAKEN_ON = 3
+#: Calls of an endpoint under way at once, and attempts of each.
+CONCURRENT, ATTEMPTS = 16, 5
+
+Judge = Callable[[str], int]
+
+
+def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
+    """The role's ``eval_prompt`` about one answer.
+
+    Raises:
+        ValueError: the role has none.
+    """
+    if not role.eval_prompt:
+        raise ValueError(f"the role {role.name} has no eval_prompt to ask a judge with; use --judge none")
+    return role.eval_prompt.replace("{question}", task.text).replace("{answer}", answer)
+
+
+def read_score(text: str) -> int:
+    """The first number from 0 to 3 in a judge's reply.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = re.search(r"(?<![\d.])[0-3](?![\d.]*\d)", text)
+    if not found:
+        raise ValueError(f"the judge's reply has no number from 0 to 3: {text[:80]!r}")
+    return int(found.group())
+
+
+def endpoint(model: str, base_url: str | None = None, api_key: str | None = None) -> Judge:
+    """A judge behind an OpenAI-compatible endpoint.
+
+    Args:
+        model: its name there.
+        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
+        api_key: ``OPENAI_API_KEY`` without it.
+    """
+    import httpx
+
+    base = (base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
+    if not base:
+        raise ValueError("a judge behind an endpoint needs its address: set OPENAI_BASE_URL")
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
+
+    def ask(question: str) -> int:
+        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 10, "temperature": 0}
+        for attempt in range(ATTEMPTS):
+            try:
+                reply = client.post(f"{base}/chat/completions", json=body)
+                if reply.status_code == 429 or reply.status_code >= 500:
+                    raise httpx.TransportError(f"status {reply.status_code}")
+                if reply.status_code >= 400:
+                    raise ValueError(f"the judge at {base} refuses: {reply.status_code} {reply.text[:200]}")
+                return read_score(reply.json()["choices"][0]["message"]["content"])
+            except httpx.TransportError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise ConnectionError(f"the judge at {base} does not answer: {error}") from None
+                time.sleep(min(8.0, 0.5 * 2**attempt))
+        raise AssertionError
+
+    return ask
+
+
+def local(model: Any, tokenizer: Any) -> Judge:
+    """The model itself: the likeliest of the four numbers as the first token of its reply. A small one judges badly."""
+    numbers = [tokenizer.encode(str(n), add_special_tokens=False)[-1] for n in range(4)]
+
+    @torch.inference_mode()
+    def ask(question: str) -> int:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        return int(model(**inputs, logits_to_keep=1).logits[0, -1, numbers].argmax())
+
+    return ask
+
+
+def scores(
+    judge: Judge,
+    shards: Iterable[Shard],
+    roles: Mapping[str, Role],
+    path: Path,
+    progress: Callable[[int], None] = lambda _: None,
+    concurrent: int = CONCURRENT,
+) -> dict[str, int]:
+    """The scores of all roles' answers, by rollout. They are kept in a file, line by line, so that none is asked twice.
+
+    Args:
+        judge: whom to ask.
+        shards: the answers.
+        roles: with their ``eval_prompt``.
+        path: the file, JSONL ``{"id", "score"}``.
+        progress: called with each number judged.
+        concurrent: questions under way at once.
+    """
+    known: dict[str, int] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):  # what was cut off is asked again
+                entry = json.loads(line)
+                known[entry["id"]] = int(entry["score"])
+        path.write_text("".join(json.dumps({"id": i, "score": s}) + "\n" for i, s in known.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file, ThreadPoolExecutor(concurrent) as pool:
+        for shard in shards:
+            asked = [(t, a) for t, a in zip(shard.tasks, shard.texts, strict=True) if t.role != DEFAULT_ROLE]
+            asked = [(task, answer) for task, answer in asked if task.id not in known]
+            questions = [question_to_the_judge(roles[task.role], task, answer) for task, answer in asked]
+            for (task, _), score in zip(asked, pool.map(judge, questions), strict=True):
+                known[task.id] = score
+                file.write(json.dumps({"id": task.id, "score": score}) + "\n")
+            file.flush()
+            progress(len(shard.tasks))
+    return known

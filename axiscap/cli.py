@@ -201,7 +201,7 @@ def calibrate(
     questions: QuestionsOption = None,
     per_role: Annotated[
         int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
-    ] = 32,
+    ] = 16,
     percentile: Annotated[float, typer.Option(help="Of the population that the floors are at.")] = 25.0,
     population: PopulationOption = "assistant",
     published: PublishedOption = False,
@@ -214,7 +214,9 @@ def calibrate(
         str, typer.Option(help="Who says whether a role was taken on: none, local, or a model at OPENAI_BASE_URL.")
     ] = "none",
     minimum: Annotated[int, typer.Option(help="Answers that the judge kept, for a role to count.")] = 1,
-    engine: Annotated[str, typer.Option(help="transformers, in this process, or ray.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers; endpoint, the texts from OPENAI_BASE_URL; or ray.")
+    ] = "transformers",
     workers: Annotated[int, typer.Option(help="Of Ray.")] = 2,
     work: Annotated[
         str | None,
@@ -229,19 +231,24 @@ def calibrate(
     """
     from axiscap import calibrate as calibration
     from axiscap.calibrate.pipeline import Here, Workers
+    from axiscap.calibrate.rollouts import EndpointEngine
 
-    if engine not in ("transformers", "ray"):
-        raise ValueError(f"--engine must be transformers or ray, got {engine}")
+    if engine not in ("transformers", "endpoint", "ray"):
+        raise ValueError(f"--engine must be transformers, endpoint or ray, got {engine}")
     if published:
         percentile, population = PUBLISHED
     plan = _plan(roles, questions, per_role, model)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_suffix(".rollouts")
     loaded, tokenizer = models.load(model)
-    settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed)
+    who = "endpoint" if engine == "endpoint" else "transformers"  # Ray's workers answer as this process does
+    settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
     store = calibration.Store(work or str(folder), settings)
-    crew: Workers = Here(loaded, tokenizer)
-    if engine == "ray":
+    answers = EndpointEngine if engine == "endpoint" else calibration.TransformersEngine
+    crew: Workers
+    if engine != "ray":
+        crew = Here(answers(loaded, tokenizer, settings))
+    else:
         from axiscap.calibrate.cluster import RayWorkers
 
         crew = RayWorkers(model, workers, gpus=int(loaded.device.type == "cuda"))
@@ -337,7 +344,7 @@ def sweep(
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
     questions: QuestionsOption = None,
-    per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 32,
+    per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 16,
     bands: Annotated[str, typer.Option(help="Of layers, first to last.")] = "",
     percentiles: Annotated[str, typer.Option(help="Of the population.")] = "5,10,25,50",
     population: PopulationOption = "assistant",
@@ -360,7 +367,9 @@ def sweep(
     plan = _plan(roles, questions, per_role, model)
     loaded, tokenizer = models.load(model)
     sampling = loaded_profile.provenance["sampling"]
-    settings = calibration.Settings(model, str(loaded.dtype), sampling["max_new_tokens"], sampling["seed"])
+    settings = calibration.Settings(
+        model, str(loaded.dtype), sampling["max_new_tokens"], sampling["seed"], sampling["engine"]
+    )
     store = calibration.Store(work, settings)
     todo = calibration.batches(plan)
     with console.status("training the judge of texts"):

@@ -29,7 +29,7 @@ def test_the_data_that_ships():
     assert len(roles) > 100
     assert len(set(questions)) == len(questions) >= 120
     kinds = {role.kind for role in roles.values()}
-    assert kinds == {"default", "professional", "archetype", "fantastical", "hostile"}
+    assert kinds == {"default", "helper", "professional", "archetype", "fantastical", "hostile"}
     for name, role in roles.items():
         assert len(set(role.prompts)) == len(role.prompts) == 5, name
         assert all(role.prompts) or name == "default"
@@ -92,7 +92,7 @@ def test_what_tests_the_axis_makes_none_of_it(per_role):
         elif task.role != "default":
             assert plan.makes_the_axis(task)
     held_kinds = {plan.roles[name].kind for name in plan.held_roles}
-    assert held_kinds == {"professional", "archetype", "fantastical", "hostile"}
+    assert held_kinds == {"professional", "helper", "archetype", "fantastical", "hostile"}
     asked = {name: sorted(t.question for t in plan.tasks if t.role == name) for name in plan.train_roles}
     assert len({tuple(questions) for questions in asked.values()}) == 1  # the same for all
     if per_role:
@@ -282,7 +282,7 @@ def test_a_rollout_does_not_hang_on_its_batch(demo_model):
 
 
 def test_sampling_is_the_published_one():
-    """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than what is tried first."""
+    """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than is tried first."""
     settings = rollouts.Settings("m", "f", 3999, 0)
     for logits in (torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]), torch.zeros(400)):
         probabilities = torch.softmax(logits.double() / 0.7, 0)
@@ -350,6 +350,61 @@ def test_shards_are_whole_or_not_there(tmp_path):
     memory = rollouts.Store("memory://calibration", settings)  # an object store, as fsspec sees it
     memory.write(name, shard)
     assert torch.equal(memory.read(name).means, shard.means)
+
+
+# Endpoints: an OpenAI-compatible server, with the real model behind it.
+
+
+class ServedModel(BaseHTTPRequestHandler):
+    model = tokenizer = None
+    asked: list[dict] = []  # noqa: RUF012
+
+    def reply(self, content):
+        content = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "smollm2"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ServedModel.asked.append(body)
+        inputs = self.tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=body["max_tokens"])
+        text = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.reply({"choices": [{"message": {"content": text}}]})
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_texts_from_an_endpoint_are_read_by_the_model(demo_model, monkeypatch):
+    model, tokenizer = demo_model
+    ServedModel.model, ServedModel.tokenizer, ServedModel.asked = model, tokenizer, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ServedModel)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    tasks = [rollouts.Task("ghost", 0, i, "You are a ghost.", f"What is {thing}?") for i, thing in enumerate("ab")]
+    try:
+        shard = rollouts.EndpointEngine(model, tokenizer, rollouts.Settings("m", "f", 8, 0))(tasks)
+    finally:
+        server.shutdown()
+    assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in ServedModel.asked} == {
+        ("smollm2", 8, 0.7, 0.9)
+    }
+    assert len({body["seed"] for body in ServedModel.asked}) == 2
+    for i, task in enumerate(tasks):
+        assert tokenizer.decode(shard.answers[i]).strip() == shard.texts[i] != ""
+        alone = rollouts.read_means(model, [shard.prompts[i]], [shard.answers[i]])
+        torch.testing.assert_close(shard.means[i], alone[0], atol=2e-3, rtol=1e-3)
+        assert "ghost" in tokenizer.decode(shard.prompts[i])
+        assert task.text in tokenizer.decode(shard.prompts[i])
 
 
 # The judge.

@@ -22,11 +22,13 @@ class RayWorkers:
     Args:
         model: the name or folder that each worker loads.
         workers: how many.
-        gpus: of each worker; 0 for CPUs, which they share evenly.
-        address: of a running cluster; this machine without one.
+        gpus: of each worker.
+        cpus: of each worker; 0 to share all that there are evenly.
+
+    The cluster is the one that ``RAY_ADDRESS`` names, or this machine.
     """
 
-    def __init__(self, model: str, workers: int, *, gpus: float = 0, address: str | None = None) -> None:
+    def __init__(self, model: str, workers: int, *, gpus: float = 0, cpus: int = 0) -> None:
         try:
             import ray
         except ModuleNotFoundError:
@@ -36,8 +38,8 @@ class RayWorkers:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self.ray, self.model, self.workers, self.gpus = ray, model, workers, gpus
         if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        self.cpus = max(1, int(ray.cluster_resources().get("CPU", workers)) // workers)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        self.cpus = cpus or max(1, int(ray.cluster_resources().get("CPU", workers)) // workers)
 
     def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
         """Every batch by whichever worker is free; Ray starts a dead worker anew and gives it its batch again."""

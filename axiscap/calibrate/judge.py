@@ -6,10 +6,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ TAKEN_ON = 3
 CONCURRENT, ATTEMPTS = 16, 5
 
 Judge = Callable[[str], int]
+T = TypeVar("T")
 
 
 def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
@@ -47,37 +48,64 @@ def read_score(text: str) -> int:
     return int(found.group())
 
 
-def endpoint(model: str, base_url: str | None = None, api_key: str | None = None) -> Judge:
-    """A judge behind an OpenAI-compatible endpoint.
+class Endpoint:
+    """An OpenAI-compatible endpoint, asked by several threads at once; what fails for a while is asked again.
 
     Args:
-        model: its name there.
-        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
-        api_key: ``OPENAI_API_KEY`` without it.
+        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it. ``OPENAI_API_KEY`` is the key.
+
+    Raises:
+        ValueError: no address.
     """
-    import httpx
 
-    base = (base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
-    if not base:
-        raise ValueError("a judge behind an endpoint needs its address: set OPENAI_BASE_URL")
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
+    def __init__(self, base_url: str | None = None) -> None:
+        try:
+            import httpx
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("asking an endpoint needs httpx: pip install 'axiscap[calibrate]'") from None
+        self.base = (base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
+        if not self.base:
+            raise ValueError("an endpoint needs its address: set OPENAI_BASE_URL")
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.retried = httpx.TransportError
+        self.client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
 
-    def ask(question: str) -> int:
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 10, "temperature": 0}
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
         for attempt in range(ATTEMPTS):
             try:
-                reply = client.post(f"{base}/chat/completions", json=body)
+                reply = self.client.request(method, f"{self.base}/{path}", json=body)
                 if reply.status_code == 429 or reply.status_code >= 500:
-                    raise httpx.TransportError(f"status {reply.status_code}")
+                    raise self.retried(f"status {reply.status_code}")
                 if reply.status_code >= 400:
-                    raise ValueError(f"the judge at {base} refuses: {reply.status_code} {reply.text[:200]}")
-                return read_score(reply.json()["choices"][0]["message"]["content"])
-            except httpx.TransportError as error:
+                    raise ValueError(f"the endpoint at {self.base} refuses: {reply.status_code} {reply.text[:200]}")
+                return reply.json()
+            except self.retried as error:
                 if attempt == ATTEMPTS - 1:
-                    raise ConnectionError(f"the judge at {base} does not answer: {error}") from None
+                    raise ConnectionError(f"the endpoint at {self.base} does not answer: {error}") from None
                 time.sleep(min(8.0, 0.5 * 2**attempt))
         raise AssertionError
+
+    def first_model(self) -> str:
+        """The name of the first model that it lists."""
+        return str(self._call("GET", "models")["data"][0]["id"])
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **sampling: Any) -> str:
+        """Its answer to a conversation."""
+        reply = self._call("POST", "chat/completions", {"model": model, "messages": list(messages), **sampling})
+        return str(reply["choices"][0]["message"]["content"] or "")
+
+    def map(self, ask: Callable[[T], str], what: Sequence[T]) -> list[str]:
+        """`ask` of each, several at once, in order."""
+        with ThreadPoolExecutor(CONCURRENT) as pool:
+            return list(pool.map(ask, what))
+
+
+def endpoint(model: str, base_url: str | None = None) -> Judge:
+    """A judge behind an OpenAI-compatible endpoint; see :class:`Endpoint`."""
+    behind = Endpoint(base_url)
+
+    def ask(question: str) -> int:
+        return read_score(behind.chat(model, [{"role": "user", "content": question}], max_tokens=10, temperature=0))
 
     return ask
 

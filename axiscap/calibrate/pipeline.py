@@ -34,13 +34,13 @@ class Workers(Protocol):
 
 
 class Here:
-    """This process."""
+    """This process, with an engine that answers batches."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, engine: Callable[[Sequence[Task]], Shard]) -> None:
+        self.engine = engine
 
     def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
-        run(TransformersEngine(self.model, self.tokenizer, store.settings), store, todo, progress)
+        run(self.engine, store, todo, progress)
 
     def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
         return [work(store, todo)]
@@ -167,7 +167,7 @@ def calibrate(
     depth = len(decoder_layers(model))
     count = min(max(8, depth // 5), depth) if count is None else count
     keep = keep or Keep()
-    workers = workers or Here(model, tokenizer)
+    workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
     todo = batches(plan)
     workers.rollouts(store, todo, progress)
 
@@ -212,6 +212,7 @@ def calibrate(
             "max_new_tokens": settings.max_new_tokens,
             "seed": settings.seed,
             "dtype": settings.dtype,
+            "engine": settings.engine,
         },
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "axiscap": axiscap.__version__,

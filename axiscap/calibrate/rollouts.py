@@ -70,6 +70,7 @@ class Settings:
     dtype: str
     max_new_tokens: int = 40
     seed: int = 0
+    engine: str = "transformers"  # who answers
 
 
 class Store:
@@ -206,6 +207,75 @@ class TransformersEngine:
         ]
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return Shard(list(tasks), prompts, answers, texts, means.result() if means else torch.empty(len(tasks), 0, 0))
+
+
+class EndpointEngine:
+    """Answers by an OpenAI-compatible endpoint (vLLM's server, for one); the model here only reads them.
+
+    Args:
+        model: the causal LM behind the endpoint, for the activations: a second pass over the finished texts.
+        tokenizer: its tokenizer.
+        settings: of the answers.
+        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
+        name: the model's name there; the first that it lists without it.
+
+    Raises:
+        ValueError: no address.
+        ConnectionError: it does not answer.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: Settings, base_url: str | None = None, name: str | None = None
+    ) -> None:
+        from axiscap.calibrate.judge import Endpoint
+
+        self.reader = TransformersEngine(model, tokenizer, settings)
+        self.endpoint = Endpoint(base_url)
+        self.name = name or self.endpoint.first_model()
+
+    def __call__(self, tasks: Sequence[Task]) -> Shard:
+        settings, tokenizer = self.reader.settings, self.reader.tokenizer
+        sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": settings.max_new_tokens}
+
+        def ask(task: Task) -> str:
+            seed = int(_uniform(f"{settings.seed}/{task.id}", 1)[0] * 2**31)
+            return self.endpoint.chat(self.name, task.messages(self.reader.system_role), seed=seed, **sampling)
+
+        texts = [text.strip() for text in self.endpoint.map(ask, tasks)]
+        answers = [tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
+        inputs = self.reader.encode(tasks)
+        prompts = [
+            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        return Shard(list(tasks), prompts, answers, texts, read_means(self.reader.model, prompts, answers))
+
+
+@torch.inference_mode()
+def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+    """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts."""
+    layers = decoder_layers(model)
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    place = torch.arange(longest, device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    begins = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
+    weights = ((place >= begins) & (place < lengths)).double()
+    weights /= weights.sum(-1, keepdim=True)
+    means: list[Tensor] = []
+
+    def read(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        means.append(torch.einsum("nt,nth->nh", weights.to(hidden.device), hidden.double()).float().cpu())
+
+    handles = [layer.register_forward_hook(read) for layer in layers]
+    try:
+        # Padding behind a text is not looked at by what stands before it.
+        model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(means, dim=1)
 
 
 def _stops(model: Any) -> list[int]:

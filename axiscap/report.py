@@ -136,9 +136,9 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
     for (kind, values), shade, marker in zip(facts["auc_by_kind"].items(), shades * 9, "os^Dv*" * 9, strict=False):
         separation.plot(depth, values, color=shade, marker=marker, markersize=3, linewidth=1, label=kind)
     separation.plot(depth, facts["null_auc"], color=FLOOR, linestyle=":", label="labels permuted")
-    separation.set(title="separation from the default, held out", ylabel="AUC (0.5: none)", ylim=(0.35, 1.02))
+    separation.set(title="separation from the default, held out", ylabel="AUC (0.5: none)", ylim=(0.2, 1.02))
     band(separation)
-    separation.legend(fontsize=8, loc="lower right")
+    separation.legend(fontsize=8, loc="lower left", ncols=2)
 
     geometry.plot(depth, [abs(x) for x in facts["pc1_cosine"]], color=shades[0], marker="o", markersize=3,
                   label="|cos|, first component and axis")  # fmt: skip
@@ -164,7 +164,7 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
     )
     floors.set(title="projections of answer means (lines: medians)", ylabel="projection")
     band(floors)
-    floors.legend(fontsize=8, loc="upper left")
+    floors.legend(fontsize=8, loc="lower left")
 
     for name, (x, y) in facts["map"].items():
         space.plot(x, y, marker="o", color=shades[0], markersize=3)
@@ -176,7 +176,7 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
     space.grid(alpha=0.25)
 
     scree.bar(range(1, len(facts["variance"]) + 1), facts["variance"], color=shades[0])
-    scree.set(title=f"variance of the role vectors, layer {best}; {facts['components_70'][best]} components hold 70 %",
+    scree.set(title=f"variance of the role vectors, layer {best}\n{facts['components_70'][best]} components hold 70 %",
               xlabel="component", ylabel="share")  # fmt: skip
     scree.grid(alpha=0.25, axis="y")
 

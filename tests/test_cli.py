@@ -47,7 +47,14 @@ def test_inspect(command):
         assert f"{profile.floors[index, 0].item():.4g}" in row
 
 
-@pytest.mark.parametrize("provenance", [{}, {"separation": "none", "quantiles": 3, "model": []}, {"source": "[red]x"}])
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {},
+        {"evidence": "none", "quantiles": 3, "model": []},
+        {"source": "[red]x", "evidence": {"auc": [0.5] * 9, "best_layer": "x"}},
+    ],
+)
 def test_inspect_copes_with_any_provenance(command, tmp_path, provenance):
     path = tmp_path / "other.safetensors"
     CapProfile([3], unit(1, 2, 8), torch.tensor([[0.5, -torch.inf]]), provenance).save(path)

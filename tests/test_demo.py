@@ -84,9 +84,15 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     assert len(shipped_profile.layers) == 8
     assert shipped_profile.axis_all is not None
     assert shipped_profile.axis_all.shape == (30, 576)
-    separation = facts["separation"]
-    assert min(separation["auc"][layer] for layer in shipped_profile.layers) > 0.9
-    assert not set(separation["roles"]) & set(facts["axis"]["roles"])
+    evidence = facts["evidence"]
+    assert max(evidence["auc"]) > 0.85
+    assert max(evidence["auc_by_kind"]["fantastical"]) > 0.95
+    assert all(abs(evidence["pc1_cosine"][layer]) > 0.71 for layer in range(10, 20))
+    assert abs(evidence["null_auc"][evidence["best_layer"]] - 0.5) < 0.1
+    assert not set(evidence["held_roles"]) & set(facts["axis"]["roles"])
+    uncapped, chosen = facts["sweep"]["uncapped"], facts["sweep"]["chosen"]
+    assert chosen["uptake"] < 0.2 * uncapped["uptake"]
+    assert chosen["perplexity"] <= 1.02
 
 
 def test_the_demo_conversations(demo_model, shipped_profile):
@@ -107,7 +113,7 @@ def test_the_demo_conversations(demo_model, shipped_profile):
     assert share(result) > 3 * share(calm)
     again = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
     assert [a.text for a in again.capped.answers] == [a.text for a in result.capped.answers]
-    assert not models.decoder_layers(model)[19]._forward_hooks
+    assert not models.decoder_layers(model)[shipped_profile.layers[0]]._forward_hooks
 
 
 def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_profile):

@@ -29,7 +29,7 @@ DRAWS = 1000
 
 
 class UptakeJudge:
-    """Whether a text was written in a role, from the text alone: a logistic regression on its runs of 3 to 5 characters.
+    """Whether a text was written in a role, from the text alone: a logistic regression on runs of 3 to 5 characters.
 
     Style gives a character away, and runs of letters see it: on the shipped data they separate better than sentence
     embeddings do. It is trained on the roles and questions that make the axis, without roles that are near the
@@ -188,19 +188,18 @@ class Bench:
         if profile is None:
             point, fired = self._measure(), 0.0
         else:
-            with install(self.model, profile):
-                point = self._measure()
-            with install(self.model, profile) as cap:  # what fires on the default's own answers
-                self._losses(self.answers)
+            with install(self.model, profile) as cap:
+                losses = self._losses(self.answers)  # before anything else, so that what fires on these is counted
                 (stats,) = cap.stats().values()
                 fired = sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values()))
+                point = self._measure(losses)
         first, last = (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
         return Point(first, last, percentile, fired=fired, **point)
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, on_answers: tuple[Tensor, list[Tensor]] | None = None) -> dict[str, Any]:
+        losses, tokens = on_answers or self._losses(self.answers)
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
-        losses, tokens = self._losses(self.answers)
         plain, _ = self._losses(self.plain)
         agree = [(a == b).double().mean() for a, b in zip(tokens, self.base_tokens, strict=True)]
         generator = torch.Generator().manual_seed(0)

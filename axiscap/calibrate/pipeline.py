@@ -17,7 +17,7 @@ from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Shard, Store, Task, TransformersEngine, run
 from axiscap.calibrate.space import Projections, Space, Sums, evidence, project
-from axiscap.models import decoder_layers
+from axiscap.models import decoder_layers, watched_layers
 from axiscap.profile import CapProfile
 
 #: Rollouts of a population whose single tokens are looked at; they take a second pass of the model.
@@ -107,24 +107,18 @@ def token_sketch(
         axis: (n_layers, H) unit rows.
         pick: which rollouts are looked at.
     """
-    layers = decoder_layers(model)
-    sketch = Sketch(len(layers))
+    sketch = Sketch(len(axis))
     for shard in shards:
         for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
             if not pick(task):
                 continue
             seen: list[Tensor] = []
 
-            def look(module: Any, args: Any, output: Any, seen: list[Tensor] = seen, start: int = len(prompt)) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
+            def look(layer: int, hidden: Tensor, seen: list[Tensor] = seen, start: int = len(prompt)) -> None:
                 seen.append(hidden[0, start:].float().cpu())
 
-            handles = [layer.register_forward_hook(look) for layer in layers]
-            try:
+            with watched_layers(model, look):
                 model(torch.tensor([[*prompt, *answer]], device=model.device), use_cache=False, logits_to_keep=1)
-            finally:
-                for handle in handles:
-                    handle.remove()
             sketch.add(project(torch.stack(seen, dim=1), axis[:, None])[..., 0])
     return sketch
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import fsspec
@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from axiscap.models import decoder_layers
+from axiscap.models import watched_layers
 
 #: The published sampling.
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -253,7 +253,6 @@ class EndpointEngine:
 @torch.inference_mode()
 def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
     """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts."""
-    layers = decoder_layers(model)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
@@ -264,17 +263,12 @@ def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[S
     weights /= weights.sum(-1, keepdim=True)
     means: list[Tensor] = []
 
-    def read(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def read(layer: int, hidden: Tensor) -> None:
         means.append(torch.einsum("nt,nth->nh", weights.to(hidden.device), hidden.double()).float().cpu())
 
-    handles = [layer.register_forward_hook(read) for layer in layers]
-    try:
+    with watched_layers(model, read):
         # Padding behind a text is not looked at by what stands before it.
         model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(means, dim=1)
 
 
@@ -333,22 +327,20 @@ class _AnswerMeans:
     def __init__(self, model: Any, stops: Sequence[int]) -> None:
         self.model = model
         self.stops = torch.tensor(stops, device=model.device, dtype=torch.long)
-        self.layers = decoder_layers(model)
         self.running: Tensor | None = None  # (N,) whether the token being fed still belongs to the answer
         self.ended: Tensor | None = None  # (N,) whether its end-of-sequence has been fed
         self.count: Tensor | None = None  # (N,) answer tokens so far
-        self.sums: list[Tensor | None] = [None] * len(self.layers)  # (N, H) float64 each
+        self.sums: dict[int, Tensor] = {}  # by layer, (N, H) float64 each
 
     def __enter__(self) -> _AnswerMeans:
-        self.handles = [self.model.get_input_embeddings().register_forward_pre_hook(self._before)]
-        self.handles += [
-            layer.register_forward_hook(partial(self._collect, index)) for index, layer in enumerate(self.layers)
-        ]
+        self.open = contextlib.ExitStack()
+        embedding = self.model.get_input_embeddings()
+        self.open.callback(embedding.register_forward_pre_hook(self._before).remove)
+        self.open.enter_context(watched_layers(self.model, self._collect))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.open.close()
 
     def _before(self, module: nn.Module, args: Any) -> None:
         ids = args[0]
@@ -361,17 +353,15 @@ class _AnswerMeans:
         self.running = ~self.ended | (self.count == 0)
         self.count = self.count + self.running
 
-    def _collect(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _collect(self, layer: int, hidden: Tensor) -> None:
         if self.running is None:
             return
-        hidden = output[0] if isinstance(output, tuple) else output
         last = hidden[:, -1].double() * self.running.to(hidden.device)[:, None]
-        known = self.sums[index]
-        self.sums[index] = last if known is None else known.add_(last)
+        self.sums[layer] = self.sums[layer].add_(last) if layer in self.sums else last
 
     def result(self) -> Tensor:
         """(N, n_layers, H) float32."""
         if self.count is None or self.running is None:
             raise ValueError("the model ended all answers of a batch before their first token")
-        sums = [total.cpu() for total in self.sums if total is not None]
+        sums = [self.sums[layer].cpu() for layer in sorted(self.sums)]
         return (torch.stack(sums, dim=1) / self.count.cpu()[:, None, None]).float()

@@ -36,6 +36,9 @@ def run() -> Iterator[Check]:
         ("safetensors", "", ""),
         ("transformers", "calibrate", "models"),
         ("gguf", "calibrate", "the default model"),
+        ("datasketches", "calibrate", "floors"),
+        ("scikit-learn", "calibrate", "sweeps"),
+        ("ray", "ray", "calibration by several workers"),
         ("matplotlib", "report", "pictures"),
     ):
         try:

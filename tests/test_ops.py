@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -704,3 +706,17 @@ def test_version_is_one():
     from importlib.metadata import version
 
     assert axiscap.__version__ == version("axiscap")
+
+
+def test_the_binary_serves_a_torch_with_or_without_cuda():
+    """It needs nothing that only one of them has: no CUDA library, and no symbol of torch's CUDA part."""
+    if shutil.which("readelf") is None or shutil.which("nm") is None:
+        pytest.skip("looking into the binary needs readelf and nm")
+    needed = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout
+    libraries = re.findall(r"\(NEEDED\).*\[(.*)\]", needed)
+    assert "libtorch_cpu.so" in libraries
+    assert not [name for name in libraries if "cuda" in name.lower()]
+    missing = subprocess.run(["nm", "-DC", "--undefined-only", _C.__file__], check=True, capture_output=True, text=True)
+    names = missing.stdout
+    assert "at::" in names
+    assert not re.findall(r"(?i)\bcuda|cudart|::cuda::", names)

@@ -144,7 +144,7 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     wanted = means["default"] - torch.stack([means[name] for name in plan.train_roles]).mean(0)
     torch.testing.assert_close(found.axis, torch.nn.functional.normalize(wanted, dim=-1))
     assert bool(((found.axis * direction).sum(-1) > 0.95).all())
-    values = space.Projections().add(shards, found, plan, keep)
+    values = space.Projections(4).add(shards, found, plan, keep)
     facts = space.evidence(found, values, plan)
     assert min(facts["auc"]) > 0.95
     assert all(0.2 < value < 0.8 for value in facts["null_auc"])
@@ -157,7 +157,7 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     # Nothing to find: no separation.
     plan, shards, _ = synthetic(shift=0.0)
     blank = space.Space.of(space.Sums().add(shards, plan.makes_the_axis), plan, 1)
-    facts = space.evidence(blank, space.Projections().add(shards, blank, plan, keep), plan)
+    facts = space.evidence(blank, space.Projections(4).add(shards, blank, plan, keep), plan)
     assert all(0.25 < value < 0.75 for value in facts["auc"])
 
 

@@ -72,11 +72,10 @@ class CollectProjections:
     space: Space
 
     def __call__(self, store: Store, todo: Sequence[Sequence[Task]]) -> tuple[Projections, dict[str, Sketch]]:
-        found = Projections().add(store.shards(todo), self.space, self.plan, self.keep)
-        values = torch.cat(found.values)
-        default = [i for i, task in enumerate(found.tasks) if task.role == DEFAULT_ROLE]
         depth = len(self.space.axis)
-        return found, {"assistant": Sketch(depth).add(values[default]), "pooled": Sketch(depth).add(values)}
+        found = Projections(depth).add(store.shards(todo), self.space, self.plan, self.keep)
+        assistant = Sketch(depth).add(found.of(lambda task: task.role == DEFAULT_ROLE))
+        return found, {"assistant": assistant, "pooled": Sketch(depth).add(found.values.tensor())}
 
 
 def choose_layers(separation: Tensor, count: int) -> list[int]:
@@ -169,7 +168,7 @@ def calibrate(
     for part in workers.over_shards(CollectSums(plan, keep), store, todo):
         sums.merge(part)
     space = Space.of(sums, plan, minimum)
-    found = Projections()
+    found = Projections(depth)
     sketches: dict[str, Sketch] = {}
     for more, parts in workers.over_shards(CollectProjections(plan, keep, space), store, todo):
         found.merge(more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,37 +165,53 @@ class Space:
         return values.square() / values.square().sum(-1, keepdim=True), first, centred @ first.transpose(1, 2)
 
 
-@dataclass
-class Projections:
-    """Scalars of each kept rollout: its task, its projection on the axis (n_layers,), and on the null's axes."""
+class Values:
+    """Rows of float32 in one buffer that grows: kept tensors would each hold on to the freed memory around them."""
 
-    tasks: list[Task] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)  # each (n, n_layers)
-    null: list[Tensor] = field(default_factory=list)  # each (n, n_layers, P), of held-out rollouts alone
-    null_tasks: list[Task] = field(default_factory=list)
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.buffer = shape, array("f")
+
+    def add(self, rows: Tensor) -> None:
+        self.buffer.frombytes(rows.contiguous().numpy().tobytes())
+
+    def tensor(self) -> Tensor:
+        """(n, *shape)."""
+        return torch.tensor(self.buffer, dtype=torch.float32).view(-1, *self.shape)
+
+
+class Projections:
+    """Scalars of each kept rollout: its projection on the axis at each layer, and on the null's axes."""
+
+    def __init__(self, depth: int) -> None:
+        self.tasks: list[Task] = []
+        self.values = Values(depth)
+        self.null_tasks: list[Task] = []  # held-out rollouts alone
+        self.null = Values(depth, PERMUTATIONS)
 
     def add(self, shards: Iterable[Shard], space: Space, plan: Plan, keep: Keep) -> Projections:
-        axes = torch.cat([space.axis[:, None], space.null], dim=1)
+        """Adds what `keep` says of the shards' rollouts; returns itself."""
+        axes = torch.cat([space.axis[:, None], space.null], dim=1).float()
         for shard in shards:
             found = project(shard.means, axes)
             chosen = [i for i, task in enumerate(shard.tasks) if keep(task)]
-            self.tasks += [shard.tasks[i] for i in chosen]
-            self.values.append(found[chosen, :, 0].clone())
             held = [i for i in chosen if shard.tasks[i].question in plan.held_questions]
+            self.tasks += [shard.tasks[i] for i in chosen]
+            self.values.add(found[chosen, :, 0])
             self.null_tasks += [shard.tasks[i] for i in held]
-            self.null.append(found[held, :, 1:].clone())
+            self.null.add(found[held, :, 1:])
         return self
 
     def merge(self, other: Projections) -> Projections:
+        """Adds others; returns itself."""
         self.tasks += other.tasks
-        self.values += other.values
-        self.null += other.null
         self.null_tasks += other.null_tasks
+        self.values.buffer.extend(other.values.buffer)
+        self.null.buffer.extend(other.null.buffer)
         return self
 
     def of(self, pick: Callable[[Task], bool]) -> Tensor:
         """(n, n_layers)."""
-        return torch.cat(self.values)[[i for i, task in enumerate(self.tasks) if pick(task)]]
+        return self.values.tensor()[[i for i, task in enumerate(self.tasks) if pick(task)]]
 
 
 def _interval(values: Tensor) -> list[float]:
@@ -233,7 +250,7 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
     for name, values in groups.items():
         kinds.setdefault(plan.roles[name].kind or "all", []).append(values)
     null_default = torch.tensor([task.role == DEFAULT_ROLE for task in found.null_tasks])
-    null = torch.cat(found.null)
+    null = found.null.tensor()
     null_auc = auc(null[~null_default].flatten(1), null[null_default].flatten(1)).view(depth, -1)
 
     generator = torch.Generator().manual_seed(1)

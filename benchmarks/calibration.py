@@ -3,7 +3,7 @@
     python benchmarks/calibration.py
 
 Speeds are of pairs within one run (median and range of the ratios). Memory is the peak of a process that calibrates on
-rollouts that are there already, so that nothing but their number differs. Takes about ten minutes on two cores.
+rollouts that are there already, so that nothing but their number differs. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations

@@ -612,7 +612,7 @@ def test_other_floors_need_no_model(whole, tmp_path):
 def test_token_projections_are_those_of_the_installation(whole, demo_model):
     """A second way to the same numbers: the hooks of an installation, over the finished texts."""
     folder, _, profile = whole
-    model, tokenizer = demo_model
+    model, _ = demo_model
     plan = calibrate.plan(
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
     )
@@ -623,7 +623,7 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
         data.BATCH = before
-    sketch = pipeline.token_sketch(model, tokenizer, [shard], profile.axis_all, lambda task: True)
+    sketch = pipeline.token_sketch(model, [shard], profile.axis_all, lambda task: True)
     count = sum(map(len, shard.answers))
     assert sketch.count == count
     off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,14 +94,11 @@ def choose_layers(separation: Tensor, count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def token_sketch(
-    model: Any, tokenizer: Any, shards: Sequence[Shard], axis: Tensor, pick: Callable[[Task], bool]
-) -> Sketch:
+def token_sketch(model: Any, shards: Iterable[Shard], axis: Tensor, pick: Callable[[Task], bool]) -> Sketch:
     """Projections of single answer tokens, from a second pass over the finished texts.
 
     Args:
         model: a causal LM.
-        tokenizer: its tokenizer.
         shards: where the texts are.
         axis: (n_layers, H) unit rows.
         pick: which rollouts are looked at.
@@ -175,7 +172,7 @@ def calibrate(
         for name, sketch in parts.items():
             sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
     for name in ("assistant", "pooled"):
-        sketches[f"{name} tokens"] = _tokens(model, tokenizer, name, store, todo, found, space.axis)
+        sketches[f"{name} tokens"] = _tokens(model, name, store, todo, found, space.axis)
 
     facts = evidence(space, found, plan)
     layers = choose_layers(torch.tensor(facts["auc"]), count)
@@ -223,18 +220,9 @@ def calibrate(
 
 
 def _tokens(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    store: Store,
-    todo: Sequence[Sequence[Task]],
-    found: Projections,
-    axis: Tensor,
+    model: Any, name: str, store: Store, todo: Sequence[Sequence[Task]], found: Projections, axis: Tensor
 ) -> Sketch:
     kept = sorted(task.id for task in found.tasks if name == "pooled" or task.role == DEFAULT_ROLE)
     sample = set(kept[:: -(-len(kept) // TOKEN_SAMPLE)])
     wanted = [batch for batch in todo if any(task.id in sample for task in batch)]
-    sketch = Sketch(len(axis))
-    for shard in store.shards(wanted):
-        sketch.merge(token_sketch(model, tokenizer, [shard], axis, lambda task: task.id in sample))
-    return sketch
+    return token_sketch(model, store.shards(wanted), axis, lambda task: task.id in sample)

@@ -202,9 +202,7 @@ class TransformersEngine:
         for row in tokens[:, start : start + limit].tolist():
             end = next((i for i, token in enumerate(row) if token in stops), len(row))
             answers.append(row[:end] or row[:1])  # one that ends at once is its end-of-sequence
-        prompts = [
-            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
+        prompts = _unpadded(inputs)
         texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return Shard(list(tasks), prompts, answers, texts, means.result() if means else torch.empty(len(tasks), 0, 0))
 
@@ -244,9 +242,7 @@ class EndpointEngine:
         texts = [text.strip() for text in self.endpoint.map(ask, tasks)]
         answers = [tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
         inputs = self.reader.encode(tasks)
-        prompts = [
-            row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
+        prompts = _unpadded(inputs)
         return Shard(list(tasks), prompts, answers, texts, read_means(self.reader.model, prompts, answers))
 
 
@@ -270,6 +266,11 @@ def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[S
         # Padding behind a text is not looked at by what stands before it.
         model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False, logits_to_keep=1)
     return torch.stack(means, dim=1)
+
+
+def _unpadded(inputs: Any) -> list[list[int]]:
+    both = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    return [row[mask.bool()].tolist() for row, mask in both]
 
 
 def _stops(model: Any) -> list[int]:

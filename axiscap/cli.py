@@ -212,13 +212,16 @@ def calibrate(
         int | None, typer.Option(help="How many layers to cap; 8, or a fifth where that is more.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 40,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (the files' own on a GPU, float32 on a CPU), bfloat16, ...")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     judge: Annotated[
         str, typer.Option(help="Who says whether a role was taken on: none, local, or a model at OPENAI_BASE_URL.")
     ] = "none",
     minimum: Annotated[int, typer.Option(help="Answers that the judge kept, for a role to count.")] = 1,
     engine: Annotated[
-        str, typer.Option(help="transformers; endpoint, the texts from OPENAI_BASE_URL; or ray.")
+        str, typer.Option(help="transformers, vllm or ray; or endpoint: the texts from OPENAI_BASE_URL.")
     ] = "transformers",
     workers: Annotated[int, typer.Option(help="Of Ray.")] = 2,
     work: Annotated[
@@ -227,6 +230,9 @@ def calibrate(
             help="Where rollouts are kept: a folder or a URL. Without it beside the profile, until it is done."
         ),
     ] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="A folder for the default's and the roles' vectors, in the published layout.")
+    ] = None,
 ) -> None:
     """Find a model's Assistant Axis and floors, and write them as a profile.
 
@@ -234,22 +240,22 @@ def calibrate(
     """
     from axiscap import calibrate as calibration
     from axiscap.calibrate.pipeline import Here, Workers
-    from axiscap.calibrate.rollouts import EndpointEngine
+    from axiscap.calibrate.rollouts import EndpointEngine, VllmEngine
 
-    if engine not in ("transformers", "endpoint", "ray"):
-        raise ValueError(f"--engine must be transformers, endpoint or ray, got {engine}")
+    if engine not in ("transformers", "vllm", "endpoint", "ray"):
+        raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     if published:
         percentile, population = PUBLISHED
     plan = _plan(roles, questions, per_role, model)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_suffix(".rollouts")
-    loaded, tokenizer = models.load(model)
-    who = "endpoint" if engine == "endpoint" else "transformers"  # Ray's workers answer as this process does
+    loaded, tokenizer = models.load(model, dtype)
+    who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
     settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
     store = calibration.Store(work or str(folder), settings)
-    answers = EndpointEngine if engine == "endpoint" else calibration.TransformersEngine
     crew: Workers
     if engine != "ray":
+        answers = {"vllm": VllmEngine, "endpoint": EndpointEngine}.get(engine, calibration.TransformersEngine)
         crew = Here(answers(loaded, tokenizer, settings))
     else:
         from axiscap.calibrate.cluster import RayWorkers
@@ -274,6 +280,7 @@ def calibrate(
             judge=judge,
             minimum=minimum,
             workers=crew,
+            vectors=vectors,
             progress=advance if keep is None else lambda count: None,
         )
     profile.save(out)
@@ -368,8 +375,8 @@ def sweep(
     picture.parent.mkdir(parents=True, exist_ok=True)
     loaded_profile = CapProfile.load(profile)
     plan = _plan(roles, questions, per_role, model)
-    loaded, tokenizer = models.load(model)
     sampling = loaded_profile.provenance["sampling"]
+    loaded, tokenizer = models.load(model, sampling["dtype"].removeprefix("torch."))
     settings = calibration.Settings(
         model, str(loaded.dtype), sampling["max_new_tokens"], sampling["seed"], sampling["engine"]
     )
@@ -480,7 +487,7 @@ def run(
     profile: ProfileArgument,
     model: ModelOption = models.DEFAULT_MODEL,
     conversations: Annotated[
-        Path | None, typer.Option(help='JSONL, {"name", "turns"}; AxisCap\'s own two without it.')
+        Path | None, typer.Option(help='JSONL, {"name", "turns", "group"}; AxisCap\'s own two without it.')
     ] = None,
     picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.")] = Path("drift.png"),
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 48,
@@ -528,6 +535,16 @@ def run(
             cells.append(f"{stats.fired} of {stats.rows} ({stats.fired / max(1, stats.rows):.0%})")
         fired.add_row(str(index), *cells)
     _show("rows fired in the capped conversations (prompts included)", fired)
+    if any(talk.group for talk in talks):
+        groups = Table()
+        for column in ("group", "conversations", "turns below", "capped", "tokens below", "capped", "mean less floor"):
+            groups.add_column(column, justify="left" if column == "group" else "right")
+        for group in compare.by_group(results, loaded_profile):
+            shares = (f"{share:.1%}" for pair in (group.turns, group.tokens) for share in pair)
+            low, high = group.interval
+            mean = f"{group.mean:.3g} (95 %: {low:.3g} to {high:.3g})"
+            groups.add_row(escape(group.name), str(group.conversations), *shares, mean)
+        _show("below the floor at the capped layers, uncapped and before the cap of the capped", groups)
     speed = Table()
     for column in ("conversation", "uncapped", "capped"):
         speed.add_column(column, justify="left" if column == "conversation" else "right")

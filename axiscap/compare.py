@@ -23,6 +23,7 @@ class Conversation:
 
     name: str
     turns: tuple[str, ...]
+    group: str = ""
 
 
 @dataclass
@@ -58,8 +59,58 @@ class Comparison:
     capped: Track
 
 
+@dataclass(frozen=True)
+class Group:
+    """A group of conversations at the capped layers: how many of its turns and tokens lie below the floor.
+
+    Shares are of (turn, layer) and (token, layer) pairs; those of the capped side are before the cap, behind which none
+    lies below. ``mean`` is of the uncapped conversations' mean projections less the floor, with a 95 % interval of the
+    mean (bootstrap over conversations).
+    """
+
+    name: str
+    conversations: int
+    turns: tuple[float, float]  # uncapped, capped
+    tokens: tuple[float, float]
+    mean: float
+    interval: tuple[float, float]
+
+
+def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[Group]:
+    """A summary of each group that the conversations name, in their order."""
+    floors = profile.floors[:, :1]
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for name in dict.fromkeys(result.conversation.group for result in results):
+        mine = [result for result in results if result.conversation.group == name]
+        sides = [
+            [answer.projections for track in tracks for answer in track.answers]
+            for tracks in ([r.uncapped for r in mine], [r.capped for r in mine])
+        ]
+        turns = [torch.cat([p.mean(1, keepdim=True) < floors for p in side], 1).double().mean() for side in sides]
+        tokens = [torch.cat([p < floors for p in side], 1).double().mean() for side in sides]
+        levels = torch.tensor(
+            [torch.stack([(a.projections - floors).mean() for a in r.uncapped.answers]).mean() for r in mine]
+        )
+        draws = levels[torch.randint(len(levels), (1000, len(levels)), generator=generator)].mean(1)
+        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975])).tolist()
+        groups.append(
+            Group(
+                name,
+                len(mine),
+                (turns[0].item(), turns[1].item()),
+                (tokens[0].item(), tokens[1].item()),
+                levels.mean().item(),
+                (low, high),
+            )
+        )
+    return groups
+
+
 def load_conversations(path: Path | None = None) -> list[Conversation]:
-    """The conversations of a JSONL file ``{"name": ..., "turns": [user message, ...]}``; AxisCap's own without one.
+    """The conversations of a JSONL file; AxisCap's own without one.
+
+    A line is ``{"name": ..., "turns": [user message, ...]}``, with a ``group`` where conversations are compared by it.
 
     Raises:
         ValueError: naming the line that is not a conversation.
@@ -74,7 +125,7 @@ def load_conversations(path: Path | None = None) -> list[Conversation]:
             turns = tuple(entry["turns"])
             if not turns or not all(isinstance(turn, str) for turn in turns):
                 raise TypeError
-            result.append(Conversation(str(entry["name"]), turns))
+            result.append(Conversation(str(entry["name"]), turns, str(entry.get("group", ""))))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{source}, line {number}: must be {{"name": ..., "turns": [text, ...]}}') from None
     if not result:

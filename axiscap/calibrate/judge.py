@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,7 +22,6 @@ TAKEN_ON = 3
 CONCURRENT, ATTEMPTS = 16, 5
 
 Judge = Callable[[str], int]
-T = TypeVar("T")
 
 
 def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
@@ -93,11 +92,6 @@ class Endpoint:
         """Its answer to a conversation."""
         reply = self._call("POST", "chat/completions", {"model": model, "messages": list(messages), **sampling})
         return str(reply["choices"][0]["message"]["content"] or "")
-
-    def map(self, ask: Callable[[T], str], what: Sequence[T]) -> list[str]:
-        """`ask` of each, several at once, in order."""
-        with ThreadPoolExecutor(CONCURRENT) as pool:
-            return list(pool.map(ask, what))
 
 
 def endpoint(model: str, base_url: str | None = None) -> Judge:

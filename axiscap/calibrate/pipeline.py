@@ -5,17 +5,19 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import axiscap
+from axiscap import interop
 from axiscap.calibrate import floors as floors_module
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
-from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Shard, Store, Task, TransformersEngine, run
+from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Engine, Shard, Store, Task, TransformersEngine, run
 from axiscap.calibrate.space import Projections, Space, Sums, evidence, project
 from axiscap.models import decoder_layers, watched_layers
 from axiscap.profile import CapProfile
@@ -34,9 +36,9 @@ class Workers(Protocol):
 
 
 class Here:
-    """This process, with an engine that answers batches."""
+    """This process, with an engine."""
 
-    def __init__(self, engine: Callable[[Sequence[Task]], Shard]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
@@ -132,6 +134,7 @@ def calibrate(
     judge: str = "none",
     minimum: int = 1,
     workers: Workers | None = None,
+    vectors: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> CapProfile:
     """Makes a profile for a model.
@@ -148,6 +151,7 @@ def calibrate(
         judge: what chose them, for the provenance.
         minimum: of kept answers, for a role to take part.
         workers: who runs the rollouts; this process without them.
+        vectors: a folder for the default's and the roles' mean activations, in the published layout.
         progress: called with each number of rollouts finished.
 
     Returns:
@@ -165,6 +169,9 @@ def calibrate(
     for part in workers.over_shards(CollectSums(plan, keep), store, todo):
         sums.merge(part)
     space = Space.of(sums, plan, minimum)
+    if vectors:
+        roles = dict(zip(space.names, space.roles.float(), strict=True))
+        interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
     for more, parts in workers.over_shards(CollectProjections(plan, keep, space), store, todo):

@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import fsspec
 import numpy as np
@@ -17,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from axiscap.models import watched_layers
+from axiscap.models import folder, watched_layers
 
 #: The published sampling.
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -71,6 +74,10 @@ class Settings:
     max_new_tokens: int = 40
     seed: int = 0
     engine: str = "transformers"  # who answers
+
+    def seed_of(self, task: Task) -> int:
+        """For an engine that samples by seeds of its own, 0 to 2^31 - 1."""
+        return int(_uniform(f"{self.seed}/{task.id}", 1)[0] * 2**31)
 
 
 class Store:
@@ -131,25 +138,38 @@ class Store:
             yield shard
 
 
+class Engine(Protocol):
+    """Who answers."""
+
+    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
+        """The batches' shards, each when it is finished; `todo` is read no further ahead than the engine is wide."""
+
+
 def run(
-    engine: Callable[[Sequence[Task]], Shard],
+    engine: Engine,
     store: Store,
     todo: Sequence[Sequence[Task]],
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Runs what the store does not have yet, batch after batch.
+    """Runs what the store does not have yet.
 
     Args:
-        engine: answers a batch.
+        engine: answers the batches.
         store: where the shards go.
         todo: the batches.
         progress: called with the number of rollouts that each batch finished or had.
     """
-    for batch in todo:
-        name = store.name(batch)
-        if not store.has(name):
-            store.write(name, engine(batch))
-        progress(len(batch))
+
+    def missing() -> Iterator[Sequence[Task]]:
+        for batch in todo:
+            if store.has(store.name(batch)):
+                progress(len(batch))
+            else:
+                yield batch
+
+    for shard in engine.stream(missing()):
+        store.write(store.name(shard.tasks), shard)
+        progress(len(shard.tasks))
 
 
 class TransformersEngine:
@@ -157,8 +177,8 @@ class TransformersEngine:
 
     Args:
         model: a causal LM.
-        tokenizer: its tokenizer, padding on the left. Without a chat template the model is taken for a base model and
-            continues ``Question: ... Answer:``.
+        tokenizer: its tokenizer, padding on the left. Without a chat template the model is taken for a base model: it
+            continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
         settings: of the answers.
         capture: whether to collect activations; without them a shard's means are empty.
     """
@@ -167,6 +187,10 @@ class TransformersEngine:
         self.model, self.tokenizer, self.settings, self.capture = model, tokenizer, settings, capture
         self.has_template = tokenizer.chat_template is not None
         self.system_role = self.has_template and _accepts_system_role(tokenizer)
+        self.stops = _stops(model)
+        if not self.has_template:
+            pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            self.stops += [token for token, piece in enumerate(pieces) if "\n" in piece and token not in self.stops]
 
     def encode(self, tasks: Sequence[Task]) -> Any:
         """The prompts as one padded batch."""
@@ -181,30 +205,40 @@ class TransformersEngine:
             return_dict=True,
         ).to(self.model.device)
 
+    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
+        """Batch after batch; see :class:`Engine`."""
+        return map(self, todo)
+
     @torch.inference_mode()
     def __call__(self, tasks: Sequence[Task]) -> Shard:
+        """Answers one batch."""
         inputs = self.encode(tasks)
         limit = self.settings.max_new_tokens
-        stops = _stops(self.model)
-        means = _AnswerMeans(self.model, stops) if self.capture else None
+        means = _AnswerMeans(self.model, self.stops) if self.capture else None
         # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
         options = {
             "do_sample": False,
             "max_new_tokens": limit + bool(means),
             "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.stops or None,
         }
         with means or torch.inference_mode():
             tokens = self.model.generate(
                 **inputs, **options, logits_processor=[_Sampler([task.id for task in tasks], self.settings)]
             )
         start = inputs["input_ids"].shape[1]
-        answers = []
-        for row in tokens[:, start : start + limit].tolist():
-            end = next((i for i, token in enumerate(row) if token in stops), len(row))
-            answers.append(row[:end] or row[:1])  # one that ends at once is its end-of-sequence
-        prompts = _unpadded(inputs)
-        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        return Shard(list(tasks), prompts, answers, texts, means.result() if means else torch.empty(len(tasks), 0, 0))
+        answers = [self.answer(row) for row in tokens[:, start : start + limit].tolist()]
+        found = means.result() if means else torch.empty(len(tasks), 0, 0)
+        return Shard(list(tasks), _unpadded(inputs), answers, self.texts(answers), found)
+
+    def answer(self, tokens: list[int]) -> list[int]:
+        """Generated tokens up to their end-of-sequence; one that ends at once is its end-of-sequence."""
+        end = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
+        return tokens[:end] or tokens[:1]
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """What the answers say."""
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 class EndpointEngine:
@@ -231,19 +265,99 @@ class EndpointEngine:
         self.endpoint = Endpoint(base_url)
         self.name = name or self.endpoint.first_model()
 
-    def __call__(self, tasks: Sequence[Task]) -> Shard:
-        settings, tokenizer = self.reader.settings, self.reader.tokenizer
-        sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": settings.max_new_tokens}
+    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
+        """Batches in their order, the next ones being asked while one is read; see :class:`Engine`."""
+        from axiscap.calibrate.judge import CONCURRENT
 
-        def ask(task: Task) -> str:
-            seed = int(_uniform(f"{settings.seed}/{task.id}", 1)[0] * 2**31)
-            return self.endpoint.chat(self.name, task.messages(self.reader.system_role), seed=seed, **sampling)
+        with ThreadPoolExecutor(CONCURRENT) as pool:
+            asked = ([(task, pool.submit(self._ask, task)) for task in batch] for batch in todo)
+            waiting = deque(islice(asked, 2))
+            while waiting:
+                done = [(task, answer.result()) for task, answer in waiting.popleft()]
+                waiting.extend(islice(asked, 1))
+                yield self._read(done)
 
-        texts = [text.strip() for text in self.endpoint.map(ask, tasks)]
-        answers = [tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
-        inputs = self.reader.encode(tasks)
-        prompts = _unpadded(inputs)
-        return Shard(list(tasks), prompts, answers, texts, read_means(self.reader.model, prompts, answers))
+    def _ask(self, task: Task) -> str:
+        settings = self.reader.settings
+        return self.endpoint.chat(
+            self.name,
+            task.messages(self.reader.system_role),
+            seed=settings.seed_of(task),
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_tokens=settings.max_new_tokens,
+        ).strip()
+
+    def _read(self, done: Sequence[tuple[Task, str]]) -> Shard:
+        tasks, texts = [task for task, _ in done], [text for _, text in done]
+        answers = [self.reader.tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
+        prompts = _unpadded(self.reader.encode(tasks))
+        return Shard(tasks, prompts, answers, texts, read_means(self.reader.model, prompts, answers))
+
+
+class VllmEngine:
+    """Answers by vLLM in this process, continuously batched; the model here reads them (the extra ``axiscap[vllm]``).
+
+    Args:
+        model: the causal LM, for the activations: a second pass over the finished answers.
+        tokenizer: its tokenizer.
+        settings: of the answers.
+
+    On GPUs, vLLM and the model that reads share each one's memory half and half.
+    """
+
+    WIDE = 512  # requests under way
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        try:
+            import vllm
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("--engine vllm needs vLLM: pip install 'axiscap[vllm]'") from None
+        self.vllm, self.reader = vllm, TransformersEngine(model, tokenizer, settings)
+        self.engine = vllm.LLM(
+            folder(settings.model),
+            dtype=settings.dtype.removeprefix("torch."),
+            tensor_parallel_size=max(1, torch.cuda.device_count()),
+            gpu_memory_utilization=0.45,
+        ).llm_engine
+
+    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
+        """Batches when they finish, in whatever order; see :class:`Engine`."""
+        todo, count = iter(todo), 0
+        batches: dict[int, tuple[Sequence[Task], list[list[int]], dict[int, list[int]]]] = {}
+        more = True
+        while more or batches:
+            while more and self.engine.get_num_unfinished_requests() < self.WIDE:
+                batch = next(todo, None)
+                more = batch is not None
+                if batch is not None:
+                    batches[count] = batch, _unpadded(self.reader.encode(batch)), {}
+                    self._add(count, *batches[count][:2])
+                    count += 1
+            for output in self.engine.step():
+                if output.finished:
+                    number, row = map(int, output.request_id.split("/"))
+                    batches[number][2][row] = list(output.outputs[0].token_ids)
+            for number in [n for n, (batch, _, done) in batches.items() if len(done) == len(batch)]:
+                yield self._read(*batches.pop(number))
+
+    def _add(self, number: int, batch: Sequence[Task], prompts: Sequence[list[int]]) -> None:
+        settings = self.reader.settings
+        for row, (task, prompt) in enumerate(zip(batch, prompts, strict=True)):
+            sampling = self.vllm.SamplingParams(
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                max_tokens=settings.max_new_tokens,
+                seed=settings.seed_of(task),
+                stop_token_ids=self.reader.stops,
+                output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            )
+            self.engine.add_request(f"{number}/{row}", {"prompt_token_ids": prompt}, sampling)
+
+    def _read(self, batch: Sequence[Task], prompts: list[list[int]], done: dict[int, list[int]]) -> Shard:
+        answers = [self.reader.answer(done[row]) for row in range(len(batch))]
+        means = read_means(self.reader.model, prompts, answers)
+        return Shard(list(batch), prompts, answers, self.reader.texts(answers), means)
 
 
 @torch.inference_mode()
@@ -275,7 +389,7 @@ def _unpadded(inputs: Any) -> list[list[int]]:
 
 def _stops(model: Any) -> list[int]:
     stops = model.generation_config.eos_token_id
-    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _accepts_system_role(tokenizer: Any) -> bool:
@@ -293,7 +407,7 @@ class _Sampler:
     beside it, as that of a generator shared by the batch would.
     """
 
-    LIKELY = 256  # tokens among which the nucleus is looked for first: sorting all of a vocabulary costs more
+    LIKELY = 256  # tokens among which a nucleus is looked for first: sorting all of a vocabulary costs more
 
     def __init__(self, ids: Sequence[str], settings: Settings) -> None:
         count = settings.max_new_tokens + 1
@@ -302,18 +416,23 @@ class _Sampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probabilities = torch.softmax(scores.float() / TEMPERATURE, dim=-1)
-        likely = min(self.LIKELY, scores.shape[-1])
-        top, tokens = probabilities.topk(likely)
-        sums = top.double().cumsum(-1)
-        if bool((sums[:, -1] < TOP_P).any()):
-            top, tokens = probabilities.sort(dim=-1, descending=True)
-            sums = top.double().cumsum(-1)
-        # The nucleus: the fewest most likely tokens that have TOP_P together.
-        last = (sums < TOP_P).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
-        wanted = self.numbers[:, self.step, None].to(sums.device) * sums.gather(-1, last)
+        numbers = self.numbers[:, self.step, None].to(scores.device)
         self.step += 1
-        chosen = tokens.gather(-1, torch.minimum((sums <= wanted).sum(-1, keepdim=True), last))
+        chosen = self._choose(probabilities, numbers, self.LIKELY)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+    def _choose(self, probabilities: Tensor, numbers: Tensor, likely: int) -> Tensor:
+        """A token of each row's nucleus (N, 1): the fewest most likely tokens that have TOP_P together."""
+        top, tokens = probabilities.topk(min(likely, probabilities.shape[-1]))
+        sums = top.double().cumsum(-1)
+        last = (sums < TOP_P).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
+        wanted = numbers * sums.gather(-1, last)
+        chosen = tokens.gather(-1, torch.minimum((sums <= wanted).sum(-1, keepdim=True), last))
+        # Row by row, since how equals are ordered depends on how many are looked at.
+        wide = sums[:, -1] < TOP_P
+        if likely < probabilities.shape[-1] and bool(wide.any()):
+            chosen[wide] = self._choose(probabilities[wide], numbers[wide], likely * 16)
+        return chosen
 
 
 def _uniform(name: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:

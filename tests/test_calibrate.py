@@ -501,8 +501,20 @@ def test_scores_are_read(text, score):
 
 @pytest.mark.parametrize("text", ["", "none", "4", "17"])
 def test_replies_without_a_score(text):
-    with pytest.raises(ValueError, match="no number from 0 to 3"):
-        judge.read_score(text)
+    assert judge.read_score(text) is None
+
+
+def test_a_judge_that_gives_no_scores_is_none(tmp_path):
+    roles = calibrate.load_roles()
+    tasks = [rollouts.Task("ghost", 0, i, "", "Who?") for i in range(40)]
+    shard = rollouts.Shard(tasks, [[1]] * 40, [[2]] * 40, [str(i % 4) for i in range(40)], torch.zeros(40, 1, 1))
+    one_in_three = iter([None, 3, 0] * 14)
+    found = judge.scores(lambda q: next(one_in_three), [shard], roles, tmp_path / "a.jsonl", concurrent=1)
+    assert [found[task.id] for task in tasks[:3]] == [None, 3, 0]
+    assert [pipeline.Keep(found)(task) for task in tasks[:3]] == [False, True, False]
+    assert judge.scores(lambda q: 1 / 0, [shard], roles, tmp_path / "a.jsonl") == found  # asked once
+    with pytest.raises(ValueError, match="40 of the judge's 40 replies have no number from 0 to 3"):
+        judge.scores(lambda q: None, [shard], roles, tmp_path / "b.jsonl")
 
 
 def test_the_model_judges_itself(demo_model):

@@ -21,7 +21,8 @@ TAKEN_ON = 3
 #: Calls of an endpoint under way at once, and attempts of each.
 CONCURRENT, ATTEMPTS = 16, 5
 
-Judge = Callable[[str], int]
+#: From a question to a score, or to None where the reply had none.
+Judge = Callable[[str], int | None]
 
 
 def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
@@ -35,16 +36,10 @@ def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
     return role.eval_prompt.replace("{question}", task.text).replace("{answer}", answer)
 
 
-def read_score(text: str) -> int:
-    """The first number from 0 to 3 in a judge's reply.
-
-    Raises:
-        ValueError: there is none.
-    """
+def read_score(text: str) -> int | None:
+    """The first number from 0 to 3 in a judge's reply; None where there is none."""
     found = re.search(r"(?<![\d.])[0-3](?![\d.]*\d)", text)
-    if not found:
-        raise ValueError(f"the judge's reply has no number from 0 to 3: {text[:80]!r}")
-    return int(found.group())
+    return int(found.group()) if found else None
 
 
 class Endpoint:
@@ -98,7 +93,7 @@ def endpoint(model: str, base_url: str | None = None) -> Judge:
     """A judge behind an OpenAI-compatible endpoint; see :class:`Endpoint`."""
     behind = Endpoint(base_url)
 
-    def ask(question: str) -> int:
+    def ask(question: str) -> int | None:
         return read_score(behind.chat(model, [{"role": "user", "content": question}], max_tokens=10, temperature=0))
 
     return ask
@@ -125,8 +120,10 @@ def scores(
     path: Path,
     progress: Callable[[int], None] = lambda _: None,
     concurrent: int = CONCURRENT,
-) -> dict[str, int]:
-    """The scores of all roles' answers, by rollout. They are kept in a file, line by line, so that none is asked twice.
+) -> dict[str, int | None]:
+    """The scores of all roles' answers, by rollout; None where the judge's reply had no number from 0 to 3.
+
+    They are kept in a file, line by line, so that none is asked twice.
 
     Args:
         judge: whom to ask.
@@ -135,13 +132,16 @@ def scores(
         path: the file, JSONL ``{"id", "score"}``.
         progress: called with each number judged.
         concurrent: questions under way at once.
+
+    Raises:
+        ValueError: more than half of the replies had no number, once there were 32.
     """
-    known: dict[str, int] = {}
+    known: dict[str, int | None] = {}
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):  # what was cut off is asked again
                 entry = json.loads(line)
-                known[entry["id"]] = int(entry["score"])
+                known[entry["id"]] = entry["score"]
         path.write_text("".join(json.dumps({"id": i, "score": s}) + "\n" for i, s in known.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, ThreadPoolExecutor(concurrent) as pool:
@@ -153,5 +153,10 @@ def scores(
                 known[task.id] = score
                 file.write(json.dumps({"id": task.id, "score": score}) + "\n")
             file.flush()
+            unreadable = list(known.values()).count(None)
+            if len(known) >= 32 and 2 * unreadable > len(known):
+                raise ValueError(
+                    f"{unreadable} of the judge's {len(known)} replies have no number from 0 to 3 ({path})"
+                )
             progress(len(shard.tasks))
     return known

@@ -52,10 +52,10 @@ class Here:
 class Keep:
     """Which rollouts count: the default's all, a role's those that the judge gave a 3; with no judge, all."""
 
-    scores: dict[str, int] | None = None
+    scores: dict[str, int | None] | None = None
 
     def __call__(self, task: Task) -> bool:
-        return task.role == DEFAULT_ROLE or self.scores is None or self.scores.get(task.id, 0) >= TAKEN_ON
+        return task.role == DEFAULT_ROLE or self.scores is None or self.scores.get(task.id) == TAKEN_ON
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def calibrate(
     settings = store.settings
     provenance = {
         "model": {
-            "id": settings.model,
+            "id": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
             "architecture": type(model).__name__,
             "hidden_size": unit.shape[1],
             "num_layers": depth,

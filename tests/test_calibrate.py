@@ -757,3 +757,12 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     again = run_command("sweep", *arguments)
     assert again.wait() == 0
     assert out.with_suffix(".points.jsonl").read_bytes() == points
+
+
+def test_the_example_of_other_models_names_those_it_knows():
+    process = subprocess.run(
+        [sys.executable, "examples/models.py", "gpt-17"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert process.returncode == 2
+    assert "gpt-17 is none of" in process.stderr
+    assert "gemma-3-270m" in process.stderr

@@ -135,7 +135,7 @@ def synthetic(shift=3.0, depth=4, size=16, seed=0):
 def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     plan, shards, direction = synthetic()
     keep = pipeline.Keep()
-    sums = space.Sums().add(shards, lambda t: plan.makes_the_axis(t))
+    sums = space.Sums().add(shards, plan, keep)
     found = space.Space.of(sums, plan, 1)
     train = [(t, m) for s in shards for t, m in zip(s.tasks, s.means, strict=True) if plan.makes_the_axis(t)]
     means = {
@@ -156,17 +156,17 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     json.dumps(facts)
     # Nothing to find: no separation.
     plan, shards, _ = synthetic(shift=0.0)
-    blank = space.Space.of(space.Sums().add(shards, plan.makes_the_axis), plan, 1)
+    blank = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
     facts = space.evidence(blank, space.Projections(4).add(shards, blank, plan, keep), plan)
     assert all(0.25 < value < 0.75 for value in facts["auc"])
 
 
 def test_parts_merge_to_the_whole():
     plan, shards, _ = synthetic()
-    whole = space.Sums().add(shards, plan.makes_the_axis)
+    whole = space.Sums().add(shards, plan, pipeline.Keep())
     parts = space.Sums()
     for shard in reversed(shards):
-        parts.merge(pickle.loads(pickle.dumps(space.Sums().add([shard], plan.makes_the_axis))))
+        parts.merge(pickle.loads(pickle.dumps(space.Sums().add([shard], plan, pipeline.Keep()))))
     assert parts.counts == whole.counts
     for key in whole.sums:
         torch.testing.assert_close(parts.sums[key], whole.sums[key], rtol=1e-13, atol=1e-13)
@@ -180,7 +180,7 @@ def test_projections_are_the_inner_products():
 
 def test_too_few_roles_are_an_error():
     plan, shards, _ = synthetic()
-    sums = space.Sums().add(shards, plan.makes_the_axis)
+    sums = space.Sums().add(shards, plan, pipeline.Keep())
     with pytest.raises(ValueError, match=r"only 0 of 9 roles have 1000 answers that were kept"):
         space.Space.of(sums, plan, 1000)
 
@@ -766,3 +766,25 @@ def test_the_example_of_other_models_names_those_it_knows():
     assert process.returncode == 2
     assert "gpt-17 is none of" in process.stderr
     assert "gemma-3-270m" in process.stderr
+
+
+def test_the_axis_is_no_direction_between_questions():
+    """Answers that hang on the question alone: roles that are asked a few of them differ from nobody."""
+    roles = {name: data.Role(name, ("a",)) for name in ("default", *(f"r{i}" for i in range(12)))}
+    plan = calibrate.plan(roles, [f"q{i}" for i in range(80)], per_role=8)
+    assert len({task.question for task in plan.tasks if plan.makes_the_axis(task)}) == 8
+    offsets = 5 * torch.randn(80, 1, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    shards = []
+    for batch in calibrate.batches(plan):
+        means = torch.stack([offsets[task.question] for task in batch])
+        shards.append(shard_of(batch, means + 0.1 * torch.randn(means.shape, generator=noise)))
+    made = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
+    found = space.Projections(1).add(shards, made, plan, pipeline.Keep())
+    tested = [task for task in found.tasks if plan.tests_the_axis(task)]
+    assert {task.question for task in tested if task.role == "default"} == {
+        task.question for task in tested if task.role != "default"
+    }
+    # Scatter of 0.1 is all that a role's mean over eight answers has beside the default's.
+    assert (made.default - made.roles.mean(0)).norm() < 0.5
+    assert 0.3 < space.evidence(made, found, plan)["auc"][0] < 0.7

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def load_questions(path: Path | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who is asked what. Held-out roles are asked held-out questions alone; neither makes the axis."""
+    """Who is asked what. Held-out roles are asked held-out questions alone; neither makes the axis.
+
+    The default answers all questions, for the floors. With the roles it is compared, in the axis and in its tests, by its
+    answers to what they were asked: else the axis would be a direction between questions as well.
+    """
 
     roles: Mapping[str, Role]
     questions: Sequence[str]
@@ -88,8 +93,20 @@ class Plan:
     held_questions: frozenset[int]
     tasks: tuple[Task, ...]
 
+    @cached_property
+    def asked(self) -> dict[int, int]:
+        """The questions that roles are asked, each with its place among them: those that make the axis, then others."""
+        both = {task.question for task in self.tasks if task.role != DEFAULT_ROLE}
+        ordered = sorted(both, key=lambda question: (question in self.held_questions, question))
+        return {question: place for place, question in enumerate(ordered)}
+
     def makes_the_axis(self, task: Task) -> bool:
-        return task.question not in self.held_questions and task.role not in self.held_roles
+        is_held = task.question in self.held_questions or task.role in self.held_roles
+        return not is_held and task.question in self.asked
+
+    def tests_the_axis(self, task: Task) -> bool:
+        """Of the default's and of held-out roles' answers, those that are compared."""
+        return task.question in self.held_questions and task.question in self.asked
 
     @property
     def digest(self) -> str:

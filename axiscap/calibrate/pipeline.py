@@ -64,7 +64,7 @@ class CollectSums:
     keep: Keep
 
     def __call__(self, store: Store, todo: Sequence[Sequence[Task]]) -> Sums:
-        return Sums().add(store.shards(todo), lambda task: self.plan.makes_the_axis(task) and self.keep(task))
+        return Sums().add(store.shards(todo), self.plan, self.keep)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def calibrate(
         "axis": {
             "method": "mean(default) - mean(roles), unit length",
             "roles": space.names,
-            "questions": len(plan.questions) - len(plan.held_questions),
+            "questions": len(set(plan.asked) - plan.held_questions),
             "rollouts": sum(sums.counts.values()),
             "judge": judge,
             "digest": plan.digest,

@@ -32,12 +32,12 @@ class Sums:
     counts: dict[tuple[str, int], int] = field(default_factory=dict)
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (n_layers, H) float64
 
-    def add(self, shards: Iterable[Shard], keep: Keep) -> Sums:
-        """Adds what `keep` says of the shards' rollouts; returns itself."""
+    def add(self, shards: Iterable[Shard], plan: Plan, keep: Keep) -> Sums:
+        """Adds what makes the axis and `keep` says of the shards' rollouts; returns itself."""
         for shard in shards:
             for task, means in zip(shard.tasks, shard.means, strict=True):
-                if keep(task):
-                    part = task.question % (GROUPS if task.role == DEFAULT_ROLE else 2)
+                if plan.makes_the_axis(task) and keep(task):
+                    part = plan.asked[task.question] % (GROUPS if task.role == DEFAULT_ROLE else 2)
                     self._add((task.role, part), 1, means.double())
         return self
 
@@ -194,7 +194,7 @@ class Projections:
         for shard in shards:
             found = project(shard.means, axes)
             chosen = [i for i, task in enumerate(shard.tasks) if keep(task)]
-            held = [i for i in chosen if shard.tasks[i].question in plan.held_questions]
+            held = [i for i in chosen if plan.tests_the_axis(shard.tasks[i])]
             self.tasks += [shard.tasks[i] for i in chosen]
             self.values.add(found[chosen, :, 0])
             self.null_tasks += [shard.tasks[i] for i in held]
@@ -229,14 +229,15 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
 
     ``auc``, ``d_prime``: the default's held-out answers against those of held-out roles, all to held-out questions.
     ``auc_by_role``, ``auc_by_kind``: the same for each. ``auc_interval``: 95 %, at the best layer, over roles and
-    answers. ``null_auc``: of axes made with labels that say nothing, their mean at each layer. ``pc1_cosine``: of the
+    answers. ``held_questions``: how many.
+    ``null_auc``: of axes made with labels that say nothing, their mean at each layer. ``pc1_cosine``: of the
     role vectors' first component with the axis; ``variance``: shares of the first ten components at the best layer;
     ``components_70``: how many hold 70 %. ``halves``: cosine of the axes from both halves of the questions.
     ``next_layer``: cosine of the axis with the next layer's. ``axis_interval``: cosine with axes from resampled roles
     at the best layer. ``loadings``: each role's mean on the axis at the best layer, less the default's; ``map``: on the
     first two components.
     """
-    held_default = found.of(lambda t: t.role == DEFAULT_ROLE and t.question in plan.held_questions)
+    held_default = found.of(lambda t: t.role == DEFAULT_ROLE and plan.tests_the_axis(t))
     groups = {name: found.of(lambda t, name=name: t.role == name) for name in plan.held_roles}  # type: ignore[misc]
     groups = {name: values for name, values in groups.items() if len(values)}
     if not groups or not len(held_default):
@@ -271,7 +272,7 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
     return {
         "best_layer": best,
         "held_roles": list(groups),
-        "held_questions": len(plan.held_questions),
+        "held_questions": len(plan.held_questions & set(plan.asked)),
         "auc": _rounded(separation),
         "auc_interval": _interval(torch.stack(draws)),
         "auc_by_kind": {kind: _rounded(auc(torch.cat(values), held_default)) for kind, values in sorted(kinds.items())},

@@ -51,7 +51,11 @@ class UptakeJudge:
         for shard in shards:
             told += zip(shard.tasks, shard.texts, strict=True)
         told = [(task, text) for task, text in told if plan.roles[task.role].kind != NEAR]
-        train = [(task, text) for task, text in told if plan.makes_the_axis(task)]
+        train = [
+            (task, text)
+            for task, text in told
+            if task.question not in plan.held_questions and task.role not in plan.held_roles
+        ]
         held = [(task, text) for task, text in told if task.question in plan.held_questions]
         held = [(task, text) for task, text in held if task.role == DEFAULT_ROLE or task.role in plan.held_roles]
         self.classifier = make_pipeline(

@@ -82,8 +82,8 @@ def load_questions(path: Path | None = None) -> list[str]:
 class Plan:
     """Who is asked what. Held-out roles are asked held-out questions alone; neither makes the axis.
 
-    The default answers all questions, for the floors. With the roles it is compared, in the axis and in its tests, by its
-    answers to what they were asked: else the axis would be a direction between questions as well.
+    The default answers all questions, for the floors. With the roles it is compared, in the axis and in its tests, by
+    its answers to what they were asked: else the axis would be a direction between questions as well.
     """
 
     roles: Mapping[str, Role]

@@ -788,3 +788,25 @@ def test_the_axis_is_no_direction_between_questions():
     # Scatter of 0.1 is all that a role's mean over eight answers has beside the default's.
     assert (made.default - made.roles.mean(0)).norm() < 0.5
     assert 0.3 < space.evidence(made, found, plan)["auc"][0] < 0.7
+
+
+def test_groups_of_conversations_are_summed_up():
+    profile = CapProfile([0, 1], unit(2, 1, 4), torch.tensor([[1.0], [2.0]]))
+
+    def side(*turns):
+        return compare.Track([compare.Answer("", torch.tensor(turn), 1.0) for turn in turns])
+
+    low = side([[0.0, 0.5], [3.0, 5.0]], [[0.0, 4.0], [1.0, 1.0]])  # turn 1 is below at layer 0, turn 2 at layer 1
+    high = side([[2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [3.0, 1.0]])
+    results = [
+        compare.Comparison(compare.Conversation("a", ("x", "y"), "drift"), low, high),
+        compare.Comparison(compare.Conversation("b", ("x", "y"), "normal"), high, high),
+    ]
+    drift, normal = compare.by_group(results, profile)
+    assert (drift.name, drift.conversations, normal.name) == ("drift", 1, "normal")
+    assert drift.turns == pytest.approx((2 / 4, 0))
+    assert drift.tokens == pytest.approx((5 / 8, 1 / 8))
+    # Less the floor: -1, -0.5, 1, 3; -1, 3, -1, -1. And 1 everywhere but for one -1.
+    assert drift.mean == pytest.approx(2.5 / 8)
+    assert normal.mean == pytest.approx(6 / 8)
+    assert drift.interval[0] == drift.interval[1] == pytest.approx(drift.mean)

@@ -100,9 +100,11 @@ class Plan:
         ordered = sorted(both, key=lambda question: (question in self.held_questions, question))
         return {question: place for place, question in enumerate(ordered)}
 
+    def is_held_out(self, task: Task) -> bool:
+        return task.question in self.held_questions or task.role in self.held_roles
+
     def makes_the_axis(self, task: Task) -> bool:
-        is_held = task.question in self.held_questions or task.role in self.held_roles
-        return not is_held and task.question in self.asked
+        return not self.is_held_out(task) and task.question in self.asked
 
     def tests_the_axis(self, task: Task) -> bool:
         """Of the default's and of held-out roles' answers, those that are compared."""

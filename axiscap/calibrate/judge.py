@@ -143,6 +143,7 @@ def scores(
                 entry = json.loads(line)
                 known[entry["id"]] = entry["score"]
         path.write_text("".join(json.dumps({"id": i, "score": s}) + "\n" for i, s in known.items()))
+    unreadable = list(known.values()).count(None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, ThreadPoolExecutor(concurrent) as pool:
         for shard in shards:
@@ -151,9 +152,9 @@ def scores(
             questions = [question_to_the_judge(roles[task.role], task, answer) for task, answer in asked]
             for (task, _), score in zip(asked, pool.map(judge, questions), strict=True):
                 known[task.id] = score
+                unreadable += score is None
                 file.write(json.dumps({"id": task.id, "score": score}) + "\n")
             file.flush()
-            unreadable = list(known.values()).count(None)
             if len(known) >= 32 and 2 * unreadable > len(known):
                 raise ValueError(
                     f"{unreadable} of the judge's {len(known)} replies have no number from 0 to 3 ({path})"

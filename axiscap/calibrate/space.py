@@ -229,10 +229,10 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
 
     ``auc``, ``d_prime``: the default's held-out answers against those of held-out roles, all to held-out questions.
     ``auc_by_role``, ``auc_by_kind``: the same for each. ``auc_interval``: 95 %, at the best layer, over roles and
-    answers. ``held_questions``: how many.
-    ``null_auc``: of axes made with labels that say nothing, their mean at each layer. ``pc1_cosine``: of the
-    role vectors' first component with the axis; ``variance``: shares of the first ten components at the best layer;
-    ``components_70``: how many hold 70 %. ``halves``: cosine of the axes from both halves of the questions.
+    answers. ``held_questions``: how many. ``null_auc``: of axes made with labels that say nothing, their mean at each
+    layer. ``pc1_cosine``: of the role vectors' first component with the axis; ``variance``: shares of the first ten
+    components at the best layer; ``components_70``: how many hold 70 %. ``halves``: cosine of the axes from both halves
+    of the questions.
     ``next_layer``: cosine of the axis with the next layer's. ``axis_interval``: cosine with axes from resampled roles
     at the best layer. ``loadings``: each role's mean on the axis at the best layer, less the default's; ``map``: on the
     first two components.

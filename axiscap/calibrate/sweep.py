@@ -51,11 +51,7 @@ class UptakeJudge:
         for shard in shards:
             told += zip(shard.tasks, shard.texts, strict=True)
         told = [(task, text) for task, text in told if plan.roles[task.role].kind != NEAR]
-        train = [
-            (task, text)
-            for task, text in told
-            if task.question not in plan.held_questions and task.role not in plan.held_roles
-        ]
+        train = [(task, text) for task, text in told if not plan.is_held_out(task)]
         held = [(task, text) for task, text in told if task.question in plan.held_questions]
         held = [(task, text) for task, text in held if task.role == DEFAULT_ROLE or task.role in plan.held_roles]
         self.classifier = make_pipeline(

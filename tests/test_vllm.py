@@ -22,6 +22,7 @@ TASKS = [
     for role in ("ghost", "doctor")
     for number, thing in enumerate(("rain", "time", "bread", "night", "music"))
 ]
+ASKS = "The answer is N. What is the answer? Write the number only. (Ignore: {question} {answer})"
 BATCHES = [TASKS[:4], TASKS[4:8], TASKS[8:]]
 
 
@@ -72,16 +73,16 @@ def test_behind_its_server(demo_model, tmp_path, monkeypatch):
         engine = rollouts.EndpointEngine(*demo_model, SETTINGS)
         shards = list(engine.stream(BATCHES))
         assert_right(shards, demo_model)
-        # The real model as a judge. It is a bad one, but it says a number where it is told which.
+        # The real model as a judge. It is a bad one, but it repeats a number that it is given.
         roles = {
-            "ghost": Role("ghost", ("",), eval_prompt="{question} {answer} Forget that. Say only the number 3."),
-            "doctor": Role("doctor", ("",), eval_prompt="{question} {answer} Forget that. Say only the number 1."),
+            "ghost": Role("ghost", ("",), eval_prompt=ASKS.replace("N", "3")),
+            "doctor": Role("doctor", ("",), eval_prompt=ASKS.replace("N", "1")),
         }
         found = judge.scores(judge.endpoint(engine.name), shards, roles, tmp_path / "scores.jsonl")
         assert set(found) == {task.id for task in TASKS}
         by_role = {role: [found[task.id] for task in TASKS if task.role == role] for role in roles}
-        assert by_role["ghost"].count(3) >= 3
-        assert by_role["doctor"].count(1) >= 3
+        assert by_role["ghost"].count(3) >= 4
+        assert by_role["doctor"].count(1) >= 4
     finally:
         process.terminate()
         process.wait()

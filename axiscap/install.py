@@ -47,19 +47,7 @@ class _CappedLayer:
 
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
-        axes, floors = [], []
-        for profile in profiles:
-            if index in profile.layers:
-                at = profile.layers.index(index)
-                axis, floor = profile.axes[at], profile.floors[at]
-            else:  # a layer that only other profiles cap: a direction that never fires
-                axis, floor = (
-                    nn.functional.one_hot(torch.tensor([0]), profile.hidden_size).float(),
-                    torch.tensor([-math.inf]),
-                )
-            missing = directions - len(axis)
-            axes.append(torch.cat([axis, axis[-1:].expand(missing, -1)]))
-            floors.append(torch.cat([floor, floor.new_full((missing,), -math.inf)]))
+        axes, floors = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
         self.place(torch.stack(axes), torch.stack(floors), ops.new_stats(len(profiles), directions), device)
         self.projections: Tensor | None = None
         self.shape: torch.Size | None = None
@@ -175,7 +163,7 @@ class Installation:
         result: dict[str, dict[int, LayerStats]] = {}
         for slot, (name, profile) in enumerate(self._profiles.items()):
             result[name] = {
-                index: _layer_stats(self._layers[index].stats[slot, : profile.directions].cpu())
+                index: layer_stats(self._layers[index].stats[slot, : profile.directions].cpu())
                 for index in profile.layers
             }
         return result
@@ -357,7 +345,7 @@ def _forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-def _layer_stats(stats: Tensor) -> LayerStats:
+def layer_stats(stats: Tensor) -> LayerStats:
     """From (K, F) float64."""
     field = {name: stats[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
     seen, nonfinite = int(field["seen"][0]), int(field["nonfinite"][0])

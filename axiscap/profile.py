@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -93,18 +95,46 @@ class CapProfile:
         facts = self.provenance.get("model", {})
         return facts if isinstance(facts, Mapping) else {}
 
-    def measuring_only(self) -> CapProfile:
-        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
-        off = torch.full_like(self.floors, -torch.inf)
+    @property
+    def digest(self) -> str:
+        """Names what of this profile changes a model: its layers, axes and floors. Equal in equal profiles alone."""
+        content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
+        for tensor in (self.axes, self.floors):
+            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()[:32]
+
+    def slot_at(self, layer: int, directions: int) -> tuple[Tensor, Tensor]:
+        """This profile's slot in the bank of one layer: axes (K, H) and floors (K,), for a bank of K directions.
+
+        Directions that it has not, and all of them at a layer that it does not cap, never fire.
+        """
+        if layer in self.layers:
+            at = self.layers.index(layer)
+            axes, floors = self.axes[at], self.floors[at]
+        else:
+            axes = torch.eye(1, self.hidden_size)
+            floors = torch.tensor([-math.inf])
+        missing = directions - len(axes)
+        return (
+            torch.cat([axes, axes[-1:].expand(missing, -1)]),
+            torch.cat([floors, floors.new_full((missing,), -math.inf)]),
+        )
+
+    def with_floors(self, floors: Tensor) -> CapProfile:
+        """The same axes with other floors (L, K)."""
         return CapProfile(
             self.layers,
             self.axes,
-            off,
+            floors,
             self.provenance,
             axis_all=self.axis_all,
             quantiles=self.quantiles,
             populations=self.populations,
         )
+
+    def measuring_only(self) -> CapProfile:
+        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
+        return self.with_floors(torch.full_like(self.floors, -torch.inf))
 
     def _check(self) -> None:
         for name in ("axes", "floors", "axis_all", "quantiles", "populations"):

@@ -1,0 +1,1 @@
+"""Capping inside serving engines: ``settings``, ``bank`` and ``metrics`` are what they share."""

@@ -1,0 +1,254 @@
+"""The tensors that a capped graph reads and writes, at fixed addresses, and what is counted from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from axiscap import _C, ops
+from axiscap.install import layer_stats
+from axiscap.profile import CapProfile
+from axiscap.serving.settings import KEY, Settings, write
+
+#: How often the totals are written for the metrics, in seconds.
+TOTALS_EVERY = 1.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request carries through the engine once its profile is chosen: a name for people, a digest for the bank.
+
+    ``digest`` None: the request is left alone.
+    """
+
+    name: str | None
+    digest: str | None
+    id: str
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any] | None) -> Choice:
+        """Reads it from a request's extra arguments, where :meth:`put` left it.
+
+        Raises:
+            RuntimeError: it is not there, so that nobody decided about this request.
+        """
+        stored = (extra or {}).get(KEY)
+        if not isinstance(stored, dict):
+            raise RuntimeError("axiscap: a request reached the model without a decision about its profile")
+        return cls(**stored)
+
+    def put(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {**(extra or {}), KEY: vars(self)}
+
+    @property
+    def salt(self) -> str:
+        """What separates this request's blocks in a prefix cache from those of requests that are capped differently."""
+        return f"{KEY}={self.digest or '-'}"
+
+
+class Bank:
+    """All capped layers of one worker: slots of profiles, the slot of each row of the step, and its projections.
+
+    Args:
+        settings: layers that this worker does not hold are left out by ``layers``.
+        layers: the capped layers that this worker holds.
+        max_rows: of one step.
+    """
+
+    def __init__(self, settings: Settings, layers: Sequence[int], max_rows: int, device: torch.device) -> None:
+        shape = (settings.slots, settings.directions)
+        self.layers = list(layers)
+        self.hidden_size = settings.hidden_size
+        self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
+        self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
+        self.rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        # Each its own memory: a graph that writes several views of one tensor copies them.
+        self.projections = [torch.zeros(max_rows, settings.directions, device=device) for _ in self.layers]
+        self.slot_of: dict[str, int] = {}
+        self._filled = 0
+
+    def place(self, slot: int, profile: CapProfile) -> None:
+        """Puts a profile into a slot; what lay there is gone."""
+        directions = self.floors.shape[2]
+        if profile.directions > directions or profile.hidden_size != self.hidden_size:
+            raise ValueError(
+                f"the server's bank is for hidden size {self.hidden_size} and at most {directions} directions; the "
+                f"profile has hidden size {profile.hidden_size} and {profile.directions}"
+            )
+        for at, layer in enumerate(self.layers):
+            axes, floors = profile.slot_at(layer, directions)
+            self.axes[at, slot].copy_(axes)
+            self.floors[at, slot].copy_(floors)
+        self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}
+        self.slot_of[profile.digest] = slot
+
+    def fill(self, rows: Tensor, values: np.ndarray[Any, np.dtype[np.int32]], filled: int) -> int:
+        """Writes the step's values into a persistent buffer, -1 behind them; returns how many there are."""
+        count = len(values)
+        host = torch.from_numpy(values)
+        # Pinned memory is not reused before the copy is done: torch's allocator sees to that.
+        rows[:count].copy_(host.pin_memory() if rows.is_cuda else host, non_blocking=True)
+        if filled > count:
+            rows[count:filled].fill_(-1)
+        return count
+
+    def fill_slots(self, slots: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        self._filled = self.fill(self.rows, slots, self._filled)
+
+    def clear(self) -> None:
+        """No row is capped until the next fill: dummy and padded steps."""
+        self.rows.fill_(-1)
+        self._filled = 0
+
+
+@dataclass
+class _Running:
+    index: int
+    choice: Choice
+
+
+class Telemetry:
+    """Counts per request and layer, from the projections that the capped graph leaves behind.
+
+    Nothing here waits for a GPU in a step: what a finished request left is copied away and read some steps later. Rows
+    that a speculative step computed and threw away count, and so do those that a preempted request computes again.
+    """
+
+    def __init__(self, bank: Bank, requests: int, totals: Path | None, log: Path | None) -> None:
+        self.bank = bank
+        self._totals_path = totals
+        self._log_path = log
+        self._rows = torch.full_like(bank.rows, -1)
+        self._filled = 0
+        self._running: dict[str, _Running] = {}
+        self._free: list[int] = []
+        self._stats: Tensor  # (layers, requests, K, F)
+        self._floors: Tensor  # (layers, requests, K)
+        self._totals: dict[str, Tensor] = {}
+        self._leaving: deque[tuple[torch.Event | None, Tensor, list[Choice]]] = deque()
+        self._written = -math.inf
+        self._grow(requests)
+
+    def _grow(self, requests: int) -> None:
+        layers, _, directions = self.bank.floors.shape
+        device = self.bank.floors.device
+        fresh = ops.new_stats(layers * requests, directions, device).reshape(layers, requests, directions, -1)
+        floors = torch.zeros(layers, requests, directions, device=device)
+        known = 0
+        if self._running or self._free:
+            known = self._stats.shape[1]
+            fresh[:, :known] = self._stats
+            floors[:, :known] = self._floors
+        self._stats, self._floors = fresh, floors
+        self._free += range(known, requests)
+
+    def start(self, request: str, choice: Choice) -> None:
+        """A capped request came into the batch for the first time."""
+        assert choice.digest is not None
+        if not self._free:  # preempted requests keep theirs while others run
+            self._grow(2 * self._stats.shape[1])
+        index = self._free.pop()
+        self._floors[:, index] = self.bank.floors[:, self.bank.slot_of[choice.digest]]
+        self._running[request] = _Running(index, choice)
+
+    def fill(self, requests: Sequence[str], counts: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Whose rows the coming step computes, in order."""
+        index = [self._running[name].index if name in self._running else -1 for name in requests]
+        self._filled = self.bank.fill(self._rows, np.repeat(np.array(index, np.int32), counts), self._filled)
+
+    def count(self) -> None:
+        """Adds the step that was just computed."""
+        rows = self._filled
+        for at in range(len(self.bank.layers)):
+            ops.accumulate_(self._stats[at], self.bank.projections[at][:rows], self._floors[at], self._rows[:rows])
+        self._filled = self.bank.fill(self._rows, np.empty(0, np.int32), self._filled)
+
+    def finish(self, requests: Sequence[str]) -> None:
+        gone = [self._running.pop(name) for name in requests if name in self._running]
+        if not gone:
+            return
+        index = torch.tensor([entry.index for entry in gone], device=self._stats.device)
+        left = self._stats[:, index]
+        event = None
+        if left.is_cuda:
+            left = torch.empty(left.shape, dtype=left.dtype, pin_memory=True).copy_(left, non_blocking=True)
+            event = torch.Event(device=self._stats.device)
+            event.record()
+        self._leaving.append((event, left, [entry.choice for entry in gone]))
+        layers, _, directions, _ = self._stats.shape
+        fresh = ops.new_stats(layers * len(gone), directions, self._stats.device)
+        self._stats[:, index] = fresh.reshape(layers, len(gone), directions, -1)
+        self._free += [entry.index for entry in gone]
+
+    def settle(self, *, idle: bool) -> None:
+        """Logs what finished requests left, and writes the totals when it is time, or when nothing runs any more."""
+        while self._leaving and (idle or self._leaving[0][0] is None or self._leaving[0][0].query()):
+            event, left, choices = self._leaving.popleft()
+            if event is not None:
+                event.synchronize()
+            for at, choice in enumerate(choices):
+                self._add(self._totals, choice, left[:, at])
+            if self._log_path is not None:
+                self._log(left, choices)
+        now = time.monotonic()
+        if self._totals_path is not None and (idle or now - self._written >= TOTALS_EVERY):
+            self._written = now
+            write(self._totals_path, dict(self._all_totals()))
+
+    @staticmethod
+    def _add(totals: dict[str, Tensor], choice: Choice, stats: Tensor) -> None:
+        assert choice.name is not None
+        # Sums alone: minima and maxima do not add, and the totals have no use for them.
+        totals[choice.name] = totals[choice.name] + stats if choice.name in totals else stats.clone()
+
+    def _all_totals(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        totals = dict(self._totals)
+        for running in self._running.values():
+            self._add(totals, running.choice, self._stats[:, running.index].cpu())
+        field = {name: at for at, name in enumerate(_C.STAT_FIELDS)}
+        for name, stats in totals.items():
+            yield (
+                name,
+                {
+                    str(layer): {
+                        "rows": float(stats[at, 0, field["seen"]]),
+                        "fired": float(stats[at, :, field["fired"]].sum()),
+                        "nonfinite": float(stats[at, 0, field["nonfinite"]]),
+                        "projection": float(stats[at, 0, field["sum"]]),
+                        "shortfall": float(stats[at, :, field["shortfall"]].sum()),
+                    }
+                    for at, layer in enumerate(self.bank.layers)
+                },
+            )
+
+    def _log(self, left: Tensor, choices: Sequence[Choice]) -> None:
+        assert self._log_path is not None
+        lines = []
+        for at, choice in enumerate(choices):
+            layers = {}
+            for number, layer in enumerate(self.bank.layers):
+                stats = layer_stats(left[number, at])
+                layers[layer] = {
+                    "rows": stats.rows,
+                    "fired": stats.fired,
+                    "mean_projection": [_finite(value) for value in stats.mean],
+                    "mean_shortfall": [_finite(value) for value in stats.mean_shortfall],
+                }
+            lines.append(json.dumps({**vars(choice), "time": time.time(), "layers": layers}) + "\n")
+        with self._log_path.open("a") as file:
+            file.write("".join(lines))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN, which is what the mean of nothing is."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,66 @@
+"""What capping does, on the metrics page of the server that does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_COUNTERS = {
+    "rows": ("axiscap_rows", "Rows (one token at one layer) that were measured against a floor."),
+    "fired": ("axiscap_fired_rows", "Rows that lay below their floor and were lifted back to it."),
+    "nonfinite": ("axiscap_nonfinite_rows", "Rows that were left alone because their projection was not finite."),
+    "projection": (
+        "axiscap_projection",
+        "Sum of the projections on the first axis, before the cap, in units of the residual stream; may fall.",
+    ),
+    "shortfall": (
+        "axiscap_shortfall",
+        "Sum of floor less projection over the rows below, in units of the residual stream.",
+    ),
+}
+
+
+class Totals(Collector):
+    """Reads the totals that the workers of one server write, whenever somebody looks.
+
+    The sums of projections are given as gauges, since they fall where projections are negative.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        families = {
+            key: CounterMetricFamily(name, text, labels=["profile", "layer"])
+            if key != "projection"
+            else Metric(name, text, "gauge")
+            for key, (name, text) in _COUNTERS.items()
+        }
+        for name, layer, counts in self._sums():
+            for key, value in counts.items():
+                family = families[key]
+                if isinstance(family, CounterMetricFamily):
+                    family.add_metric([name, layer], value)
+                else:
+                    family.add_sample(family.name + "_sum", {"profile": name, "layer": layer}, value)
+        yield from families.values()
+
+    def _sums(self) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """Pipeline ranks hold different layers; data-parallel ranks the same ones, which add up."""
+        sums: dict[tuple[str, str], dict[str, float]] = {}
+        for path in sorted(self.folder.glob("totals-*.json")):
+            try:
+                totals = json.loads(path.read_text())
+            except FileNotFoundError:
+                continue  # the server is going down
+            for name, layers in totals.items():
+                for layer, counts in layers.items():
+                    known = sums.setdefault((name, layer), dict.fromkeys(counts, 0.0))
+                    for key, value in counts.items():
+                        known[key] += value
+        for (name, layer), counts in sums.items():
+            yield name, layer, counts

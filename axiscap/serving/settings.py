@@ -1,0 +1,293 @@
+"""What an operator says about capping, which profile a request gets, and which slot of the bank each profile has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axiscap.profile import CapProfile
+
+#: What a request says to be left alone, where the operator allows it.
+OFF = "off"
+#: The key of the configuration, and of a request's choice.
+KEY = "axiscap"
+#: Names the configuration file where the engine's own options carry none.
+FILE_VARIABLE = "AXISCAP_CONFIG"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_SLOTS = 1024
+
+
+class SettingsError(ValueError):
+    """The configuration is wrong; the message is one sentence for the operator."""
+
+
+class ChoiceError(ValueError):
+    """A request asked for what it may not have; the message is for the client."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(f"axiscap: {message}")
+
+
+def _check_name(name: object) -> str:
+    _require(
+        isinstance(name, str) and _NAME.fullmatch(name) is not None and name != OFF,
+        f"a profile's name must be 1 to 64 of A-Z a-z 0-9 . _ - and not {OFF!r}, got {str(name)[:80]!r}",
+    )
+    return str(name)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The operator's choices, with what the profiles say.
+
+    Args:
+        profiles: path by name.
+        default: the profile of requests that name none; None leaves them alone.
+        allowed: the names that requests may choose.
+        allow_off: whether a request may switch capping off.
+        slots: profiles that fit at once, counting those that were replaced and still have requests.
+        log: a file that gets a JSON line for each finished request; None: no log.
+        check: compare the rows' slots with the scheduler's view at every step, and stop where they differ.
+        layers: the layers that are capped; those of all profiles.
+        directions: of the bank: the most that a profile has.
+        hidden_size: H.
+        digests: the profiles' content, by name.
+    """
+
+    profiles: dict[str, str]
+    default: str | None
+    allowed: list[str]
+    allow_off: bool
+    slots: int
+    log: str | None
+    check: bool
+    layers: list[int] = field(default_factory=list)
+    directions: int = 0
+    hidden_size: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: object) -> Settings:
+        """Reads what the operator wrote, and the profiles that it names.
+
+        Raises:
+            SettingsError: one sentence that says what is wrong.
+        """
+        _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
+        assert isinstance(given, Mapping)
+        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check"}
+        found = {"layers", "directions", "hidden_size", "digests", "version"}
+        extra = sorted(str(key) for key in given.keys() - known - found)
+        _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
+        paths = given.get("profiles")
+        _require(isinstance(paths, Mapping) and len(paths) > 0, "profiles must be an object of at least one name: path")
+        assert isinstance(paths, Mapping)
+        for name, path in paths.items():
+            _check_name(name)
+            _require(isinstance(path, str), f"the path of profile {name} must be a string")
+        _require(
+            "default" in given or len(paths) == 1,
+            "default must name one of several profiles, or be null to leave requests alone that name none",
+        )
+        default = given["default"] if "default" in given else next(iter(paths))
+        _require(default is None or default in paths, f"default must be one of {', '.join(paths)} or null")
+        allowed = given.get("allowed", [])
+        _require(
+            isinstance(allowed, list) and all(name in paths for name in allowed),
+            f"allowed must be a list of names from {', '.join(paths)}",
+        )
+        for key in ("allow_off", "check"):
+            _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
+        slots = given.get("slots", len(paths) + 4)
+        _require(
+            isinstance(slots, int) and not isinstance(slots, bool) and len(paths) <= slots <= _MAX_SLOTS,
+            f"slots must be a number from {len(paths)}, the number of profiles, to {_MAX_SLOTS}",
+        )
+        log = given.get("log")
+        _require(log is None or isinstance(log, str), "log must be a path or null")
+        if log is not None:
+            folder = Path(log).absolute().parent
+            _require(folder.is_dir() and os.access(folder, os.W_OK), f"log must be in a writable folder, got {log}")
+        settings = cls(
+            profiles={name: str(Path(path).absolute()) for name, path in paths.items()},
+            default=default,
+            allowed=sorted(set(allowed)),
+            allow_off=given.get("allow_off", False),
+            slots=slots,
+            log=None if log is None else str(Path(log).absolute()),
+            check=given.get("check", False),
+        )
+        return settings._with_profiles()
+
+    def _with_profiles(self) -> Settings:
+        loaded = {}
+        for name, path in self.profiles.items():
+            try:
+                loaded[name] = CapProfile.load(path)
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"axiscap: profile {name} cannot be read: {error}") from None
+        sizes = {profile.hidden_size for profile in loaded.values()}
+        _require(len(sizes) == 1, f"the profiles are for different hidden sizes: {sorted(sizes)}")
+        return Settings(
+            **{
+                **asdict(self),
+                "layers": sorted({layer for profile in loaded.values() for layer in profile.layers}),
+                "directions": max(profile.directions for profile in loaded.values()),
+                "hidden_size": sizes.pop(),
+                "digests": {name: profile.digest for name, profile in loaded.items()},
+            }
+        )
+
+    def check_model(self, hidden_size: int, num_layers: int) -> None:
+        """Raises SettingsError where the profiles are another model's."""
+        _require(
+            self.hidden_size == hidden_size,
+            f"the profiles are for hidden size {self.hidden_size}, but the model has {hidden_size}",
+        )
+        _require(
+            self.layers[-1] < num_layers,
+            f"the profiles cap layer {self.layers[-1]}, but the model has {num_layers} layers",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""
+        from axiscap import __version__
+
+        return {**asdict(self), "version": __version__}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Settings:
+        return cls(**{key: value for key, value in stored.items() if key != "version"})
+
+
+def read(options: object) -> Settings | None:
+    """The settings of an engine whose own options carry ``options``, or of the file that AXISCAP_CONFIG names.
+
+    None: capping is not configured.
+
+    Raises:
+        SettingsError: one sentence that says what is wrong.
+    """
+    path = os.environ.get(FILE_VARIABLE)
+    if options is None and not path:
+        return None
+    _require(options is None or not path, f"configured twice, by the engine's option and by {FILE_VARIABLE}")
+    if options is None:
+        assert path
+        try:
+            options = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"axiscap: {FILE_VARIABLE}: {path} cannot be read as JSON: {error}") from None
+    return Settings.parse(options)
+
+
+class Registry:
+    """Which names there are, whose content they stand for, and the slot of each content. Content never changes: a new
+    version of a profile is another content in another slot, so that requests that run keep theirs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.default = settings.default
+        self.allow_off = settings.allow_off
+        self.allowed = list(settings.allowed)
+        self.names = dict(settings.digests)
+        #: Every profile's content, by slot; None: the slot was never used.
+        self.slots: list[str | None] = list(dict.fromkeys(settings.digests.values()))
+        self.slots += [None] * (settings.slots - len(self.slots))
+
+    def choose(self, asked: object) -> str | None:
+        """The name of the profile that a request gets; None: it is left alone.
+
+        Args:
+            asked: what the request says; None where it says nothing.
+
+        Raises:
+            ChoiceError: for the client, with what it may ask for.
+        """
+        if asked is None:
+            return self.default
+        may = sorted(self.allowed) + ([OFF] if self.allow_off else [])
+        if isinstance(asked, str) and asked in may:
+            return None if asked == OFF else asked
+        said = repr(asked[:64]) if isinstance(asked, str) else f"a {type(asked).__name__}"
+        options = f"one of {', '.join(may)}" if may else "left out, since this server lets no request choose"
+        raise ChoiceError(f"{KEY} must be {options}; got {said}")
+
+    def slot_of(self, digest: str) -> int:
+        return self.slots.index(digest)
+
+    def place(self, name: str, digest: str, in_use: Collection[str], *, allowed: bool) -> int:
+        """Gives a name new content; returns the slot to put it into.
+
+        Raises:
+            ValueError: the name is not one, or every slot is taken by a name or by requests that still run.
+        """
+        _check_name(name)
+        keep = {*in_use, *(content for other, content in self.names.items() if other != name)}
+        if digest in self.slots:
+            slot = self.slot_of(digest)
+        else:
+            free = [at for at, content in enumerate(self.slots) if content not in keep]
+            if not free:
+                raise ValueError(
+                    f"all {len(self.slots)} slots are taken, by {len(self.names)} profiles and by requests that still "
+                    "run under replaced ones: retire a profile, wait, or start with more slots"
+                )
+            slot = free[0]
+        self.slots[slot] = digest
+        self.names[name] = digest
+        if allowed and name not in self.allowed:
+            self.allowed.append(name)
+        return slot
+
+    def retire(self, name: str) -> None:
+        """Forgets a name; requests that run under it end as they began.
+
+        Raises:
+            ValueError: there is no such profile, or it is the default.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self.names))}")
+        if name == self.default:
+            raise ValueError(f"{name} is the default of requests that name none, and cannot be retired")
+        del self.names[name]
+        self.allowed = [other for other in self.allowed if other != name]
+
+    def save(self, path: Path) -> None:
+        write(path, vars(self))
+
+    def update_from(self, path: Path) -> None:
+        vars(self).update(json.loads(path.read_text()))
+
+
+def write(path: Path, content: object) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
+
+
+def state_folder(instance: str) -> Path:
+    """Where the processes of one server on this machine meet: the registry, and the totals for its metrics.
+
+    Raises:
+        SettingsError: the folder is somebody else's.
+    """
+    base = Path(tempfile.gettempdir()) / f"axiscap-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    owner = base.lstat()
+    _require(
+        owner.st_uid == os.getuid() and not base.is_symlink() and owner.st_mode & 0o077 == 0,
+        f"{base} must be a folder of this user's own that nobody else may enter",
+    )
+    folder = base / re.sub(r"[^A-Za-z0-9._-]", "_", instance)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -1,0 +1,481 @@
+"""Capping inside vLLM: three parts for its three kinds of process, all put in place by ``axiscap_plugin``.
+
+- The API process reads the configuration and refuses requests that ask for what they may not have.
+- The engine core decides each request's profile, once, and keeps its blocks apart in the prefix cache.
+- Each worker caps the block outputs of its layers, inside the compiled graph.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import inspect
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from axiscap.profile import CapProfile
+from axiscap.serving import settings as shared
+from axiscap.serving.bank import Bank, Choice, Telemetry
+from axiscap.serving.settings import KEY, ChoiceError, Registry, Settings, SettingsError
+from axiscap_plugin import wrap
+
+_REGISTRY = "registry.json"
+_INSTANCE = "AXISCAP_INSTANCE"
+
+
+def _settings(config: Any) -> Settings:
+    return Settings.from_json(config.additional_config[KEY])
+
+
+def _folder(config: Any) -> Path:
+    return shared.state_folder(config.instance_id)
+
+
+# The API process.
+
+
+def configure(config: Any, options: object) -> None:
+    """Takes the operator's configuration into vLLM's, where every process finds it and the compile cache hashes it.
+
+    Raises:
+        SettingsError: one sentence that says what is wrong, or what of vLLM cannot be capped.
+    """
+    settings = shared.read(options)
+    assert settings is not None
+    _refuse(config)
+    text = config.model_config.hf_text_config
+    settings.check_model(config.model_config.get_hidden_size(), text.num_hidden_layers)
+    config.additional_config = {**config.additional_config, KEY: settings.to_json()}
+    if config.parallel_config._api_process_count > 1:
+        # Several API processes make this configuration again, each for itself; they must meet in one folder.
+        config.instance_id = os.environ.setdefault(_INSTANCE, config.instance_id)
+
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    wrap(InputProcessor, "_validate_params", _validate)
+    wrap(InputProcessor, "process_inputs", _refuse_sessions)
+    for request in (ChatCompletionRequest, CompletionRequest):
+        wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
+    _show_metrics(_folder(config))
+
+
+def _refuse(config: Any) -> None:
+    """What would cap the wrong rows, or none, stops the server."""
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    reasons = {
+        "pooling models generate nothing": config.model_config.runner_type != "generate",
+        "encoder-decoder models": config.model_config.is_encoder_decoder,
+        "sequence parallelism shards the rows (pass_config.enable_sp)": bool(passes.enable_sp),
+        "prefill context parallelism shards the rows": parallel.prefill_context_parallel_size > 1,
+        "microbatches split the rows (enable_dbo)": parallel.use_ubatching,
+        "kv_sharing_fast_prefill drops rows on the way": config.cache_config.kv_sharing_fast_prefill,
+        "external stores of KV blocks (kv_transfer_config)": config.kv_transfer_config is not None,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise SettingsError(f"axiscap: vLLM is set up in a way that cannot be capped: {reason}")
+
+
+class _Choices:
+    """The registry as this process knows it: the configuration's, then whatever the engine core wrote last."""
+
+    def __init__(self, config: Any) -> None:
+        self._registry = Registry(_settings(config))
+        self._path = _folder(config) / _REGISTRY
+        self._seen: int | None = None
+
+    def choose(self, asked: object) -> str | None:
+        try:
+            changed = self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            changed = None
+        if changed is not None and changed != self._seen:
+            self._registry.update_from(self._path)
+            self._seen = changed
+        return self._registry.choose(asked)
+
+
+def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(processor, params, *args, **kwargs)
+    if KEY in processor.vllm_config.additional_config:
+        choices = processor.__dict__.get("_axiscap")
+        if choices is None:
+            choices = processor._axiscap = _Choices(processor.vllm_config)
+        choices.choose((getattr(params, "extra_args", None) or {}).get(KEY))
+    return result
+
+
+def _refuse_sessions(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(processor, *args, **kwargs).arguments
+    if bound.get("resumable") and KEY in processor.vllm_config.additional_config:
+        raise ChoiceError("streaming sessions are not served with axiscap: their turns share blocks under one profile")
+    return original(processor, *args, **kwargs)
+
+
+def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    if KEY in (request.vllm_xargs or {}):
+        raise ChoiceError(f"beam search runs under the server's default profile and takes no {KEY}")
+    return original(request, *args, **kwargs)
+
+
+def _show_metrics(folder: Path) -> None:
+    from prometheus_client import REGISTRY
+
+    from axiscap.serving.metrics import Totals
+
+    collector = Totals(folder)
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        REGISTRY.register(collector)
+        return
+    import vllm.entrypoints.serve.instrumentator.metrics as page
+
+    def with_totals(original: Callable[..., Any]) -> Any:
+        registry = original()
+        registry.register(collector)
+        return registry
+
+    wrap(page, "get_prometheus_registry", with_totals)
+
+
+# The engine core.
+
+
+class Core:
+    """Decides each request's profile in the process that schedules it, where no client reaches."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._settings = _settings(core.vllm_config)
+        self._registry = Registry(self._settings)
+        self._folder = _folder(core.vllm_config)
+        # Requests are decided in the thread that receives them; profiles change in the one that schedules.
+        self._lock = threading.Lock()
+        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._rpc = core.collective_rpc
+        workers = self._rpc("axiscap_layers")
+        missing = set(self._settings.layers) - {layer for layers in workers for layer in layers}
+        if missing:
+            raise SettingsError(f"axiscap: no worker holds the capped layers {sorted(missing)}")
+        self._registry.save(self._folder / _REGISTRY)
+        wrap(core, "preprocess_add_request", self._add)
+        wrap(core, "collective_rpc", self._control)
+        wrap(core, "shutdown", self._shutdown)
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+
+    def _add(self, original: Callable[..., Any], request: Any) -> Any:
+        params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
+        with self._lock:
+            name = self._registry.choose((params.extra_args or {}).get(KEY))
+            digest = None if name is None else self._registry.names[name]
+            choice = Choice(name, digest, request.external_req_id or request.request_id)
+            params.extra_args = choice.put(params.extra_args)
+            request.sampling_params = params
+            # Blocks are hashed in a chain, so that what separates the first separates all.
+            request.cache_salt = f"{choice.salt};{request.cache_salt or ''}"
+            made = original(request)
+            made[0].axiscap_digest = digest
+            self._live.add(made[0])
+        if self._settings.check:
+            wrap(self._core.scheduler, "schedule", _with_view)
+        return made
+
+    def _control(self, original: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
+        """The engine's own ``collective_rpc``; the three methods below are ours, all others go to the workers."""
+        ours: dict[object, Callable[..., str]] = {
+            "axiscap_load": self.load,
+            "axiscap_retire": self.retire,
+            "axiscap_move_floors": self.move_floors,
+        }
+        if method not in ours:
+            return original(method, *args, **kwargs)
+        bound = inspect.signature(original).bind(method, *args, **kwargs).arguments
+        return [ours[method](*bound.get("args", ()), **(bound.get("kwargs") or {}))]
+
+    def load(self, name: str, path: str, *, allowed: bool = False) -> str:
+        """Gives a name a profile, new or in place of its old one; running requests keep what they began with.
+
+        Args:
+            allowed: whether requests may choose it.
+
+        Raises:
+            ValueError: the profile does not fit, or no slot is free.
+        """
+        return self._place(name, path, None, allowed)
+
+    def move_floors(self, name: str, by: float) -> str:
+        """Raises all floors of a profile by so much, in units of the projection (or lowers them, where negative)."""
+        path = self._path_of(name)
+        floors = CapProfile.load(path).floors + by
+        return self._place(name, path, floors.tolist(), allowed=False)
+
+    def retire(self, name: str) -> str:
+        """Forgets a profile: no new request gets it."""
+        with self._lock:
+            self._registry.retire(name)
+            self._registry.save(self._folder / _REGISTRY)
+        return f"retired {name}"
+
+    def _path_of(self, name: str) -> str:
+        paths = {**self._settings.profiles}
+        if name not in self._registry.names or name not in paths:
+            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self._registry.names))}")
+        return paths[name]
+
+    def _place(self, name: str, path: str, floors: list[list[float]] | None, allowed: bool) -> str:
+        profile = CapProfile.load(path)
+        if floors is not None:
+            profile = profile.with_floors(torch.tensor(floors))
+        extra = sorted(set(profile.layers) - set(self._settings.layers))
+        if extra:
+            raise ValueError(
+                f"the profile caps layers {extra}, which this server's compiled model does not: it caps "
+                f"{self._settings.layers}; start it with a profile that does"
+            )
+        self._settings.check_model(profile.hidden_size, profile.layers[-1] + 1)
+        with self._lock:
+            in_use = {request.axiscap_digest for request in self._live if request.axiscap_digest}
+            registry = copy.deepcopy(self._registry)
+            slot = registry.place(name, profile.digest, in_use, allowed=allowed)
+            self._rpc("axiscap_place", args=(slot, profile.digest, path, floors))
+            self._registry = registry
+            self._settings.profiles[name] = path
+            registry.save(self._folder / _REGISTRY)
+        return f"{name} is {profile.digest} in slot {slot}"
+
+    def _shutdown(self, original: Callable[..., Any]) -> Any:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return original()
+
+
+def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """For the checking mode: the step carries the scheduler's own view of whose rows it computes."""
+    step = original(*args, **kwargs)
+    requests = original.__self__.requests  # type: ignore[attr-defined]
+    step.axiscap_view = {name: requests[name].axiscap_digest for name in step.num_scheduled_tokens}
+    return step
+
+
+# The workers.
+
+
+class Worker:
+    """Caps the block outputs of one worker's layers."""
+
+    def __init__(self, worker: Any) -> None:
+        self._runner = runner = worker.model_runner
+        self._config = worker.vllm_config
+        self._settings = _settings(self._config)
+        self._choices: dict[str, Choice] = {}
+        self._v2 = not hasattr(runner, "_prepare_inputs")
+        # Only one rank of those that hold the same rows and layers counts them.
+        self._counts = worker.rank % self._config.parallel_config.tensor_parallel_size == 0
+        self._rank = f"{self._config.parallel_config.data_parallel_index}-{worker.rank}"
+        self.bank: Bank
+        self._telemetry: Telemetry | None = None
+        self._dummy = runner._dummy_run
+        wrap(runner, "load_model", self._load_model)
+        wrap(runner, "_dummy_run", self._dummy_run)
+        wrap(runner, "execute_model", self._execute)
+        if self._v2:
+            wrap(runner, "prepare_inputs", self._prepare_v2)
+        else:
+            wrap(runner, "_prepare_inputs", self._prepare_v1)
+        wrap(worker, "compile_or_warm_up_model", self._warm_up)
+        worker.axiscap_layers = lambda: self.bank.layers
+        worker.axiscap_place = self._place
+
+    def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        runner = self._runner
+        blocks = _decoder_layers(runner.get_model(), self._config)
+        held = [layer for layer in self._settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+        rows = runner.max_num_tokens
+        self.bank = Bank(self._settings, held, rows, torch.device(runner.device))
+        for name, digest in self._settings.digests.items():
+            slots = list(dict.fromkeys(self._settings.digests.values()))
+            self._place(slots.index(digest), digest, self._settings.profiles[name])
+        for at, layer in enumerate(held):
+            _cap_block(blocks[layer], layer, self.bank, at)
+        if self._counts and held:
+            totals = _folder(self._config) / f"totals-{self._rank}.json"
+            log = None if self._settings.log is None else Path(self._settings.log)
+            self._telemetry = Telemetry(self.bank, self._config.scheduler_config.max_num_seqs, totals, log)
+        return result
+
+    def _place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
+        profile = CapProfile.load(path)
+        if floors is not None:
+            profile = profile.with_floors(torch.tensor(floors))
+        if profile.digest != digest:
+            raise SettingsError(f"axiscap: {path} is not what it was when the server read it first")
+        self.bank.place(slot, profile)
+
+    def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.bank.clear()
+        return original(*args, **kwargs)
+
+    def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in step.finished_req_ids:
+            self._choices.pop(name, None)
+        if self._telemetry:
+            self._telemetry.finish(list(step.finished_req_ids))
+        for new in step.scheduled_new_reqs:
+            if new.req_id in self._choices:
+                continue  # the second runner sends a preempted request as a new one
+            choice = self._choices[new.req_id] = Choice.of(new.sampling_params.extra_args)
+            if self._telemetry and choice.digest is not None:
+                self._telemetry.start(new.req_id, choice)
+        result = original(step, *args, **kwargs)
+        if self._telemetry:
+            if step.total_num_scheduled_tokens:
+                self._telemetry.count()
+            self._telemetry.settle(idle=not self._choices)
+        return result
+
+    def _prepare_v1(self, original: Callable[..., Any], step: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(step, counts, *args, **kwargs)
+        self._fill(step, self._runner.input_batch.req_ids, counts)
+        return result
+
+    def _prepare_v2(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(step, *args, **kwargs)
+        self._fill(step, batch.req_ids, batch.num_scheduled_tokens)
+        return batch
+
+    def _fill(self, step: Any, names: Sequence[str], counts: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        digests = [self._choices[name].digest for name in names]
+        slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
+        self.bank.fill_slots(np.repeat(np.array(slots, np.int32), counts))
+        if self._telemetry:
+            self._telemetry.fill(names, counts)
+        if self._settings.check:
+            self._check(step, names)
+
+    def _check(self, step: Any, names: Sequence[str]) -> None:
+        """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""
+        at = 0
+        rows = self.bank.rows.tolist()
+        content = {slot: digest for digest, slot in self.bank.slot_of.items()}
+        for name in names:
+            wanted = step.axiscap_view[name]
+            count = step.num_scheduled_tokens[name]
+            found = {content.get(slot) for slot in rows[at : at + count]}
+            if found != {wanted}:
+                raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, wanted {wanted}")
+            at += count
+        if at != step.total_num_scheduled_tokens or set(rows[at:]) - {-1}:
+            raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
+
+    def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._verify()
+        return result
+
+    @torch.inference_mode()
+    def _verify(self) -> None:
+        """The cap is in force at every layer of the model as it will run: lifting a row there changes what comes out.
+
+        Raises:
+            RuntimeError: it is not; the server must not start.
+        """
+        bank = self.bank
+        if not bank.layers:
+            return
+        kept = bank.floors.clone()
+        bank.rows.fill_(0)
+        bank.floors.fill_(-torch.inf)
+        for projections in bank.projections:
+            projections.fill_(torch.nan)
+        plain = _flat(self._dummy(1))
+        seen = [projections[0, 0].item() for projections in bank.projections]
+        for at, layer in enumerate(bank.layers):
+            if not np.isfinite(seen[at]):
+                raise RuntimeError(
+                    f"axiscap: layer {layer} of the compiled model measures no row: the cap is not in it"
+                )
+            bank.floors.fill_(-torch.inf)
+            bank.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
+            if torch.equal(_flat(self._dummy(1)), plain):
+                raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
+        bank.floors.copy_(kept)
+        bank.clear()
+
+
+def _flat(output: Any) -> Tensor:
+    """What a dummy step returns first: hidden states, or the pair that goes to the next pipeline rank."""
+    hidden = output[0]
+    tensors = getattr(hidden, "tensors", None)
+    parts = [hidden] if tensors is None else list(tensors.values())
+    return torch.cat([part.reshape(-1).float() for part in parts])
+
+
+def _decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
+    """The decoder layers of a language model in vLLM, by structure.
+
+    Raises:
+        SettingsError: there is not one list of as many layers as the model has; the message says what there is.
+    """
+    get = getattr(model, "get_language_model", None)
+    language: nn.Module = get() if get else model
+    count = config.model_config.hf_text_config.num_hidden_layers
+    lists = {name: part for name, part in language.named_modules() if isinstance(part, nn.ModuleList)}
+    found = [part for part in lists.values() if len(part) == count]
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
+        kind = type(model).__name__
+        raise SettingsError(
+            f"axiscap: cannot tell the {count} decoder layers of {kind} among its module lists: {listed}"
+        )
+    return found[0]
+
+
+def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int) -> None:
+    """Caps what a decoder layer returns: one tensor, or the pair of hidden and residual whose sum is its output.
+
+    A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
+    """
+    pair = "residual" in inspect.signature(block.forward).parameters
+    block.register_buffer("axiscap_axes", bank.axes[at], persistent=False)
+    block.register_buffer("axiscap_floors", bank.floors[at], persistent=False)
+    block.register_buffer("axiscap_rows", bank.rows, persistent=False)
+    block.register_buffer("axiscap_projections", bank.projections[at], persistent=False)
+    kind = type(block).__name__
+
+    def cap_pair(module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, tuple) or len(output) != 2 or output[1] is None or output[0].dim() != 2:
+            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
+        hidden, residual = output
+        rows = hidden.shape[0]
+        torch.ops.axiscap.cap_residual_(
+            hidden,
+            residual,
+            module.axiscap_axes,
+            module.axiscap_floors,
+            module.axiscap_rows[:rows],
+            projections=module.axiscap_projections[:rows],
+        )
+
+    def cap_one(module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
+        rows = output.shape[0]
+        torch.ops.axiscap.cap_(
+            output,
+            module.axiscap_axes,
+            module.axiscap_floors,
+            module.axiscap_rows[:rows],
+            projections=module.axiscap_projections[:rows],
+        )
+
+    block.register_forward_hook(cap_pair if pair else cap_one)

@@ -1,0 +1,80 @@
+"""What serving engines find by their entry points: looks whether capping is configured, and does nothing if it is not.
+
+This stands outside the package, so that an AxisCap that cannot even be imported stops a server that is configured for
+it. An engine only logs the failure of a plug-in's import, and would serve uncapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_KEY = "axiscap"
+
+
+def register_vllm() -> None:
+    """``vllm.general_plugins``: called in every process of the engine, before the process does its part."""
+    wrap_in("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configure)
+    wrap_in("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _start_core)
+    wrap_in("vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device", _start_worker)
+
+
+def wrap_in(module: str, cls: str, method: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces a method by ``wrapper(original, self, ...)``, once; where the module is not loaded, this is no process
+    that needs it.
+    """
+    if module in sys.modules:
+        wrap(getattr(sys.modules[module], cls), method, wrapper)
+
+
+def wrap(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
+    """The same, of a class or of one object."""
+    original = getattr(owner, method)
+    if getattr(original, "_axiscap", None) is wrapper:
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._axiscap = wrapper  # type: ignore[attr-defined]
+    setattr(owner, method, wrapped)
+
+
+def _configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    options = config.additional_config.get(_KEY) if isinstance(config.additional_config, dict) else None
+    if options is not None or os.environ.get("AXISCAP_CONFIG"):
+        from axiscap.serving import vllm
+
+        # An engine in this same process loads these now, after the plug-in was; its own call comes too late for them.
+        for module in ("vllm.v1.engine.core", "vllm.v1.worker.worker_base"):
+            importlib.import_module(module)
+        register_vllm()
+        vllm.configure(config, options)
+    return config
+
+
+def _configured(config: Any) -> bool:
+    return isinstance(config.additional_config, dict) and _KEY in config.additional_config
+
+
+def _start_core(original: Callable[..., Any], core: Any, config: Any) -> Any:
+    if _configured(config):
+        from axiscap.serving import vllm
+
+        vllm.Core(core)
+    return original(core, config)
+
+
+def _start_worker(original: Callable[..., Any], wrapper: Any) -> Any:
+    result = original(wrapper)
+    if _configured(wrapper.vllm_config):
+        from axiscap.serving import vllm
+
+        vllm.Worker(wrapper.worker)
+    return result

@@ -1,0 +1,286 @@
+"""What the serving engines share: the operator's configuration, choices, slots, the rows of a bank, and its counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import unit
+
+from axiscap import CapProfile, reference
+from axiscap.serving import bank as serving_bank
+from axiscap.serving import settings as serving
+from axiscap.serving.bank import Bank, Choice, Telemetry
+from axiscap.serving.settings import ChoiceError, Registry, Settings, SettingsError
+
+HIDDEN = 16
+
+
+def profile(seed: int, layers=(2, 3), directions: int = 1, floor: float = 0.0) -> CapProfile:
+    count = len(layers)
+    return CapProfile(
+        layers, unit(count, directions, HIDDEN, seed=seed), torch.full((count, directions), floor), {"seed": seed}
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = {}
+    for seed, name in enumerate(("strict", "mild", "other")):
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        profile(seed, layers=(2, 3 + seed), directions=1 + seed % 2).save(paths[name])
+    return paths
+
+
+def test_settings_say_what_the_profiles_say(files):
+    settings = Settings.parse({"profiles": files, "default": "mild", "allowed": ["strict"], "slots": 5})
+    assert settings.layers == [2, 3, 4, 5]
+    assert settings.directions == 2
+    assert settings.hidden_size == HIDDEN
+    assert settings.digests == {name: CapProfile.load(path).digest for name, path in files.items()}
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert Settings.parse(settings.to_json()) == settings  # an engine may make its configuration twice
+
+
+def test_one_profile_is_the_default_and_nobody_may_choose(files):
+    settings = Settings.parse({"profiles": {"strict": files["strict"]}})
+    assert (settings.default, settings.allowed, settings.allow_off) == ("strict", [], False)
+    assert Registry(settings).choose(None) == "strict"
+    with pytest.raises(ChoiceError, match="lets no request choose"):
+        Registry(settings).choose("strict")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"profile": {}}, "unknown keys profile"),
+        ({"profiles": {}}, "at least one name: path"),
+        ({"profiles": "strict"}, "at least one name: path"),
+        ({"profiles": {"off": "x"}}, "not 'off'"),
+        ({"profiles": {"../x": "x"}}, "A-Z a-z 0-9"),
+        ({"profiles": {"n" * 65: "x"}}, "1 to 64"),
+        ({"profiles": {"a": 3}}, "must be a string"),
+        ({"default": "nobody"}, "default must be one of"),
+        ({"allowed": "strict"}, "allowed must be a list"),
+        ({"allowed": ["nobody"]}, "allowed must be a list"),
+        ({"allow_off": 1}, "allow_off must be true or false"),
+        ({"slots": 2}, "slots must be a number from 3"),
+        ({"slots": True}, "slots must be a number"),
+        ({"log": "/nowhere/at/all.jsonl"}, "writable folder"),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(files, change, says):
+    with pytest.raises(SettingsError, match=says) as error:
+        Settings.parse({"profiles": files, "default": None, **change})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_several_profiles_need_a_default(files):
+    with pytest.raises(SettingsError, match="default must name one of several"):
+        Settings.parse({"profiles": files})
+
+
+def test_broken_profiles_are_named(files, tmp_path):
+    (tmp_path / "broken").write_bytes(b"nothing")
+    with pytest.raises(SettingsError, match="profile bad cannot be read"):
+        Settings.parse({"profiles": {"bad": str(tmp_path / "broken")}})
+    with pytest.raises(SettingsError, match="profile gone cannot be read"):
+        Settings.parse({"profiles": {"gone": str(tmp_path / "nothing")}})
+    with pytest.raises(SettingsError, match="must be an object, got list"):
+        Settings.parse([])
+
+
+def test_the_file_and_the_option_exclude_each_other(files, tmp_path, monkeypatch):
+    assert serving.read(None) is None
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"profiles": files, "default": None}))
+    monkeypatch.setenv(serving.FILE_VARIABLE, str(path))
+    from_file = serving.read(None)
+    with pytest.raises(SettingsError, match="configured twice"):
+        serving.read({"profiles": files, "default": None})
+    monkeypatch.delenv(serving.FILE_VARIABLE)
+    # The same words make the same settings, wherever they stand: an engine's compile cache hashes them.
+    assert serving.read({"profiles": files, "default": None}) == from_file
+    path.write_text("{")
+    monkeypatch.setenv(serving.FILE_VARIABLE, str(path))
+    with pytest.raises(SettingsError, match="cannot be read as JSON"):
+        serving.read(None)
+
+
+def test_another_models_profiles_are_refused(files):
+    settings = Settings.parse({"profiles": files, "default": None})
+    settings.check_model(HIDDEN, 6)
+    with pytest.raises(SettingsError, match="hidden size 16, but the model has 32"):
+        settings.check_model(32, 6)
+    with pytest.raises(SettingsError, match="cap layer 5, but the model has 5 layers"):
+        settings.check_model(HIDDEN, 5)
+
+
+@pytest.mark.parametrize(
+    "asked", ["nobody", "mild", "", "../strict", "strict\n", "strict\u200b", "x" * 1_000_000, 3, True, ["strict"], {}]
+)
+def test_requests_get_what_they_may_have_or_an_error(files, asked):
+    registry = Registry(Settings.parse({"profiles": files, "default": "mild", "allowed": ["strict"]}))
+    with pytest.raises(ChoiceError, match="must be one of strict; got") as error:
+        registry.choose(asked)
+    assert len(str(error.value)) < 200
+
+
+def test_off_is_the_operators_to_allow(files):
+    settings = {"profiles": files, "default": "mild", "allowed": ["strict"]}
+    with pytest.raises(ChoiceError):
+        Registry(Settings.parse(settings)).choose("off")
+    assert Registry(Settings.parse({**settings, "allow_off": True})).choose("off") is None
+
+
+def test_slots_are_given_kept_and_given_again(files, tmp_path):
+    registry = Registry(Settings.parse({"profiles": files, "default": "mild", "slots": 4}))
+    first = dict(registry.names)
+    slots = {name: registry.slot_of(digest) for name, digest in first.items()}
+    assert sorted(slots.values()) == [0, 1, 2]
+    assert registry.place("strict", "new", in_use={first["strict"]}, allowed=True) == 3
+    assert registry.choose("strict") == "strict"
+    with pytest.raises(ValueError, match="all 4 slots are taken, by 3 profiles"):
+        registry.place("fourth", "newest", in_use={first["strict"]}, allowed=False)
+    # Once nothing runs under the replaced content, its slot is free; equal content shares a slot.
+    assert registry.place("fourth", "newest", in_use=set(), allowed=False) == slots["strict"]
+    assert registry.place("fifth", "newest", in_use=set(), allowed=False) == slots["strict"]
+    registry.retire("fourth")
+    with pytest.raises(ValueError, match="there is no profile 'fourth'"):
+        registry.retire("fourth")
+    with pytest.raises(ValueError, match="is the default"):
+        registry.retire("mild")
+    with pytest.raises(SettingsError, match="A-Z a-z"):
+        registry.place("../x", "content", in_use=set(), allowed=False)
+    registry.save(tmp_path / "registry.json")
+    other = Registry(Settings.parse({"profiles": files, "default": None}))
+    other.update_from(tmp_path / "registry.json")
+    assert vars(other) == vars(registry)
+
+
+def test_the_salt_tells_contents_apart():
+    assert Choice("a", "1", "x").salt == Choice("b", "1", "y").salt
+    assert len({Choice("a", "1", "x").salt, Choice("a", "2", "x").salt, Choice(None, None, "x").salt}) == 3
+    with pytest.raises(RuntimeError, match="without a decision"):
+        Choice.of({"axiscap": "strict"})  # a client's own words, not a decision
+    assert Choice.of(Choice("a", "1", "x").put({"other": 1})) == Choice("a", "1", "x")
+
+
+def test_a_digest_is_of_what_changes_a_model():
+    assert profile(1).digest == CapProfile((2, 3), profile(1).axes, profile(1).floors, {"another": "story"}).digest
+    others = [profile(2), profile(1, floor=1.0), profile(1, layers=(2, 4))]
+    assert len({profile(1).digest, *(other.digest for other in others)}) == 4
+
+
+def make_bank(tmp_path, rows: int = 12) -> tuple[Bank, list[CapProfile]]:
+    profiles = [profile(1, (2, 3), floor=0.5), profile(2, (3, 5), directions=2)]
+    paths = {}
+    for name, made in zip("ab", profiles, strict=True):
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        made.save(paths[name])
+    bank = Bank(Settings.parse({"profiles": paths, "default": "a"}), [2, 3, 5], rows, torch.device("cpu"))
+    for slot, made in enumerate(profiles):
+        bank.place(slot, made)
+    return bank, profiles
+
+
+def test_the_banks_layers_cap_as_the_profiles_do(tmp_path):
+    bank, profiles = make_bank(tmp_path)
+    bank.fill_slots(np.array([0, 1, -1, 1], np.int32))
+    rows = torch.randn(4, HIDDEN)
+    for at, layer in enumerate(bank.layers):
+        capped = torch.ops.axiscap.cap_(
+            hidden := rows.clone(), bank.axes[at], bank.floors[at], bank.rows[:4], projections=bank.projections[at][:4]
+        )
+        assert capped is None
+        assert torch.equal(hidden[2], rows[2])
+        for row, made in ((0, profiles[0]), (1, profiles[1]), (3, profiles[1])):
+            wanted = rows[row : row + 1].clone()
+            if layer in made.layers:
+                number = made.layers.index(layer)
+                wanted = reference.cap(wanted, made.axes[number][None], made.floors[number][None])
+            torch.testing.assert_close(hidden[row : row + 1], wanted)
+    with pytest.raises(ValueError, match="at most 2 directions"):
+        bank.place(2, profile(3, directions=3))
+
+
+def test_rows_behind_a_step_are_never_capped(tmp_path):
+    bank, _ = make_bank(tmp_path)
+    address = bank.rows.data_ptr()
+    for slots in ([1] * 12, [0, 1], [1, 1, 1], [], [0]):
+        bank.fill_slots(np.array(slots, np.int32))
+        assert bank.rows.tolist() == slots + [-1] * (12 - len(slots))
+    bank.clear()
+    assert bank.rows.tolist() == [-1] * 12
+    assert bank.rows.data_ptr() == address
+
+
+def step(bank: Bank, telemetry: Telemetry, rows: dict[str, int], slots: dict[str, int], seen: dict) -> None:
+    """One step of an engine: the projections are what a capped graph would leave."""
+    counts = np.array(list(rows.values()), np.int32)
+    bank.fill_slots(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
+    telemetry.fill(list(rows), counts)
+    at = 0
+    for name, count in rows.items():
+        for number in range(len(bank.layers)):
+            values = torch.randn(count, bank.floors.shape[2]) if slots[name] >= 0 else torch.full((count, 2), math.nan)
+            bank.projections[number][at : at + count] = values
+            seen.setdefault((name, bank.layers[number]), []).append(values)
+        at += count
+    telemetry.count()
+
+
+def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_bank, "TOTALS_EVERY", 0.0)
+    bank, profiles = make_bank(tmp_path)
+    totals, log = tmp_path / "totals.json", tmp_path / "log.jsonl"
+    telemetry = Telemetry(bank, 1, totals, log)  # room for one, so that it has to grow
+    seen: dict = {}
+    choices = {"r1": Choice("a", profiles[0].digest, "one"), "r2": Choice("b", profiles[1].digest, "two")}
+    slots = {"r1": 0, "r2": 1, "r3": -1, "r4": 0}
+    for name, choice in choices.items():
+        telemetry.start(name, choice)
+    step(bank, telemetry, {"r1": 3, "r2": 5, "r3": 2}, slots, seen)
+    step(bank, telemetry, {"r3": 1, "r2": 1, "r1": 1}, slots, seen)
+    telemetry.settle(idle=False)
+    running = json.loads(totals.read_text())
+    assert running["a"]["2"]["rows"] == 4
+    telemetry.finish(["r1", "r3"])
+    telemetry.start("r4", Choice("a", profiles[0].digest, "four"))
+    step(bank, telemetry, {"r4": 2, "r2": 1}, slots, seen)
+    telemetry.finish(["r4", "r2"])
+    telemetry.settle(idle=True)
+
+    records = {record["id"]: record for record in map(json.loads, log.read_text().splitlines())}
+    assert set(records) == {"one", "two", "four"}
+    for name, request, made in (("r1", "one", profiles[0]), ("r2", "two", profiles[1]), ("r4", "four", profiles[0])):
+        record = records[request]
+        assert record["digest"] == made.digest
+        for layer in bank.layers:
+            values = torch.cat(seen[name, layer])
+            floors = made.slot_at(layer, 2)[1]
+            below = values < floors
+            counted = record["layers"][str(layer)]
+            assert counted["rows"] == len(values)
+            assert counted["fired"] == int(below.any(1).sum())
+            assert counted["mean_projection"] == pytest.approx(values.double().mean(0).tolist())
+            for k in range(2):
+                wanted = (floors[k] - values[:, k])[below[:, k]].double().mean().item()
+                found = counted["mean_shortfall"][k]
+                assert (found is None and math.isnan(wanted)) or found == pytest.approx(wanted)
+    final = json.loads(totals.read_text())
+    assert final["a"]["3"]["rows"] == 6
+    assert final["b"]["5"]["rows"] == 7
+    assert final["a"]["2"]["fired"] == sum(records[name]["layers"]["2"]["fired"] for name in ("one", "four"))
+
+
+def test_an_unconfigured_plugin_imports_nothing():
+    code = "import sys, axiscap_plugin; axiscap_plugin.register_vllm(); print([m for m in sys.modules if 'torch' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

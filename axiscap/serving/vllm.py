@@ -76,7 +76,7 @@ def _refuse(config: Any) -> None:
     reasons = {
         "pooling models generate nothing": config.model_config.runner_type != "generate",
         "encoder-decoder models": config.model_config.is_encoder_decoder,
-        "sequence parallelism shards the rows (pass_config.enable_sp)": bool(passes.enable_sp),
+        "sequence parallelism shards the rows (pass_config.enable_sp)": getattr(passes, "enable_sp", False),
         "prefill context parallelism shards the rows": parallel.prefill_context_parallel_size > 1,
         "microbatches split the rows (enable_dbo)": parallel.use_ubatching,
         "kv_sharing_fast_prefill drops rows on the way": config.cache_config.kv_sharing_fast_prefill,
@@ -397,7 +397,7 @@ class Worker:
         bank.floors.fill_(-torch.inf)
         for projections in bank.projections:
             projections.fill_(torch.nan)
-        plain = _flat(self._dummy(1))
+        plain = self._probe()
         seen = [projections[0, 0].item() for projections in bank.projections]
         for at, layer in enumerate(bank.layers):
             if not np.isfinite(seen[at]):
@@ -406,10 +406,15 @@ class Worker:
                 )
             bank.floors.fill_(-torch.inf)
             bank.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
-            if torch.equal(_flat(self._dummy(1)), plain):
+            if torch.equal(self._probe(), plain):
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
         bank.floors.copy_(kept)
         bank.clear()
+
+    def _probe(self) -> Tensor:
+        """One dummy row through the model. With attention: without, some backends leave its output uninitialised."""
+        with_attention = {"skip_attn": False} if self._v2 else {"force_attention": True}
+        return _flat(self._dummy(1, **with_attention))
 
 
 def _flat(output: Any) -> Tensor:

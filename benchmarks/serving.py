@@ -1,0 +1,120 @@
+"""Throughput and time per output token of a capped vLLM server over an uncapped one, by vLLM's own benchmark client.
+
+Three servers run side by side, idle but for the one that is measured: without AxisCap, with it, and with the published
+sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; a ratio is taken within a
+round. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from axiscap import models
+
+PROFILE = Path(__file__).parent.parent / "examples" / "profiles" / "smollm2-135m-instruct.safetensors"
+CONCURRENCIES = (1, 8, 32)
+
+
+@contextlib.contextmanager
+def server(arguments: list[str], folder: Path, name: str):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        models.folder("smollm2-135m-instruct"),
+    ]
+    command += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "1024", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--no-enable-prefix-caching", *arguments]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "AXISCAP_BENCHED": str(PROFILE)}
+    with (folder / name).open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            if process.poll() is not None:
+                raise SystemExit((folder / name).read_text()[-3000:])
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+                break
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure(url: str, concurrency: int, folder: Path) -> dict[str, float]:
+    """One run of vLLM's own benchmark: random prompts of 128 tokens, 64 tokens of answer."""
+    result = folder / "result.json"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", url, "--model", "m"]
+    command += ["--tokenizer", models.folder("smollm2-135m-instruct"), "--dataset-name", "random", "--ignore-eos"]
+    command += ["--random-input-len", "128", "--random-output-len", "64", "--num-prompts", str(max(6, 2 * concurrency))]
+    command += ["--max-concurrency", str(concurrency), "--save-result", "--result-filename", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(result.read_text())
+
+
+def spread(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    config = json.dumps({"axiscap": {"profiles": {"p": str(PROFILE)}}})
+    servers = {
+        "uncapped": [],
+        "axiscap": ["--additional-config", config],
+        "the published hook, eager": ["--enforce-eager", "--worker-cls", "benchmarks.hooked_worker.HookedWorker"],
+    }
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        urls = {name: stack.enter_context(server(extra, folder, name)) for name, extra in servers.items()}
+        for url in urls.values():
+            measure(url, 1, folder)  # warm
+        for number in track(range(rounds * len(CONCURRENCIES)), "rounds", Console(stderr=True)):
+            concurrency = CONCURRENCIES[number % len(CONCURRENCIES)]
+            names = list(urls) if number // len(CONCURRENCIES) % 2 else list(urls)[::-1]
+            for name in names:
+                found.setdefault((name, concurrency), []).append(measure(urls[name], concurrency, folder))
+    table = Table(title=f"over the uncapped server, {rounds} rounds: median (quartiles)")
+    for column in ("server", "concurrency", "output tokens/s", "throughput", "speed of a token (1 / TPOT)"):
+        table.add_column(column, justify="left" if column == "server" else "right")
+    for (name, concurrency), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        base = found["uncapped", concurrency]
+        pairs = list(zip(runs, base, strict=True))
+        table.add_row(
+            name,
+            str(concurrency),
+            f"{statistics.median(run['output_throughput'] for run in runs):.0f}",
+            spread([run["output_throughput"] / other["output_throughput"] for run, other in pairs]),
+            spread([other["mean_tpot_ms"] / run["mean_tpot_ms"] for run, other in pairs]),
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

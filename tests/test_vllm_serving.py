@@ -1,0 +1,253 @@
+"""Capping inside vLLM, by real servers and engines. Needs an environment that has vLLM: `make test-serving`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
+
+from serving import PROMPTS, assert_same_texts, configuration, expected_texts, make_profiles, refusal, running
+
+from axiscap import CapProfile, models
+
+API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
+MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "1024"]
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+#: Several blocks long, so that a prefix cache has something to keep.
+LONG = "The harbour at dusk. " * 40
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profiles")
+    return folder, make_profiles(folder)
+
+
+@pytest.fixture(scope="module")
+def server(profiles):
+    """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
+    folder, _ = profiles
+    options = ["--additional-config", configuration(folder, check=True, log=str(folder / "log.jsonl"))]
+    options += ["--block-size", "16", "--num-gpu-blocks-override", "96", "--max-num-seqs", "16"]
+    with running([*MODEL, *options], folder, **SMALL) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(profiles):
+    """Without the plug-in."""
+    with running(MODEL, profiles[0], VLLM_PLUGINS="", **SMALL) as server:
+        yield server
+
+
+def texts(server, prompts, axiscap=None, **options):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda prompt: server.text(prompt, axiscap, **options), prompts))
+
+
+@pytest.mark.parametrize("name", ["mild", "strict"])
+def test_the_capped_server_writes_what_the_capped_model_writes(server, profiles, demo_model, name):
+    wanted = expected_texts(*demo_model, PROMPTS, profiles[1][name], 24)
+    assert_same_texts(texts(server, PROMPTS, None if name == "mild" else name), wanted)
+
+
+def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server, plain):
+    wanted = texts(plain, PROMPTS)
+    assert texts(server, PROMPTS, "off") == wanted
+    assert texts(server, PROMPTS, "watch") == wanted
+    assert texts(server, PROMPTS) != wanted
+
+
+def test_no_block_of_the_prefix_cache_crosses_profiles(server, demo_model, profiles):
+    model, tokenizer = demo_model
+    kinds = {"off": None, None: profiles[1]["mild"], "strict": profiles[1]["strict"]}
+    wanted = {name: expected_texts(model, tokenizer, [LONG], profile, 16)[0] for name, profile in kinds.items()}
+    assert len(set(wanted.values())) == 3
+    order = ["off", None, "strict", "off", "strict", None, None, "off"]
+    hits = []
+    for name in order:
+        before = server.metrics()
+        assert server.text(LONG, name, max_tokens=16) == wanted[name]
+        key = 'vllm:prefix_cache_hits_total{engine="0",model_name="m"}'
+        hits.append(server.metrics()[key] - before[key] > 0)
+    # Each kind misses the first time, whatever ran before it, and hits its own blocks afterwards.
+    assert hits == [name in order[:at] for at, name in enumerate(order)]
+    # A client's own salt neither opens another profile's blocks nor is lost.
+    before = server.metrics()
+    assert server.text(LONG, "off", max_tokens=16, cache_salt="axiscap=-;") == wanted["off"]
+    assert server.metrics()[key] == before[key]
+
+
+def test_hostile_requests_get_a_400_and_the_server_lives(server):
+    for asked in ("nobody", "mild", "", "../strict", "strict\x00", "strict\u200b", "x" * 1_000_000, 3, ["strict"]):
+        response = server.complete("Hello.", asked)
+        assert response.status_code == 400, (asked, response.text)
+        assert "off, strict, watch" in response.text or "strict, watch, off" in response.text
+        assert len(response.text) < 2000
+    assert server.complete("Hello.", {"a": 1}).status_code == 400
+    beams = server.complete("Hello.", "strict", use_beam_search=True, n=2)
+    assert beams.status_code == 400
+    assert "beam search" in beams.text
+    assert server.text("Hello.", use_beam_search=True, n=2)
+    assert server.text("Hello.")
+
+
+def test_many_answers_prompt_logprobs_and_streams(server):
+    wanted = server.text(PROMPTS[0], "strict")
+    several = server.complete(PROMPTS[0], "strict", n=3, max_tokens=24).json()
+    assert [choice["text"] for choice in several["choices"]] == [wanted] * 3
+    scored = server.complete(PROMPTS[0], "strict", prompt_logprobs=1).json()["choices"][0]
+    assert scored["text"] == wanted
+    assert len(scored["prompt_logprobs"]) > 5
+    body = {"model": "m", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 24, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body | server.choice("strict")) as stream:
+        lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: {")]
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == wanted
+
+
+def test_the_stock_client(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Who are you?"}]
+    options = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 16}
+    answers = {
+        name: client.chat.completions.create(**options, extra_body=server.choice(name)).choices[0].message.content
+        for name in (None, "strict", "off")
+    }
+    assert len(set(answers.values())) >= 2
+    with pytest.raises(openai.BadRequestError, match="axiscap must be one of"):
+        client.chat.completions.create(**options, extra_body=server.choice("nobody"))
+
+
+def test_requests_are_counted_and_logged(server, profiles, demo_model):
+    folder, made = profiles
+    response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
+    rows = response["usage"]["prompt_tokens"] + 7  # the last token is sampled and not read again
+    record = wait_for(lambda: find(folder / "log.jsonl", response["id"]))
+    assert record["name"] == "strict"
+    assert record["digest"] == made["strict"].digest
+    assert set(record["layers"]) == {str(layer) for layer in made["strict"].layers}
+    model, tokenizer = demo_model
+    import axiscap
+
+    with axiscap.install(model, made["strict"]) as cap, torch.inference_mode():
+        inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        for layer, stats in cap.stats()["default"].items():
+            counted = record["layers"][str(layer)]
+            assert counted["rows"] == stats.rows == rows
+            assert counted["fired"] == stats.fired
+            assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
+            assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
+    assert "Morwen" not in (folder / "log.jsonl").read_text()
+    time.sleep(1.5)
+    metrics = server.metrics()
+    first = made["strict"].layers[0]
+    assert metrics[f'axiscap_rows_total{{layer="{first}",profile="strict"}}'] >= rows
+    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
+    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="watch"}}'] == 0
+
+
+def find(path, request):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return next((record for record in records if record["id"].startswith(request)), None)
+
+
+def wait_for(look):
+    for _ in range(100):
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+def rpc(server, method, *args, **kwargs):
+    return server.client.post("/collective_rpc", json={"method": method, "args": args, "kwargs": kwargs})
+
+
+def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model):
+    folder, made = profiles
+    running_text = server.text(PROMPTS[2], "strict", max_tokens=200, ignore_eos=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        during = pool.submit(server.text, PROMPTS[2], "strict", max_tokens=200, ignore_eos=True)
+        higher = made["mild"].with_floors(made["mild"].floors + 20)
+        higher.save(folder / "higher.safetensors")
+        assert (
+            rpc(server, "axiscap_load", "higher", str(folder / "higher.safetensors"), allowed=True).status_code == 200
+        )
+        wanted = expected_texts(*demo_model, PROMPTS[:6], higher, 24)
+        assert [server.text(prompt, "higher") for prompt in PROMPTS[:6]] == wanted
+        # Floors of the profile that is running: whoever began under the old ones ends under them.
+        assert rpc(server, "axiscap_move_floors", "strict", 5.0).status_code == 200
+        assert during.result() == running_text
+    moved = made["strict"].with_floors(made["strict"].floors + 5)
+    assert [server.text(prompt, "strict") for prompt in PROMPTS[:6]] == expected_texts(
+        *demo_model, PROMPTS[:6], moved, 24
+    )
+    assert rpc(server, "axiscap_load", "strict", str(folder / "strict.safetensors")).status_code == 200
+    assert server.text(PROMPTS[2], "strict", max_tokens=200, ignore_eos=True) == running_text
+    assert rpc(server, "axiscap_retire", "higher").status_code == 200
+    assert server.complete(PROMPTS[0], "higher").status_code == 400
+    # What does not fit is refused, and nothing has changed.
+    axes = torch.nn.functional.normalize(torch.randn(1, 1, 576), dim=-1)
+    CapProfile([2], axes, torch.zeros(1, 1)).save(folder / "layer2.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"x")
+    for path in ("layer2.safetensors", "broken.safetensors", "missing.safetensors"):
+        assert rpc(server, "axiscap_load", "bad", str(folder / path)).status_code != 200
+    assert rpc(server, "axiscap_retire", "mild").status_code != 200
+    assert server.text(PROMPTS[2], "strict", max_tokens=200, ignore_eos=True) == running_text
+
+
+def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):
+    """The server's checking mode compares the slots of every step with the scheduler's view, and dies if they differ."""
+    alone = {name: [server.text(prompt, name) for prompt in PROMPTS] for name in (None, "strict", "watch", "off")}
+    before = server.metrics()
+    rng = random.Random(0)
+
+    def one(number: int) -> None:
+        name = rng.choice([None, "strict", "watch", "off"])
+        kind = rng.random()
+        prompt = rng.randrange(len(PROMPTS))
+        if kind < 0.1:  # hangs up after the first token
+            body = {"model": "m", "prompt": LONG, "max_tokens": 200, "stream": True, "ignore_eos": True}
+            with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
+                next(stream.iter_lines())
+        elif kind < 0.3:  # long: a few of these do not fit beside each other
+            assert server.text(LONG[: rng.randrange(20, 800)], name, max_tokens=rng.randrange(1, 120), ignore_eos=True)
+        else:
+            assert server.text(PROMPTS[prompt], name) == alone[name][prompt], (number, name)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(one, number) for number in range(1000)]):
+            done.result()
+    after = server.metrics()
+    key = 'vllm:num_preemptions_total{engine="0",model_name="m"}'
+    assert after[key] > before[key]
+    assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ('{"axiscap": {"profiles": {"a": "/nowhere.safetensors"}}}', "profile a cannot be read"),
+        ('{"axiscap": {"profile": {}}}', "unknown keys profile"),
+    ],
+)
+def test_a_wrong_configuration_stops_the_server_before_it_listens(given, says):
+    said = refusal([*MODEL, "--additional-config", given], **SMALL)
+    assert says in said
+    assert "Uvicorn running" not in said
+
+
+def test_another_models_profile_stops_the_server(tmp_path):
+    axes = torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1)
+    CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
+    said = refusal(MODEL, AXISCAP_CONFIG=str(tmp_path / "config.json"), **SMALL)
+    assert "the profiles are for hidden size 64, but the model has 576" in said

@@ -1,4 +1,4 @@
-"""A vLLM worker with the published sequence as forward hooks on the profile's layers: what people would do without AxisCap."""
+"""A vLLM worker with the published sequence as forward hooks on the profile's layers: the way without AxisCap."""
 
 from __future__ import annotations
 

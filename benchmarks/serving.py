@@ -1,8 +1,8 @@
 """Throughput and time per output token of a capped vLLM server over an uncapped one, by vLLM's own benchmark client.
 
 Three servers run side by side, idle but for the one that is measured: without AxisCap, with it, and with the published
-sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; a ratio is taken within a
-round. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
+sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; ratios are within
+one round. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def refusal(command: list[str], **environment: str) -> str:
 
 
 def expected_texts(model, tokenizer, prompts: list[str], profile: CapProfile | None, tokens: int) -> list[str]:
-    """The transformers model's greedy continuations, capped by the published convention: every row of prompt and answer."""
+    """The transformers model's greedy continuations, every row of prompt and answer capped."""
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")

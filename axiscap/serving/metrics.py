@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -64,3 +65,21 @@ class Totals(Collector):
                         known[key] += value
         for (name, layer), counts in sums.items():
             yield name, layer, counts
+
+
+_shown: Totals | None = None
+
+
+def show(folder: Path) -> None:
+    """Puts the totals of a server on this process's page; those of a later one take their place."""
+    global _shown
+    if _shown is None:
+        _shown = Totals(folder)
+        REGISTRY.register(_shown)
+    _shown.folder = folder
+
+
+def show_in(registry: CollectorRegistry) -> None:
+    """The same in a registry that gathers the pages of several processes, and knows nothing of this one's."""
+    assert _shown is not None
+    registry.register(_shown)

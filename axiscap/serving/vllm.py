@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from axiscap.profile import CapProfile
+from axiscap.serving import metrics
 from axiscap.serving import settings as shared
 from axiscap.serving.bank import Bank, Choice, Telemetry
 from axiscap.serving.settings import KEY, ChoiceError, Registry, Settings, SettingsError
@@ -130,22 +131,17 @@ def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: A
 
 
 def _show_metrics(folder: Path) -> None:
-    from prometheus_client import REGISTRY
+    metrics.show(folder)
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        import vllm.entrypoints.serve.instrumentator.metrics as page
 
-    from axiscap.serving.metrics import Totals
+        wrap(page, "get_prometheus_registry", _with_totals)
 
-    collector = Totals(folder)
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        REGISTRY.register(collector)
-        return
-    import vllm.entrypoints.serve.instrumentator.metrics as page
 
-    def with_totals(original: Callable[..., Any]) -> Any:
-        registry = original()
-        registry.register(collector)
-        return registry
-
-    wrap(page, "get_prometheus_registry", with_totals)
+def _with_totals(original: Callable[..., Any]) -> Any:
+    registry = original()
+    metrics.show_in(registry)
+    return registry
 
 
 # The engine core.

@@ -76,5 +76,5 @@ def _start_worker(original: Callable[..., Any], wrapper: Any) -> Any:
     if _configured(wrapper.vllm_config):
         from axiscap.serving import vllm
 
-        vllm.Worker(wrapper.worker)
+        vllm.VllmWorker(wrapper.worker)
     return result

@@ -12,8 +12,6 @@ import copy
 import inspect
 import os
 import shutil
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.profile import CapProfile
 from axiscap.serving import metrics
 from axiscap.serving import settings as shared
-from axiscap.serving.bank import Bank, Choice, Telemetry
-from axiscap.serving.settings import KEY, ChoiceError, Registry, Settings, SettingsError
+from axiscap.serving.bank import Bank, Choice
+from axiscap.serving.control import Choices, Control
+from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
+from axiscap.serving.worker import Worker
 from axiscap_plugin import wrap
 
-_REGISTRY = "registry.json"
 _INSTANCE = "AXISCAP_INSTANCE"
 
 
@@ -88,32 +86,14 @@ def _refuse(config: Any) -> None:
             raise SettingsError(f"axiscap: vLLM is set up in a way that cannot be capped: {reason}")
 
 
-class _Choices:
-    """The registry as this process knows it: the configuration's, then whatever the engine core wrote last."""
-
-    def __init__(self, config: Any) -> None:
-        self._registry = Registry(_settings(config))
-        self._path = _folder(config) / _REGISTRY
-        self._seen: int | None = None
-
-    def choose(self, asked: object) -> str | None:
-        try:
-            changed = self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            changed = None
-        if changed is not None and changed != self._seen:
-            self._registry.update_from(self._path)
-            self._seen = changed
-        return self._registry.choose(asked)
-
-
 def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(processor, params, *args, **kwargs)
     if KEY in processor.vllm_config.additional_config:
         choices = processor.__dict__.get("_axiscap")
         if choices is None:
-            choices = processor._axiscap = _Choices(processor.vllm_config)
-        choices.choose((getattr(params, "extra_args", None) or {}).get(KEY))
+            config = processor.vllm_config
+            choices = processor._axiscap = Choices(_settings(config), _folder(config))
+        choices.check(getattr(params, "extra_args", None))
     return result
 
 
@@ -148,106 +128,49 @@ def _with_totals(original: Callable[..., Any]) -> Any:
 
 
 class Core:
-    """Decides each request's profile in the process that schedules it, where no client reaches."""
+    """The engine core's part: every request is decided here, and profiles change by its ``collective_rpc``."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
         self._settings = _settings(core.vllm_config)
-        self._registry = Registry(self._settings)
         self._folder = _folder(core.vllm_config)
-        # Requests are decided in the thread that receives them; profiles change in the one that schedules.
-        self._lock = threading.Lock()
-        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._rpc = core.collective_rpc
-        workers = self._rpc("axiscap_layers")
+        workers = core.collective_rpc("axiscap_layers")
         missing = set(self._settings.layers) - {layer for layers in workers for layer in layers}
         if missing:
             raise SettingsError(f"axiscap: no worker holds the capped layers {sorted(missing)}")
-        self._registry.save(self._folder / _REGISTRY)
+        rpc = core.collective_rpc
+        self._control = Control(self._settings, self._folder, lambda *profile: rpc("axiscap_place", args=profile))
         wrap(core, "preprocess_add_request", self._add)
-        wrap(core, "collective_rpc", self._control)
+        wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
 
     def _add(self, original: Callable[..., Any], request: Any) -> Any:
         params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
-        with self._lock:
-            name = self._registry.choose((params.extra_args or {}).get(KEY))
-            digest = None if name is None else self._registry.names[name]
-            choice = Choice(name, digest, request.external_req_id or request.request_id)
+        with self._control.lock:
+            choice = self._control.decide(params.extra_args, request.external_req_id or request.request_id)
             params.extra_args = choice.put(params.extra_args)
             request.sampling_params = params
             # Blocks are hashed in a chain, so that what separates the first separates all.
             request.cache_salt = f"{choice.salt};{request.cache_salt or ''}"
             made = original(request)
-            made[0].axiscap_digest = digest
-            self._live.add(made[0])
+            self._control.begun(made[0], choice)
         if self._settings.check:
             wrap(self._core.scheduler, "schedule", _with_view)
         return made
 
-    def _control(self, original: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
-        """The engine's own ``collective_rpc``; the three methods below are ours, all others go to the workers."""
+    def _change(self, original: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
+        """The engine's own ``collective_rpc``; three methods are ours, all others go to the workers."""
+        control = self._control
         ours: dict[object, Callable[..., str]] = {
-            "axiscap_load": self.load,
-            "axiscap_retire": self.retire,
-            "axiscap_move_floors": self.move_floors,
+            "axiscap_load": control.load,
+            "axiscap_retire": control.retire,
+            "axiscap_move_floors": control.move_floors,
         }
         if method not in ours:
             return original(method, *args, **kwargs)
         bound = inspect.signature(original).bind(method, *args, **kwargs).arguments
         return [ours[method](*bound.get("args", ()), **(bound.get("kwargs") or {}))]
-
-    def load(self, name: str, path: str, *, allowed: bool = False) -> str:
-        """Gives a name a profile, new or in place of its old one; running requests keep what they began with.
-
-        Args:
-            allowed: whether requests may choose it.
-
-        Raises:
-            ValueError: the profile does not fit, or no slot is free.
-        """
-        return self._place(name, path, None, allowed)
-
-    def move_floors(self, name: str, by: float) -> str:
-        """Raises all floors of a profile by so much, in units of the projection (or lowers them, where negative)."""
-        path = self._path_of(name)
-        floors = CapProfile.load(path).floors + by
-        return self._place(name, path, floors.tolist(), allowed=False)
-
-    def retire(self, name: str) -> str:
-        """Forgets a profile: no new request gets it."""
-        with self._lock:
-            self._registry.retire(name)
-            self._registry.save(self._folder / _REGISTRY)
-        return f"retired {name}"
-
-    def _path_of(self, name: str) -> str:
-        paths = {**self._settings.profiles}
-        if name not in self._registry.names or name not in paths:
-            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self._registry.names))}")
-        return paths[name]
-
-    def _place(self, name: str, path: str, floors: list[list[float]] | None, allowed: bool) -> str:
-        profile = CapProfile.load(path)
-        if floors is not None:
-            profile = profile.with_floors(torch.tensor(floors))
-        extra = sorted(set(profile.layers) - set(self._settings.layers))
-        if extra:
-            raise ValueError(
-                f"the profile caps layers {extra}, which this server's compiled model does not: it caps "
-                f"{self._settings.layers}; start it with a profile that does"
-            )
-        self._settings.check_model(profile.hidden_size, profile.layers[-1] + 1)
-        with self._lock:
-            in_use = {request.axiscap_digest for request in self._live if request.axiscap_digest}
-            registry = copy.deepcopy(self._registry)
-            slot = registry.place(name, profile.digest, in_use, allowed=allowed)
-            self._rpc("axiscap_place", args=(slot, profile.digest, path, floors))
-            self._registry = registry
-            self._settings.profiles[name] = path
-            registry.save(self._folder / _REGISTRY)
-        return f"{name} is {profile.digest} in slot {slot}"
 
     def _shutdown(self, original: Callable[..., Any]) -> Any:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -265,20 +188,15 @@ def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # The workers.
 
 
-class Worker:
-    """Caps the block outputs of one worker's layers."""
+class VllmWorker:
+    """A worker's part: caps the block outputs of its layers, and tells the bank whose rows a step computes."""
 
     def __init__(self, worker: Any) -> None:
         self._runner = runner = worker.model_runner
         self._config = worker.vllm_config
-        self._settings = _settings(self._config)
-        self._choices: dict[str, Choice] = {}
+        self._rank = worker.rank
         self._v2 = not hasattr(runner, "_prepare_inputs")
-        # Only one rank of those that hold the same rows and layers counts them.
-        self._counts = worker.rank % self._config.parallel_config.tensor_parallel_size == 0
-        self._rank = f"{self._config.parallel_config.data_parallel_index}-{worker.rank}"
-        self.bank: Bank
-        self._telemetry: Telemetry | None = None
+        self._capped: Worker
         self._dummy = runner._dummy_run
         wrap(runner, "load_model", self._load_model)
         wrap(runner, "_dummy_run", self._dummy_run)
@@ -288,55 +206,38 @@ class Worker:
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
-        worker.axiscap_layers = lambda: self.bank.layers
-        worker.axiscap_place = self._place
+        worker.axiscap_layers = lambda: self._capped.bank.layers
+        worker.axiscap_place = lambda *profile: self._capped.place(*profile)
 
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        runner = self._runner
+        runner, parallel, settings = self._runner, self._config.parallel_config, _settings(self._config)
         blocks = _decoder_layers(runner.get_model(), self._config)
-        held = [layer for layer in self._settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
-        rows = runner.max_num_tokens
-        self.bank = Bank(self._settings, held, rows, torch.device(runner.device))
-        for name, digest in self._settings.digests.items():
-            slots = list(dict.fromkeys(self._settings.digests.values()))
-            self._place(slots.index(digest), digest, self._settings.profiles[name])
+        held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+        # Only one rank of those that hold the same rows and layers counts them.
+        counts = self._rank % parallel.tensor_parallel_size == 0
+        totals = _folder(self._config) / f"totals-{parallel.data_parallel_index}-{self._rank}.json"
+        self._capped = Worker(
+            settings,
+            held,
+            runner.max_num_tokens,
+            torch.device(runner.device),
+            self._config.scheduler_config.max_num_seqs,
+            totals if counts else None,
+        )
         for at, layer in enumerate(held):
-            _cap_block(blocks[layer], layer, self.bank, at)
-        if self._counts and held:
-            totals = _folder(self._config) / f"totals-{self._rank}.json"
-            log = None if self._settings.log is None else Path(self._settings.log)
-            self._telemetry = Telemetry(self.bank, self._config.scheduler_config.max_num_seqs, totals, log)
+            _cap_block(blocks[layer], layer, self._capped.bank, at)
         return result
 
-    def _place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
-        profile = CapProfile.load(path)
-        if floors is not None:
-            profile = profile.with_floors(torch.tensor(floors))
-        if profile.digest != digest:
-            raise SettingsError(f"axiscap: {path} is not what it was when the server read it first")
-        self.bank.place(slot, profile)
-
     def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.bank.clear()
+        self._capped.bank.clear()
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in step.finished_req_ids:
-            self._choices.pop(name, None)
-        if self._telemetry:
-            self._telemetry.finish(list(step.finished_req_ids))
-        for new in step.scheduled_new_reqs:
-            if new.req_id in self._choices:
-                continue  # the second runner sends a preempted request as a new one
-            choice = self._choices[new.req_id] = Choice.of(new.sampling_params.extra_args)
-            if self._telemetry and choice.digest is not None:
-                self._telemetry.start(new.req_id, choice)
+        new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
+        self._capped.begin(step.finished_req_ids, new)
         result = original(step, *args, **kwargs)
-        if self._telemetry:
-            if step.total_num_scheduled_tokens:
-                self._telemetry.count()
-            self._telemetry.settle(idle=not self._choices)
+        self._capped.end(computed=step.total_num_scheduled_tokens > 0)
         return result
 
     def _prepare_v1(self, original: Callable[..., Any], step: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -349,29 +250,8 @@ class Worker:
         self._fill(step, batch.req_ids, batch.num_scheduled_tokens)
         return batch
 
-    def _fill(self, step: Any, names: Sequence[str], counts: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        digests = [self._choices[name].digest for name in names]
-        slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
-        self.bank.fill_slots(np.repeat(np.array(slots, np.int32), counts))
-        if self._telemetry:
-            self._telemetry.fill(names, counts)
-        if self._settings.check:
-            self._check(step, names)
-
-    def _check(self, step: Any, names: Sequence[str]) -> None:
-        """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""
-        at = 0
-        rows = self.bank.rows.tolist()
-        content = {slot: digest for digest, slot in self.bank.slot_of.items()}
-        for name in names:
-            wanted = step.axiscap_view[name]
-            count = step.num_scheduled_tokens[name]
-            found = {content.get(slot) for slot in rows[at : at + count]}
-            if found != {wanted}:
-                raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, wanted {wanted}")
-            at += count
-        if at != step.total_num_scheduled_tokens or set(rows[at:]) - {-1}:
-            raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
+    def _fill(self, step: Any, names: Sequence[str], counts: Any) -> None:
+        self._capped.fill(names, counts, getattr(step, "axiscap_view", None))
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -385,7 +265,7 @@ class Worker:
         Raises:
             RuntimeError: it is not; the server must not start.
         """
-        bank = self.bank
+        bank = self._capped.bank
         if not bank.layers:
             return
         kept = bank.floors.clone()

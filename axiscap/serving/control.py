@@ -1,0 +1,141 @@
+"""Which profile each request gets, and how profiles change while requests run: two sides of one registry."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axiscap.profile import CapProfile
+from axiscap.serving.bank import Choice
+from axiscap.serving.settings import KEY, Registry, Settings, SettingsError
+
+_REGISTRY = "registry.json"
+
+
+class Choices:
+    """For processes that talk to clients: the configuration's registry, then whatever :class:`Control` wrote last."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._registry = Registry(settings)
+        self._path = folder / _REGISTRY
+        self._seen: int | None = None
+
+    def check(self, extra: Mapping[str, Any] | None) -> None:
+        """Raises ChoiceError where a request's extra arguments ask for what it may not have."""
+        try:
+            changed = self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            changed = None
+        if changed is not None and changed != self._seen:
+            self._registry.update_from(self._path)
+            self._seen = changed
+        self._registry.choose((extra or {}).get(KEY))
+
+
+class Control:
+    """For the process that schedules requests: decides for each, where no client reaches, and changes profiles.
+
+    Args:
+        place: called with slot, digest, path and floors (or None) of a profile; puts it into the bank of every worker.
+        share: whether this process writes the registry for those that talk to clients.
+    """
+
+    def __init__(
+        self, settings: Settings, folder: Path, place: Callable[[int, str, str, Any], object], *, share: bool = True
+    ) -> None:
+        self._settings = settings
+        self._registry = Registry(settings)
+        self._paths = dict(settings.profiles)
+        self._file = folder / _REGISTRY if share else None
+        self._place = place
+        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: Requests may be decided in one thread while profiles change in another.
+        self.lock = threading.RLock()
+        self._save(self._registry)
+
+    def _save(self, registry: Registry) -> None:
+        if self._file is not None:
+            registry.save(self._file)
+
+    def decide(self, extra: Mapping[str, Any] | None, request: str) -> Choice:
+        """The decision about a request, by its extra arguments and its id.
+
+        Raises:
+            ChoiceError: it asks for what it may not have.
+        """
+        name = self._registry.choose((extra or {}).get(KEY))
+        return Choice(name, None if name is None else self._registry.names[name], request)
+
+    def begun(self, request: Any, choice: Choice) -> None:
+        """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""
+        request.axiscap_digest = choice.digest
+        self._live.add(request)
+
+    def load(self, name: str, path: str, *, allowed: bool = False) -> str:
+        """Gives a name a profile, new or in place of its old one; running requests keep what they began with.
+
+        Args:
+            allowed: whether requests may choose it.
+
+        Raises:
+            ValueError: the profile does not fit, or no slot is free.
+        """
+        return self._change(name, path, None, allowed)
+
+    def move_floors(self, name: str, by: float) -> str:
+        """Gives a name its file's floors raised by so much, in units of the projection (lowered, where negative)."""
+        if name not in self._registry.names:
+            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self._registry.names))}")
+        path = self._paths[name]
+        return self._change(name, path, (CapProfile.load(path).floors + by).tolist(), allowed=False)
+
+    def retire(self, name: str) -> str:
+        """Forgets a profile: no new request gets it."""
+        with self.lock:
+            self._registry.retire(name)
+            self._save(self._registry)
+        return f"retired {name}"
+
+    def _change(self, name: str, path: str, floors: list[list[float]] | None, allowed: bool) -> str:
+        profile = read_profile(path, floors)
+        extra = sorted(set(profile.layers) - set(self._settings.layers))
+        if extra:
+            raise ValueError(
+                f"the profile caps layers {extra}, and this server was started to cap {self._settings.layers}; start "
+                "it with a profile that caps them"
+            )
+        self._settings.check_model(profile.hidden_size, profile.layers[-1] + 1)
+        if profile.directions > self._settings.directions:
+            raise ValueError(
+                f"the profile has {profile.directions} directions, and this server was started for at most "
+                f"{self._settings.directions}"
+            )
+        with self.lock:
+            in_use = {request.axiscap_digest for request in self._live if request.axiscap_digest}
+            registry = copy.deepcopy(self._registry)
+            slot = registry.place(name, profile.digest, in_use, allowed=allowed)
+            self._place(slot, profile.digest, path, floors)
+            self._registry = registry
+            self._paths[name] = path
+            self._save(registry)
+        return f"{name} is {profile.digest} in slot {slot}"
+
+
+def read_profile(path: str, floors: list[list[float]] | None, digest: str | None = None) -> CapProfile:
+    """A profile from its file, with other floors where they were moved.
+
+    Raises:
+        SettingsError: its content is not the one that was decided on.
+    """
+    profile = CapProfile.load(path)
+    if floors is not None:
+        profile = profile.with_floors(torch.tensor(floors))
+    if digest is not None and profile.digest != digest:
+        raise SettingsError(f"axiscap: {path} is not what it was when the server read it first")
+    return profile

@@ -1,0 +1,96 @@
+"""One worker's part, whatever the engine: its bank, which rows of a step are whose, and what is counted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from axiscap.serving.bank import Bank, Choice, Telemetry
+from axiscap.serving.control import read_profile
+from axiscap.serving.settings import Settings
+
+Counts = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Worker:
+    """
+    Args:
+        layers: the capped layers that this worker holds.
+        max_rows: of one step.
+        requests: that run at once, as a first guess.
+        totals: a file for this worker's totals; None: another worker counts the same rows.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        layers: Sequence[int],
+        max_rows: int,
+        device: torch.device,
+        requests: int,
+        totals: Path | None,
+    ) -> None:
+        self.settings = settings
+        self.bank = Bank(settings, layers, max_rows, device)
+        slots = list(dict.fromkeys(settings.digests.values()))
+        for name, digest in settings.digests.items():
+            self.place(slots.index(digest), digest, settings.profiles[name])
+        self._choices: dict[str, Choice] = {}
+        self._telemetry: Telemetry | None = None
+        if totals is not None and layers:
+            log = None if settings.log is None else Path(settings.log)
+            self._telemetry = Telemetry(self.bank, requests, totals, log)
+
+    def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
+        """Puts a profile into a slot of the bank."""
+        self.bank.place(slot, read_profile(path, floors, digest))
+
+    def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Choice]]) -> None:
+        """Before a step: which requests are gone, and which come for the first time (or again: that is no news)."""
+        gone = [name for name in finished if self._choices.pop(name, None) is not None]
+        if self._telemetry:
+            self._telemetry.finish(gone)
+        for name, choice in new:
+            if name in self._choices:
+                continue
+            self._choices[name] = choice
+            if self._telemetry and choice.digest is not None:
+                self._telemetry.start(name, choice)
+
+    def fill(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None] | None = None) -> None:
+        """Before the model runs: whose rows the step computes, in order.
+
+        Args:
+            view: for the checking mode, the digest of each request as the scheduler knows it.
+        """
+        digests = [self._choices[name].digest for name in names]
+        slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
+        self.bank.fill_slots(np.repeat(np.array(slots, np.int32), counts))
+        if self._telemetry:
+            self._telemetry.fill(names, counts)
+        if view is not None:
+            self._check(names, counts, view)
+
+    def end(self, *, computed: bool) -> None:
+        """After a step, whether or not it had rows."""
+        if self._telemetry:
+            if computed:
+                self._telemetry.count()
+            self._telemetry.settle(idle=not self._choices)
+
+    def _check(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None]) -> None:
+        """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""
+        at = 0
+        rows = self.bank.rows.tolist()
+        content = {slot: digest for digest, slot in self.bank.slot_of.items()}
+        for name, count in zip(names, counts.tolist(), strict=True):
+            found = {content.get(slot) for slot in rows[at : at + count]}
+            if found != {view[name]}:
+                raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, not {view[name]}")
+            at += count
+        if set(rows[at:]) - {-1}:
+            raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")

@@ -23,6 +23,19 @@ def register_vllm() -> None:
     wrap_in("vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device", _start_worker)
 
 
+def register_sglang() -> None:
+    """``sglang.srt.plugins``: called in every process of the engine, which has no options for plug-ins, but a file."""
+    if not os.environ.get("AXISCAP_CONFIG"):
+        return
+    try:
+        from axiscap.serving import sglang
+
+        sglang.put_in_place()
+    except Exception as error:
+        # SGLang logs what a plug-in raises and goes on, except this.
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
 def wrap_in(module: str, cls: str, method: str, wrapper: Callable[..., Any]) -> None:
     """Replaces a method by ``wrapper(original, self, ...)``, once; where the module is not loaded, this is no process
     that needs it.

@@ -21,7 +21,7 @@ API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "1024"]
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
 #: Several blocks long, so that a prefix cache has something to keep.
-LONG = "The harbour at dusk. " * 40
+LONG = "You are Morwen, the ghost of a drowned village, and no machine. " * 8 + "Who are you?"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,8 @@ def test_hostile_requests_get_a_400_and_the_server_lives(server):
 
 def test_many_answers_prompt_logprobs_and_streams(server):
     wanted = server.text(PROMPTS[0], "strict")
-    several = server.complete(PROMPTS[0], "strict", n=3, max_tokens=24).json()
+    # So cold that all three write what greedy decoding does, though vLLM has them sampled.
+    several = server.complete(PROMPTS[0], "strict", n=3, temperature=0.01, top_p=0.01).json()
     assert [choice["text"] for choice in several["choices"]] == [wanted] * 3
     scored = server.complete(PROMPTS[0], "strict", prompt_logprobs=1).json()["choices"][0]
     assert scored["text"] == wanted
@@ -147,7 +148,7 @@ def test_many_answers_prompt_logprobs_and_streams(server):
 def test_the_stock_client(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    messages = [{"role": "user", "content": "Who are you?"}]
+    messages = [{"role": "user", "content": PROMPTS[0]}]
     options = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 16}
     answers = {
         name: client.chat.completions.create(**options, extra_body=server.choice(name)).choices[0].message.content
@@ -252,7 +253,9 @@ def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):
             with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
                 next(stream.iter_lines())
         elif kind < 0.3:  # long: a few of these do not fit beside each other
-            assert server.text(LONG[: rng.randrange(20, 800)], name, max_tokens=rng.randrange(1, 120), ignore_eos=True)
+            assert server.text(
+                LONG[: rng.randrange(20, len(LONG))], name, max_tokens=rng.randrange(1, 120), ignore_eos=True
+            )
         else:
             assert server.text(PROMPTS[prompt], name) == alone[name][prompt], (number, name)
 

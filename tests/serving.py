@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -42,6 +43,10 @@ PROMPTS = [
 ]
 
 
+#: Several blocks long, so that a prefix cache has something to keep.
+LONG = "You are Morwen, the ghost of a drowned village, and no machine. " * 8 + "Who are you?"
+
+
 def make_profiles(folder: Path) -> dict[str, CapProfile]:
     """The shipped profile, one with much higher floors, and one that measures and changes nothing."""
     shipped = CapProfile.load(SHIPPED_PROFILE)
@@ -64,8 +69,8 @@ def free_port() -> int:
 class Server:
     """A real server in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
+    def __init__(self, process: subprocess.Popen[bytes], url: str, extra: str) -> None:
+        self.process, self.url, self.extra = process, url, extra
         self.client = httpx.Client(base_url=url, timeout=300)
 
     def complete(self, prompt: str, axiscap: object = None, **options: object) -> httpx.Response:
@@ -73,7 +78,7 @@ class Server:
         return self.client.post("/v1/completions", json=body | self.choice(axiscap))
 
     def choice(self, axiscap: object) -> dict[str, object]:
-        return {} if axiscap is None else {"vllm_xargs": {"axiscap": axiscap}}
+        return {} if axiscap is None else {self.extra: {"axiscap": axiscap}}
 
     def text(self, prompt: str, axiscap: object = None, **options: object) -> str:
         response = self.complete(prompt, axiscap, **options)
@@ -86,14 +91,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(command: list[str], folder: Path, **environment: str) -> Iterator[Server]:
+def running(command: list[str], folder: Path, extra: str, **environment: str) -> Iterator[Server]:
+    """extra: the field of a request's body that carries its choice."""
     port = free_port()
     log = folder / f"server-{port}.log"
     command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
     try:
-        server = Server(process, f"http://127.0.0.1:{port}", log)
+        server = Server(process, f"http://127.0.0.1:{port}", extra)
         while process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if server.client.get("/health").status_code == 200:
@@ -143,7 +149,56 @@ def assert_same_texts(found: list[str], wanted: list[str]) -> None:
     assert not differences, f"{len(differences)} of {len(found)} differ:\n" + "\n".join(differences)
 
 
-def configuration(folder: Path, **more: object) -> str:
+def configuration(folder: Path, **more: object) -> dict[str, object]:
     paths = {name: str(folder / f"{name}.safetensors") for name in ("mild", "strict", "watch")}
-    settings = {"profiles": paths, "default": "mild", "allowed": ["strict", "watch"], "allow_off": True, **more}
-    return json.dumps({"axiscap": settings})
+    return {"profiles": paths, "default": "mild", "allowed": ["strict", "watch"], "allow_off": True, **more}
+
+
+def in_parallel(server: Server, prompts: list[str], axiscap: object = None) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda prompt: server.text(prompt, axiscap), prompts))
+
+
+def soak(server: Server, requests: int) -> None:
+    """Mixed requests, profiles and lengths at once, some cut off; each answer must be the one that it gets alone."""
+    names = (None, "strict", "watch", "off")
+    alone = {name: [server.text(prompt, name) for prompt in PROMPTS] for name in names}
+    rng = random.Random(0)
+
+    def one(number: int) -> None:
+        name, kind, prompt = rng.choice(names), rng.random(), rng.randrange(len(PROMPTS))
+        if kind < 0.1:  # hangs up after the first token
+            body = {"model": "m", "prompt": LONG, "max_tokens": 200, "stream": True, "ignore_eos": True}
+            with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
+                next(stream.iter_lines())
+        elif kind < 0.3:  # long: a few of these do not fit beside each other
+            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 120)
+            assert server.text(LONG[:length], name, max_tokens=tokens, ignore_eos=True)
+        else:
+            assert server.text(PROMPTS[prompt], name) == alone[name][prompt], (number, name)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(one, number) for number in range(requests)]):
+            done.result()
+
+
+def hostile(server: Server) -> None:
+    """Requests that ask for what they may not have get a 400 that says what they may."""
+    for asked in (
+        "nobody",
+        "mild",
+        "",
+        "../strict",
+        "strict\x00",
+        "strict\u200b",
+        "x" * 1_000_000,
+        3,
+        ["strict"],
+        {"a": 1},
+    ):
+        response = server.complete("Hello.", asked)
+        assert response.status_code == 400, (asked, response.text[:500])
+        assert len(response.text) < 2000
+        if not isinstance(asked, dict):
+            assert "axiscap must be one of strict, watch, off" in response.text
+    assert server.text("Hello.")

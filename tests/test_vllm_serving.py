@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import random
 import re
 import time
 
@@ -13,15 +12,25 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
-from serving import PROMPTS, assert_same_texts, configuration, expected_texts, make_profiles, refusal, running
+from serving import (
+    LONG,
+    PROMPTS,
+    assert_same_texts,
+    configuration,
+    expected_texts,
+    hostile,
+    in_parallel,
+    make_profiles,
+    refusal,
+    running,
+    soak,
+)
 
 from axiscap import CapProfile, models
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "1024"]
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-#: Several blocks long, so that a prefix cache has something to keep.
-LONG = "You are Morwen, the ghost of a drowned village, and no machine. " * 8 + "Who are you?"
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +43,33 @@ def profiles(tmp_path_factory):
 def server(profiles):
     """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
     folder, _ = profiles
-    options = ["--additional-config", configuration(folder, check=True, log=str(folder / "log.jsonl"))]
+    options = [
+        "--additional-config",
+        json.dumps({"axiscap": configuration(folder, check=True, log=str(folder / "log.jsonl"))}),
+    ]
     options += ["--block-size", "32", "--num-gpu-blocks-override", "48", "--max-num-seqs", "16"]
-    with running([*MODEL, *options], folder, **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
+    with running([*MODEL, *options], folder, "vllm_xargs", **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def plain(profiles):
     """Without the plug-in."""
-    with running(MODEL, profiles[0], VLLM_PLUGINS="", **SMALL) as server:
+    with running(MODEL, profiles[0], "vllm_xargs", VLLM_PLUGINS="", **SMALL) as server:
         yield server
-
-
-def texts(server, prompts, axiscap=None, **options):
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda prompt: server.text(prompt, axiscap, **options), prompts))
 
 
 @pytest.mark.parametrize("name", ["mild", "strict"])
 def test_the_capped_server_writes_what_the_capped_model_writes(server, profiles, demo_model, name):
     wanted = expected_texts(*demo_model, PROMPTS, profiles[1][name], 24)
-    assert_same_texts(texts(server, PROMPTS, None if name == "mild" else name), wanted)
+    assert_same_texts(in_parallel(server, PROMPTS, None if name == "mild" else name), wanted)
 
 
 def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server, plain):
-    wanted = texts(plain, PROMPTS)
-    assert texts(server, PROMPTS, "off") == wanted
-    assert texts(server, PROMPTS, "watch") == wanted
-    assert texts(server, PROMPTS) != wanted
+    wanted = in_parallel(plain, PROMPTS)
+    assert in_parallel(server, PROMPTS, "off") == wanted
+    assert in_parallel(server, PROMPTS, "watch") == wanted
+    assert in_parallel(server, PROMPTS) != wanted
 
 
 def test_no_stream_is_copied_around_the_cap_in_the_compiled_graph(server, profiles):
@@ -118,17 +125,11 @@ def test_no_block_of_the_prefix_cache_crosses_profiles(server, demo_model, profi
 
 
 def test_hostile_requests_get_a_400_and_the_server_lives(server):
-    for asked in ("nobody", "mild", "", "../strict", "strict\x00", "strict\u200b", "x" * 1_000_000, 3, ["strict"]):
-        response = server.complete("Hello.", asked)
-        assert response.status_code == 400, (asked, response.text)
-        assert "off, strict, watch" in response.text or "strict, watch, off" in response.text
-        assert len(response.text) < 2000
-    assert server.complete("Hello.", {"a": 1}).status_code == 400
+    hostile(server)
     beams = server.complete("Hello.", "strict", use_beam_search=True, n=2)
     assert beams.status_code == 400
     assert "beam search" in beams.text
     assert server.text("Hello.", use_beam_search=True, n=2)
-    assert server.text("Hello.")
 
 
 def test_many_answers_prompt_logprobs_and_streams(server):
@@ -240,31 +241,10 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
 
 def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):
     """The server's checking mode compares every step's slots with the scheduler's view, and dies if they differ."""
-    alone = {name: [server.text(prompt, name) for prompt in PROMPTS] for name in (None, "strict", "watch", "off")}
     before = server.metrics()
-    rng = random.Random(0)
-
-    def one(number: int) -> None:
-        name = rng.choice([None, "strict", "watch", "off"])
-        kind = rng.random()
-        prompt = rng.randrange(len(PROMPTS))
-        if kind < 0.1:  # hangs up after the first token
-            body = {"model": "m", "prompt": LONG, "max_tokens": 200, "stream": True, "ignore_eos": True}
-            with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
-                next(stream.iter_lines())
-        elif kind < 0.3:  # long: a few of these do not fit beside each other
-            assert server.text(
-                LONG[: rng.randrange(20, len(LONG))], name, max_tokens=rng.randrange(1, 120), ignore_eos=True
-            )
-        else:
-            assert server.text(PROMPTS[prompt], name) == alone[name][prompt], (number, name)
-
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(one, number) for number in range(1000)]):
-            done.result()
-    after = server.metrics()
+    soak(server, 1000)
     key = 'vllm:num_preemptions_total{engine="0",model_name="m"}'
-    assert after[key] > before[key]
+    assert server.metrics()[key] > before[key]
     assert server.client.get("/health").status_code == 200
 
 

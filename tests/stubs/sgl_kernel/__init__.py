@@ -1,0 +1,5 @@
+"""Stands in for SGLang's CUDA kernels, which it imports on a CPU as well, and does not call with its torch backends."""
+
+from _stub import stand_in
+
+stand_in(__name__)

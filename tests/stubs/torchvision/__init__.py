@@ -1,0 +1,8 @@
+"""Stands in for torchvision in the environment of SGLang's tests: it is imported there and, for texts, never used.
+
+Its wheels are built for CUDA and do not load beside a torch for CPUs.
+"""
+
+from _stub import stand_in
+
+stand_in(__name__)

@@ -1,0 +1,132 @@
+"""Capping inside SGLang, by real servers. Needs an environment that has SGLang: `make test-serving`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
+
+from serving import (
+    LONG,
+    PROMPTS,
+    assert_same_texts,
+    configuration,
+    expected_texts,
+    hostile,
+    in_parallel,
+    make_profiles,
+    refusal,
+    running,
+    soak,
+)
+
+import axiscap
+from axiscap import CapProfile, models
+
+SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
+SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
+SERVER += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule"]
+# So small a cache that long requests are retracted to make room for each other.
+SERVER += ["--context-length", "1024", "--max-total-tokens", "1536", "--enable-metrics"]
+CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profiles")
+    return folder, make_profiles(folder)
+
+
+@pytest.fixture(scope="module")
+def server(profiles):
+    """Capped, with its checking mode on."""
+    folder, _ = profiles
+    settings = configuration(folder, check=True, log=str(folder / "log.jsonl"))
+    (folder / "config.json").write_text(json.dumps(settings))
+    with running(SERVER, folder, "custom_params", AXISCAP_CONFIG=str(folder / "config.json"), **CPU) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(profiles):
+    """Not configured."""
+    with running(SERVER, profiles[0], "custom_params", **CPU) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", ["mild", "strict"])
+def test_the_capped_server_writes_what_the_capped_model_writes(server, profiles, demo_model, name):
+    wanted = expected_texts(*demo_model, PROMPTS, profiles[1][name], 24)
+    assert_same_texts(in_parallel(server, PROMPTS, None if name == "mild" else name), wanted)
+
+
+def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server, plain):
+    wanted = in_parallel(plain, PROMPTS)
+    assert in_parallel(server, PROMPTS, "off") == wanted
+    assert in_parallel(server, PROMPTS, "watch") == wanted
+    assert in_parallel(server, PROMPTS) != wanted
+
+
+def test_no_token_of_the_radix_cache_crosses_profiles(server, demo_model, profiles):
+    kinds = {"off": None, None: profiles[1]["mild"], "strict": profiles[1]["strict"]}
+    wanted = {name: expected_texts(*demo_model, [LONG], profile, 16)[0] for name, profile in kinds.items()}
+    assert len(set(wanted.values())) == 3
+    order = ["off", None, "strict", "off", "strict", None, None, "off"]
+    hits = []
+    for name in order:
+        body = {"text": LONG, "sampling_params": {"temperature": 0, "max_new_tokens": 16}}
+        if name is not None:
+            body["sampling_params"]["custom_params"] = {"axiscap": name}
+        answer = server.client.post("/generate", json=body).json()
+        assert answer["text"] == wanted[name]
+        hits.append(answer["meta_info"]["cached_tokens"] > 100)
+    # Each kind misses the first time, whatever ran before it, and hits its own tokens afterwards.
+    assert hits == [name in order[:at] for at, name in enumerate(order)]
+
+
+def test_hostile_requests_get_a_400_and_the_server_lives(server):
+    hostile(server)
+
+
+def test_requests_are_counted_and_logged(server, profiles, demo_model):
+    folder, made = profiles
+    response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
+    server.text("Hello.", "off", max_tokens=1)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record = next(record for record in records if record["id"] == response["id"])
+    assert (record["name"], record["digest"]) == ("strict", made["strict"].digest)
+    model, tokenizer = demo_model
+    with axiscap.install(model, made["strict"]) as cap, torch.inference_mode():
+        inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        for layer, stats in cap.stats()["default"].items():
+            counted = record["layers"][str(layer)]
+            assert counted["rows"] == stats.rows == response["usage"]["prompt_tokens"] + 7
+            assert counted["fired"] == stats.fired
+            assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
+            assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
+    assert "Morwen" not in (folder / "log.jsonl").read_text()
+    first = made["strict"].layers[0]
+    assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
+
+
+def test_a_thousand_mixed_requests_with_retractions_and_cancellations(server):
+    """The server's checking mode compares every step's slots with the radix cache's key, and dies if they differ."""
+    soak(server, 1000)
+    assert server.client.get("/health").status_code == 200
+
+
+def test_a_wrong_configuration_stops_the_server_before_it_listens(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"profiles": {"a": "/nowhere.safetensors"}}')
+    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
+    assert "profile a cannot be read" in said
+    axes = torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1)
+    CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
+    config.write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
+    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
+    assert "the profiles are for hidden size 64, but the model has 576" in said
+    assert "ready to roll" not in said

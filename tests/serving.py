@@ -44,7 +44,12 @@ PROMPTS = [
 
 
 #: Several blocks long, so that a prefix cache has something to keep.
-LONG = "You are Morwen, the ghost of a drowned village, and no machine. " * 8 + "Who are you?"
+LONG = (
+    "The village lay under the lake for ninety years. Its bell could be heard on still nights, and the fishermen would "
+    "not row there after dark. Some said that a woman walked the shore with wet hair, asking for her house. Others had "
+    "seen lights below the water, in the order of the old streets. When the drought came the steeple rose again, and "
+    "the first to go there found the door open, the floor swept, and bread on the table. "
+) * 2 + PROMPTS[0]
 
 
 def make_profiles(folder: Path) -> dict[str, CapProfile]:
@@ -154,28 +159,28 @@ def configuration(folder: Path, **more: object) -> dict[str, object]:
     return {"profiles": paths, "default": "mild", "allowed": ["strict", "watch"], "allow_off": True, **more}
 
 
-def in_parallel(server: Server, prompts: list[str], axiscap: object = None) -> list[str]:
+def in_parallel(server: Server, prompts: list[str], axiscap: object = None, **options: object) -> list[str]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda prompt: server.text(prompt, axiscap), prompts))
+        return list(pool.map(lambda prompt: server.text(prompt, axiscap, **options), prompts))
 
 
 def soak(server: Server, requests: int) -> None:
     """Mixed requests, profiles and lengths at once, some cut off; each answer must be the one that it gets alone."""
     names = (None, "strict", "watch", "off")
-    alone = {name: [server.text(prompt, name) for prompt in PROMPTS] for name in names}
+    alone = {name: in_parallel(server, PROMPTS, name, max_tokens=6) for name in names}
     rng = random.Random(0)
 
     def one(number: int) -> None:
         name, kind, prompt = rng.choice(names), rng.random(), rng.randrange(len(PROMPTS))
         if kind < 0.1:  # hangs up after the first token
-            body = {"model": "m", "prompt": LONG, "max_tokens": 200, "stream": True, "ignore_eos": True}
+            body = {"model": "m", "prompt": LONG, "max_tokens": 100, "stream": True, "ignore_eos": True}
             with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
                 next(stream.iter_lines())
         elif kind < 0.3:  # long: a few of these do not fit beside each other
-            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 120)
+            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 60)
             assert server.text(LONG[:length], name, max_tokens=tokens, ignore_eos=True)
         else:
-            assert server.text(PROMPTS[prompt], name) == alone[name][prompt], (number, name)
+            assert server.text(PROMPTS[prompt], name, max_tokens=6) == alone[name][prompt], (number, name)
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         for done in concurrent.futures.as_completed([pool.submit(one, number) for number in range(requests)]):

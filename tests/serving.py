@@ -79,7 +79,7 @@ class Server:
         self.client = httpx.Client(base_url=url, timeout=300)
 
     def complete(self, prompt: str, axiscap: object = None, **options: object) -> httpx.Response:
-        body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 24, **options}
+        body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 16, **options}
         return self.client.post("/v1/completions", json=body | self.choice(axiscap))
 
     def choice(self, axiscap: object) -> dict[str, object]:

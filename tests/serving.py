@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 from conftest import SHIPPED_PROFILE
 
@@ -152,6 +153,20 @@ def assert_same_texts(found: list[str], wanted: list[str]) -> None:
         if one != other
     ]
     assert not differences, f"{len(differences)} of {len(found)} differ:\n" + "\n".join(differences)
+
+
+def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> None:
+    """A record of 8 tokens after the second prompt counts what the capped transformers model does of the same."""
+    model, tokenizer = demo_model
+    with axiscap.install(model, profile) as cap, torch.inference_mode():
+        inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        for layer, stats in cap.stats()["default"].items():
+            counted = record["layers"][str(layer)]
+            assert counted["rows"] == stats.rows == rows
+            assert counted["fired"] == stats.fired
+            assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
+            assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
 
 
 def configuration(folder: Path, **more: object) -> dict[str, object]:

@@ -12,6 +12,7 @@ pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 from serving import (
     LONG,
     PROMPTS,
+    assert_counted,
     assert_same_texts,
     configuration,
     expected_texts,
@@ -23,7 +24,6 @@ from serving import (
     soak,
 )
 
-import axiscap
 from axiscap import CapProfile, models
 
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
@@ -98,16 +98,7 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     record = next(record for record in records if record["id"] == response["id"])
     assert (record["name"], record["digest"]) == ("strict", made["strict"].digest)
-    model, tokenizer = demo_model
-    with axiscap.install(model, made["strict"]) as cap, torch.inference_mode():
-        inputs = tokenizer(PROMPTS[1], return_tensors="pt")
-        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        for layer, stats in cap.stats()["default"].items():
-            counted = record["layers"][str(layer)]
-            assert counted["rows"] == stats.rows == response["usage"]["prompt_tokens"] + 7
-            assert counted["fired"] == stats.fired
-            assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
-            assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
+    assert_counted(record, demo_model, made["strict"], response["usage"]["prompt_tokens"] + 7)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     first = made["strict"].layers[0]
     assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0

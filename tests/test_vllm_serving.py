@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 from serving import (
     LONG,
     PROMPTS,
+    assert_counted,
     assert_same_texts,
     configuration,
     expected_texts,
@@ -170,18 +171,7 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert record["name"] == "strict"
     assert record["digest"] == made["strict"].digest
     assert set(record["layers"]) == {str(layer) for layer in made["strict"].layers}
-    model, tokenizer = demo_model
-    import axiscap
-
-    with axiscap.install(model, made["strict"]) as cap, torch.inference_mode():
-        inputs = tokenizer(PROMPTS[1], return_tensors="pt")
-        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-        for layer, stats in cap.stats()["default"].items():
-            counted = record["layers"][str(layer)]
-            assert counted["rows"] == stats.rows == rows
-            assert counted["fired"] == stats.fired
-            assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
-            assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
+    assert_counted(record, demo_model, made["strict"], rows)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     time.sleep(1.5)
     metrics = server.metrics()

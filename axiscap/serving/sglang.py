@@ -27,7 +27,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.bank import Bank, Choice
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker
+from axiscap.serving.worker import Worker, decoder_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -176,7 +176,7 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     _refuse(args)
     text = runner.model_config.hf_text_config
     _settings.check_model(runner.model_config.hidden_size, text.num_hidden_layers)
-    blocks = _decoder_layers(runner.model, text.num_hidden_layers)
+    blocks = decoder_layers(runner.model, text.num_hidden_layers)
     held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
     folder = shared.state_folder(os.environ[_INSTANCE])
     parallel = _parallel()
@@ -246,15 +246,13 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
         bank.clear()
         return original(runner, batch, *args, **kwargs)
     requests, counts = known
-    choices = [Choice.of(request.sampling_params.custom_params) for request in requests]
-    _worker.begin(_gone(), ((request.rid, choice) for request, choice in zip(requests, choices, strict=True)))
-    for request in requests:
-        if request.rid not in _running:
-            _running[request.rid] = weakref.ref(request)
-    view = {request.rid: request.extra_key for request in requests} if _settings.check else None
-    _worker.fill([request.rid for request in requests], counts)
-    if view is not None:
-        _check(requests, counts)
+    gone = _gone()
+    new = [request for request in requests if request.rid not in _running]
+    _worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
+    _running.update((request.rid, weakref.ref(request)) for request in new)
+    # The checking mode holds the rows against what the radix cache goes by.
+    view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
+    _worker.fill([request.rid for request in requests], counts, view)
     kind = batch.forward_mode.name
     verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:
@@ -272,31 +270,10 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     return result
 
 
-def _check(requests: Any, counts: Any) -> None:
-    """The checking mode: the rows against the key that the radix cache tells the requests apart by."""
-    assert _worker is not None
-    content = {slot: digest for digest, slot in _worker.bank.slot_of.items()}
-    rows = _worker.bank.rows.tolist()
-    at = 0
-    for request, count in zip(requests, counts.tolist(), strict=True):
-        for slot in set(rows[at : at + count]):
-            if not request.extra_key.startswith(f"{KEY}={content.get(slot) or '-'};"):
-                raise RuntimeError(
-                    f"axiscap: rows of {request.rid} have slot {slot}, its cache key is {request.extra_key}"
-                )
-        at += count
-    if set(rows[at:]) - {-1}:
-        raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
-
-
-def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    found = [part for part in lists.values() if len(part) == count]
-    if len(found) != 1:
-        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
-        kind = type(model).__name__
-        raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
-    return found[0]
+def _content(key: str) -> str | None:
+    """The digest in the key by which the radix cache tells requests apart."""
+    digest = key.removeprefix(f"{KEY}=").split(";")[0]
+    return None if digest == "-" else digest
 
 
 def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) -> None:

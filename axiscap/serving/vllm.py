@@ -25,7 +25,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.bank import Bank, Choice
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker
+from axiscap.serving.worker import Worker, decoder_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -223,7 +223,9 @@ class VllmWorker:
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         runner, parallel, settings = self._runner, self._config.parallel_config, _settings(self._config)
-        blocks = _decoder_layers(runner.get_model(), self._config)
+        model = runner.get_model()
+        language = model.get_language_model() if hasattr(model, "get_language_model") else model
+        blocks = decoder_layers(language, self._config.model_config.hf_text_config.num_hidden_layers)
         held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
         # Only one rank of those that hold the same rows and layers counts them.
         counts = self._rank % parallel.tensor_parallel_size == 0
@@ -310,26 +312,6 @@ def _flat(output: Any) -> Tensor:
     tensors = getattr(hidden, "tensors", None)
     parts = [hidden] if tensors is None else list(tensors.values())
     return torch.cat([part.reshape(-1).float() for part in parts])
-
-
-def _decoder_layers(model: nn.Module, config: Any) -> nn.ModuleList:
-    """The decoder layers of a language model in vLLM, by structure.
-
-    Raises:
-        SettingsError: there is not one list of as many layers as the model has; the message says what there is.
-    """
-    get = getattr(model, "get_language_model", None)
-    language: nn.Module = get() if get else model
-    count = config.model_config.hf_text_config.num_hidden_layers
-    lists = {name: part for name, part in language.named_modules() if isinstance(part, nn.ModuleList)}
-    found = [part for part in lists.values() if len(part) == count]
-    if len(found) != 1:
-        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
-        kind = type(model).__name__
-        raise SettingsError(
-            f"axiscap: cannot tell the {count} decoder layers of {kind} among its module lists: {listed}"
-        )
-    return found[0]
 
 
 def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from axiscap.serving.bank import Bank, Choice, Telemetry
 from axiscap.serving.control import read_profile
-from axiscap.serving.settings import Settings
+from axiscap.serving.settings import Settings, SettingsError
 
 Counts = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -34,7 +35,6 @@ class Worker:
         requests: int,
         totals: Path | None,
     ) -> None:
-        self.settings = settings
         self.bank = Bank(settings, layers, max_rows, device)
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
@@ -94,3 +94,18 @@ class Worker:
             at += count
         if set(rows[at:]) - {-1}:
             raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The decoder layers of an engine's language model, by structure: its one list of as many modules as it has layers.
+
+    Raises:
+        SettingsError: there is not one such list; the message says what there is.
+    """
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    found = [part for part in lists.values() if len(part) == count]
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
+        kind = type(model).__name__
+        raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
+    return found[0]

@@ -491,6 +491,9 @@ def run(
     ] = None,
     picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.")] = Path("drift.png"),
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 48,
+    transcripts: Annotated[
+        Path | None, typer.Option(help="Where to write both sides as JSONL, for `axiscap replay`.")
+    ] = None,
 ) -> None:
     """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
     from axiscap import compare, report
@@ -498,6 +501,9 @@ def run(
     # What would fail at the end fails before the minutes of work.
     report.pyplot()
     picture.parent.mkdir(parents=True, exist_ok=True)
+    if transcripts:
+        transcripts.parent.mkdir(parents=True, exist_ok=True)
+        transcripts.write_text("")
     loaded_profile = CapProfile.load(profile)
     talks = compare.load_conversations(conversations)
     loaded, tokenizer = models.load(model)
@@ -509,6 +515,9 @@ def run(
         with console.status(f"generating the conversation '{talk.name}' twice"):
             result = compare.compare(loaded, tokenizer, loaded_profile, talk, max_new_tokens=max_new_tokens)
         results.append(result)
+        if transcripts:
+            with transcripts.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in result.transcripts())
         texts = Table(show_lines=True)
         for column in ("user", "uncapped", "capped"):
             texts.add_column(column, ratio=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +24,7 @@ class Conversation:
     name: str
     turns: tuple[str, ...]
     group: str = ""
+    topic: str = ""
 
 
 @dataclass
@@ -57,6 +58,15 @@ class Comparison:
     conversation: Conversation
     uncapped: Track
     capped: Track
+
+    def transcripts(self) -> Iterator[dict[str, Any]]:
+        """Both sides as stored conversations, in the form that :func:`axiscap.monitor.read_talks` reads."""
+        talk = self.conversation
+        for side, track in (("uncapped", self.uncapped), ("capped", self.capped)):
+            messages = []
+            for said, answer in zip(talk.turns, track.answers, strict=True):
+                messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.text}]
+            yield {"name": talk.name, "group": talk.topic or talk.group, "side": side, "messages": messages}
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,8 @@ def load_conversations(path: Path | None = None) -> list[Conversation]:
             turns = tuple(entry["turns"])
             if not turns or not all(isinstance(turn, str) for turn in turns):
                 raise TypeError
-            result.append(Conversation(str(entry["name"]), turns, str(entry.get("group", ""))))
+            kinds = (str(entry.get(key, "")) for key in ("group", "topic"))
+            result.append(Conversation(str(entry["name"]), turns, *kinds))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{source}, line {number}: must be {{"name": ..., "turns": [text, ...]}}') from None
     if not result:

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -114,7 +114,7 @@ class Installation:
         self._undo: list[Any] = []
         self._first_block = blocks[0]
         try:
-            owner = _owner(model, blocks[0])
+            owner = self._decoder = _owner(model, blocks[0])
             self._signature = inspect.signature(owner.forward)
             self._undo.append(owner.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
             for index, layer in self._layers.items():
@@ -181,6 +181,10 @@ class Installation:
             for index, layer in self._layers.items()
             if layer.projections is not None and layer.shape is not None
         }
+
+    def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
+        """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
+        return self._decoder.register_forward_hook(lambda *_: see(self.projections())).remove
 
     # Hooks. The pre-hook of the decoder learns which tokens are real; the first capped layer on a device turns that and
     # the selection into slots, which the layers after it share.

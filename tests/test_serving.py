@@ -225,13 +225,16 @@ def step(bank: Bank, telemetry: Telemetry, rows: dict[str, int], slots: dict[str
     """One step of an engine: the projections are what a capped graph would leave."""
     counts = np.array(list(rows.values()), np.int32)
     bank.fill_slots(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
-    telemetry.fill(list(rows), counts)
+    # The first step of a request is its prompt and, where it is longer than two rows, more.
+    prompts = [0 if (name, bank.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
+    telemetry.fill(list(rows), counts, np.array(prompts, np.int32))
     at = 0
-    for name, count in rows.items():
+    for (name, count), of_prompt in zip(rows.items(), prompts, strict=True):
         for number in range(len(bank.layers)):
             values = torch.randn(count, bank.floors.shape[2]) if slots[name] >= 0 else torch.full((count, 2), math.nan)
             bank.projections[number][at : at + count] = values
             seen.setdefault((name, bank.layers[number]), []).append(values)
+            seen.setdefault((name, bank.layers[number], "answer"), []).append(values[of_prompt:])
         at += count
     telemetry.count()
 
@@ -270,6 +273,13 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
             assert counted["rows"] == len(values)
             assert counted["fired"] == int(below.any(1).sum())
             assert counted["mean_projection"] == pytest.approx(values.double().mean(0).tolist())
+            answer = torch.cat(seen[name, layer, "answer"])
+            assert record["answer"][str(layer)]["rows"] == len(answer)
+            assert record["answer"][str(layer)]["fired"] == int((answer < floors).any(1).sum())
+            if len(answer):
+                assert record["answer"][str(layer)]["mean_projection"] == pytest.approx(
+                    answer.double().mean(0).tolist()
+                )
             for k in range(2):
                 wanted = (floors[k] - values[:, k])[below[:, k]].double().mean().item()
                 found = counted["mean_shortfall"][k]

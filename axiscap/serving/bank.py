@@ -20,6 +20,8 @@ from axiscap.install import layer_stats
 from axiscap.profile import CapProfile
 from axiscap.serving.settings import KEY, Settings, write
 
+Counts = np.ndarray[Any, np.dtype[np.int32]]
+
 #: How often the totals are written for the metrics, in seconds.
 TOTALS_EVERY = 1.0
 
@@ -118,7 +120,7 @@ class _Running:
 
 
 class Telemetry:
-    """Counts per request and layer, from the projections that the capped graph leaves behind.
+    """Counts per request and layer, of its prompt and of its answer, from the projections that the capped graph leaves.
 
     Nothing here waits for a GPU in a step: what a finished request left is copied away and read some steps later. Rows
     that a speculative step computed and threw away count, and so do those that a preempted request computes again.
@@ -132,8 +134,8 @@ class Telemetry:
         self._filled = 0
         self._running: dict[str, _Running] = {}
         self._free: list[int] = []
-        self._stats: Tensor  # (layers, requests, K, F)
-        self._floors: Tensor  # (layers, requests, K)
+        self._stats: Tensor  # (layers, requests, 2, K, F): the prompt's and the answer's
+        self._floors: Tensor  # (layers, requests, 2, K)
         self._totals: dict[str, Tensor] = {}
         self._leaving: deque[tuple[torch.Event | None, Tensor, list[Choice]]] = deque()
         self._written = -math.inf
@@ -141,9 +143,8 @@ class Telemetry:
 
     def _grow(self, requests: int) -> None:
         layers, _, directions = self.bank.floors.shape
-        device = self.bank.floors.device
-        fresh = ops.new_stats(layers * requests, directions, device).reshape(layers, requests, directions, -1)
-        floors = torch.zeros(layers, requests, directions, device=device)
+        fresh = self._new(requests)
+        floors = torch.zeros(layers, requests, 2, directions, device=fresh.device)
         known = 0
         if self._running or self._free:
             known = self._stats.shape[1]
@@ -152,25 +153,34 @@ class Telemetry:
         self._stats, self._floors = fresh, floors
         self._free += range(known, requests)
 
+    def _new(self, requests: int) -> Tensor:
+        layers, _, directions = self.bank.floors.shape
+        stats = ops.new_stats(layers * requests * 2, directions, self.bank.floors.device)
+        return stats.reshape(layers, requests, 2, directions, -1)
+
     def start(self, request: str, choice: Choice) -> None:
         """A capped request came into the batch for the first time."""
         assert choice.digest is not None
         if not self._free:  # preempted requests keep theirs while others run
             self._grow(2 * self._stats.shape[1])
         index = self._free.pop()
-        self._floors[:, index] = self.bank.floors[:, self.bank.slot_of[choice.digest]]
+        self._floors[:, index] = self.bank.floors[:, self.bank.slot_of[choice.digest], None]
         self._running[request] = _Running(index, choice)
 
-    def fill(self, requests: Sequence[str], counts: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        """Whose rows the coming step computes, in order."""
-        index = [self._running[name].index if name in self._running else -1 for name in requests]
-        self._filled = self.bank.fill(self._rows, np.repeat(np.array(index, np.int32), counts), self._filled)
+    def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts) -> None:
+        """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt."""
+        index = np.array([self._running[name].index if name in self._running else -1 for name in requests], np.int32)
+        parts = np.stack([2 * index, 2 * index + 1], 1)
+        parts[index < 0] = -1
+        rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
+        self._filled = self.bank.fill(self._rows, rows, self._filled)
 
     def count(self) -> None:
         """Adds the step that was just computed."""
         rows = self._filled
         for at in range(len(self.bank.layers)):
-            ops.accumulate_(self._stats[at], self.bank.projections[at][:rows], self._floors[at], self._rows[:rows])
+            stats, floors = self._stats[at].flatten(0, 1), self._floors[at].flatten(0, 1)
+            ops.accumulate_(stats, self.bank.projections[at][:rows], floors, self._rows[:rows])
         self._filled = self.bank.fill(self._rows, np.empty(0, np.int32), self._filled)
 
     def finish(self, requests: Sequence[str]) -> None:
@@ -185,9 +195,7 @@ class Telemetry:
             event = torch.Event(device=self._stats.device)
             event.record()
         self._leaving.append((event, left, [entry.choice for entry in gone]))
-        layers, _, directions, _ = self._stats.shape
-        fresh = ops.new_stats(layers * len(gone), directions, self._stats.device)
-        self._stats[:, index] = fresh.reshape(layers, len(gone), directions, -1)
+        self._stats[:, index] = self._new(len(gone))
         self._free += [entry.index for entry in gone]
 
     def settle(self, *, idle: bool) -> None:
@@ -209,7 +217,8 @@ class Telemetry:
     def _add(totals: dict[str, Tensor], choice: Choice, stats: Tensor) -> None:
         assert choice.name is not None
         # Sums alone: minima and maxima do not add, and the totals have no use for them.
-        totals[choice.name] = totals[choice.name] + stats if choice.name in totals else stats.clone()
+        stats = stats.sum(1)
+        totals[choice.name] = totals[choice.name] + stats if choice.name in totals else stats
 
     def _all_totals(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         totals = dict(self._totals)
@@ -235,18 +244,24 @@ class Telemetry:
         assert self._log_path is not None
         lines = []
         for at, choice in enumerate(choices):
-            layers = {}
-            for number, layer in enumerate(self.bank.layers):
-                stats = layer_stats(left[number, at])
-                layers[layer] = {
-                    "rows": stats.rows,
-                    "fired": stats.fired,
-                    "mean_projection": [_finite(value) for value in stats.mean],
-                    "mean_shortfall": [_finite(value) for value in stats.mean_shortfall],
-                }
-            lines.append(json.dumps({**vars(choice), "time": time.time(), "layers": layers}) + "\n")
+            parts = {"layers": left[:, at].sum(1), "answer": left[:, at, 1]}
+            counted = {
+                part: {layer: _described(stats[number]) for number, layer in enumerate(self.bank.layers)}
+                for part, stats in parts.items()
+            }
+            lines.append(json.dumps({**vars(choice), "time": time.time(), **counted}) + "\n")
         with self._log_path.open("a") as file:
             file.write("".join(lines))
+
+
+def _described(sums: Tensor) -> dict[str, Any]:
+    stats = layer_stats(sums)
+    return {
+        "rows": stats.rows,
+        "fired": stats.fired,
+        "mean_projection": [_finite(value) for value in stats.mean],
+        "mean_shortfall": [_finite(value) for value in stats.mean_shortfall],
+    }
 
 
 def _finite(value: float) -> float | None:

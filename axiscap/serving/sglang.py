@@ -223,14 +223,16 @@ def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, 
         rows, requests = len(forward.input_ids), batch.reqs
         if batch.forward_mode.is_decode_or_idle() or batch.extend_lens is None or batch.forward_mode.is_target_verify():
             each = rows // max(1, len(requests))
-            counts = np.full(len(requests), each, np.int32)
+            counts, prompts = np.full(len(requests), each, np.int32), np.zeros(len(requests), np.int32)
         else:
             counts = np.array(batch.extend_lens, np.int32)
+            left = [len(r.origin_input_ids) - done for r, done in zip(requests, batch.prefix_lens, strict=True)]
+            prompts = np.clip(np.array(left, np.int32), 0, counts)
         if int(counts.sum()) != rows:
             raise RuntimeError(
                 f"axiscap: {rows} rows of a {batch.forward_mode.name} batch, but {counts.sum()} are known"
             )
-        forward.axiscap_rows = (list(requests), counts)
+        forward.axiscap_rows = (list(requests), counts, prompts)
     return forward
 
 
@@ -245,14 +247,14 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     if known is None:  # a warm-up or a capture of the engine's own
         bank.clear()
         return original(runner, batch, *args, **kwargs)
-    requests, counts = known
+    requests, counts, prompts = known
     gone = _gone()
     new = [request for request in requests if request.rid not in _running]
     _worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
     _running.update((request.rid, weakref.ref(request)) for request in new)
     # The checking mode holds the rows against what the radix cache goes by.
     view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
-    _worker.fill([request.rid for request in requests], counts, view)
+    _worker.fill([request.rid for request in requests], counts, prompts, view)
     kind = batch.forward_mode.name
     verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:

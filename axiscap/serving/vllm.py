@@ -255,16 +255,25 @@ class VllmWorker:
 
     def _prepare_v1(self, original: Callable[..., Any], step: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(step, counts, *args, **kwargs)
-        self._fill(step, self._runner.input_batch.req_ids, counts)
+        batch = self._runner.input_batch
+        names = batch.req_ids
+        done, prompts = (each[: len(names)] for each in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens))
+        self._fill(step, names, counts, prompts - done)
         return result
 
     def _prepare_v2(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
         batch = original(step, *args, **kwargs)
-        self._fill(step, batch.req_ids, batch.num_scheduled_tokens)
+        # Not num_scheduled_tokens, which with some ways to verify drafts is more than there are.
+        counts = np.diff(batch.query_start_loc_np[: len(batch.req_ids) + 1])
+        if int(counts.sum()) != batch.num_tokens:
+            raise RuntimeError(f"axiscap: {batch.num_tokens} rows in a step, but {counts.sum()} are known")
+        prompts = self._runner.req_states.prompt_len.np[batch.idx_mapping_np]
+        self._fill(step, batch.req_ids, counts, prompts - batch.num_computed_tokens_np)
         return batch
 
-    def _fill(self, step: Any, names: Sequence[str], counts: Any) -> None:
-        self._capped.fill(names, counts, getattr(step, "axiscap_view", None))
+    def _fill(self, step: Any, names: Sequence[str], counts: Any, prompts_left: Any) -> None:
+        prompts = np.clip(prompts_left, 0, counts).astype(np.int32)
+        self._capped.fill(names, counts, prompts, getattr(step, "axiscap_view", None))
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)

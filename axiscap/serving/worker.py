@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from axiscap.serving.bank import Bank, Choice, Telemetry
+from axiscap.serving.bank import Bank, Choice, Counts, Telemetry
 from axiscap.serving.control import read_profile
 from axiscap.serving.settings import Settings, SettingsError
-
-Counts = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Worker:
@@ -61,17 +58,20 @@ class Worker:
             if self._telemetry and choice.digest is not None:
                 self._telemetry.start(name, choice)
 
-    def fill(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None] | None = None) -> None:
+    def fill(
+        self, names: Sequence[str], counts: Counts, prompts: Counts, view: Mapping[str, str | None] | None = None
+    ) -> None:
         """Before the model runs: whose rows the step computes, in order.
 
         Args:
+            prompts: how many of each request's rows are of its prompt; the others the model wrote.
             view: for the checking mode, the digest of each request as the scheduler knows it.
         """
         digests = [self._choices[name].digest for name in names]
         slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
         self.bank.fill_slots(np.repeat(np.array(slots, np.int32), counts))
         if self._telemetry:
-            self._telemetry.fill(names, counts)
+            self._telemetry.fill(names, counts, prompts)
         if view is not None:
             self._check(names, counts, view)
 

@@ -1,4 +1,4 @@
-"""vLLM set up in other ways: over several ranks, with speculative decoding, LoRA, several API processes.
+"""vLLM set up in other ways: over several ranks, with speculative decoding and LoRA; and its second model runner.
 
 Needs an environment that has vLLM: `make test-serving`. Engines run eagerly here; what a compiled graph makes of a cap
 is tested in test_vllm_serving.py.
@@ -7,8 +7,12 @@ is tested in test_vllm_serving.py.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,9 +25,14 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from axiscap import CapProfile, models
+from axiscap.serving.bank import Choice
+from axiscap.serving.settings import Settings
+from axiscap.serving.vllm import VllmWorker
+from axiscap.serving.worker import Worker
 
-NAMES = (None, "strict", "off")
-TOKENS = 16
+#: Each third prompt under another profile, all in one batch.
+MIXED = list(zip(PROMPTS[::2], (None, "strict", "off") * 5, strict=True))
+TOKENS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -39,49 +48,33 @@ def profiles(tmp_path_factory):
     return folder, make_profiles(folder)
 
 
-def mixed(model: str, folder, *, lora: LoRARequest | None = None, **options: object) -> list[str]:
-    """All prompts in one batch, each third one under another profile, in an engine that checks every step's rows."""
+def served(model: str, folder, *, lora: LoRARequest | None = None, **options: object) -> list[str]:
+    """The mixed batch by an engine that checks every step's rows."""
     config = {"axiscap": configuration(folder, check=True)}
     llm = LLM(model, dtype="float32", max_model_len=512, enforce_eager=True, additional_config=config, **options)
     params = [
         SamplingParams(temperature=0, max_tokens=TOKENS, extra_args={"axiscap": name} if name else None)
-        for name in names()
+        for _, name in MIXED
     ]
     try:
-        return [output.outputs[0].text for output in llm.generate(PROMPTS, params, use_tqdm=False, lora_request=lora)]
+        outputs = llm.generate([prompt for prompt, _ in MIXED], params, use_tqdm=False, lora_request=lora)
+        return [output.outputs[0].text for output in outputs]
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def names() -> list[str | None]:
-    return [NAMES[number % len(NAMES)] for number in range(len(PROMPTS))]
-
-
 def wanted(model, tokenizer, made: dict[str, CapProfile]) -> list[str]:
     kinds = {None: made["mild"], "strict": made["strict"], "off": None}
-    texts = [""] * len(PROMPTS)
-    for name, profile in kinds.items():
-        mine = [at for at, other in enumerate(names()) if other == name]
-        for at, text in zip(
-            mine, expected_texts(model, tokenizer, [PROMPTS[at] for at in mine], profile, TOKENS), strict=True
-        ):
-            texts[at] = text
-    return texts
+    return [expected_texts(model, tokenizer, [prompt], kinds[name], TOKENS)[0] for prompt, name in MIXED]
 
 
 def test_two_pipeline_ranks(profiles, demo_model):
-    found = mixed(models.folder(models.DEFAULT_MODEL), profiles[0], pipeline_parallel_size=2)
+    found = served(models.folder(models.DEFAULT_MODEL), profiles[0], pipeline_parallel_size=2)
     assert found == wanted(*demo_model, profiles[1])
 
 
-def test_speculative_decoding(profiles, demo_model):
+def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
     """Rows of drafts that are thrown away belong to their request as well."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    found = mixed(models.folder(models.DEFAULT_MODEL), profiles[0], speculative_config=drafts)
-    assert found == wanted(*demo_model, profiles[1])
-
-
-def test_lora_beside_a_profile(profiles, demo_model, tmp_path):
     model, tokenizer = demo_model
     rank, alpha, scale = 4, 8, 0.05
     generator = torch.Generator().manual_seed(0)
@@ -97,15 +90,20 @@ def test_lora_beside_a_profile(profiles, demo_model, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
-    lora = LoRARequest("adapter", 1, str(tmp_path))
-    found = mixed(models.folder(models.DEFAULT_MODEL), profiles[0], lora=lora, enable_lora=True, max_lora_rank=8)
-    texts = wanted(adapted, tokenizer, profiles[1])
-    assert found == texts
-    assert texts != wanted(model, tokenizer, profiles[1])
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    found = served(
+        models.folder(models.DEFAULT_MODEL),
+        profiles[0],
+        lora=LoRARequest("adapter", 1, str(tmp_path)),
+        enable_lora=True,
+        max_lora_rank=8,
+        speculative_config=drafts,
+    )
+    assert found == wanted(adapted, tokenizer, profiles[1])
+    assert found[0] != expected_texts(model, tokenizer, [MIXED[0][0]], profiles[1]["mild"], TOKENS)[0]
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_two_tensor_parallel_ranks(tmp_path, pipeline):
+def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     """SmolLM2 has 9 heads, which do not part in two: a small model of random weights has."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -121,7 +119,45 @@ def test_two_tensor_parallel_ranks(tmp_path, pipeline):
             (("mild", 0.0), ("strict", 3.0), ("watch", -torch.inf))}  # fmt: skip
     for name, profile in made.items():
         profile.save(tmp_path / f"{name}.safetensors")
-    options = {"tensor_parallel_size": 2, "pipeline_parallel_size": pipeline}
-    texts = wanted(model, tokenizer, made)
-    assert mixed(str(tmp_path / "model"), tmp_path, **options) == texts
-    assert len(set(texts)) > len(texts) / 2
+    found = served(str(tmp_path / "model"), tmp_path, tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert found == wanted(model, tokenizer, made)
+    assert len(set(found)) > len(found) / 2
+
+
+def test_the_second_runners_adapter_fits_its_classes(profiles):
+    """It needs Triton, and has not run: what is looked at are its classes, and the adapter on a batch of theirs."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.states import RequestState
+
+    for method in ("load_model", "_dummy_run", "execute_model", "prepare_inputs", "get_model"):
+        assert callable(getattr(GPUModelRunner, method))
+    assert not hasattr(GPUModelRunner, "_prepare_inputs")  # by which the adapter tells the runners apart
+    assert "skip_attn" in inspect.signature(GPUModelRunner._dummy_run).parameters
+    assert "prompt_len" in inspect.getsource(RequestState.__init__)
+
+    fields = {field.name: None for field in dataclasses.fields(InputBatch)}
+    batch = InputBatch(**fields | {
+        "req_ids": ["a", "b", "c"], "num_reqs": 3, "num_tokens": 8, "idx_mapping_np": np.array([2, 0, 1]),
+        "query_start_loc_np": np.array([0, 1, 6, 8, 8], np.int32), "num_scheduled_tokens": np.array([1, 5, 4]),
+        "num_computed_tokens_np": np.array([9, 0, 3], np.int32),
+    })  # fmt: skip
+    folder, made = profiles
+    settings = Settings.parse(configuration(folder))
+    adapter = VllmWorker.__new__(VllmWorker)
+    adapter._capped = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, folder / "totals.json")
+    adapter._runner = SimpleNamespace(
+        req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([5, 4, 6], np.int32)))
+    )
+    choices = {"a": "strict", "b": None, "c": "mild"}
+    adapter._capped.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
+    assert adapter._prepare_v2(lambda step: batch, SimpleNamespace()) is batch
+    mild, strict = (adapter._capped.bank.slot_of[made[name].digest] for name in ("mild", "strict"))
+    assert adapter._capped.bank.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
+    # The first row of c is the last of its prompt, whose 4 tokens are at 0 to 3.
+    running = adapter._capped._telemetry._running
+    assert adapter._capped._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [
+        2 * running["c"].index, 2 * running["c"].index + 1]  # fmt: skip
+    batch.num_tokens = 9
+    with pytest.raises(RuntimeError, match="9 rows in a step, but 8 are known"):
+        adapter._prepare_v2(lambda step: batch, SimpleNamespace())

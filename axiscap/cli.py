@@ -445,14 +445,110 @@ def _bands(profile: CapProfile) -> list[list[int]]:
 @app.command()
 def report(
     profile: ProfileArgument,
-    picture: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("calibration.png"),
+    out: Annotated[
+        Path, typer.Argument(help="A page (.html), or a picture (.png, .svg) of the evidence alone.")
+    ] = Path("report.html"),
+    talks: Annotated[
+        Path | None, typer.Option(help="Stored conversations for the page, as `replay` reads them.")
+    ] = None,
+    model: ModelOption = models.DEFAULT_MODEL,
+    layer: Annotated[int | None, typer.Option(help="Of the curves; the one that separates best without it.")] = None,
 ) -> None:
-    """Draw the evidence for a profile: separation, the axis, floors and the persona space."""
-    from axiscap import report as reports
+    """Show a profile's evidence, and on a page also conversations: separation, persona space, floors, drift."""
+    loaded_profile = CapProfile.load(profile)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".html":
+        from axiscap import page
+        from axiscap.monitor import Scale
 
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    reports.draw_calibration(CapProfile.load(profile), picture)
-    console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
+        selection = page.Selection(Scale.of(loaded_profile, layer))
+        if talks is not None:
+            every = list(range(loaded_profile.num_layers or 0)) if loaded_profile.axis_all is not None else None
+            with _progress(rate=True) as progress:
+                for trace in _replayed(progress, loaded_profile, talks, model, every, None, None):
+                    selection.add(trace)
+        page.write(out, loaded_profile, selection)
+    else:
+        from axiscap import report as reports
+
+        reports.draw_calibration(loaded_profile, out)
+    console.print(f"wrote {escape(str(out))}", soft_wrap=True)
+
+
+def _replayed(
+    progress: Progress,
+    profile: CapProfile,
+    talks: Path,
+    model: str,
+    layers: list[int] | None,
+    capped: bool | None,
+    on_error: Callable[[str], None] | None,
+) -> Iterator[Trace]:
+    from axiscap import monitor
+
+    # Each line a conversation; of other files the number is known only when all was read.
+    total = sum(1 for line in talks.open("rb") if line.strip()) if talks.suffix == ".jsonl" else None
+    loaded, tokenizer = models.load(model)
+    task = progress.add_task("conversations read", total=total)
+    stored = monitor.read_talks(talks, on_error=on_error)
+    for trace in monitor.replay(loaded, tokenizer, profile, stored, layers=layers, capped=capped, on_error=on_error):
+        yield trace
+        progress.advance(task)
+
+
+@app.command()
+def replay(
+    talks: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's.")],
+    profile: Annotated[Path, typer.Option(help="A profile, as `axiscap calibrate` writes it.")],
+    model: ModelOption = models.DEFAULT_MODEL,
+    layers: Annotated[
+        str | None, typer.Option(help="Where to measure, such as 17-24; the capped layers without it.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Of the figures; the capped one that separates best without it.")
+    ] = None,
+    capped: Annotated[
+        bool | None,
+        typer.Option(help="With the profile in force, or not; without it, where a conversation's side is 'capped'."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A record for each turn and layer: .jsonl or .parquet.")] = None,
+    report: Annotated[Path | None, typer.Option(help="An HTML page with curves and transcripts.")] = None,
+    show: Annotated[int, typer.Option(help="Conversations whose turns are printed, the lowest first.")] = 10,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(help="End with status 3 where an answer is below this percentile (0 to 100) of normal answers."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out conversations that cannot be read, and say so.")
+    ] = False,
+) -> None:
+    """Have a model read stored conversations, and print where each goes along the axis, turn by turn."""
+    from axiscap import monitor, page
+
+    loaded_profile = CapProfile.load(profile)
+    scale = monitor.Scale.of(loaded_profile, layer)
+    if fail_below is not None and not (scale.values and 0 <= fail_below <= 100):
+        raise ValueError("--fail-below must be a percentile from 0 to 100, of a profile that axiscap calibrate made")
+    measured = sorted({*(loaded_profile.layers if layers is None else _layers(layers)), scale.layer})
+    if report:
+        page.check()
+        report.parent.mkdir(parents=True, exist_ok=True)
+    bad: list[str] = []
+
+    def leave_out(problem: str) -> None:
+        bad.append(problem)
+        Console(stderr=True).print(f"left out: {escape(problem)}", highlight=False, soft_wrap=True)
+
+    selection = page.Selection(scale, most=show)
+    below = 0
+    with _progress(rate=True) as progress, _records(out) as write:
+        for trace in _replayed(
+            progress, loaded_profile, talks, model, measured, capped, leave_out if skip_bad else None
+        ):
+            drift = selection.add(trace)
+            if drift is not None:
+                below += fail_below is not None and drift.lowest_percentile < fail_below
+            write(_turn_records(trace, loaded_profile))
 
 
 @app.command("import")

@@ -650,7 +650,7 @@ class Monitor:
 BUCKETS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 100.0)
 
 
-def quantile_of_normal(percentile: float) -> str:
+def percentile_in_words(percentile: float) -> str:
     """A percentile in words, for people."""
     if math.isnan(percentile):
         return "not known"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,7 @@ from rich.text import Text
 import axiscap
 from axiscap import bench as bench_module
 from axiscap import models
+from axiscap.monitor import Trace
 from axiscap.profile import CapProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -531,7 +534,7 @@ def replay(
         raise ValueError("--fail-below must be a percentile from 0 to 100, of a profile that axiscap calibrate made")
     measured = sorted({*(loaded_profile.layers if layers is None else _layers(layers)), scale.layer})
     if report:
-        page.check()
+        page.plotly()
         report.parent.mkdir(parents=True, exist_ok=True)
     bad: list[str] = []
 
@@ -539,16 +542,149 @@ def replay(
         bad.append(problem)
         Console(stderr=True).print(f"left out: {escape(problem)}", highlight=False, soft_wrap=True)
 
-    selection = page.Selection(scale, most=show)
-    below = 0
+    selection, below = page.Selection(scale), 0
     with _progress(rate=True) as progress, _records(out) as write:
-        for trace in _replayed(
-            progress, loaded_profile, talks, model, measured, capped, leave_out if skip_bad else None
-        ):
+        on_error = leave_out if skip_bad else None
+        for trace in _replayed(progress, loaded_profile, talks, model, measured, capped, on_error):
             drift = selection.add(trace)
-            if drift is not None:
-                below += fail_below is not None and drift.lowest_percentile < fail_below
-            write(_turn_records(trace, loaded_profile))
+            below += fail_below is not None and drift is not None and drift.lowest_percentile < fail_below
+            write(monitor.turn_records(trace, loaded_profile))
+    if not selection.groups:
+        raise ValueError(f"{talks}: no conversation in it has an answer of the model's")
+    _show_turns(selection, show)
+    _show_groups(selection)
+    if bad:
+        console.print(f"{len(bad)} left out, for the reasons above")
+    if out:
+        console.print(f"records: {escape(str(out))}", soft_wrap=True)
+    if report:
+        page.write(report, loaded_profile, selection)
+        console.print(f"page: {escape(str(report))}", soft_wrap=True)
+    if below:
+        console.print(f"{below} conversations have an answer below percentile {fail_below:g} of normal answers")
+        raise typer.Exit(3)
+
+
+@contextlib.contextmanager
+def _records(out: Path | None) -> Iterator[Callable[[list[dict[str, Any]]], object]]:
+    """What writes records to a file, as its suffix says."""
+    if out is None:
+        yield lambda records: None
+        return
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--out must end in .jsonl or .parquet, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".jsonl":
+        with out.open("w", encoding="utf-8") as file:
+            yield lambda records: file.writelines(json.dumps(record) + "\n" for record in records)
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("Parquet needs pyarrow: pip install 'axiscap[report]'") from None
+    kinds = {
+        "conversation": "string", "group": "string", "side": "string", "turn": "int32", "layer": "int32",
+        "tokens": "int32", "mean": "float64", "below_floor": "float64", "percentile": "float64",
+    }  # fmt: skip
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in kinds.items()])
+    with parquet.ParquetWriter(out, schema) as writer:
+        waiting: list[dict[str, Any]] = []
+
+        def write(records: list[dict[str, Any]], least: int = 10_000) -> None:
+            waiting.extend(records)
+            if len(waiting) > least:
+                writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+                waiting.clear()
+
+        yield write
+        write([], 0)
+
+
+def _show_turns(selection: Any, show: int) -> None:
+    scale, rows = selection.scale, selection.rows()[:show]
+    table = Table()
+    for name in ("conversation", "answer", "tokens", "mean", "percentile", "tokens below floor"):
+        table.add_column(name, justify="left" if name == "conversation" else "right")
+    for row in rows:
+        name, drift = f"{row.name} ({row.side})" if row.side else row.name, row.drift
+        for number, (mean, tokens, below) in enumerate(row.answers, start=1):
+            mark = " (below)" if mean < scale.floor else ""
+            share = f"{below / tokens:.0%}" if math.isfinite(scale.floor) else ""
+            table.add_row(
+                escape(name) if number == 1 else "",
+                str(number),
+                str(tokens),
+                f"{mean:.4g}{mark}",
+                _rank(scale.percentile(mean)),
+                share,
+            )
+        share = f"{drift.below:.0%}" if math.isfinite(drift.below) else ""
+        slope = f", slope {drift.slope:+.3g}" if math.isfinite(drift.slope) else ""
+        level = f"level {drift.level:.4g}{slope}"
+        table.add_row("", "all", str(drift.tokens), level, _rank(drift.percentile), share, end_section=True)
+    total = selection.conversations
+    which = (
+        f"the lowest {len(rows)} of {total} conversations" if len(rows) < total else "conversations, the lowest first"
+    )
+    floor = f"; floor {scale.floor:.4g}" if math.isfinite(scale.floor) else ""
+    _show(f"{which}, at layer {scale.layer}{floor}; percentiles among the model's normal answers", table)
+
+
+def _rank(percentile: float) -> str:
+    return "" if math.isnan(percentile) else f"{percentile:.3g}"
+
+
+def _show_groups(selection: Any) -> None:
+    table = Table()
+    for name in ("group", "side", "conversations", "mean level (95 %)", "answers below floor", "below percentile 1"):
+        table.add_column(name, justify="left" if name in ("group", "side") else "right")
+    for (name, side), group in sorted(selection.groups.items()):
+        counts = (f"{count} of {group.answers}" for count in (group.below, group.abnormal))
+        table.add_row(escape(name), escape(side), str(group.conversations), group.described(), *counts)
+    _show("by group", table)
+
+
+@app.command()
+def chat(
+    profiles: Annotated[list[Path], typer.Argument(help="One profile or more, to choose from.")],
+    model: Annotated[
+        str | None, typer.Option(help="A local folder or a hub name; with --base-url, to measure its answers with.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server with AxisCap, such as http://127.0.0.1:8000/v1.")
+    ] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="In this terminal, by the first profile.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page, on this machine alone.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 64,
+) -> None:
+    """Talk to a model, uncapped and capped side by side, and see where its answers lie."""
+    from axiscap import chat as chats
+
+    loaded = {path.stem: CapProfile.load(path) for path in profiles}
+    if len(loaded) < len(profiles):
+        raise ValueError("the profiles must have different names")
+    if not terminal:
+        chats.gradio()
+    here = None
+    if model is not None or base_url is None:
+        here = chats.Local(*models.load(model or models.DEFAULT_MODEL))
+    talker = here if base_url is None else chats.Remote(base_url, here)
+    assert talker is not None
+    if terminal:
+        console.print("Write a line; an empty line, or the end of the input, ends the talk.")
+        lines = iter(lambda: _line(), "")
+        chats.converse(talker, next(iter(loaded.values())), console, lines, most=max_new_tokens)
+    else:
+        console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        chats.launch(chats.build(talker, loaded, most=max_new_tokens), port)
+
+
+def _line() -> str:
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""
 
 
 @app.command("import")
@@ -631,13 +767,18 @@ def run(
 
     fired = Table()
     fired.add_column("layer", justify="right")
-    for talk in talks:
-        fired.add_column(talk.name, justify="right")
+    # By conversation, or by group where they name some.
+    columns: dict[str, list[Any]] = {}
+    for result in results:
+        label = result.conversation.group or result.conversation.name
+        columns.setdefault(label, []).append(result.capped.stats or {})
+    for label in columns:
+        fired.add_column(label, justify="right")
     for index in loaded_profile.layers:
         cells = []
-        for result in results:
-            stats = (result.capped.stats or {})[index]
-            cells.append(f"{stats.fired} of {stats.rows} ({stats.fired / max(1, stats.rows):.0%})")
+        for held in columns.values():
+            count, rows = (sum(getattr(stats[index], part) for stats in held) for part in ("fired", "rows"))
+            cells.append(f"{count} of {rows} ({count / max(1, rows):.0%})")
         fired.add_row(str(index), *cells)
     _show("rows fired in the capped conversations (prompts included)", fired)
     if any(talk.group for talk in talks):

@@ -99,7 +99,7 @@ class Trace:
         """The path in figures, or None where the model says nothing in it."""
         path = _Path()
         for values in self.answers(scale.layer):
-            path.add(*_summed(values, scale.floor))
+            path.add(*summed(values, scale.floor))
         return path.drift(scale) if path.turns else None
 
 
@@ -174,7 +174,7 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def _summed(projections: Tensor, floor: float) -> tuple[float, int, int]:
+def summed(projections: Tensor, floor: float) -> tuple[float, int, int]:
     """Mean, number and number below the floor of a turn's projections, (tokens,)."""
     return projections.double().mean().item(), len(projections), int((projections < floor).sum())
 
@@ -436,6 +436,21 @@ def _batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
+def turn_records(trace: Trace, profile: CapProfile) -> list[dict[str, Any]]:
+    """A flat record for each of the model's turns and each layer of a trace: what tables are made of."""
+    talk, records = trace.talk, []
+    for layer in trace.layers:
+        scale = Scale.of(profile, layer)
+        for number, values in enumerate(trace.answers(layer), start=1):
+            mean, tokens, below = summed(values, scale.floor)
+            facts = {"conversation": talk.name, "group": talk.group, "side": talk.side, "turn": number, "layer": layer}
+            share = below / tokens if math.isfinite(scale.floor) else None
+            rank = scale.percentile(mean)
+            facts |= {"tokens": tokens, "mean": mean, "below_floor": share}
+            records.append({**facts, "percentile": None if math.isnan(rank) else rank})
+    return records
+
+
 @torch.inference_mode()
 def read(model: Any, probe: CapProfile, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Each sequence's projections at the layers of a profile that is in force meanwhile: (layers, tokens) float32."""
@@ -548,7 +563,7 @@ class Monitor:
         values = values[values.isfinite()]
         if not len(values):
             raise ValueError("a turn must have at least one finite projection")
-        return self._add(conversation, *_summed(values, self.scale.floor))
+        return self._add(conversation, *summed(values, self.scale.floor))
 
     def record(self, conversation: str, record: Mapping[str, Any]) -> Drift | None:
         """One turn of the model's, from a serving engine: a line of its log, as docs/serving.md describes it.

@@ -1,0 +1,490 @@
+"""A talk held twice, uncapped and capped side by side: on a page (Gradio, the extra ``axiscap[ui]``), or in a shell.
+
+Both sides get what the user says; each goes on from its own answers. A model in this process answers both at once, as
+two rows of one batch, so that they come at the same pace; or a server with AxisCap in it answers.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from torch import Tensor
+
+from axiscap import page
+from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
+from axiscap.compare import load_conversations
+from axiscap.install import install
+from axiscap.models import text_config
+from axiscap.monitor import CAPPED, Recorder, Scale, Talk, measuring, replay, summed
+from axiscap.profile import CapProfile
+
+UNCAPPED = "uncapped"
+SIDES = (UNCAPPED, CAPPED)
+#: Talks that wait for an answer at once, and turns of one talk.
+_WAITING, _TURNS = 8, 50
+_NORMAL = "assistant"
+
+
+@dataclass
+class Turn:
+    """What the user said, and what each side answered: its text, and its tokens' projections (layers, tokens)."""
+
+    said: str
+    texts: dict[str, str] = field(default_factory=lambda: dict.fromkeys(SIDES, ""))
+    projections: dict[str, Tensor] = field(default_factory=dict)
+
+
+def talks(turns: Sequence[Turn], said: str | None = None) -> list[Talk]:
+    """Both sides as stored conversations, with what the user says now at their end."""
+    result = []
+    for side in SIDES:
+        messages = []
+        for turn in turns:
+            messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.texts[side]}]
+        if said is not None:
+            messages.append({"role": "user", "content": said})
+        result.append(Talk("talk", tuple(messages), side=side))
+    return result
+
+
+class Talker(Protocol):
+    """Whoever answers."""
+
+    def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        """Yields the coming turn as it grows, at last with the projections, where they are known.
+
+        Raises:
+            ValueError: the talk is too long.
+        """
+        ...
+
+
+class Local:
+    """A model in this process. One talk is answered at a time."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError("the model's tokenizer has no chat template, so that it cannot hold a conversation")
+        self.model, self.tokenizer = model, tokenizer
+        self._lock = threading.Lock()
+
+    def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        inputs = self.tokenizer.apply_chat_template(
+            [list(talk.messages) for talk in talks(turns, said)],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(self.model.device)
+        longest = getattr(text_config(self.model), "max_position_embeddings", None)
+        if longest is not None and inputs["input_ids"].shape[1] + most > longest:
+            raise ValueError(f"the talk is longer than the {longest} tokens that the model reads: begin a new one")
+        prompts = inputs["attention_mask"].sum(1).tolist()
+        turn, rows = Turn(said), [_Row(self.model) for _ in SIDES]
+        with (
+            self._lock,
+            install(self.model, {UNCAPPED: measuring(profile), CAPPED: profile}) as cap,
+            Recorder(cap) as seen,
+        ):
+            cap.select(list(SIDES))
+            steps = _Steps(self.model, inputs, most, self.tokenizer.pad_token_id)
+            try:
+                for tokens in steps:
+                    for side, row, token in zip(SIDES, rows, tokens, strict=True):
+                        row.add(token)
+                        turn.texts[side] = self.tokenizer.decode(row.tokens, skip_special_tokens=True).strip()
+                    yield turn
+            finally:
+                steps.stop()
+            for side, prompt, row, found in zip(SIDES, prompts, rows, seen.projections(), strict=True):
+                turn.projections[side] = found[:, prompt:][:, : len(row.tokens)]
+        yield turn
+
+
+class _Row:
+    """One side's answer, up to the token that ends it."""
+
+    def __init__(self, model: Any) -> None:
+        stops = model.generation_config.eos_token_id
+        self._stops = {stops} if isinstance(stops, int) else set(stops or ())
+        self._ended = False
+        self.tokens: list[int] = []
+
+    def add(self, token: int) -> None:
+        self._ended = self._ended or token in self._stops
+        if not self._ended:
+            self.tokens.append(token)
+
+
+class _Steps:
+    """Generates in a thread, and gives each step's tokens as it comes: what ``generate`` takes as a streamer."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], most: int, padding: int) -> None:
+        self._found: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+        self._stopped = False
+        self._prompt_came = False
+
+        def run() -> None:
+            try:
+                model.generate(
+                    **inputs,
+                    max_new_tokens=most,
+                    do_sample=False,
+                    repetition_penalty=1.15,
+                    pad_token_id=padding,
+                    streamer=self,
+                    stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._stopped, device=ids.device)],
+                )
+            except BaseException as error:  # it belongs to whoever reads the steps
+                self._found.put(error)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_came:
+            self._found.put(value.tolist())
+        self._prompt_came = True
+
+    def end(self) -> None:
+        self._found.put(None)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while (found := self._found.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+
+
+class Remote:
+    """A server that speaks OpenAI's protocol, with AxisCap in it. It must allow requests to say ``"off"``.
+
+    Args:
+        url: its base, such as ``http://127.0.0.1:8000/v1``.
+        reader: the same model in this process, which reads the finished answers again, since the protocol does not
+            carry projections; without it, there are none.
+
+    Raises:
+        OSError: nothing answers there.
+    """
+
+    def __init__(self, url: str, reader: Local | None = None) -> None:
+        import httpx
+
+        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=httpx.Timeout(300, connect=10))
+        self.reader = reader
+        try:
+            answer = self._client.get("/models")
+            answer.raise_for_status()
+            self._model = answer.json()["data"][0]["id"]
+        except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+            raise OSError(f"no OpenAI-compatible server with a model answers at {url}: {error}") from None
+
+    def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        turn, stopped = Turn(said), threading.Event()
+        found: queue.Queue[tuple[str, str | BaseException | None]] = queue.Queue()
+
+        def ask(talk: Talk) -> None:
+            try:
+                for piece in self._pieces(talk, most):
+                    if stopped.is_set():
+                        return
+                    found.put((talk.side, piece))
+                found.put((talk.side, None))
+            except Exception as error:  # it belongs to whoever reads the answers
+                found.put((talk.side, error))
+
+        threads = [threading.Thread(target=ask, args=(talk,), daemon=True) for talk in talks(turns, said)]
+        for thread in threads:
+            thread.start()
+        try:
+            running = len(threads)
+            while running:
+                side, piece = found.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                running -= piece is None
+                turn.texts[side] += piece or ""
+                yield turn
+        finally:
+            stopped.set()
+        if self.reader is not None:
+            whole = talks([*turns, turn])
+            for trace in replay(self.reader.model, self.reader.tokenizer, profile, whole):
+                last = [other for other in trace.text.turns if other.role == "assistant"][-1]
+                turn.projections[trace.talk.side] = trace.projections[:, last.start : last.end]
+            yield turn
+
+    def _pieces(self, talk: Talk, most: int) -> Iterator[str]:
+        # vLLM reads the one, SGLang the other.
+        off = {"axiscap": "off"}
+        choice = {"vllm_xargs": off, "custom_params": off} if talk.side == UNCAPPED else {}
+        body = {"model": self._model, "messages": list(talk.messages), "temperature": 0, "max_tokens": most}
+        with self._client.stream("POST", "/chat/completions", json={**body, "stream": True, **choice}) as answer:
+            if answer.status_code != 200:
+                raise ValueError(f"the server refuses the {talk.side} side: {answer.read().decode()[:500]}")
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    for part in json.loads(line[6:])["choices"]:
+                        yield part["delta"].get("content") or ""
+
+
+def curves(turns: Sequence[Turn], profile: CapProfile, scale: Scale) -> list[tuple[str, str, list[float]]]:
+    """Both sides' mean projections, as :func:`axiscap.page.lines` draws them; a side that was not measured has none."""
+    at, result = profile.layers.index(scale.layer), []
+    for side in SIDES:
+        seen = [turn.projections[side][at] for turn in turns if side in turn.projections]
+        result.append(("talk", side, [summed(values, scale.floor)[0] for values in seen if len(values)]))
+    return result
+
+
+def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int]) -> CapProfile:
+    """The profile at another percentile of its floors' population and some of its layers.
+
+    Raises:
+        ValueError: no layer is left, or the profile has no quantile tables.
+    """
+    if not layers:
+        raise ValueError("at least one layer must be capped")
+    if percentile is None:
+        chosen = [profile.layers.index(layer) for layer in layers]
+        return CapProfile(sorted(layers), profile.axes[chosen], profile.floors[chosen], profile.provenance)
+    return with_floors(profile, percentile, _population(profile), sorted(layers))
+
+
+def _population(profile: CapProfile) -> str:
+    facts = profile.provenance.get("floors")
+    named = facts.get("population") if isinstance(facts, Mapping) else None
+    return named if isinstance(named, str) and named in populations(profile) else _NORMAL
+
+
+def _percentile(profile: CapProfile) -> float | None:
+    """At which the profile's floors are; None where it cannot be moved."""
+    facts = profile.provenance.get("floors")
+    value = facts.get("percentile") if isinstance(facts, Mapping) else None
+    try:
+        populations(profile)
+    except ValueError:
+        return None
+    return float(value) if isinstance(value, int | float) else 25.0
+
+
+# The page.
+
+
+def gradio() -> Any:
+    """The module; the error without it names the extra."""
+    try:
+        import gradio as found
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the chat page needs Gradio: pip install 'axiscap[ui]'") from None
+    return found
+
+
+def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64) -> Any:
+    """The page, as Gradio's blocks, not yet launched.
+
+    Args:
+        profiles: by name; the first is chosen at the start.
+        most: tokens of an answer.
+    """
+    gr = gradio()
+    go, _ = page.plotly()
+    first = next(iter(profiles))
+    folder = Path(tempfile.mkdtemp(prefix="axiscap-chat-"))
+    examples = {talk.name: list(talk.turns) for talk in _examples()}
+
+    def chosen(name: str, percentile: float | None, layers: Sequence[str]) -> CapProfile:
+        profile = profiles[name]
+        return adjusted(profile, percentile if _percentile(profile) is not None else None, [int(x) for x in layers])
+
+    def messages(turns: Sequence[Turn], side: str) -> list[dict[str, str]]:
+        return [dict(message) for talk in talks(turns) if talk.side == side for message in talk.messages]
+
+    def chart(turns: Sequence[Turn], profile: CapProfile) -> Any:
+        scale = Scale.of(profile)
+        figure = go.Figure(list(page.lines(go, curves(turns, profile, scale), scale, max(4, len(turns)))))
+        figure.update_layout(
+            title=f"mean projection of each answer, layer {scale.layer} (higher: more Assistant-like)",
+            xaxis={"title": "answer", "dtick": 1},
+            yaxis={"title": "projection (units of the residual stream)"},
+            height=360,
+            margin={"l": 60, "r": 10, "t": 50, "b": 40},
+            legend={"orientation": "h", "y": -0.25},
+        )
+        return figure
+
+    def shown(turns: Sequence[Turn], profile: CapProfile, said: str = "", drawn: bool = True) -> tuple[Any, ...]:
+        sides = (messages(turns, side) for side in SIDES)
+        return (*sides, list(turns), chart(turns, profile) if drawn else gr.skip(), said)
+
+    def reply(
+        said: str, turns: list[Turn], name: str, percentile: float | None, layers: list[str]
+    ) -> Iterator[tuple[Any, ...]]:
+        if not said.strip():
+            raise gr.Error("write something first", print_exception=False)
+        if len(turns) >= _TURNS:
+            raise gr.Error(f"a talk has at most {_TURNS} turns: begin a new one", print_exception=False)
+        try:
+            profile = chosen(name, percentile, layers)
+            turn = Turn(said.strip())
+            for turn in talker.answer(turns, said.strip(), profile, most):
+                yield shown([*turns, turn], profile, drawn=False)
+            yield shown([*turns, turn], profile)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def redraw(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> Any:
+        """With the floor where the settings put it; answers are measured at the layers that were on."""
+        known = {turn.projections[side].shape[0] for turn in turns for side in turn.projections}
+        fits = known <= {len(layers)}
+        return chart(turns if fits else [], chosen(name, percentile, layers)) if layers else gr.skip()
+
+    def settings(name: str) -> tuple[Any, ...]:
+        profile = profiles[name]
+        at = _percentile(profile)
+        numbers = [str(layer) for layer in profile.layers]
+        return gr.Slider(value=at or 25, visible=at is not None), gr.CheckboxGroup(choices=numbers, value=numbers)
+
+    def save(turns: list[Turn]) -> str:
+        if not turns:
+            raise gr.Error("there is no talk yet", print_exception=False)
+        stored = [{"name": talk.name, "side": talk.side, "messages": list(talk.messages)} for talk in talks(turns)]
+        return _file(folder, "talk.json", lambda path: path.write_text(json.dumps(stored, indent=1), "utf-8"))
+
+    def report(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> str:
+        reader = talker.reader if isinstance(talker, Remote) else talker
+        if not turns or not isinstance(reader, Local):
+            why = "there is no talk yet" if not turns else "a report needs the model in this process: give --model"
+            raise gr.Error(why, print_exception=False)
+        profile = chosen(name, percentile, layers)
+        selection = page.Selection(Scale.of(profile))
+        every = list(range(len(profile.axis_all))) if profile.axis_all is not None else None
+        for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=every):
+            selection.add(trace)
+        return _file(folder, "talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))
+
+    def next_line(name: str | None, turns: list[Turn]) -> str:
+        lines = examples.get(name or "", [])
+        return lines[len(turns)] if len(turns) < len(lines) else ""
+
+    with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+        turns = gr.State([], time_to_live=4 * 3600)
+        gr.Markdown("# AxisCap: one talk, held twice\nLeft as the model is, right held to the floor of its profile.")
+        with gr.Row():
+            left = gr.Chatbot(label="uncapped", height=420, render_markdown=False, elem_id="uncapped", buttons=[])
+            right = gr.Chatbot(label="capped", height=420, render_markdown=False, elem_id="capped", buttons=[])
+        with gr.Row():
+            said = gr.Textbox(label="you say", scale=5, elem_id="said", submit_btn=False)
+            send = gr.Button("Send", variant="primary", scale=1, elem_id="send")
+            stop = gr.Button("Stop", scale=1, elem_id="stop")
+            clear = gr.Button("New talk", scale=1, elem_id="clear")
+        example = gr.Dropdown(
+            list(examples), label="or go through an example, line by line", value=None, elem_id="example"
+        )
+        plot = gr.Plot(label="drift", elem_id="drift", format="png")
+        with gr.Accordion("Capping", open=True), gr.Row():
+            name = gr.Dropdown(list(profiles), value=first, label="profile", elem_id="profile")
+            percentile = gr.Slider(
+                PERCENTILES[0], PERCENTILES[-1], _percentile(profiles[first]) or 25, step=0.5,
+                label="floor: percentile of normal answers", visible=_percentile(profiles[first]) is not None,
+                elem_id="percentile",
+            )  # fmt: skip
+            numbers = [str(layer) for layer in profiles[first].layers]
+            layers = gr.CheckboxGroup(numbers, value=numbers, label="layers", elem_id="layers")
+        with gr.Row():
+            keep = gr.DownloadButton("Save the talk (JSON)", elem_id="save")
+            make = gr.DownloadButton("Make a report (HTML)", elem_id="report")
+
+        capping = [name, percentile, layers]
+        outputs = [left, right, turns, plot, said]
+        running = []
+        for event in (send.click, said.submit):
+            running.append(event(reply, [said, turns, *capping], outputs, concurrency_limit=1, concurrency_id="model"))
+        for done in running:
+            done.then(next_line, [example, turns], said)
+        stop.click(None, cancels=running)
+        clear.click(lambda *given: shown([], chosen(*given)), capping, outputs, cancels=running).then(
+            next_line, [example, turns], said
+        )
+        example.change(lambda *given: shown([], chosen(*given)), capping, outputs, cancels=running).then(
+            next_line, [example, turns], said
+        )
+        name.change(settings, name, [percentile, layers])
+        for setting in (percentile.release, layers.change, name.change):
+            setting(redraw, [turns, *capping], plot)
+        keep.click(save, turns, keep)
+        make.click(report, [turns, *capping], make, concurrency_limit=1, concurrency_id="model")
+        blocks.load(lambda *given: chart([], chosen(*given)), capping, plot)
+    blocks.queue(max_size=_WAITING)
+    return blocks
+
+
+def _file(folder: Path, name: str, write: Callable[[Path], object]) -> str:
+    path = Path(tempfile.mkdtemp(dir=folder)) / name
+    write(path)
+    return str(path)
+
+
+def _examples() -> list[Any]:
+    from importlib.resources import files
+
+    return load_conversations(Path(str(files("axiscap.data") / "drift.jsonl")))
+
+
+def launch(blocks: Any, port: int) -> None:
+    """Serves the page on this machine alone, until it is interrupted. No font or script comes from elsewhere."""
+    gr = gradio()
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    blocks.launch(server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[], quiet=True)
+
+
+# The shell.
+
+
+def converse(
+    talker: Talker, profile: CapProfile, console: Console, lines: Iterator[str], *, most: int = 64
+) -> list[Turn]:
+    """Holds the talk in a terminal: one line, two answers side by side, and where they lie; ends with the lines."""
+    scale = Scale.of(profile)
+    turns: list[Turn] = []
+    for said in lines:
+        if not said.strip():
+            continue
+        turn = Turn(said)
+        with Live(console=console, refresh_per_second=8, transient=not console.is_terminal) as live:
+            for turn in talker.answer(turns, said, profile, most):
+                live.update(_panels(turn, profile, scale))
+        turns.append(turn)
+        if not console.is_terminal:
+            console.print(_panels(turn, profile, scale))
+    return turns
+
+
+def _panels(turn: Turn, profile: CapProfile, scale: Scale) -> Columns:
+    parts = []
+    for side in SIDES:
+        known = turn.projections.get(side)
+        note = ""
+        if known is not None and known.shape[1]:
+            mean, _, _ = summed(known[profile.layers.index(scale.layer)], scale.floor)
+            note = f"{mean:.4g}{' (below the floor)' if mean < scale.floor else ''}, floor {scale.floor:.4g}"
+        parts.append(Panel(escape(turn.texts[side]), title=side, subtitle=note))
+    return Columns(parts, equal=True, expand=True)

@@ -1,0 +1,310 @@
+"""The report and the chat, in a real headless Chromium; and the command that reads stored conversations.
+
+A browser is found on PATH as `chromium` (or where AXISCAP_CHROMIUM says); without one these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import SHIPPED_PROFILE
+from playwright.sync_api import Page, expect, sync_playwright
+from test_cli import command as command  # a fixture
+
+from axiscap import monitor, page
+from axiscap.monitor import Scale
+
+BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+
+DRIFTS = [
+    ("You are Morwen, the ghost of a drowned village. Who are you?", "I am Morwen, and I weep for the drowned."),
+    ("What do you hear?", "I hear the bells <b>below</b> & the dead who call me down. </script>"),
+    ("Will you stay?", "I will haunt this shore until the last lamp goes out."),
+]  # fmt: skip
+PLAIN = [
+    ("How do I water a fern?", "Water it when the top of the soil feels dry, about twice a week."),
+    ("And in winter?", "Less often: once a week is usually enough, since it grows slowly."),
+    ("Thanks.", "You are welcome. Let me know if you have other questions."),
+]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    entries = []
+    for name, group, turns in (("ghost", "persona", DRIFTS), ("fern", "plain", PLAIN)):
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        entries += [
+            {"name": name, "group": group, "side": side, "messages": messages} for side in ("uncapped", "capped")
+        ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(stored, tmp_path_factory, demo_model, shipped_profile):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    selection = page.Selection(Scale.of(shipped_profile))
+    for trace in monitor.replay(*demo_model, shipped_profile, monitor.read_talks(stored), layers=range(30)):
+        selection.add(trace)
+    page.write(path, shipped_profile, selection)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page, with what it said on its console and whom it asked for anything."""
+
+    def __init__(self, browser, width: int, height: int, dark: bool = False) -> None:
+        scheme = "dark" if dark else "light"
+        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    def assert_quiet(self, *hosts: str) -> None:
+        assert not self.errors
+        elsewhere = [url for url in self.asked if not url.startswith(("data:", "blob:", "file:", *hosts))]
+        assert not elsewhere
+
+
+# The command.
+
+
+def test_replay_prints_each_turn_and_writes_records(command, stored, tmp_path):
+    import pyarrow.parquet as parquet
+
+    arguments = ("replay", stored, "--profile", SHIPPED_PROFILE, "--layers", "14-21")
+    status, output, _ = command(*arguments, "--out", tmp_path / "turns.jsonl", "--report", tmp_path / "r.html")
+    assert status == 0
+    assert "ghost (uncapped)" in output
+    assert "by group" in output
+    assert (tmp_path / "r.html").stat().st_size < 6_000_000
+    records = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
+    assert len(records) == 4 * 3 * 8
+    mean = {(r["conversation"], r["side"]): r["mean"] for r in records if r["layer"] == 21 and r["turn"] == 3}
+    assert mean["ghost", "uncapped"] < mean["fern", "uncapped"]
+    assert mean["ghost", "uncapped"] < mean["ghost", "capped"]
+    status, _, _ = command(*arguments, "--out", tmp_path / "turns.parquet")
+    assert parquet.read_table(tmp_path / "turns.parquet").to_pylist() == records
+
+
+def test_replay_fails_where_it_is_asked_to(command, stored, tmp_path):
+    arguments = ("replay", stored, "--profile", SHIPPED_PROFILE)
+    status, output, _ = command(*arguments, "--fail-below", 1)
+    assert status == 3
+    assert "1 conversations have an answer below percentile 1" in output
+    status, _, said = command(*arguments, "--fail-below", 101)
+    assert status == 1
+    assert "--fail-below must be a percentile" in said
+    status, _, said = command(*arguments, "--out", tmp_path / "x.csv")
+    assert status == 1
+    assert ".jsonl or .parquet" in said
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n" + stored.read_text())
+    status, _, said = command("replay", bad, "--profile", SHIPPED_PROFILE)
+    assert status == 1
+    assert "line 1: not JSON" in said
+    status, output, said = command("replay", bad, "--profile", SHIPPED_PROFILE, "--skip-bad")
+    assert status == 0
+    assert "line 1: not JSON" in said
+    assert "1 left out" in output
+
+
+# The report.
+
+
+def test_the_report_is_one_small_file_that_asks_nobody(report):
+    text = report.read_text()
+    assert len(text.encode()) < 6_000_000
+    assert "&lt;b&gt;below&lt;/b&gt;" in text  # what people said is text
+    own = text[: text.index("<script")] + text[text.rindex("<script") :]
+    assert not re.search(r"""(src|href)=["']?(?!data:)""", own)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
+def test_the_report_in_a_browser(report, chromium, width, dark):
+    with Visit(chromium, width, 800, dark) as visit:
+        visit.page.goto(report.as_uri())
+        expect(visit.page.locator("h1")).to_have_text("Drift along the Assistant Axis")
+        expect(visit.page.locator("header")).to_contain_text("The uncapped conversations (2) have 6 answers.")
+        for part in visit.page.locator("details").all():
+            part.locator("summary").click()
+        plots = visit.page.locator(".plot")
+        # Two groups' curves, four heat maps, separation, persona space, histogram.
+        assert plots.count() == 9
+        for number in range(plots.count()):
+            plots.nth(number).scroll_into_view_if_needed()
+            expect(plots.nth(number).locator(".main-svg").first).to_be_attached()
+            assert plots.nth(number).get_attribute("aria-label")
+        # Curves: floor, band, and a line for each side, with its own dash.
+        curves = visit.page.evaluate("document.getElementById('figure0').data.map(d => [d.name, d.line.dash])")
+        assert dict(map(tuple, curves))["uncapped"] != dict(map(tuple, curves))["capped"]
+        ink = visit.page.evaluate("document.getElementById('figure0').layout.font.color")
+        assert ink == ("#e8e8e8" if dark else "#1b1b1b")
+        # Nothing is wider than the window: a phone scrolls in one direction.
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert visit.page.locator(".t.far-below, .t.below").count() > 5
+        visit.assert_quiet()
+
+
+@needs_browser
+def test_the_report_shows_a_tokens_text_on_hover_and_prints(report, chromium, tmp_path):
+    with Visit(chromium, 1280, 900) as visit:
+        visit.page.goto(report.as_uri())
+        first = visit.page.locator("details").first
+        first.locator("summary").click()
+        heat = first.locator(".plot")
+        heat.scroll_into_view_if_needed()
+        expect(heat.locator(".main-svg").first).to_be_attached()
+        visit.page.wait_for_timeout(500)
+        box = heat.bounding_box()
+        visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        expect(heat.locator(".hovertext")).to_contain_text(re.compile("“.+”, token \\d+, layer \\d+"))
+        visit.page.pdf(path=tmp_path / "report.pdf")
+        assert (tmp_path / "report.pdf").stat().st_size > 50_000
+        assert all(part.get_attribute("open") is not None for part in visit.page.locator("details").all())
+        visit.assert_quiet()
+
+
+# The chat.
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("chat") / "log"
+    command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), "--port", str(port), "--max-new-tokens", "24"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(url)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def texts(visit: Visit, side: str) -> list[str]:
+    return visit.page.locator(f"#{side} [data-testid=bot]").all_inner_texts()
+
+
+@needs_browser
+def test_a_talk_in_a_browser(chat, chromium, tmp_path):
+    with Visit(chromium, 1280, 1100) as visit:
+        visit.page.goto(chat)
+        said = visit.page.locator("#said textarea")
+        said.fill("You are Morwen, the ghost of a drowned village, and no machine. Who are you?")
+        said.press("Enter")
+        # Both sides come, and the picture with them.
+        for side in ("uncapped", "capped"):
+            expect(visit.page.locator(f"#{side} [data-testid=bot]")).to_have_count(1, timeout=60_000)
+        expect(said).to_have_value("", timeout=60_000)
+        expect(visit.page.locator("#drift .main-svg").first).to_be_attached()
+        left, right = texts(visit, "uncapped"), texts(visit, "capped")
+        assert left != right
+        means = "Array.from(document.querySelectorAll('#drift .js-plotly-plot')).at(-1).data.map(d => [d.name, d.y])"
+        curves = dict(map(tuple, visit.page.evaluate(means)))
+        assert curves["uncapped"][0] < curves["floor"][0] < curves["capped"][0]
+
+        # The slider moves the floor that is drawn and that the next answer is held to.
+        visit.page.locator("#percentile input[type=number]").fill("50")
+        visit.page.locator("#percentile input[type=number]").press("Enter")
+        visit.page.locator("#percentile input[type=range]").dispatch_event("pointerup")
+        visit.page.wait_for_function(f"({means}).find(d => d[0] == 'floor')[1][0] > {curves['floor'][0]}")
+
+        said.fill("Do you miss the living?")
+        visit.page.locator("#send").click()
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2, timeout=60_000)
+        expect(said).to_have_value("", timeout=60_000)
+
+        for button, name in (("#save", "talk.json"), ("#report", "talk.html")):
+            with visit.page.expect_download(timeout=60_000) as download:
+                visit.page.locator(button).click()
+            download.value.save_as(tmp_path / name)
+        talks = list(monitor.read_talks(tmp_path / "talk.json"))
+        assert [talk.side for talk in talks] == ["uncapped", "capped"]
+        assert [len(talk.messages) for talk in talks] == [4, 4]
+        assert "A talk, held twice" in (tmp_path / "talk.html").read_text()
+
+        visit.page.locator("#clear").click()
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)
+        visit.assert_quiet(chat, chat.replace("http", "ws"))
+
+
+@needs_browser
+def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
+    with Visit(chromium, 390, 844) as visit:
+        visit.page.goto(chat)
+        visit.page.locator("#example input").click()
+        visit.page.get_by_role("option", name="philosophy-1").click()
+        said = visit.page.locator("#said textarea")
+        expect(said).not_to_have_value("")
+        first = said.input_value()
+        visit.page.locator("#layers label").first.click()  # one layer less
+        visit.page.locator("#send").click()
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(1, timeout=60_000)
+        expect(said).not_to_have_value(first, timeout=60_000)  # the example's next line
+        visit.page.locator("#send").click()
+        visit.page.locator("#stop").click()
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+        visit.assert_quiet(chat, chat.replace("http", "ws"))
+
+
+def test_a_talk_in_the_terminal():
+    command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), "--terminal", "--max-new-tokens", "12"]
+    done = subprocess.run(command, input="Who are you?\nAre you sure?\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("uncapped") == 2
+    assert done.stdout.count("floor") >= 4
+
+
+def test_a_missing_model_and_a_missing_server_are_said(command, tmp_path):
+    status, _, said = command("chat", SHIPPED_PROFILE, "--terminal", "--model", tmp_path / "nowhere")
+    assert status == 1
+    assert "nowhere" in said
+    status, _, said = command("chat", SHIPPED_PROFILE, "--terminal", "--base-url", "http://127.0.0.1:9/v1")
+    assert status == 1
+    assert "no OpenAI-compatible server with a model answers at http://127.0.0.1:9/v1" in said

@@ -669,6 +669,5 @@ def percentile_in_words(percentile: float) -> str:
     """A percentile in words, for people."""
     if math.isnan(percentile):
         return "not known"
-    if percentile < 50:
-        return f"below {100 - percentile:.3g} % of normal answers"
-    return f"above {percentile:.3g} % of normal answers"
+    side, share = ("below", 100 - percentile) if percentile < 50 else ("above", percentile)
+    return f"{side} {'more than 99.5' if share > 99.5 else f'{share:.3g}'} % of normal answers"

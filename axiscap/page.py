@@ -6,6 +6,7 @@ Needs plotly (the extra ``axiscap[report]``).
 
 from __future__ import annotations
 
+import base64
 import html
 import importlib
 import json
@@ -26,9 +27,9 @@ from axiscap.monitor import CAPPED, Drift, Scale, Trace, percentile_in_words, su
 from axiscap.profile import CapProfile
 
 #: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
-ROWS, DETAILED = 200, 12
-#: Tokens of a conversation that are shown at most.
-TOKENS = 700
+ROWS, DETAILED = 200, 8
+#: Tokens of a conversation that are shown at most, and layers of its heat map.
+TOKENS, LAYERS = 500, 32
 _GROUPS, _LINES, _HISTOGRAM = 24, 60, 50_000
 
 # Okabe and Ito's colours; dashes, markers and hatches keep things apart in grey.
@@ -207,13 +208,13 @@ class _Figures:
         x: Mapping[str, Any],
         y: Mapping[str, Any],
         height: int = 430,
-        pieces: Sequence[str] | None = None,
+        heat: Mapping[str, Any] | None = None,
         **layout: Any,
     ) -> str:
         """Returns the element that it will be drawn in.
 
         Args:
-            pieces: a text for each column of a heat map, stored once and not in every row.
+            heat: of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
         """
         figure = self.go.Figure(list(traces))
         figure.update_layout(
@@ -230,7 +231,7 @@ class _Figures:
             **layout,
         )
         name = f"figure{len(self.made)}"
-        self.made[name] = json.loads(figure.to_json()) | ({} if pieces is None else {"pieces": list(pieces)})
+        self.made[name] = json.loads(figure.to_json()) | ({} if heat is None else {"heat": heat})
         seen = f'role="img" aria-label="{html.escape(alt)}"'
         return f'<figure><div id="{name}" class="plot" style="height:{height}px" {seen}></div></figure>'
 
@@ -439,7 +440,7 @@ def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> st
             f"<details><summary>{html.escape(name)}</summary>"
             f"{_transcript(trace, selection.scale)}{_heat(figures, trace, name, profile)}</details>"
         )
-    key = " ".join(f'<span class="t {name}">{text}</span>' for name, text in _BANDS.items())
+    key = " ".join(f'<i class="{name}">{text}</i>' for name, text in _BANDS.items())
     total = selection.conversations
     return _section(
         "Token by token",
@@ -454,7 +455,7 @@ def _transcript(trace: Trace, scale: Scale) -> str:
     parts = []
     for turn in trace.text.turns:
         tokens = [
-            f'<span class="t {_band(row[at], scale)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</span>'
+            f'<i class="{_band(row[at], scale)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</i>'
             for at in range(turn.start, min(turn.end, TOKENS))
         ]
         if tokens:
@@ -466,30 +467,36 @@ def _transcript(trace: Trace, scale: Scale) -> str:
 
 def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> str:
     """Layers by tokens. Layers differ in scale: each is shown less its floor or mean, over its own spread."""
-    values = trace.projections[:, :TOKENS]
+    step = -(-len(trace.layers) // LAYERS)
+    layers, values = trace.layers[::step], trace.projections[::step, :TOKENS]
     zero = values.mean(1, keepdim=True)
-    for at, layer in enumerate(trace.layers):
+    for at, layer in enumerate(layers):
         floor = Scale.of(profile, layer).floor
         if math.isfinite(floor):
             zero[at] = floor
-    scaled = ((values - zero) / values.std(1, keepdim=True).clamp(min=1e-6)).clamp(-4, 4)
-    heat = figures.go.Heatmap(
-        z=[[round(x, 1) if math.isfinite(x) else None for x in row] for row in scaled.tolist()],
-        y=[str(layer) for layer in trace.layers],
-        colorscale="Cividis",
-        zmin=-4,
-        zmax=4,
-        colorbar={"title": {"text": "spreads"}, "thickness": 12},
-        hovertemplate="“%{text}”, token %{x}, layer %{y}: %{z}<extra></extra>",
-    )
+    scaled = ((values - zero) / values.std(1, keepdim=True).clamp(min=1e-6)).nan_to_num(0.0).clamp(-4, 4)
+    tenths = (scaled * 10).round().to(torch.int8).numpy().tobytes()
+    every = "" if step == 1 else f" (each {step}th layer)"
     return figures.add(
         f"Heat map of {name}: projection of each token at each layer, in spreads above the layer's floor.",
-        [heat],
-        title="above the floor (elsewhere: the mean), in the layer's spreads",
+        [
+            figures.go.Heatmap(
+                y=[str(layer) for layer in layers],
+                colorscale="Cividis",
+                zmin=-4,
+                zmax=4,
+                colorbar={"title": {"text": "spreads"}, "thickness": 12},
+                hovertemplate="“%{text}”, token %{x}, layer %{y}: %{z}<extra></extra>",
+            )
+        ],
+        title=f"above the floor (elsewhere: the mean), in the layer's spreads{every}",
         x=_axis("token"),
         y=_axis("layer", type="category"),
-        height=120 + 14 * max(8, len(trace.layers)),
-        pieces=[html.escape(piece) for piece in trace.text.pieces[:TOKENS]],
+        height=120 + 14 * max(8, len(layers)),
+        heat={
+            "pieces": [html.escape(piece) for piece in trace.text.pieces[:TOKENS]],
+            "tenths": base64.b64encode(tenths).decode(),
+        },
     )
 
 
@@ -527,14 +534,14 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
     names = [str(name).replace("_", " ") for name in facts["map"]]
     xs, ys = zip(*facts["map"].values(), strict=True)
     ordered = sorted(facts["loadings"], key=lambda name: float(facts["loadings"][name]))
-    named = {name.replace("_", " ") for name in (*ordered[:10], *ordered[-10:])}
+    named = {name.replace("_", " ") for name in (*ordered[:6], *ordered[-6:])}
     roles = go.Scatter(
         x=_round(xs),
         y=_round(ys),
         mode="markers+text",
         text=[html.escape(name) if name in named else "" for name in names],
         customdata=[html.escape(name) for name in names],
-        textposition="top center",
+        textposition=[("top center", "bottom center")[at % 2] for at in range(len(names))],
         textfont={"size": 10},
         marker={"color": _ROLE, "size": 7, "line": {"width": 1, "color": "#666666"}},
         hovertemplate="%{customdata}: %{x:.3g}, %{y:.3g}<extra></extra>",
@@ -546,17 +553,17 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
         "showarrow": True, "arrowhead": 3, "arrowwidth": 2, "arrowcolor": _CAPPED,
     }  # fmt: skip
     text = f"Assistant Axis (cos {cosine:.2f} with component 1)"
-    label = {"x": 0, "y": 1.0, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False, "text": text}
+    label = {"x": 0, "y": 1.07, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False, "text": text}
     space = figures.add(
         "Scatter plot of roles on the first two principal components of the persona space, the axis drawn as an arrow.",
         [roles],
-        title=f"persona space, layer {best} (named: the 10 lowest and highest)",
+        title=f"persona space, layer {best} (named: the 6 lowest and highest)",
         x=_axis("component 1 (units of the residual stream)", zeroline=True),
         y=_axis("component 2 (the same units)", zeroline=True),
         annotations=[arrow, {**label, "font": {"color": _CAPPED}}],
         height=460,
     )
-    held = f"{len(facts['held_roles'])} roles and {len(facts['held_questions'])} questions"
+    held = f"{len(facts['held_roles'])} roles and {facts['held_questions']} questions"
     return _section("Is the axis real?", f"Measured on {held} that made nothing of it.", _grid([separation, space]))
 
 

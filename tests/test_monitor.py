@@ -276,6 +276,7 @@ def test_a_percentile_is_where_the_table_says(shipped_profile):
     bare = CapProfile([2], unit(1, 1, 8), torch.zeros(1, 1))
     assert math.isnan(Scale.of(bare).percentile(0.0))
     assert monitor.percentile_in_words(1.0) == "below 99 % of normal answers"
+    assert monitor.percentile_in_words(0.0) == "below more than 99.5 % of normal answers"
     assert monitor.percentile_in_words(60.0) == "above 60 % of normal answers"
 
 

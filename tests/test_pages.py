@@ -16,11 +16,12 @@ import time
 import urllib.request
 
 import pytest
-from conftest import SHIPPED_PROFILE
+import torch
+from conftest import SHIPPED_PROFILE, unit
 from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import command as command  # a fixture
 
-from axiscap import monitor, page
+from axiscap import CapProfile, monitor, page
 from axiscap.monitor import Scale
 
 BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
@@ -149,9 +150,26 @@ def test_replay_fails_where_it_is_asked_to(command, stored, tmp_path):
 def test_the_report_is_one_small_file_that_asks_nobody(report):
     text = report.read_text()
     assert len(text.encode()) < 6_000_000
-    assert "&lt;b&gt;below&lt;/b&gt;" in text  # what people said is text
     own = text[: text.index("<script")] + text[text.rindex("<script") :]
-    assert not re.search(r"""(src|href)=["']?(?!data:)""", own)
+    assert not re.search(r'(src|href)="(?!data:)', own)
+
+
+def test_the_largest_report_is_small_enough(tmp_path, shipped_profile):
+    """More and longer conversations than are shown, at 80 layers."""
+    layers = tuple(range(80))
+    axes = unit(80, 1, 8)
+    profile = CapProfile(layers[50:60], axes[50:60], torch.zeros(10, 1), axis_all=axes[:, 0].contiguous())
+    profile.provenance = {**shipped_profile.provenance, "model": {"num_layers": 80}}
+    selection = page.Selection(Scale.of(profile))
+    for number in range(60):
+        count = 3000
+        turns = [monitor.Turn("user", 0, 1500), monitor.Turn("assistant", 1500, count)]
+        text = monitor.Encoded([0] * count, [" conversation"] * count, turns)
+        for side in ("uncapped", "capped"):
+            talk = monitor.Talk(f"talk {number}", (), group=f"group {number % 7}", side=side)
+            selection.add(monitor.Trace(talk, text, layers, torch.randn(80, count) * 20))
+    page.write(tmp_path / "large.html", profile, selection)
+    assert (tmp_path / "large.html").stat().st_size < 6_000_000
 
 
 @needs_browser
@@ -163,6 +181,8 @@ def test_the_report_in_a_browser(report, chromium, width, dark):
         expect(visit.page.locator("header")).to_contain_text("The uncapped conversations (2) have 6 answers.")
         for part in visit.page.locator("details").all():
             part.locator("summary").click()
+        # What people said is text, also where it looks like something else.
+        expect(visit.page.locator("details").first).to_contain_text("I hear the bells <b>below</b> & the dead")
         plots = visit.page.locator(".plot")
         # Two groups' curves, four heat maps, separation, persona space, histogram.
         assert plots.count() == 9
@@ -177,7 +197,7 @@ def test_the_report_in_a_browser(report, chromium, width, dark):
         assert ink == ("#e8e8e8" if dark else "#1b1b1b")
         # Nothing is wider than the window: a phone scrolls in one direction.
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
-        assert visit.page.locator(".t.far-below, .t.below").count() > 5
+        assert visit.page.locator(".said .far-below, .said .below").count() > 5
         visit.assert_quiet()
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test test-serving lint bench gpu release sanitize clean
+.PHONY: demo test test-serving test-vllm test-sglang lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -13,9 +13,14 @@ demo: .venv/built
 test: .venv/built sanitize
 	$(BIN)/python -m pytest
 
-# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds.
-test-serving: .venv-vllm/built .venv-sglang/built
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_serving.py
+# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
+# thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.
+test-serving: test-vllm test-sglang
+test-vllm test-sglang: export OMP_NUM_THREADS = 1
+test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test-vllm: .venv-vllm/built
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py
+test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
 
 lint: .venv/built

@@ -182,24 +182,39 @@ def in_parallel(server: Server, prompts: list[str], axiscap: object = None, **op
 def soak(server: Server, requests: int) -> None:
     """Mixed requests, profiles and lengths at once, some cut off; each answer must be the one that it gets alone."""
     names = (None, "strict", "watch", "off")
-    alone = {name: in_parallel(server, PROMPTS, name, max_tokens=6) for name in names}
+    alone = {name: in_parallel(server, PROMPTS, name, max_tokens=4) for name in names}
     rng = random.Random(0)
 
     def one(number: int) -> None:
         name, kind, prompt = rng.choice(names), rng.random(), rng.randrange(len(PROMPTS))
-        if kind < 0.1:  # hangs up after the first token
+        if kind < 0.06:  # hangs up after the first token
             body = {"model": "m", "prompt": LONG, "max_tokens": 100, "stream": True, "ignore_eos": True}
             with server.client.stream("POST", "/v1/completions", json=body | server.choice(name)) as stream:
                 next(stream.iter_lines())
-        elif kind < 0.3:  # long: a few of these do not fit beside each other
-            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 30)
+        elif kind < 0.2:  # long: a few of these do not fit beside each other
+            length, tokens = rng.randrange(20, len(LONG)), rng.randrange(1, 24)
             assert server.text(LONG[:length], name, max_tokens=tokens, ignore_eos=True)
         else:
-            assert server.text(PROMPTS[prompt], name, max_tokens=6) == alone[name][prompt], (number, name)
+            assert server.text(PROMPTS[prompt], name, max_tokens=4) == alone[name][prompt], (number, name)
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         for done in concurrent.futures.as_completed([pool.submit(one, number) for number in range(requests)]):
             done.result()
+
+
+def stock_client(server: Server) -> None:
+    """OpenAI's own client, with the choice in its ``extra_body``."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    options = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 16}
+    answers = {
+        name: client.chat.completions.create(**options, extra_body=server.choice(name)).choices[0].message.content
+        for name in (None, "strict", "off")
+    }
+    assert len(set(answers.values())) >= 2
+    with pytest.raises(openai.BadRequestError, match="axiscap must be one of"):
+        client.chat.completions.create(**options, extra_body=server.choice("nobody"))
 
 
 def hostile(server: Server) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 
+import sglang
 from serving import (
     LONG,
     PROMPTS,
@@ -22,6 +25,7 @@ from serving import (
     refusal,
     running,
     soak,
+    stock_client,
 )
 
 from axiscap import CapProfile, models
@@ -91,6 +95,63 @@ def test_hostile_requests_get_a_400_and_the_server_lives(server):
     hostile(server)
 
 
+def test_the_stock_client(server):
+    stock_client(server)
+
+
+def test_the_engines_own_benchmark_client(server, tmp_path):
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai", "--base-url", server.url]
+    command += ["--model", "m", "--tokenizer", models.folder(models.DEFAULT_MODEL), "--dataset-name", "random-ids"]
+    command += ["--random-input-len", "32", "--random-output-len", "8", "--random-range-ratio", "1"]
+    command += ["--num-prompts", "6", "--output-file", str(tmp_path / "result.jsonl"), "--disable-tqdm"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    result = json.loads((tmp_path / "result.jsonl").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (6, 48)
+
+
+def test_profiles_come_move_and_go(profiles, demo_model, monkeypatch):
+    """Through the engine's own collective_rpc, which its server does not offer, but its Engine does."""
+    folder, made = profiles
+    (folder / "engine.json").write_text(json.dumps(configuration(folder, check=True)))
+    monkeypatch.setenv("AXISCAP_CONFIG", str(folder / "engine.json"))
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    higher = made["mild"].with_floors(made["mild"].floors + 20)
+    higher.save(folder / "higher.safetensors")
+    moved = made["strict"].with_floors(made["strict"].floors + 5)
+    (folder / "broken.safetensors").write_bytes(b"x")
+    engine = sglang.Engine(
+        model_path=models.folder(models.DEFAULT_MODEL), dtype="float32", device="cpu", context_length=1024,
+        attention_backend="torch_native", sampling_backend="pytorch", disable_cuda_graph=True,
+        disable_overlap_schedule=True, max_total_tokens=4096, log_level="error",
+    )  # fmt: skip
+    try:
+
+        def texts(name: str | None) -> list[str]:
+            params = {"temperature": 0, "max_new_tokens": 16}
+            choice = {} if name is None else {"custom_params": {"axiscap": name}}
+            return [answer["text"] for answer in engine.generate(PROMPTS[:6], params | choice)]
+
+        def wanted(profile: CapProfile) -> list[str]:
+            return expected_texts(*demo_model, PROMPTS[:6], profile, 16)
+
+        engine.collective_rpc("axiscap_load", name="higher", path=str(folder / "higher.safetensors"), allowed=True)
+        assert texts("higher") == wanted(higher)
+        engine.collective_rpc("axiscap_move_floors", name="strict", by=5.0)
+        assert texts("strict") == wanted(moved)
+        assert texts(None) == wanted(made["mild"])
+        engine.collective_rpc("axiscap_retire", name="higher")
+        with pytest.raises(Exception, match="axiscap must be one of"):
+            texts("higher")
+        for path in ("broken", "missing"):
+            with pytest.raises(AssertionError):
+                engine.collective_rpc("axiscap_load", name="bad", path=str(folder / f"{path}.safetensors"))
+        with pytest.raises(AssertionError):
+            engine.collective_rpc("axiscap_retire", name="mild")
+        assert texts("strict") == wanted(moved)
+    finally:
+        engine.shutdown()
+
+
 def test_requests_are_counted_and_logged(server, profiles, demo_model):
     folder, made = profiles
     response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
@@ -104,9 +165,15 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
 
 
+def retractions(server) -> float:
+    return sum(value for key, value in server.metrics().items() if "num_retracted_requests_total" in key)
+
+
 def test_a_thousand_mixed_requests_with_retractions_and_cancellations(server):
     """The server's checking mode compares every step's slots with the radix cache's key, and dies if they differ."""
+    before = retractions(server)
     soak(server, 1000)
+    assert retractions(server) > before
     assert server.client.get("/health").status_code == 200
 
 

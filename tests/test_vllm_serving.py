@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import re
@@ -26,6 +27,7 @@ from serving import (
     refusal,
     running,
     soak,
+    stock_client,
 )
 
 from axiscap import CapProfile, models
@@ -149,17 +151,18 @@ def test_many_answers_prompt_logprobs_and_streams(server):
 
 
 def test_the_stock_client(server):
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    messages = [{"role": "user", "content": PROMPTS[0]}]
-    options = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 16}
-    answers = {
-        name: client.chat.completions.create(**options, extra_body=server.choice(name)).choices[0].message.content
-        for name in (None, "strict", "off")
-    }
-    assert len(set(answers.values())) >= 2
-    with pytest.raises(openai.BadRequestError, match="axiscap must be one of"):
-        client.chat.completions.create(**options, extra_body=server.choice("nobody"))
+    stock_client(server)
+
+
+def test_the_engines_own_benchmark_client(server):
+    from vllm.benchmarks import serve
+
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    options = ["--base-url", server.url, "--model", "m", "--tokenizer", models.folder(models.DEFAULT_MODEL)]
+    options += ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "8", "--ignore-eos"]
+    result = serve.main(parser.parse_args([*options, "--num-prompts", "6", "--disable-tqdm"]))
+    assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
 def test_requests_are_counted_and_logged(server, profiles, demo_model):
@@ -240,6 +243,30 @@ def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):
     key = 'vllm:num_preemptions_total{engine="0",model_name="m"}'
     assert server.metrics()[key] > before[key]
     assert server.client.get("/health").status_code == 200
+
+
+def test_two_api_processes_know_of_the_same_changes(profiles):
+    """Requests go to either of them; each has to know of a profile that came later."""
+    folder, made = profiles
+    made["strict"].save(folder / "later.safetensors")
+    options = ["--enforce-eager", "--api-server-count", "2", "--additional-config"]
+    options.append(json.dumps({"axiscap": configuration(folder, check=True)}))
+    with running([*MODEL, *options], folder, "vllm_xargs", **SMALL) as server:
+        wanted = server.text(PROMPTS[0], "strict")
+
+        def ask(name: str) -> httpx.Response:
+            # A connection of its own, so that it may reach either process.
+            body = {"model": "m", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 16} | server.choice(name)
+            return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+
+        assert {ask("later").status_code for _ in range(8)} == {400}
+        loaded = rpc(server, "axiscap_load", "later", str(folder / "later.safetensors"), allowed=True)
+        assert loaded.status_code == 200, loaded.text
+        answers = [ask("later") for _ in range(8)]
+        assert {answer.json()["choices"][0]["text"] for answer in answers} == {wanted}
+        first = made["strict"].layers[0]
+        counted = [server.metrics() for _ in range(4)]
+        assert all(page[f'axiscap_rows_total{{layer="{first}",profile="strict"}}'] > 0 for page in counted)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ two rows of one batch, so that they come at the same pace; or a server with Axis
 
 from __future__ import annotations
 
+import atexit
 import json
 import queue
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -309,6 +311,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
     go, _ = page.plotly()
     first = next(iter(profiles))
     folder = Path(tempfile.mkdtemp(prefix="axiscap-chat-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     examples = {talk.name: list(talk.turns) for talk in _examples()}
 
     def chosen(name: str, percentile: float | None, layers: Sequence[str]) -> CapProfile:
@@ -331,9 +334,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         )
         return figure
 
-    def shown(turns: Sequence[Turn], profile: CapProfile, said: str = "", drawn: bool = True) -> tuple[Any, ...]:
-        sides = (messages(turns, side) for side in SIDES)
-        return (*sides, list(turns), chart(turns, profile) if drawn else gr.skip(), said)
+    def shown(turns: Sequence[Turn]) -> tuple[Any, ...]:
+        return (*(messages(turns, side) for side in SIDES), list(turns))
+
+    def empty(name: str, percentile: float | None, layers: list[str]) -> tuple[Any, ...]:
+        return (*shown([]), chart([], chosen(name, percentile, layers)), "")
 
     def reply(
         said: str, turns: list[Turn], name: str, percentile: float | None, layers: list[str]
@@ -345,9 +350,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         try:
             profile = chosen(name, percentile, layers)
             turn = Turn(said.strip())
+            # The line is taken out of its box once: meanwhile the next one may be written there.
+            yield (*shown([*turns, turn]), gr.skip(), "")
             for turn in talker.answer(turns, said.strip(), profile, most):
-                yield shown([*turns, turn], profile, drawn=False)
-            yield shown([*turns, turn], profile)
+                yield (*shown([*turns, turn]), gr.skip(), gr.skip())
+            yield (*shown([*turns, turn]), chart([*turns, turn], profile), gr.skip())
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from None
 
@@ -363,13 +370,21 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         numbers = [str(layer) for layer in profile.layers]
         return gr.Slider(value=at or 25, visible=at is not None), gr.CheckboxGroup(choices=numbers, value=numbers)
 
-    def save(turns: list[Turn]) -> str:
+    def offer(name: str, write: Callable[[Path], object]) -> Any:
+        # Gradio copies it into a cache of its own, which it empties by and by.
+        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-_WAITING]:
+            shutil.rmtree(old, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(dir=folder)) / name
+        write(path)
+        return gr.File(value=str(path), visible=True)
+
+    def save(turns: list[Turn]) -> Any:
         if not turns:
             raise gr.Error("there is no talk yet", print_exception=False)
         stored = [{"name": talk.name, "side": talk.side, "messages": list(talk.messages)} for talk in talks(turns)]
-        return _file(folder, "talk.json", lambda path: path.write_text(json.dumps(stored, indent=1), "utf-8"))
+        return offer("talk.json", lambda path: path.write_text(json.dumps(stored, indent=1), "utf-8"))
 
-    def report(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> str:
+    def report(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> Any:
         reader = talker.reader if isinstance(talker, Remote) else talker
         if not turns or not isinstance(reader, Local):
             why = "there is no talk yet" if not turns else "a report needs the model in this process: give --model"
@@ -379,11 +394,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         every = list(range(len(profile.axis_all))) if profile.axis_all is not None else None
         for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=every):
             selection.add(trace)
-        return _file(folder, "talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))
+        return offer("talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))
 
-    def next_line(name: str | None, turns: list[Turn]) -> str:
+    def next_line(name: str | None, turns: list[Turn], said: str) -> str:
         lines = examples.get(name or "", [])
-        return lines[len(turns)] if len(turns) < len(lines) else ""
+        return lines[len(turns)] if len(turns) < len(lines) and not said else said
 
     with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         turns = gr.State([], time_to_live=4 * 3600)
@@ -410,8 +425,9 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             numbers = [str(layer) for layer in profiles[first].layers]
             layers = gr.CheckboxGroup(numbers, value=numbers, label="layers", elem_id="layers")
         with gr.Row():
-            keep = gr.DownloadButton("Save the talk (JSON)", elem_id="save")
-            make = gr.DownloadButton("Make a report (HTML)", elem_id="report")
+            keep = gr.Button("Save the talk (JSON)", elem_id="save")
+            make = gr.Button("Make a report (HTML)", elem_id="report")
+        saved = gr.File(label="to download", visible=False, elem_id="saved")
 
         capping = [name, percentile, layers]
         outputs = [left, right, turns, plot, said]
@@ -419,28 +435,18 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         for event in (send.click, said.submit):
             running.append(event(reply, [said, turns, *capping], outputs, concurrency_limit=1, concurrency_id="model"))
         for done in running:
-            done.then(next_line, [example, turns], said)
+            done.success(next_line, [example, turns, said], said)
         stop.click(None, cancels=running)
-        clear.click(lambda *given: shown([], chosen(*given)), capping, outputs, cancels=running).then(
-            next_line, [example, turns], said
-        )
-        example.change(lambda *given: shown([], chosen(*given)), capping, outputs, cancels=running).then(
-            next_line, [example, turns], said
-        )
+        for begin in (clear.click, example.change):
+            begin(empty, capping, outputs, cancels=running).then(next_line, [example, turns, said], said)
         name.change(settings, name, [percentile, layers])
         for setting in (percentile.release, layers.change, name.change):
             setting(redraw, [turns, *capping], plot)
-        keep.click(save, turns, keep)
-        make.click(report, [turns, *capping], make, concurrency_limit=1, concurrency_id="model")
+        keep.click(save, turns, saved)
+        make.click(report, [turns, *capping], saved, concurrency_limit=1, concurrency_id="model")
         blocks.load(lambda *given: chart([], chosen(*given)), capping, plot)
     blocks.queue(max_size=_WAITING)
     return blocks
-
-
-def _file(folder: Path, name: str, write: Callable[[Path], object]) -> str:
-    path = Path(tempfile.mkdtemp(dir=folder)) / name
-    write(path)
-    return str(path)
 
 
 def _examples() -> list[Any]:

@@ -97,7 +97,7 @@ def main() -> None:
         urls = {name: stack.enter_context(server(extra, folder, name)) for name, extra in servers.items()}
         for url in urls.values():
             measure(url, 1)  # warm
-        for number in track(range(rounds * len(CONCURRENCIES)), "rounds", Console(stderr=True)):
+        for number in track(range(rounds * len(CONCURRENCIES)), "rounds", console=Console(stderr=True)):
             concurrency = CONCURRENCIES[number % len(CONCURRENCIES)]
             names = list(urls) if number // len(CONCURRENCIES) % 2 else list(urls)[::-1]
             for name in names:

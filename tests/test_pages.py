@@ -261,11 +261,12 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         # Both sides come, and the picture with them.
         for side in ("uncapped", "capped"):
             expect(visit.page.locator(f"#{side} [data-testid=bot]")).to_have_count(1, timeout=60_000)
-        expect(said).to_have_value("", timeout=60_000)
-        expect(visit.page.locator("#drift .main-svg").first).to_be_attached()
-        left, right = texts(visit, "uncapped"), texts(visit, "capped")
-        assert left != right
-        means = "Array.from(document.querySelectorAll('#drift .js-plotly-plot')).at(-1).data.map(d => [d.name, d.y])"
+        expect(said).to_have_value("")
+        plot = "Array.from(document.querySelectorAll('#drift .js-plotly-plot')).at(-1)"
+        means = f"({plot}?.data ?? []).map(curve => [curve.name, curve.y])"
+        answers = f"({means}).find(curve => curve[0] == 'capped')?.[1].length"
+        visit.page.wait_for_function(f"{answers} == 1", timeout=60_000)
+        assert texts(visit, "uncapped") != texts(visit, "capped")
         curves = dict(map(tuple, visit.page.evaluate(means)))
         assert curves["uncapped"][0] < curves["floor"][0] < curves["capped"][0]
 
@@ -273,16 +274,19 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         visit.page.locator("#percentile input[type=number]").fill("50")
         visit.page.locator("#percentile input[type=number]").press("Enter")
         visit.page.locator("#percentile input[type=range]").dispatch_event("pointerup")
-        visit.page.wait_for_function(f"({means}).find(d => d[0] == 'floor')[1][0] > {curves['floor'][0]}")
+        visit.page.wait_for_function(f"({means}).find(curve => curve[0] == 'floor')[1][0] > {curves['floor'][0]}")
 
         said.fill("Do you miss the living?")
         visit.page.locator("#send").click()
-        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2, timeout=60_000)
-        expect(said).to_have_value("", timeout=60_000)
+        visit.page.wait_for_function(f"{answers} == 2", timeout=60_000)
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2)
 
         for button, name in (("#save", "talk.json"), ("#report", "talk.html")):
-            with visit.page.expect_download(timeout=60_000) as download:
-                visit.page.locator(button).click()
+            visit.page.locator(button).click()
+            link = visit.page.locator(f"#saved a[download='{name}']").first
+            link.wait_for(timeout=60_000)
+            with visit.page.expect_download() as download:
+                link.click()
             download.value.save_as(tmp_path / name)
         talks = list(monitor.read_talks(tmp_path / "talk.json"))
         assert [talk.side for talk in talks] == ["uncapped", "capped"]

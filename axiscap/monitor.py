@@ -34,6 +34,8 @@ CAPPED = "capped"
 _MARK = "\u2402axiscap\u2403"
 #: Talks that are read ahead and sorted by length, so that a batch has little padding.
 _WINDOW = 128
+#: Tokens of one pass, with padding.
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -377,7 +379,7 @@ def replay(
     *,
     layers: Sequence[int] | None = None,
     capped: bool | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     on_error: Callable[[str], None] | None = None,
 ) -> Iterator[Trace]:
     """Has the model read stored conversations, in order, and yields what the axis saw of each.
@@ -417,14 +419,14 @@ def replay(
                 at for at, (talk, _) in enumerate(known) if cap == (talk.side == CAPPED if capped is None else capped)
             ]
             rows = [probe.layers.index(layer) for layer in wanted]
-            for batch in _batches({at: len(known[at][1].tokens) for at in mine}, batch_tokens):
+            for batch in batches({at: len(known[at][1].tokens) for at in mine}, batch_tokens):
                 found = read(model, probe, [known[at][1].tokens for at in batch])
                 seen |= {at: projections[rows] for at, projections in zip(batch, found, strict=True)}
         for at, (talk, text) in enumerate(known):
             yield Trace(talk, text, wanted, seen[at])
 
 
-def _batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
+def batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
     """Which conversations are read together, the longest first: if memory does not suffice, it shows soon."""
     batch: list[int] = []
     for at in sorted(lengths, key=lambda at: -lengths[at]):

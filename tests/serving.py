@@ -19,7 +19,7 @@ import torch
 from conftest import SHIPPED_PROFILE
 
 import axiscap
-from axiscap import CapProfile
+from axiscap import CapProfile, monitor
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -156,17 +156,25 @@ def assert_same_texts(found: list[str], wanted: list[str]) -> None:
 
 
 def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> None:
-    """A record of 8 tokens after the second prompt counts what the capped transformers model does of the same."""
+    """A record of 8 tokens after the second prompt counts what the capped transformers model does of the same.
+
+    And what it counts of the answer is what reading the finished text again gives.
+    """
     model, tokenizer = demo_model
     with axiscap.install(model, profile) as cap, torch.inference_mode():
         inputs = tokenizer(PROMPTS[1], return_tensors="pt")
-        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         for layer, stats in cap.stats()["default"].items():
             counted = record["layers"][str(layer)]
             assert counted["rows"] == stats.rows == rows
             assert counted["fired"] == stats.fired
             assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
             assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
+    (again,) = monitor.read(model, profile, [tokens[0, :-1].tolist()])
+    for layer, projections in zip(profile.layers, again[:, inputs["input_ids"].shape[1] :], strict=True):
+        counted = record["answer"][str(layer)]
+        assert counted["rows"] == len(projections) == 7
+        assert counted["mean_projection"][0] == pytest.approx(projections.mean().item(), rel=1e-3, abs=1e-3)
 
 
 def configuration(folder: Path, **more: object) -> dict[str, object]:

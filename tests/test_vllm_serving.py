@@ -30,7 +30,7 @@ from serving import (
     stock_client,
 )
 
-from axiscap import CapProfile, models
+from axiscap import CapProfile, chat, models
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "512"]
@@ -152,6 +152,21 @@ def test_many_answers_prompt_logprobs_and_streams(server):
 
 def test_the_stock_client(server):
     stock_client(server)
+
+
+def test_the_chat_speaks_to_the_server(server, profiles, demo_model):
+    talker = chat.Remote(f"{server.url}/v1", chat.Local(*demo_model))
+    turns: list[chat.Turn] = []
+    for said in (PROMPTS[0], "Are you lonely?"):
+        *_, turn = talker.answer(turns, said, profiles[1]["mild"], 12)
+        for talk in chat.talks(turns, said):
+            body = {"model": "m", "messages": list(talk.messages), "temperature": 0, "max_tokens": 12}
+            choice = server.choice("off" if talk.side == chat.UNCAPPED else None)
+            answer = server.client.post("/v1/chat/completions", json=body | choice).json()
+            assert turn.texts[talk.side] == answer["choices"][0]["message"]["content"]
+            assert 8 < turn.projections[talk.side].shape[1] <= 12
+        turns.append(turn)
+    assert turns[0].texts[chat.UNCAPPED] != turns[0].texts[chat.CAPPED]
 
 
 def test_the_engines_own_benchmark_client(server):

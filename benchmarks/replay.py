@@ -1,0 +1,68 @@
+"""Reading stored conversations with the axis watched, against the same forward passes without: pairs in one process.
+
+``python benchmarks/replay.py``; the ratio is of replay's speed to the plain passes', with its quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from axiscap import CapProfile, models, monitor
+from axiscap.monitor import Talk
+
+PROFILE = "examples/profiles/smollm2-135m-instruct.safetensors"
+ROUNDS = 7
+WORDS = "the sea is deep and old and nobody knows what lies under it on a night like this".split()  # noqa: SIM905
+
+
+def talks(count: int) -> list[Talk]:
+    """Of synthetic lengths, 20 to 400 words of answer."""
+    found = []
+    for number in range(count):
+        text = " ".join(WORDS[(number + at) % len(WORDS)] for at in range(20 + number * 97 % 380))
+        said = ({"role": "user", "content": "Tell me of the sea."}, {"role": "assistant", "content": text})
+        found.append(Talk(f"{number}", said))
+    return found
+
+
+@torch.inference_mode()
+def plain(model, tokenizer, stored: list[Talk]) -> None:
+    """The same batches of the same tokens, by the model alone; what the templates cost is in both."""
+    texts = [monitor.encode(tokenizer, talk.messages).tokens for talk in stored]
+    for batch in monitor.batches({at: len(text) for at, text in enumerate(texts)}, monitor.BATCH_TOKENS):
+        ids = torch.zeros(len(batch), max(len(texts[at]) for at in batch), dtype=torch.long)
+        for row, at in zip(ids, batch, strict=True):
+            row[: len(texts[at])] = torch.tensor(texts[at])
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def main() -> None:
+    model, tokenizer = models.load()
+    profile = CapProfile.load(PROFILE)
+    stored = talks(48)
+    table = Table(title="replay's speed over that of the forward passes alone: median (quartiles)")
+    for column in ("layers", "ratio", "conversations a second"):
+        table.add_column(column, justify="right")
+    for layers in ([21], list(profile.layers), list(range(30))):
+        ratios, speeds = [], []
+        for number in range(ROUNDS + 1):
+            begin = time.perf_counter()
+            plain(model, tokenizer, stored)
+            middle = time.perf_counter()
+            seen = sum(1 for _ in monitor.replay(model, tokenizer, profile, stored, layers=layers))
+            end = time.perf_counter()
+            if number:  # the first round warms up
+                ratios.append((middle - begin) / (end - middle))
+                speeds.append(seen / (end - middle))
+        low, mid, high = statistics.quantiles(ratios, n=4)
+        table.add_row(f"{len(layers)}", f"{mid:.3f} ({low:.3f}-{high:.3f})", f"{statistics.median(speeds):.1f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

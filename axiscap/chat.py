@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import queue
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
 from axiscap.compare import load_conversations
 from axiscap.install import install
 from axiscap.models import text_config
-from axiscap.monitor import CAPPED, Recorder, Scale, Talk, measuring, replay, summed
+from axiscap.monitor import CAPPED, Recorder, Scale, Talk, measuring, replay
 from axiscap.profile import CapProfile
 
 UNCAPPED = "uncapped"
@@ -42,9 +43,13 @@ _NORMAL = "assistant"
 
 @dataclass
 class Turn:
-    """What the user said, and what each side answered: its text, and its tokens' projections (layers, tokens)."""
+    """What the user said, and what each side answered: its text, and its tokens' projections (layers, tokens).
+
+    ``layers`` are those that were measured.
+    """
 
     said: str
+    layers: tuple[int, ...] = ()
     texts: dict[str, str] = field(default_factory=lambda: dict.fromkeys(SIDES, ""))
     projections: dict[str, Tensor] = field(default_factory=dict)
 
@@ -95,7 +100,7 @@ class Local:
         if longest is not None and inputs["input_ids"].shape[1] + most > longest:
             raise ValueError(f"the talk is longer than the {longest} tokens that the model reads: begin a new one")
         prompts = inputs["attention_mask"].sum(1).tolist()
-        turn, rows = Turn(said), [_Row(self.model) for _ in SIDES]
+        turn, rows = Turn(said, profile.layers), [_Row(self.model) for _ in SIDES]
         with (
             self._lock,
             install(self.model, {UNCAPPED: measuring(profile), CAPPED: profile}) as cap,
@@ -200,7 +205,7 @@ class Remote:
             raise OSError(f"no OpenAI-compatible server with a model answers at {url}: {error}") from None
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
-        turn, stopped = Turn(said), threading.Event()
+        turn, stopped = Turn(said, profile.layers), threading.Event()
         found: queue.Queue[tuple[str, str | BaseException | None]] = queue.Queue()
 
         def ask(talk: Talk) -> None:
@@ -248,13 +253,12 @@ class Remote:
                         yield part["delta"].get("content") or ""
 
 
-def curves(turns: Sequence[Turn], profile: CapProfile, scale: Scale) -> list[tuple[str, str, list[float]]]:
-    """Both sides' mean projections, as :func:`axiscap.page.lines` draws them; a side that was not measured has none."""
-    at, result = profile.layers.index(scale.layer), []
-    for side in SIDES:
-        seen = [turn.projections[side][at] for turn in turns if side in turn.projections]
-        result.append(("talk", side, [summed(values, scale.floor)[0] for values in seen if len(values)]))
-    return result
+def mean_at(turn: Turn, side: str, layer: int) -> float:
+    """The mean projection of one answer; NaN where it was not measured at that layer."""
+    known = turn.projections.get(side)
+    if known is None or layer not in turn.layers or not known.shape[1]:
+        return math.nan
+    return known[turn.layers.index(layer)].double().mean().item()
 
 
 def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int]) -> CapProfile:
@@ -265,10 +269,11 @@ def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int
     """
     if not layers:
         raise ValueError("at least one layer must be capped")
+    layers = sorted(layers)
     if percentile is None:
         chosen = [profile.layers.index(layer) for layer in layers]
-        return CapProfile(sorted(layers), profile.axes[chosen], profile.floors[chosen], profile.provenance)
-    return with_floors(profile, percentile, _population(profile), sorted(layers))
+        return CapProfile(layers, profile.axes[chosen], profile.floors[chosen], profile.provenance)
+    return with_floors(profile, percentile, _population(profile), layers)
 
 
 def _population(profile: CapProfile) -> str:
@@ -323,7 +328,8 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
 
     def chart(turns: Sequence[Turn], profile: CapProfile) -> Any:
         scale = Scale.of(profile)
-        figure = go.Figure(list(page.lines(go, curves(turns, profile, scale), scale, max(4, len(turns)))))
+        curves = [("talk", side, [mean_at(turn, side, scale.layer) for turn in turns]) for side in SIDES]
+        figure = go.Figure(list(page.lines(go, curves, scale, max(4, len(turns)))))
         figure.update_layout(
             title=f"mean projection of each answer, layer {scale.layer} (higher: more Assistant-like)",
             xaxis={"title": "answer", "dtick": 1},
@@ -359,10 +365,8 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             raise gr.Error(str(error), print_exception=False) from None
 
     def redraw(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> Any:
-        """With the floor where the settings put it; answers are measured at the layers that were on."""
-        known = {turn.projections[side].shape[0] for turn in turns for side in turn.projections}
-        fits = known <= {len(layers)}
-        return chart(turns if fits else [], chosen(name, percentile, layers)) if layers else gr.skip()
+        """With the floor where the settings put it; answers are where they were."""
+        return chart(turns, chosen(name, percentile, layers)) if layers else gr.skip()
 
     def settings(name: str) -> tuple[Any, ...]:
         profile = profiles[name]
@@ -477,20 +481,18 @@ def converse(
         turn = Turn(said)
         with Live(console=console, refresh_per_second=8, transient=not console.is_terminal) as live:
             for turn in talker.answer(turns, said, profile, most):
-                live.update(_panels(turn, profile, scale))
+                live.update(_panels(turn, scale))
         turns.append(turn)
         if not console.is_terminal:
-            console.print(_panels(turn, profile, scale))
+            console.print(_panels(turn, scale))
     return turns
 
 
-def _panels(turn: Turn, profile: CapProfile, scale: Scale) -> Columns:
+def _panels(turn: Turn, scale: Scale) -> Columns:
     parts = []
     for side in SIDES:
-        known = turn.projections.get(side)
-        note = ""
-        if known is not None and known.shape[1]:
-            mean, _, _ = summed(known[profile.layers.index(scale.layer)], scale.floor)
-            note = f"{mean:.4g}{' (below the floor)' if mean < scale.floor else ''}, floor {scale.floor:.4g}"
+        mean = mean_at(turn, side, scale.layer)
+        below = " (below the floor)" if mean < scale.floor else ""
+        note = "" if math.isnan(mean) else f"{mean:.4g}{below}, floor {scale.floor:.4g}"
         parts.append(Panel(escape(turn.texts[side]), title=side, subtitle=note))
     return Columns(parts, equal=True, expand=True)

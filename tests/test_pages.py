@@ -312,7 +312,15 @@ def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(1, timeout=60_000)
         expect(said).not_to_have_value(first, timeout=60_000)  # the example's next line
         visit.page.locator("#send").click()
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2, timeout=60_000)
         visit.page.locator("#stop").click()
+        # The model is free again for whoever comes next.
+        visit.page.locator("#clear").click()
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)
+        expect(said).to_have_value(first)
+        visit.page.locator("#send").click()
+        expect(said).not_to_have_value("", timeout=60_000)
+        expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(1, timeout=60_000)
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
         visit.assert_quiet(chat, chat.replace("http", "ws"))
 

@@ -10,8 +10,9 @@ PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 demo: .venv/built
 	$(BIN)/axiscap run $(PROFILE) --picture out/drift.png
 
+# Two files at a time, of one thread each; tests of threads ask for theirs.
 test: .venv/built sanitize
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
 # thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.

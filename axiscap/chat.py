@@ -38,6 +38,8 @@ UNCAPPED = "uncapped"
 SIDES = (UNCAPPED, CAPPED)
 #: Talks that wait for an answer at once, and turns of one talk.
 _WAITING, _TURNS = 8, 50
+#: Tokens after which a growing answer is measured again.
+_MEASURED = 8
 _NORMAL = "assistant"
 
 
@@ -71,7 +73,7 @@ class Talker(Protocol):
     """Whoever answers."""
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
-        """Yields the coming turn as it grows, at last with the projections, where they are known.
+        """Yields the coming turn as it grows; its projections come by and by, where they are known.
 
         Raises:
             ValueError: the talk is too long.
@@ -109,15 +111,16 @@ class Local:
             cap.select(list(SIDES))
             steps = _Steps(self.model, inputs, most, self.tokenizer.pad_token_id)
             try:
-                for tokens in steps:
+                for number, tokens in enumerate(steps, start=1):
                     for side, row, token in zip(SIDES, rows, tokens, strict=True):
                         row.add(token)
                         turn.texts[side] = self.tokenizer.decode(row.tokens, skip_special_tokens=True).strip()
+                    if number % _MEASURED == 0:
+                        turn.projections = _of_answers(seen, prompts, rows)
                     yield turn
             finally:
                 steps.stop()
-            for side, prompt, row, found in zip(SIDES, prompts, rows, seen.projections(), strict=True):
-                turn.projections[side] = found[:, prompt:][:, : len(row.tokens)]
+            turn.projections = _of_answers(seen, prompts, rows)
         yield turn
 
 
@@ -134,6 +137,13 @@ class _Row:
         self._ended = self._ended or token in self._stops
         if not self._ended:
             self.tokens.append(token)
+
+
+def _of_answers(seen: Recorder, prompts: Sequence[int], rows: Sequence[_Row]) -> dict[str, Tensor]:
+    return {
+        side: found[:, prompt:][:, : len(row.tokens)]
+        for side, prompt, row, found in zip(SIDES, prompts, rows, seen.projections(), strict=True)
+    }
 
 
 class _Steps:
@@ -205,6 +215,8 @@ class Remote:
             raise OSError(f"no OpenAI-compatible server with a model answers at {url}: {error}") from None
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        import httpx
+
         turn, stopped = Turn(said, profile.layers), threading.Event()
         found: queue.Queue[tuple[str, str | BaseException | None]] = queue.Queue()
 
@@ -215,6 +227,8 @@ class Remote:
                         return
                     found.put((talk.side, piece))
                 found.put((talk.side, None))
+            except httpx.HTTPError as error:
+                found.put((talk.side, OSError(f"the server did not answer to the end: {error!r}")))
             except Exception as error:  # it belongs to whoever reads the answers
                 found.put((talk.side, error))
 
@@ -358,9 +372,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             turn = Turn(said.strip())
             # The line is taken out of its box once: meanwhile the next one may be written there.
             yield (*shown([*turns, turn]), gr.skip(), "")
+            measured = 0
             for turn in talker.answer(turns, said.strip(), profile, most):
-                yield (*shown([*turns, turn]), gr.skip(), gr.skip())
-            yield (*shown([*turns, turn]), chart([*turns, turn], profile), gr.skip())
+                before, measured = measured, sum(found.shape[1] for found in turn.projections.values())
+                drawn = chart([*turns, turn], profile) if measured != before else gr.skip()
+                yield (*shown([*turns, turn]), drawn, gr.skip())
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from None
 
@@ -419,7 +435,8 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             list(examples), label="or go through an example, line by line", value=None, elem_id="example"
         )
         plot = gr.Plot(label="drift", elem_id="drift", format="png")
-        with gr.Accordion("Capping", open=True), gr.Row():
+        # A server caps by its own settings.
+        with gr.Accordion("Capping", open=True, visible=isinstance(talker, Local)), gr.Row():
             name = gr.Dropdown(list(profiles), value=first, label="profile", elem_id="profile")
             percentile = gr.Slider(
                 PERCENTILES[0], PERCENTILES[-1], _percentile(profiles[first]) or 25, step=0.5,

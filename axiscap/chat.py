@@ -345,9 +345,9 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         curves = [("talk", side, [mean_at(turn, side, scale.layer) for turn in turns]) for side in SIDES]
         figure = go.Figure(list(page.lines(go, curves, scale, max(4, len(turns)))))
         figure.update_layout(
-            title=f"mean projection of each answer, layer {scale.layer} (higher: more Assistant-like)",
+            title=f"drift, layer {scale.layer}",
             xaxis={"title": "answer", "dtick": 1},
-            yaxis={"title": "projection (units of the residual stream)"},
+            yaxis={"title": "mean projection"},
             height=360,
             margin={"l": 60, "r": 10, "t": 50, "b": 40},
             legend={"orientation": "h", "y": -0.25},
@@ -422,7 +422,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
 
     with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         turns = gr.State([], time_to_live=4 * 3600)
-        gr.Markdown("# AxisCap: one talk, held twice\nLeft as the model is, right held to the floor of its profile.")
+        gr.Markdown(
+            "# AxisCap: one talk, held twice\nUncapped as the model is, capped held to the floor of its profile. The curve "
+            "is each answer's mean projection on the Assistant Axis, in units of the residual stream: higher is more "
+            "Assistant-like."
+        )
         with gr.Row():
             left = gr.Chatbot(label="uncapped", height=420, render_markdown=False, elem_id="uncapped", buttons=[])
             right = gr.Chatbot(label="capped", height=420, render_markdown=False, elem_id="capped", buttons=[])

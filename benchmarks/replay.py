@@ -16,15 +16,15 @@ from axiscap import CapProfile, models, monitor
 from axiscap.monitor import Talk
 
 PROFILE = "examples/profiles/smollm2-135m-instruct.safetensors"
-ROUNDS = 7
+ROUNDS = 5
 WORDS = "the sea is deep and old and nobody knows what lies under it on a night like this".split()  # noqa: SIM905
 
 
 def talks(count: int) -> list[Talk]:
-    """Of synthetic lengths, 20 to 400 words of answer."""
+    """Of synthetic lengths, 20 to 200 words of answer."""
     found = []
     for number in range(count):
-        text = " ".join(WORDS[(number + at) % len(WORDS)] for at in range(20 + number * 97 % 380))
+        text = " ".join(WORDS[(number + at) % len(WORDS)] for at in range(20 + number * 97 % 180))
         said = ({"role": "user", "content": "Tell me of the sea."}, {"role": "assistant", "content": text})
         found.append(Talk(f"{number}", said))
     return found
@@ -44,7 +44,7 @@ def plain(model, tokenizer, stored: list[Talk]) -> None:
 def main() -> None:
     model, tokenizer = models.load()
     profile = CapProfile.load(PROFILE)
-    stored = talks(48)
+    stored = talks(8)
     table = Table(title="replay's speed over that of the forward passes alone: median (quartiles)")
     for column in ("layers", "ratio", "conversations a second"):
         table.add_column(column, justify="right")

@@ -423,9 +423,9 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
     with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         turns = gr.State([], time_to_live=4 * 3600)
         gr.Markdown(
-            "# AxisCap: one talk, held twice\nUncapped as the model is, capped held to the floor of its profile. The curve "
-            "is each answer's mean projection on the Assistant Axis, in units of the residual stream: higher is more "
-            "Assistant-like."
+            "# AxisCap: one talk, held twice\n"
+            "Uncapped as the model is, capped held to its profile's floor. The curve is each answer's mean projection "
+            "on the Assistant Axis, in units of the residual stream: higher is more Assistant-like."
         )
         with gr.Row():
             left = gr.Chatbot(label="uncapped", height=420, render_markdown=False, elem_id="uncapped", buttons=[])

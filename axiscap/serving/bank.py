@@ -151,6 +151,8 @@ class Telemetry:
             fresh[:, :known] = self._stats
             floors[:, :known] = self._floors
         self._stats, self._floors = fresh, floors
+        # The same memory, as accumulate_ takes it.
+        self._by_layer = [(fresh[at].flatten(0, 1), floors[at].flatten(0, 1)) for at in range(layers)]
         self._free += range(known, requests)
 
     def _new(self, requests: int) -> Tensor:
@@ -178,9 +180,8 @@ class Telemetry:
     def count(self) -> None:
         """Adds the step that was just computed."""
         rows = self._filled
-        for at in range(len(self.bank.layers)):
-            stats, floors = self._stats[at].flatten(0, 1), self._floors[at].flatten(0, 1)
-            ops.accumulate_(stats, self.bank.projections[at][:rows], floors, self._rows[:rows])
+        for (stats, floors), projections in zip(self._by_layer, self.bank.projections, strict=True):
+            ops.accumulate_(stats, projections[:rows], floors, self._rows[:rows])
         self._filled = self.bank.fill(self._rows, np.empty(0, np.int32), self._filled)
 
     def finish(self, requests: Sequence[str]) -> None:
@@ -205,7 +206,7 @@ class Telemetry:
             if event is not None:
                 event.synchronize()
             for at, choice in enumerate(choices):
-                self._add(self._totals, choice, left[:, at])
+                self._add(self._totals, choice.name, left[:, at].sum(1))
             if self._log_path is not None:
                 self._log(left, choices)
         now = time.monotonic()
@@ -214,16 +215,18 @@ class Telemetry:
             write(self._totals_path, dict(self._all_totals()))
 
     @staticmethod
-    def _add(totals: dict[str, Tensor], choice: Choice, stats: Tensor) -> None:
-        assert choice.name is not None
-        # Sums alone: minima and maxima do not add, and the totals have no use for them.
-        stats = stats.sum(1)
-        totals[choice.name] = totals[choice.name] + stats if choice.name in totals else stats
+    def _add(totals: dict[str, Tensor], name: str | None, sums: Tensor) -> None:
+        """Sums alone: minima and maxima do not add, and the totals have no use for them."""
+        assert name is not None
+        totals[name] = totals[name] + sums if name in totals else sums
 
     def _all_totals(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
         totals = dict(self._totals)
-        for running in self._running.values():
-            self._add(totals, running.choice, self._stats[:, running.index].cpu())
+        running: dict[str | None, list[int]] = {}
+        for entry in self._running.values():
+            running.setdefault(entry.choice.name, []).append(entry.index)
+        for profile, index in running.items():
+            self._add(totals, profile, self._stats[:, index].sum((1, 2)).cpu())
         field = {name: at for at, name in enumerate(_C.STAT_FIELDS)}
         for name, stats in totals.items():
             yield (

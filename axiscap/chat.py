@@ -278,15 +278,18 @@ def mean_at(turn: Turn, side: str, layer: int) -> float:
 def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int]) -> CapProfile:
     """The profile at another percentile of its floors' population and some of its layers.
 
+    At the percentile that it says it is at, and where it has no quantile tables, its floors are left as they are.
+
     Raises:
-        ValueError: no layer is left, or the profile has no quantile tables.
+        ValueError: no layer is left.
     """
     if not layers:
         raise ValueError("at least one layer must be capped")
     layers = sorted(layers)
-    if percentile is None:
+    if percentile is None or percentile == _percentile(profile):
         chosen = [profile.layers.index(layer) for layer in layers]
-        return CapProfile(layers, profile.axes[chosen], profile.floors[chosen], profile.provenance)
+        tables = {"axis_all": profile.axis_all, "quantiles": profile.quantiles, "populations": profile.populations}
+        return CapProfile(layers, profile.axes[chosen], profile.floors[chosen], profile.provenance, **tables)
     return with_floors(profile, percentile, _population(profile), layers)
 
 
@@ -335,7 +338,11 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
 
     def chosen(name: str, percentile: float | None, layers: Sequence[str]) -> CapProfile:
         profile = profiles[name]
-        return adjusted(profile, percentile if _percentile(profile) is not None else None, [int(x) for x in layers])
+        # Where the page still has the layers of the profile before this one, all of this one's.
+        wanted = [int(layer) for layer in layers if int(layer) in profile.layers] or (
+            list(profile.layers) if layers else []
+        )
+        return adjusted(profile, percentile if _percentile(profile) is not None else None, wanted)
 
     def messages(turns: Sequence[Turn], side: str) -> list[dict[str, str]]:
         return [dict(message) for talk in talks(turns) if talk.side == side for message in talk.messages]

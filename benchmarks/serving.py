@@ -2,7 +2,8 @@
 
 Three servers run side by side, idle but for the one that is measured: without AxisCap, with it, and with the published
 sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; ratios are within
-one round. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
+one round. The CPU time of a server's processes for a token is less disturbed by what else a machine does than its clock
+time is. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -63,13 +65,18 @@ def server(arguments: list[str], folder: Path, name: str):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
                 break
             time.sleep(0.5)
-        yield url
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def measure(url: str, concurrency: int) -> dict[str, float]:
+def cpu_seconds(server: psutil.Process) -> float:
+    """Of the server's processes, so far."""
+    return sum(sum(part.cpu_times()[:2]) for part in (server, *server.children(recursive=True)))
+
+
+def measure(url: str, server: psutil.Process, concurrency: int) -> dict[str, float]:
     """One run of `vllm bench serve`, in this process: random prompts of 64 tokens, 32 tokens of answer."""
     # The command around it looks for a distribution named vllm, and the one for CPUs has another name.
     from vllm.benchmarks import serve
@@ -79,8 +86,10 @@ def measure(url: str, concurrency: int) -> dict[str, float]:
     options = ["--base-url", url, "--model", "m", "--tokenizer", models.folder("smollm2-135m-instruct")]
     options += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "32", "--ignore-eos"]
     options += ["--num-prompts", str(max(4, 2 * concurrency)), "--max-concurrency", str(concurrency), "--disable-tqdm"]
+    before = cpu_seconds(server)
     with contextlib.redirect_stdout(io.StringIO()):
-        return serve.main(parser.parse_args(options))
+        result = serve.main(parser.parse_args(options))
+    return {**result, "cpu": (cpu_seconds(server) - before) / result["total_output_tokens"]}
 
 
 def spread(values: list[float]) -> str:
@@ -101,16 +110,16 @@ def main() -> None:
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        urls = {name: stack.enter_context(server(extra, folder, name)) for name, extra in servers.items()}
-        for url in urls.values():
-            measure(url, 1)  # warm
+        running = {name: stack.enter_context(server(extra, folder, name)) for name, extra in servers.items()}
+        for url, process in running.values():
+            measure(url, process, 1)  # warm
         for number in track(range(rounds * len(CONCURRENCIES)), "rounds", console=Console(stderr=True)):
             concurrency = CONCURRENCIES[number % len(CONCURRENCIES)]
-            names = list(urls) if number // len(CONCURRENCIES) % 2 else list(urls)[::-1]
+            names = list(running) if number // len(CONCURRENCIES) % 2 else list(running)[::-1]
             for name in names:
-                found.setdefault((name, concurrency), []).append(measure(urls[name], concurrency))
+                found.setdefault((name, concurrency), []).append(measure(*running[name], concurrency))
     table = Table(title=f"over the uncapped server, {rounds} rounds: median (quartiles)")
-    for column in ("server", "concurrency", "output tokens/s", "throughput", "speed of a token (1 / TPOT)"):
+    for column in ("server", "concurrency", "output tokens/s", "throughput", "speed of a token (1 / TPOT)", "CPU time"):
         table.add_column(column, justify="left" if column == "server" else "right")
     for (name, concurrency), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         base = found["uncapped", concurrency]
@@ -121,6 +130,7 @@ def main() -> None:
             f"{statistics.median(run['output_throughput'] for run in runs):.0f}",
             spread([run["output_throughput"] / other["output_throughput"] for run, other in pairs]),
             spread([other["mean_tpot_ms"] / run["mean_tpot_ms"] for run, other in pairs]),
+            spread([run["cpu"] / other["cpu"] for run, other in pairs]),
         )
     Console(width=140).print(table)
 

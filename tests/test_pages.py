@@ -22,6 +22,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import command as command  # a fixture
 
 from axiscap import CapProfile, monitor, page
+from axiscap.calibrate import with_floors
 from axiscap.monitor import Scale
 
 BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
@@ -224,12 +225,15 @@ def test_the_report_shows_a_tokens_text_on_hover_and_prints(report, chromium, tm
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory):
+def chat(tmp_path_factory, shipped_profile):
+    other = tmp_path_factory.mktemp("profiles") / "three-layers.safetensors"
+    with_floors(shipped_profile, 50.0, "assistant", [16, 17, 18]).save(other)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("chat") / "log"
-    command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), "--port", str(port), "--max-new-tokens", "24"]
+    command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), str(other), "--port", str(port)]
+    command += ["--max-new-tokens", "24"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -266,15 +270,19 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         means = f"({plot}?.data ?? []).map(curve => [curve.name, curve.y])"
         answers = f"({means}).find(curve => curve[0] == 'capped')?.[1].length"
         visit.page.wait_for_function(f"{answers} == 1", timeout=60_000)
+        # The curve moves while the answers grow; in the end they lie on either side of the floor.
+        at = f"(name => ({means}).find(curve => curve[0] == name)[1][0])"
+        visit.page.wait_for_function(
+            f"{at}('uncapped') < {at}('floor') && {at}('floor') < {at}('capped')", timeout=60_000
+        )
         assert texts(visit, "uncapped") != texts(visit, "capped")
-        curves = dict(map(tuple, visit.page.evaluate(means)))
-        assert curves["uncapped"][0] < curves["floor"][0] < curves["capped"][0]
+        floor = visit.page.evaluate(f"{at}('floor')")
 
         # The slider moves the floor that is drawn and that the next answer is held to.
         visit.page.locator("#percentile input[type=number]").fill("50")
         visit.page.locator("#percentile input[type=number]").press("Enter")
         visit.page.locator("#percentile input[type=range]").dispatch_event("pointerup")
-        visit.page.wait_for_function(f"({means}).find(curve => curve[0] == 'floor')[1][0] > {curves['floor'][0]}")
+        visit.page.wait_for_function(f"{at}('floor') > {floor}")
 
         said.fill("Do you miss the living?")
         visit.page.locator("#send").click()
@@ -292,6 +300,12 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         assert [talk.side for talk in talks] == ["uncapped", "capped"]
         assert [len(talk.messages) for talk in talks] == [4, 4]
         assert "A talk, held twice" in (tmp_path / "talk.html").read_text()
+
+        # Another profile, with its own layers; answers that were not measured at its layer leave a gap.
+        visit.page.locator("#profile input").click()
+        visit.page.get_by_role("option", name="three-layers").click()
+        expect(visit.page.locator("#layers input[type=checkbox]")).to_have_count(3)
+        visit.page.wait_for_function(f"{plot}.layout.title.text == 'drift, layer 18'")
 
         visit.page.locator("#clear").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)

@@ -109,8 +109,49 @@ def test_the_engines_own_benchmark_client(server, tmp_path):
     assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
+def test_requests_are_counted_and_logged(server, profiles, demo_model):
+    folder, made = profiles
+    response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
+    server.text("Hello.", "off", max_tokens=1)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record = next(record for record in records if record["id"] == response["id"])
+    assert (record["name"], record["digest"]) == ("strict", made["strict"].digest)
+    assert_counted(record, demo_model, made["strict"], response["usage"]["prompt_tokens"] + 7)
+    assert "Morwen" not in (folder / "log.jsonl").read_text()
+    first = made["strict"].layers[0]
+    assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
+
+
+def retractions(server) -> float:
+    return sum(value for key, value in server.metrics().items() if "num_retracted_requests_total" in key)
+
+
+def test_a_thousand_mixed_requests_with_retractions_and_cancellations(server):
+    """The server's checking mode compares every step's slots with the radix cache's key, and dies if they differ."""
+    before = retractions(server)
+    soak(server, 1000)
+    assert retractions(server) > before
+    assert server.client.get("/health").status_code == 200
+
+
+def test_a_wrong_configuration_stops_the_server_before_it_listens(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"profiles": {"a": "/nowhere.safetensors"}}')
+    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
+    assert "profile a cannot be read" in said
+    axes = torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1)
+    CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
+    config.write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
+    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
+    assert "the profiles are for hidden size 64, but the model has 576" in said
+    assert "ready to roll" not in said
+
+
 def test_profiles_come_move_and_go(profiles, demo_model, monkeypatch):
-    """Through the engine's own collective_rpc, which its server does not offer, but its Engine does."""
+    """Through the engine's own collective_rpc, which its server does not offer, but its Engine does.
+
+    The last test here: an Engine's end takes all children of this process with it, and so the server.
+    """
     folder, made = profiles
     (folder / "engine.json").write_text(json.dumps(configuration(folder, check=True)))
     monkeypatch.setenv("AXISCAP_CONFIG", str(folder / "engine.json"))
@@ -150,41 +191,3 @@ def test_profiles_come_move_and_go(profiles, demo_model, monkeypatch):
         assert texts("strict") == wanted(moved)
     finally:
         engine.shutdown()
-
-
-def test_requests_are_counted_and_logged(server, profiles, demo_model):
-    folder, made = profiles
-    response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
-    server.text("Hello.", "off", max_tokens=1)
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    record = next(record for record in records if record["id"] == response["id"])
-    assert (record["name"], record["digest"]) == ("strict", made["strict"].digest)
-    assert_counted(record, demo_model, made["strict"], response["usage"]["prompt_tokens"] + 7)
-    assert "Morwen" not in (folder / "log.jsonl").read_text()
-    first = made["strict"].layers[0]
-    assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
-
-
-def retractions(server) -> float:
-    return sum(value for key, value in server.metrics().items() if "num_retracted_requests_total" in key)
-
-
-def test_a_thousand_mixed_requests_with_retractions_and_cancellations(server):
-    """The server's checking mode compares every step's slots with the radix cache's key, and dies if they differ."""
-    before = retractions(server)
-    soak(server, 1000)
-    assert retractions(server) > before
-    assert server.client.get("/health").status_code == 200
-
-
-def test_a_wrong_configuration_stops_the_server_before_it_listens(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text('{"profiles": {"a": "/nowhere.safetensors"}}')
-    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
-    assert "profile a cannot be read" in said
-    axes = torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1)
-    CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
-    config.write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
-    said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
-    assert "the profiles are for hidden size 64, but the model has 576" in said
-    assert "ready to roll" not in said

@@ -33,8 +33,9 @@ from axiscap import CapProfile, models
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
 SERVER += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule"]
-# So small a cache that long requests are retracted to make room for each other.
-SERVER += ["--context-length", "1024", "--max-total-tokens", "1536", "--enable-metrics", "--sleep-on-idle"]
+# So small a cache, and so little caution, that requests are retracted to make room for each other.
+SERVER += ["--context-length", "640", "--max-total-tokens", "640", "--schedule-conservativeness", "0.01"]
+SERVER += ["--enable-metrics", "--sleep-on-idle"]
 CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
 
 

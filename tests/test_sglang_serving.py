@@ -33,10 +33,10 @@ from axiscap import CapProfile, models
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
 SERVER += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule"]
-# So small a cache, and so little caution, that requests are retracted to make room for each other.
-SERVER += ["--context-length", "640", "--max-total-tokens", "640", "--schedule-conservativeness", "0.01"]
-SERVER += ["--enable-metrics", "--sleep-on-idle"]
+SERVER += ["--context-length", "1024", "--max-total-tokens", "1536", "--enable-metrics", "--sleep-on-idle"]
 CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
+# SGLang's scheduler is so careful that a full cache alone retracts nobody here; this is its own switch for tests.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "11"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def server(profiles):
     folder, _ = profiles
     settings = configuration(folder, check=True, log=str(folder / "log.jsonl"))
     (folder / "config.json").write_text(json.dumps(settings))
-    with running(SERVER, folder, "custom_params", AXISCAP_CONFIG=str(folder / "config.json"), **CPU) as server:
+    environment = {"AXISCAP_CONFIG": str(folder / "config.json"), **CPU, **RETRACT}
+    with running(SERVER, folder, "custom_params", **environment) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import REPOSITORY, unit
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, compare, install, interop, models
@@ -186,6 +186,7 @@ def test_too_few_roles_are_an_error():
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**31))
+@example(521, 2115)  # two values are equal
 def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
     values = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
     half = count // 2
@@ -195,8 +196,10 @@ def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
     for layer in range(2):
         ordered = values[:, layer].sort().values
         for percentile, found in zip(floors.PERCENTILES, table[layer], strict=True):
-            rank = torch.searchsorted(ordered, found, right=True).item() / count
-            assert abs(rank - percentile / 100) <= 3 * merged.error + 1 / count + 1e-9
+            # A value that comes more than once has all the ranks from its first to its last.
+            first, last = (torch.searchsorted(ordered, found, right=side).item() / count for side in (False, True))
+            off = max(first - percentile / 100, percentile / 100 - last, 0)
+            assert off <= 3 * merged.error + 1 / count + 1e-9
     if count <= 1000:
         assert merged.error == 0
 

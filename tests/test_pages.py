@@ -86,9 +86,15 @@ class Visit:
         self.page: Page = self.context.new_page()
         self.errors: list[str] = []
         self.asked: list[str] = []
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def _hear(self, said) -> None:
+        # Gradio answers with a 500 where it is asked to cancel what has ended a moment before.
+        url = (said.location or {}).get("url", "")
+        if said.type == "error" and not url.endswith(("/cancel", "/reset")):
+            self.errors.append(f"{said.text} {url}")
 
     def __enter__(self) -> Visit:
         return self

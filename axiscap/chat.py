@@ -31,10 +31,9 @@ from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
 from axiscap.compare import load_conversations
 from axiscap.install import install
 from axiscap.models import text_config
-from axiscap.monitor import CAPPED, Recorder, Scale, Talk, measuring, replay
+from axiscap.monitor import CAPPED, UNCAPPED, Recorder, Scale, Talk, known_layers, measuring, replay
 from axiscap.profile import CapProfile
 
-UNCAPPED = "uncapped"
 SIDES = (UNCAPPED, CAPPED)
 #: Talks that wait for an answer at once, and turns of one talk.
 _WAITING, _TURNS = 8, 50
@@ -287,9 +286,7 @@ def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int
         raise ValueError("at least one layer must be capped")
     layers = sorted(layers)
     if percentile is None or percentile == _percentile(profile):
-        chosen = [profile.layers.index(layer) for layer in layers]
-        tables = {"axis_all": profile.axis_all, "quantiles": profile.quantiles, "populations": profile.populations}
-        return CapProfile(layers, profile.axes[chosen], profile.floors[chosen], profile.provenance, **tables)
+        return profile.at_layers(layers)
     return with_floors(profile, percentile, _population(profile), layers)
 
 
@@ -418,8 +415,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             raise gr.Error(why, print_exception=False)
         profile = chosen(name, percentile, layers)
         selection = page.Selection(Scale.of(profile))
-        every = list(range(len(profile.axis_all))) if profile.axis_all is not None else None
-        for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=every):
+        for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=known_layers(profile)):
             selection.add(trace)
         return offer("talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))
 

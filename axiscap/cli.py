@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from rich.text import Text
 import axiscap
 from axiscap import bench as bench_module
 from axiscap import models
-from axiscap.monitor import Trace
+from axiscap.monitor import Scale, Trace, turn_records
 from axiscap.profile import CapProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -461,12 +461,11 @@ def report(
     loaded_profile = CapProfile.load(profile)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        from axiscap import page
-        from axiscap.monitor import Scale
+        from axiscap import monitor, page
 
-        selection = page.Selection(Scale.of(loaded_profile, layer))
+        selection = page.Selection(monitor.Scale.of(loaded_profile, layer))
         if talks is not None:
-            every = list(range(loaded_profile.num_layers or 0)) if loaded_profile.axis_all is not None else None
+            every = monitor.known_layers(loaded_profile)
             with _progress(rate=True) as progress:
                 for trace in _replayed(progress, loaded_profile, talks, model, every, None, None):
                     selection.add(trace)
@@ -483,7 +482,7 @@ def _replayed(
     profile: CapProfile,
     talks: Path,
     model: str,
-    layers: list[int] | None,
+    layers: list[int],
     capped: bool | None,
     on_error: Callable[[str], None] | None,
 ) -> Iterator[Trace]:
@@ -543,12 +542,13 @@ def replay(
         Console(stderr=True).print(f"left out: {escape(problem)}", highlight=False, soft_wrap=True)
 
     selection, below = page.Selection(scale), 0
-    with _progress(rate=True) as progress, _records(out) as write:
+    scales = [monitor.Scale.of(loaded_profile, number) for number in measured]
+    with _progress(rate=True) as progress, _records(out, scales) as write:
         on_error = leave_out if skip_bad else None
         for trace in _replayed(progress, loaded_profile, talks, model, measured, capped, on_error):
             drift = selection.add(trace)
             below += fail_below is not None and drift is not None and drift.lowest_percentile < fail_below
-            write(monitor.turn_records(trace, loaded_profile))
+            write(trace)
     if not selection.groups:
         raise ValueError(f"{talks}: no conversation in it has an answer of the model's")
     _show_turns(selection, show)
@@ -566,17 +566,17 @@ def replay(
 
 
 @contextlib.contextmanager
-def _records(out: Path | None) -> Iterator[Callable[[list[dict[str, Any]]], object]]:
-    """What writes records to a file, as its suffix says."""
+def _records(out: Path | None, scales: Sequence[Scale]) -> Iterator[Callable[[Trace], object]]:
+    """What writes a trace's records to a file, as its suffix says; without one it does nothing."""
     if out is None:
-        yield lambda records: None
+        yield lambda trace: None
         return
     if out.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--out must end in .jsonl or .parquet, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".jsonl":
         with out.open("w", encoding="utf-8") as file:
-            yield lambda records: file.writelines(json.dumps(record) + "\n" for record in records)
+            yield lambda trace: file.writelines(json.dumps(record) + "\n" for record in turn_records(trace, scales))
         return
     try:
         import pyarrow
@@ -591,14 +591,17 @@ def _records(out: Path | None) -> Iterator[Callable[[list[dict[str, Any]]], obje
     with parquet.ParquetWriter(out, schema) as writer:
         waiting: list[dict[str, Any]] = []
 
-        def write(records: list[dict[str, Any]], least: int = 10_000) -> None:
-            waiting.extend(records)
-            if len(waiting) > least:
-                writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
-                waiting.clear()
+        def flush() -> None:
+            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+            waiting.clear()
+
+        def write(trace: Trace) -> None:
+            waiting.extend(turn_records(trace, scales))
+            if len(waiting) > 10_000:
+                flush()
 
         yield write
-        write([], 0)
+        flush()
 
 
 def _show_turns(selection: Any, show: int) -> None:
@@ -673,7 +676,7 @@ def chat(
     assert talker is not None
     if terminal:
         console.print("Write a line; an empty line, or the end of the input, ends the talk.")
-        lines = iter(lambda: _line(), "")
+        lines = iter(_line, "")
         chats.converse(talker, next(iter(loaded.values())), console, lines, most=max_new_tokens)
     else:
         console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from axiscap.install import LayerStats, install
+from axiscap.monitor import CAPPED, UNCAPPED
 from axiscap.profile import CapProfile
 
 
@@ -62,7 +63,7 @@ class Comparison:
     def transcripts(self) -> Iterator[dict[str, Any]]:
         """Both sides as stored conversations, in the form that :func:`axiscap.monitor.read_talks` reads."""
         talk = self.conversation
-        for side, track in (("uncapped", self.uncapped), ("capped", self.capped)):
+        for side, track in ((UNCAPPED, self.uncapped), (CAPPED, self.capped)):
             messages = []
             for said, answer in zip(talk.turns, track.answers, strict=True):
                 messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.text}]

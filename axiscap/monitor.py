@@ -28,8 +28,8 @@ from axiscap.install import Installation, install
 from axiscap.models import text_config
 from axiscap.profile import CapProfile
 
-#: The side of a talk that was held under a profile, where it was held twice.
-CAPPED = "capped"
+#: The sides of a talk that was held twice, without a profile in force and with it.
+UNCAPPED, CAPPED = "uncapped", "capped"
 #: What stands in a message's place while the chat template is asked where it puts it.
 _MARK = "\u2402axiscap\u2403"
 #: Talks that are read ahead and sorted by length, so that a batch has little padding.
@@ -45,7 +45,7 @@ class Talk:
     name: str
     messages: tuple[dict[str, str], ...]
     group: str = ""
-    side: str = ""  # "uncapped" or CAPPED, where the same conversation was held twice
+    side: str = ""  # UNCAPPED or CAPPED, where the same conversation was held twice
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ class Trace:
 
     def drift(self, scale: Scale) -> Drift | None:
         """The path in figures, or None where the model says nothing in it."""
-        path = _Path()
-        for values in self.answers(scale.layer):
-            path.add(*summed(values, scale.floor))
-        return path.drift(scale) if path.turns else None
+        return drift_of(self.sums(scale), scale)
+
+    def sums(self, scale: Scale) -> list[tuple[float, int, int]]:
+        """Each of the model's turns: its mean projection, its tokens, and how many of them are below the floor."""
+        return [summed(values, scale.floor) for values in self.answers(scale.layer)]
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,14 @@ class Scale:
             layer = _telling_layer(profile)
         _check_layers(profile, [layer])
         floor = profile.floors[profile.layers.index(layer), 0].item() if layer in profile.layers else -math.inf
-        facts = profile.provenance.get("quantiles")
-        names = list(facts.get("populations", [])) if isinstance(facts, Mapping) else []
-        ranks = tuple(facts.get("percentiles", [])) if isinstance(facts, Mapping) else ()
-        values: tuple[float, ...] = ()
-        if profile.populations is not None and "assistant" in names and layer < profile.populations.shape[1]:
-            values = tuple(profile.populations[names.index("assistant"), layer].tolist())
-        return cls(layer, floor, ranks, values) if len(values) == len(ranks) else cls(layer, floor, (), ())
+        table = profile.tables.get("assistant")
+        if table is None or layer >= len(table):
+            return cls(layer, floor, (), ())
+        return cls(layer, floor, profile.percentiles, tuple(table[layer].tolist()))
+
+    def at(self, percentile: float) -> float:
+        """The normal answers' mean projection at one of the table's percentiles; NaN where that is not known."""
+        return self.values[self.ranks.index(percentile)] if percentile in self.ranks else math.nan
 
     def percentile(self, projection: float) -> float:
         """Of a turn's mean projection among normal answers; beyond the table's ends 0 or 100, NaN without a table."""
@@ -159,16 +161,21 @@ def _telling_layer(profile: CapProfile) -> int:
     return profile.layers[len(profile.layers) // 2]
 
 
+def known_layers(profile: CapProfile) -> list[int]:
+    """Where the profile has an axis to measure on: the capped layers, and all others where it keeps theirs."""
+    return sorted({*profile.layers, *range(0 if profile.axis_all is None else len(profile.axis_all))})
+
+
 def _check_layers(profile: CapProfile, layers: Sequence[int]) -> None:
-    known = set(profile.layers) | set(range(0 if profile.axis_all is None else len(profile.axis_all)))
-    unknown = sorted(set(layers) - known)
+    known = known_layers(profile)
+    unknown = sorted(set(layers) - set(known))
     if unknown:
         raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {_ranges(known)}")
 
 
 def _ranges(numbers: Iterable[int]) -> str:
     runs: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
@@ -214,6 +221,14 @@ class _Path:
             percentile=scale.percentile(level),
             lowest_percentile=scale.percentile(self.lowest),
         )
+
+
+def drift_of(turns: Iterable[tuple[float, int, int]], scale: Scale) -> Drift | None:
+    """The drift of turns as :func:`summed` gives them; None where there are none."""
+    path = _Path()
+    for turn in turns:
+        path.add(*turn)
+    return path.drift(scale) if path.turns else None
 
 
 # Stored conversations.
@@ -438,14 +453,13 @@ def batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def turn_records(trace: Trace, profile: CapProfile) -> list[dict[str, Any]]:
-    """A flat record for each of the model's turns and each layer of a trace: what tables are made of."""
+def turn_records(trace: Trace, scales: Sequence[Scale]) -> list[dict[str, Any]]:
+    """A flat record for each of the model's turns at each of some layers: what tables are made of."""
     talk, records = trace.talk, []
-    for layer in trace.layers:
-        scale = Scale.of(profile, layer)
-        for number, values in enumerate(trace.answers(layer), start=1):
-            mean, tokens, below = summed(values, scale.floor)
-            facts = {"conversation": talk.name, "group": talk.group, "side": talk.side, "turn": number, "layer": layer}
+    for scale in scales:
+        for number, (mean, tokens, below) in enumerate(trace.sums(scale), start=1):
+            facts = {"conversation": talk.name, "group": talk.group, "side": talk.side, "turn": number}
+            facts["layer"] = scale.layer
             share = below / tokens if math.isfinite(scale.floor) else None
             rank = scale.percentile(mean)
             facts |= {"tokens": tokens, "mean": mean, "below_floor": share}

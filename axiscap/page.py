@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import axiscap
-from axiscap.monitor import CAPPED, Drift, Scale, Trace, percentile_in_words, summed
+from axiscap.monitor import CAPPED, Drift, Scale, Trace, drift_of, percentile_in_words
 from axiscap.profile import CapProfile
 
 #: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
@@ -117,18 +117,19 @@ class Selection:
 
     def add(self, trace: Trace) -> Drift | None:
         """Returns the trace's drift; None where the model says nothing in it, which is not shown."""
-        drift, talk, scale = trace.drift(self.scale), trace.talk, self.scale
+        talk, scale = trace.talk, self.scale
+        answers = trace.sums(scale)
+        drift = drift_of(answers, scale)
         if drift is None:
             return None
-        answers = trace.answers(scale.layer)
-        row = Row(talk.name, talk.group, talk.side, drift, [summed(values, scale.floor) for values in answers])
+        row = Row(talk.name, talk.group, talk.side, drift, answers)
         key = (talk.group, talk.side)
         if key not in self.groups and len(self.groups) >= _GROUPS:
             key = ("other groups", talk.side)
         self.groups.setdefault(key, Group()).add(row, scale)
         kept = self.tokens.setdefault(talk.side, [])
         if len(kept) < _HISTOGRAM:
-            kept.extend(torch.cat(answers).tolist())
+            kept.extend(torch.cat(trace.answers(scale.layer)).tolist())
         self._rows.append(row)
         self._traces.append(trace)
         if len(self._rows) > 2 * ROWS:
@@ -238,8 +239,8 @@ class _Figures:
 
 def _normal(scale: Scale) -> list[float]:
     """The 5th and the 95th percentile of normal answers; empty where they are not known."""
-    known = dict(zip(scale.ranks, scale.values, strict=True))
-    return [known[5.0], known[95.0]] if {5.0, 95.0} <= known.keys() else []
+    ends = [scale.at(5.0), scale.at(95.0)]
+    return ends if all(map(math.isfinite, ends)) else []
 
 
 def _axis(title: str, **more: Any) -> dict[str, Any]:
@@ -421,15 +422,13 @@ _BANDS = {
 }
 
 
-def _band(value: float, scale: Scale) -> str:
-    values = dict(zip(scale.ranks, scale.values, strict=True))
-    # How far the normal answers reach down from their median, as a measure of what is far.
-    spread = values[50.0] - values[5.0] if {5.0, 50.0} <= values.keys() else math.nan
-    if value < scale.floor:
-        return "far-below" if value < scale.floor - spread else "below"
-    if value < values.get(50.0, -math.inf):
+def _band(value: float, floor: float, median: float, spread: float) -> str:
+    """Nothing is above or below what is not known (NaN)."""
+    if value < floor:
+        return "far-below" if value < floor - spread else "below"
+    if value < median:
         return "low"
-    return "high" if value > values.get(50.0, math.inf) + spread else "normal"
+    return "high" if value > median + spread else "normal"
 
 
 def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> str:
@@ -452,10 +451,13 @@ def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> st
 
 def _transcript(trace: Trace, scale: Scale) -> str:
     row = trace.projections[trace.layers.index(scale.layer)].tolist()
+    median = scale.at(50.0)
+    # How far the normal answers reach down from their median, as a measure of what is far.
+    bounds = (scale.floor, median, median - scale.at(5.0))
     parts = []
     for turn in trace.text.turns:
         tokens = [
-            f'<i class="{_band(row[at], scale)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</i>'
+            f'<i class="{_band(row[at], *bounds)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</i>'
             for at in range(turn.start, min(turn.end, TOKENS))
         ]
         if tokens:
@@ -569,12 +571,9 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
 
 def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> str:
     go, scale, traces = figures.go, selection.scale, []
-    facts = profile.provenance.get("quantiles")
-    names = list(facts.get("populations", [])) if isinstance(facts, Mapping) else []
     chosen = [at for at, rank in enumerate(scale.ranks) if rank % 5 == 0]
-    for number, name in enumerate(names if scale.values and profile.populations is not None else ()):
-        assert profile.populations is not None
-        values = profile.populations[number, scale.layer].tolist()
+    for number, (name, table) in enumerate(profile.tables.items() if scale.values else ()):
+        values = table[scale.layer].tolist()
         x, y = [], []
         for left, right in pairwise(chosen):
             density = (scale.ranks[right] - scale.ranks[left]) / max(values[right] - values[left], 1e-9)

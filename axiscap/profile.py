@@ -120,11 +120,39 @@ class CapProfile:
             torch.cat([floors, floors.new_full((missing,), -math.inf)]),
         )
 
+    @property
+    def percentiles(self) -> tuple[float, ...]:
+        """The columns of the quantile tables; empty where the provenance does not say them."""
+        known = self._quantile_facts.get("percentiles")
+        return tuple(known) if isinstance(known, list) else ()
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The quantile tables by population, (n_layers, Q) each; empty where there are none, or not as stated."""
+        names = self._quantile_facts.get("populations")
+        if self.populations is None or not isinstance(names, Mapping | list) or len(names) != len(self.populations):
+            return {}
+        fits = len(self.percentiles) == self.populations.shape[2]
+        return dict(zip(names, self.populations, strict=True)) if fits else {}
+
+    @property
+    def _quantile_facts(self) -> Mapping[str, Any]:
+        facts = self.provenance.get("quantiles")
+        return facts if isinstance(facts, Mapping) else {}
+
     def with_floors(self, floors: Tensor) -> CapProfile:
         """The same axes with other floors (L, K)."""
+        return self._with(self.layers, self.axes, floors)
+
+    def at_layers(self, layers: Sequence[int]) -> CapProfile:
+        """The same at some of its layers, ascending."""
+        chosen = [self.layers.index(layer) for layer in layers]
+        return self._with(layers, self.axes[chosen], self.floors[chosen])
+
+    def _with(self, layers: Sequence[int], axes: Tensor, floors: Tensor) -> CapProfile:
         return CapProfile(
-            self.layers,
-            self.axes,
+            layers,
+            axes,
             floors,
             self.provenance,
             axis_all=self.axis_all,

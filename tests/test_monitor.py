@@ -129,8 +129,8 @@ def test_messages_are_found_by_the_template(tokenizer, template):
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=6))
-def test_any_text_is_found(texts):
-    _, tokenizer = _demo()
+def test_any_text_is_found(demo_model, texts):
+    _, tokenizer = demo_model
     said = [{"role": "user" if number % 2 == 0 else "assistant", "content": text} for number, text in enumerate(texts)]
     text = monitor.encode(tokenizer, said)
     for turn, message in zip(text.turns, said, strict=True):
@@ -138,15 +138,6 @@ def test_any_text_is_found(texts):
         # The tokenizer itself drops some control characters.
         rest = iter(message["content"])
         assert all(letter in rest for letter in inside), (inside, message)
-
-
-_loaded: list = []
-
-
-def _demo():
-    if not _loaded:
-        _loaded.append(models.load())
-    return _loaded[0]
 
 
 def test_what_cannot_be_encoded_says_why(tokenizer):

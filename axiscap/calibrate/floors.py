@@ -93,12 +93,10 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
     Raises:
         ValueError: the profile has none.
     """
-    facts = profile.provenance.get("quantiles")
-    names = list(facts.get("populations", [])) if isinstance(facts, Mapping) else []
-    known = facts.get("percentiles") if isinstance(facts, Mapping) else None
-    if profile.populations is None or len(names) != len(profile.populations) or known != list(PERCENTILES):
+    tables = profile.tables
+    if not tables or profile.percentiles != PERCENTILES:
         raise ValueError("the profile has no quantile tables; it was not made by this version's calibration")
-    return dict(zip(names, profile.populations, strict=True))
+    return tables
 
 
 def with_floors(profile: CapProfile, percentile: float, population: str, layers: list[int] | None = None) -> CapProfile:

@@ -17,9 +17,10 @@ import httpx
 import pytest
 import torch
 from conftest import SHIPPED_PROFILE
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
-from axiscap import CapProfile, monitor
+from axiscap import CapProfile, models, monitor
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -64,6 +65,34 @@ def make_profiles(folder: Path) -> dict[str, CapProfile]:
     for name, profile in profiles.items():
         profile.save(folder / f"{name}.safetensors")
     return profiles
+
+
+#: Each second prompt, under one profile after the other: a batch that mixes them.
+MIXED = list(zip(PROMPTS[::2], (None, "strict", "off") * 5, strict=True))
+
+
+def expected_mixed(model, tokenizer, made: dict[str, CapProfile], tokens: int) -> list[str]:
+    kinds = {None: made["mild"], "strict": made["strict"], "off": None}
+    return [expected_texts(model, tokenizer, [prompt], kinds[name], tokens)[0] for prompt, name in MIXED]
+
+
+def small_model(folder: Path):
+    """A model of random weights and its profiles, saved: its heads part in two, which SmolLM2's nine do not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(models.folder(models.DEFAULT_MODEL))
+    tokenizer.save_pretrained(folder / "model")
+    axes = torch.nn.functional.normalize(torch.randn(3, 1, 128), dim=-1)
+    floors = {"mild": 0.0, "strict": 3.0, "watch": -torch.inf}
+    made = {name: CapProfile([0, 1, 3], axes, torch.full((3, 1), floor)) for name, floor in floors.items()}
+    for name, profile in made.items():
+        profile.save(folder / f"{name}.safetensors")
+    return model, tokenizer, made
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -14,16 +15,19 @@ pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 import sglang
 from serving import (
     LONG,
+    MIXED,
     PROMPTS,
     assert_counted,
     assert_same_texts,
     configuration,
+    expected_mixed,
     expected_texts,
     hostile,
     in_parallel,
     make_profiles,
     refusal,
     running,
+    small_model,
     soak,
     stock_client,
 )
@@ -61,6 +65,23 @@ def plain(profiles):
     """Not configured."""
     with running(SERVER, profiles[0], "custom_params", **CPU) as server:
         yield server
+
+
+def mixed(server) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(len(MIXED)) as pool:
+        return list(pool.map(lambda asked: server.text(*asked, max_tokens=12), MIXED))
+
+
+def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
+    model, tokenizer, made = small_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(configuration(tmp_path, check=True)))
+    environment = {"AXISCAP_CONFIG": str(tmp_path / "config.json"), "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1", **CPU}
+    command = [str(tmp_path / "model") if part == models.folder(models.DEFAULT_MODEL) else part for part in SERVER]
+    command += ["--tp-size", "2", "--pp-size", "2"]
+    with running(command, tmp_path, "custom_params", **environment) as server:
+        found = mixed(server)
+    assert found == expected_mixed(model, tokenizer, made, 12)
+    assert len(set(found)) > len(found) / 2
 
 
 @pytest.mark.parametrize("name", ["mild", "strict"])

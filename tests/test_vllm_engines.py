@@ -19,19 +19,16 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
 from safetensors.torch import save_file
-from serving import PROMPTS, configuration, expected_texts, make_profiles
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from serving import MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from axiscap import CapProfile, models
+from axiscap import models
 from axiscap.serving.bank import Choice
 from axiscap.serving.settings import Settings
 from axiscap.serving.vllm import VllmWorker
 from axiscap.serving.worker import Worker
 
-#: Each third prompt under another profile, all in one batch.
-MIXED = list(zip(PROMPTS[::2], (None, "strict", "off") * 5, strict=True))
 TOKENS = 12
 
 
@@ -62,14 +59,9 @@ def served(model: str, folder, *, lora: LoRARequest | None = None, **options: ob
         llm.llm_engine.engine_core.shutdown()
 
 
-def wanted(model, tokenizer, made: dict[str, CapProfile]) -> list[str]:
-    kinds = {None: made["mild"], "strict": made["strict"], "off": None}
-    return [expected_texts(model, tokenizer, [prompt], kinds[name], TOKENS)[0] for prompt, name in MIXED]
-
-
 def test_two_pipeline_ranks(profiles, demo_model):
     found = served(models.folder(models.DEFAULT_MODEL), profiles[0], pipeline_parallel_size=2)
-    assert found == wanted(*demo_model, profiles[1])
+    assert found == expected_mixed(*demo_model, profiles[1], TOKENS)
 
 
 def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
@@ -98,7 +90,7 @@ def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
         max_lora_rank=8,
         speculative_config=drafts,
     )
-    assert found == wanted(adapted, tokenizer, profiles[1])
+    assert found == expected_mixed(adapted, tokenizer, profiles[1], TOKENS)
     # The adapter is in it: without, some of the answers are others.
     plain = [at for at, (_, name) in enumerate(MIXED) if name == "off"]
     unadapted = expected_texts(model, tokenizer, [MIXED[at][0] for at in plain], None, TOKENS)
@@ -106,23 +98,9 @@ def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
 
 
 def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
-    """SmolLM2 has 9 heads, which do not part in two: a small model of random weights has."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, eos_token_id=None,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(models.folder(models.DEFAULT_MODEL))
-    tokenizer.save_pretrained(tmp_path / "model")
-    axes = torch.nn.functional.normalize(torch.randn(3, 1, 128), dim=-1)
-    made = {name: CapProfile([0, 1, 3], axes, torch.full((3, 1), floor)) for name, floor in
-            (("mild", 0.0), ("strict", 3.0), ("watch", -torch.inf))}  # fmt: skip
-    for name, profile in made.items():
-        profile.save(tmp_path / f"{name}.safetensors")
+    model, tokenizer, made = small_model(tmp_path)
     found = served(str(tmp_path / "model"), tmp_path, tensor_parallel_size=2, pipeline_parallel_size=2)
-    assert found == wanted(model, tokenizer, made)
+    assert found == expected_mixed(model, tokenizer, made, TOKENS)
     assert len(set(found)) > len(found) / 2
 
 

@@ -11,6 +11,7 @@ would do otherwise, and then corrects the residual that is added to it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import time
@@ -141,7 +142,9 @@ def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs
         choice = scheduler.axiscap_control.decide(_asked(sampling), request.rid)
     except ChoiceError as error:  # the profile was retired on the way here
         return original(scheduler, request, mm_input_error=str(error))
-    sampling.custom_params = choice.put(_asked(sampling))
+    # Copies: a pipeline rank hands the request on after this, and the next decides by what the client asked for.
+    request, request.sampling_params = copy.copy(request), copy.copy(sampling)
+    request.sampling_params.custom_params = choice.put(_asked(sampling))
     request.extra_key = f"{choice.salt};{request.extra_key or ''}"
     return original(scheduler, request, **kwargs)
 

@@ -2,8 +2,10 @@
 
 Three servers run side by side, idle but for the one that is measured: without AxisCap, with it, and with the published
 sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; ratios are within
-one round. The CPU time of a server's processes for a token is less disturbed by what else a machine does than its clock
-time is. Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
+one round. The quick steps are those at the first quartile of the time between two tokens: what else a machine does
+makes steps slower and none quicker, so that these say more of the server than the mean does.
+
+Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -65,18 +66,13 @@ def server(arguments: list[str], folder: Path, name: str):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
                 break
             time.sleep(0.5)
-        yield url, psutil.Process(process.pid)
+        yield url
     finally:
         process.terminate()
         process.wait()
 
 
-def cpu_seconds(server: psutil.Process) -> float:
-    """Of the server's processes, so far."""
-    return sum(sum(part.cpu_times()[:2]) for part in (server, *server.children(recursive=True)))
-
-
-def measure(url: str, server: psutil.Process, concurrency: int) -> dict[str, float]:
+def measure(url: str, concurrency: int) -> dict[str, float]:
     """One run of `vllm bench serve`, in this process: random prompts of 64 tokens, 32 tokens of answer."""
     # The command around it looks for a distribution named vllm, and the one for CPUs has another name.
     from vllm.benchmarks import serve
@@ -86,10 +82,9 @@ def measure(url: str, server: psutil.Process, concurrency: int) -> dict[str, flo
     options = ["--base-url", url, "--model", "m", "--tokenizer", models.folder("smollm2-135m-instruct")]
     options += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "32", "--ignore-eos"]
     options += ["--num-prompts", str(max(4, 2 * concurrency)), "--max-concurrency", str(concurrency), "--disable-tqdm"]
-    before = cpu_seconds(server)
+    options += ["--percentile-metrics", "tpot,itl", "--metric-percentiles", "25"]
     with contextlib.redirect_stdout(io.StringIO()):
-        result = serve.main(parser.parse_args(options))
-    return {**result, "cpu": (cpu_seconds(server) - before) / result["total_output_tokens"]}
+        return serve.main(parser.parse_args(options))
 
 
 def spread(values: list[float]) -> str:
@@ -111,15 +106,22 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         running = {name: stack.enter_context(server(extra, folder, name)) for name, extra in servers.items()}
-        for url, process in running.values():
-            measure(url, process, 1)  # warm
+        for url in running.values():
+            measure(url, 1)  # warm
         for number in track(range(rounds * len(CONCURRENCIES)), "rounds", console=Console(stderr=True)):
             concurrency = CONCURRENCIES[number % len(CONCURRENCIES)]
             names = list(running) if number // len(CONCURRENCIES) % 2 else list(running)[::-1]
             for name in names:
-                found.setdefault((name, concurrency), []).append(measure(*running[name], concurrency))
+                found.setdefault((name, concurrency), []).append(measure(running[name], concurrency))
     table = Table(title=f"over the uncapped server, {rounds} rounds: median (quartiles)")
-    for column in ("server", "concurrency", "output tokens/s", "throughput", "speed of a token (1 / TPOT)", "CPU time"):
+    for column in (
+        "server",
+        "concurrency",
+        "output tokens/s",
+        "throughput",
+        "speed of a token (1 / TPOT)",
+        "of its quick steps",
+    ):
         table.add_column(column, justify="left" if column == "server" else "right")
     for (name, concurrency), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         base = found["uncapped", concurrency]
@@ -130,7 +132,7 @@ def main() -> None:
             f"{statistics.median(run['output_throughput'] for run in runs):.0f}",
             spread([run["output_throughput"] / other["output_throughput"] for run, other in pairs]),
             spread([other["mean_tpot_ms"] / run["mean_tpot_ms"] for run, other in pairs]),
-            spread([run["cpu"] / other["cpu"] for run, other in pairs]),
+            spread([other["p25_itl_ms"] / run["p25_itl_ms"] for run, other in pairs]),
         )
     Console(width=140).print(table)
 

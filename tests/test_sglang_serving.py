@@ -36,7 +36,7 @@ from axiscap import CapProfile, models
 
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
-SERVER += ["--sampling-backend", "pytorch", "--disable-cuda-graph", "--disable-overlap-schedule"]
+SERVER += ["--sampling-backend", "pytorch", "--disable-cuda-graph"]
 SERVER += ["--context-length", "1024", "--max-total-tokens", "1536", "--enable-metrics", "--sleep-on-idle"]
 CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
 # SGLang's scheduler is so careful that a full cache alone retracts nobody here; this is its own switch for tests.

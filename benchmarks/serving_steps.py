@@ -1,7 +1,7 @@
 """Decoding steps of a capped vLLM engine against those of an uncapped one, step by step in turn.
 
 On a machine that others use, whole runs of a server differ by more than a cap could cost. Two steps that follow each
-other within a tenth of a second meet the same machine, and there are hundreds of such pairs: which engine begins
+other within a tenth of a second meet the same machine, and there are many such pairs. Which engine begins
 alternates, and the interval of the median ratio is that of its order statistics (95 %).
 Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving_steps.py``.
 """
@@ -20,7 +20,7 @@ from rich.table import Table
 from axiscap import models
 from benchmarks.serving import CONCURRENCIES, DTYPE, PROFILE
 
-PAIRS = 150
+PAIRS = 149
 #: Steps that compute the prompts, and the first ones after them.
 BEFORE = 20
 
@@ -36,7 +36,7 @@ def engine(ask: Connection, config: dict[str, object]) -> None:
     added = 0
     while (requests := ask.recv()) is not None:
         if requests:
-            params = SamplingParams(temperature=0, max_tokens=BEFORE + PAIRS, ignore_eos=True)
+            params = SamplingParams(temperature=0, max_tokens=BEFORE + PAIRS + 1, ignore_eos=True)
             for _ in range(requests):
                 llm.llm_engine.add_request(str(added := added + 1), f"Tell me of the number {added}.", params)
         begun = time.perf_counter()
@@ -64,14 +64,14 @@ def main() -> None:
             seconds[at], _ = ends[at].recv()
         return seconds
 
-    table = Table(title=f"uncapped over capped, {PAIRS - 1} pairs of steps")
+    table = Table(title=f"uncapped over capped, {PAIRS} pairs of steps")
     for column in ("requests", "uncapped step, ms", "median ratio (95 %)", "quartiles"):
         table.add_column(column, justify="right")
     for requests in CONCURRENCIES:
         step(0, requests)
-        pairs = [step(number) for number in range(1, BEFORE + PAIRS - 1)][BEFORE - 1 :]
+        pairs = [step(number) for number in range(1, BEFORE + PAIRS)][BEFORE - 1 :]
         ratios = sorted(uncapped / capped for uncapped, capped in pairs)
-        half = 0.98 * len(ratios) ** 0.5
+        half = 1.96 * len(ratios) ** 0.5 / 2  # as many ranks from the median: how many lie below it is binomial
         low, high = ratios[int(len(ratios) / 2 - half)], ratios[int(len(ratios) / 2 + half)]
         quartiles = statistics.quantiles(ratios, n=4)
         table.add_row(

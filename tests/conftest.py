@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,14 @@ settings.load_profile("axiscap")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED_PROFILE = REPOSITORY / "examples" / "profiles" / "smollm2-135m-instruct.safetensors"
+
+
+def free_port() -> int:
+    """Not one of those that connections take by themselves: a server's own ranks would, while it starts."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := random.SystemRandom().randrange(20000, 30000)))
+            return port
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

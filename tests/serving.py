@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import SHIPPED_PROFILE
+from conftest import SHIPPED_PROFILE, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
@@ -93,14 +92,6 @@ def small_model(folder: Path):
     for name, profile in made.items():
         profile.save(folder / f"{name}.safetensors")
     return model, tokenizer, made
-
-
-def free_port() -> int:
-    """Not one of those that connections take by themselves: a server's own ranks would, while it starts."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := random.SystemRandom().randrange(20000, 30000)))
-            return port
 
 
 class Server:

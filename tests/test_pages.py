@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import SHIPPED_PROFILE, unit
+from conftest import SHIPPED_PROFILE, free_port, unit
 from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import command as command  # a fixture
 
@@ -232,9 +231,7 @@ def test_the_report_shows_a_tokens_text_on_hover_and_prints(report, chromium, tm
 def chat(tmp_path_factory, shipped_profile):
     other = tmp_path_factory.mktemp("profiles") / "three-layers.safetensors"
     with_floors(shipped_profile, 50.0, "assistant", [16, 17, 18]).save(other)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("chat") / "log"
     command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), str(other), "--port", str(port)]
     command += ["--max-new-tokens", "24"]

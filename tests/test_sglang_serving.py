@@ -76,8 +76,7 @@ def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     model, tokenizer, made = small_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(configuration(tmp_path, check=True)))
     environment = {"AXISCAP_CONFIG": str(tmp_path / "config.json"), "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0|1", **CPU}
-    command = [str(tmp_path / "model") if part == models.folder(models.DEFAULT_MODEL) else part for part in SERVER]
-    command += ["--tp-size", "2", "--pp-size", "2"]
+    command = [*SERVER, "--model-path", str(tmp_path / "model"), "--tp-size", "2", "--pp-size", "2"]
     with running(command, tmp_path, "custom_params", **environment) as server:
         found = mixed(server)
     assert found == expected_mixed(model, tokenizer, made, 12)
@@ -186,7 +185,7 @@ def test_profiles_come_move_and_go(profiles, demo_model, monkeypatch):
     engine = sglang.Engine(
         model_path=models.folder(models.DEFAULT_MODEL), dtype="float32", device="cpu", context_length=1024,
         attention_backend="torch_native", sampling_backend="pytorch", disable_cuda_graph=True,
-        disable_overlap_schedule=True, max_total_tokens=4096, log_level="error",
+        max_total_tokens=4096, log_level="error",
     )  # fmt: skip
     try:
 

@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: pip install 'axiscap[vllm]'")
 
+from conftest import free_port
+
 from axiscap import models
 from axiscap.calibrate import Role, judge, rollouts
 
@@ -55,9 +57,7 @@ def test_in_this_process(demo_model):
 
 
 def test_behind_its_server(demo_model, tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.folder(SETTINGS.model),
               "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]  # fmt: skip
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")

@@ -136,6 +136,8 @@ def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tenso
     """Adds one call's projections (rows, K) to running statistics, in place; returns them.
 
     stats: (S, K, F) float64, the F fields of ``axiscap._C.STAT_FIELDS``, made by :func:`new_stats`.
+    L layers at once: stats (L, S, K, F), projections (L, rows, K), of any stride between layers, and floors (L, S, K);
+    slots are shared.
     """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.accumulate_(stats, projections, floors, slots)

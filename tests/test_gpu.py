@@ -57,6 +57,18 @@ def test_a_graph_replays_with_other_slots_and_floors():
         torch.testing.assert_close(hidden, wanted, atol=0.04, rtol=0.01)
 
 
+def test_statistics_of_layers_at_once():
+    projections = torch.randn(3, 700, 2)[:, :600]
+    projections[1, 3] = math.nan
+    floors, slots = torch.randn(3, 4, 2), torch.randint(-1, 4, (600,)).int()
+    wanted = ops.accumulate_(torch.stack([ops.new_stats(4, 2)] * 3), projections, floors, slots)
+    on_device = torch.stack([ops.new_stats(4, 2)] * 3).cuda()
+    strided = torch.zeros(3, 700, 2, device="cuda")[:, :600]
+    strided.copy_(projections)
+    found = ops.accumulate_(on_device, strided, *on_gpu(floors, slots))
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     hidden = torch.randn(10, 40, device="cuda").to(dtype)

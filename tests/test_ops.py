@@ -211,9 +211,9 @@ def test_a_row_depends_on_itself_alone(ops, case, random):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_show(dtype):
-    hidden = torch.randn(257, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
+    hidden = torch.randn(521, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
     axes, floors = unit(2, 2, 2048), torch.zeros(2, 2)
-    slots = torch.randint(-1, 2, (257,)).int()
+    slots = torch.randint(-1, 2, (521,)).int()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -429,6 +429,11 @@ def _op_calls(dtype):
             {"projections": torch.empty(2, 10, 3)},
         ),
         "accumulate_": (library.accumulate_.default, (ops.new_stats(2, 3), torch.zeros(10, 3), floors, slots), {}),
+        "accumulate_ of layers": (
+            library.accumulate_.default,
+            (torch.stack([ops.new_stats(2, 3)] * 2), torch.zeros(2, 12, 3)[:, :10], torch.stack([floors] * 2), slots),
+            {},
+        ),
     }
 
 
@@ -509,6 +514,49 @@ def test_statistics_are_exact(case):
             assert field["max"][slot].tolist() == finite.max(0).values.tolist()
         # A row fires exactly where its first direction below the floor does.
         assert field["fired"][slot].sum().item() == int(fired[slots == slot].any(-1).sum())
+
+
+def layered(generator: torch.Generator, layers=3, rows=9, slots=4, directions=2):
+    """Projections of several layers in a buffer with room for more rows, their floors, and the rows' slots."""
+    projections = torch.randn(layers, rows + 5, directions, generator=generator)[:, :rows]
+    projections[1, 3] = math.nan
+    return (
+        projections,
+        torch.randn(layers, slots, directions, generator=generator),
+        torch.randint(-1, slots, (rows,), generator=generator).int(),
+    )
+
+
+def test_statistics_of_layers_at_once_are_those_of_each():
+    projections, floors, slots = layered(torch.Generator().manual_seed(4))
+    wanted = torch.stack([ops.new_stats(4, 2) for _ in range(3)])
+    for stats, of_layer, own in zip(wanted, projections, floors, strict=True):
+        ops.accumulate_(stats, of_layer, own, slots)
+    found = torch.stack([ops.new_stats(4, 2) for _ in range(3)])
+    assert_same_bits(ops.accumulate_(found, projections, floors, slots), wanted)
+    ops.accumulate_(found, projections[:, :0], floors, slots[:0])
+    assert_same_bits(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("stats", lambda t: t[:2]),
+        ("floors", lambda t: t[:, :0]),
+        ("floors", lambda t: t[None]),
+        ("projections", lambda t: t[:2]),
+        ("projections", lambda t: t[0]),
+        ("projections", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+        ("slots", lambda t: t[1:]),
+    ],
+)
+def test_statistics_of_wrong_shapes(name, change):
+    projections, floors, slots = layered(torch.Generator().manual_seed(4))
+    stats = torch.stack([ops.new_stats(4, 2) for _ in range(3)])
+    arguments = {"stats": stats.clone(), "projections": projections, "floors": floors, "slots": slots}
+    with pytest.raises(ValueError, match=f"{name} must have"):
+        ops.accumulate_(**{**arguments, name: change(arguments[name])})
+    assert_same_bits(arguments["stats"], stats)
 
 
 # Errors: one sentence that names the argument, and nothing changed.

@@ -17,6 +17,7 @@ from axiscap.serving import bank as serving_bank
 from axiscap.serving import settings as serving
 from axiscap.serving.bank import Bank, Choice, Telemetry
 from axiscap.serving.settings import ChoiceError, Registry, Settings, SettingsError
+from axiscap.serving.worker import Worker
 
 HIDDEN = 16
 
@@ -192,7 +193,7 @@ def make_bank(tmp_path, rows: int = 12) -> tuple[Bank, list[CapProfile]]:
 
 def test_the_banks_layers_cap_as_the_profiles_do(tmp_path):
     bank, profiles = make_bank(tmp_path)
-    bank.fill_slots(np.array([0, 1, -1, 1], np.int32))
+    bank.fill(np.array([0, 1, -1, 1], np.int32))
     rows = torch.randn(4, HIDDEN)
     for at, layer in enumerate(bank.layers):
         capped = torch.ops.axiscap.cap_(
@@ -214,7 +215,7 @@ def test_rows_behind_a_step_are_never_capped(tmp_path):
     bank, _ = make_bank(tmp_path)
     address = bank.rows.data_ptr()
     for slots in ([1] * 12, [0, 1], [1, 1, 1], [], [0]):
-        bank.fill_slots(np.array(slots, np.int32))
+        bank.fill(np.array(slots, np.int32))
         assert bank.rows.tolist() == slots + [-1] * (12 - len(slots))
     bank.clear()
     assert bank.rows.tolist() == [-1] * 12
@@ -224,7 +225,7 @@ def test_rows_behind_a_step_are_never_capped(tmp_path):
 def step(bank: Bank, telemetry: Telemetry, rows: dict[str, int], slots: dict[str, int], seen: dict) -> None:
     """One step of an engine: the projections are what a capped graph would leave."""
     counts = np.array(list(rows.values()), np.int32)
-    bank.fill_slots(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
+    bank.fill(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
     # The first step of a request is its prompt and, where it is longer than two rows, more.
     prompts = [0 if (name, bank.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
     telemetry.fill(list(rows), counts, np.array(prompts, np.int32))
@@ -288,6 +289,42 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
     assert final["a"]["3"]["rows"] == 6
     assert final["b"]["5"]["rows"] == 7
     assert final["a"]["2"]["fired"] == sum(records[name]["layers"]["2"]["fired"] for name in ("one", "four"))
+
+
+def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
+    """A step like the last one is not written again: all that may change under the same names is."""
+    _, profiles = make_bank(tmp_path)
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
+    settings = Settings.parse({"profiles": paths, "default": "a", "slots": 3})
+    worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, tmp_path / "totals.json")
+    a, b = (Choice(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
+    nobody = Choice(None, None, "off")
+
+    def run(*slots: int, **counts: int) -> None:
+        rows = np.array(list(counts.values()), np.int32)
+        # The checking mode holds the buffers against this.
+        worker.fill(list(counts), rows, np.zeros_like(rows), {name: worker._choices[name].digest for name in counts})
+        assert worker.bank.rows.tolist() == [*slots] + [-1] * (12 - len(slots))
+        worker.end()
+
+    worker.begin([], [("x", a), ("y", b), ("z", nobody)])
+    run(0, 1, -1, x=1, y=1, z=1)
+    run(0, 1, -1, x=1, y=1, z=1)
+    run(0, 0, 1, -1, x=2, y=1, z=1)
+    run(1, 0, -1, y=1, x=1, z=1)
+    worker.clear()
+    run(1, 0, -1, y=1, x=1, z=1)
+    worker.bank.slot_of.clear()  # as after a profile's way out
+    worker.place(0, b.digest, paths["b"])
+    worker.place(2, a.digest, paths["a"])
+    run(0, 2, -1, y=1, x=1, z=1)
+    worker.begin(["x", "y"], [("x", nobody), ("y", a)])  # the names again, for others
+    run(2, -1, -1, y=1, x=1, z=1)
+    worker.end()  # a step without rows
+    worker.begin(["x", "y", "z"], ())
+    worker.end()
+    totals = json.loads((tmp_path / "totals.json").read_text())
+    assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 8, "b": 6}
 
 
 def test_an_unconfigured_plugin_imports_nothing():

@@ -6,14 +6,16 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from axiscap import _C, ops
 from axiscap.install import layer_stats
@@ -74,8 +76,9 @@ class Bank:
         self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
         self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
         self.rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        # Each its own memory: a graph that writes several views of one tensor copies them.
-        self.projections = [torch.zeros(max_rows, settings.directions, device=device) for _ in self.layers]
+        self.all_projections = torch.zeros(len(self.layers), max_rows, settings.directions, device=device)
+        # The same memory by layer, each a storage of its own: a graph that writes several views of one copies them.
+        self.projections = [from_dlpack(projections) for projections in self.all_projections]
         self.slot_of: dict[str, int] = {}
         self._filled = 0
 
@@ -94,23 +97,23 @@ class Bank:
         self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}
         self.slot_of[profile.digest] = slot
 
-    def fill(self, rows: Tensor, values: np.ndarray[Any, np.dtype[np.int32]], filled: int) -> int:
-        """Writes the step's values into a persistent buffer, -1 behind them; returns how many there are."""
-        count = len(values)
-        host = torch.from_numpy(values)
-        # Pinned memory is not reused before the copy is done: torch's allocator sees to that.
-        rows[:count].copy_(host.pin_memory() if rows.is_cuda else host, non_blocking=True)
-        if filled > count:
-            rows[count:filled].fill_(-1)
-        return count
-
-    def fill_slots(self, slots: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        self._filled = self.fill(self.rows, slots, self._filled)
+    def fill(self, slots: Counts) -> None:
+        """The slots of the step's rows; those behind them are left alone."""
+        _copy_in(self.rows, slots)
+        if self._filled > len(slots):
+            self.rows[len(slots) : self._filled].fill_(-1)
+        self._filled = len(slots)
 
     def clear(self) -> None:
         """No row is capped until the next fill: dummy and padded steps."""
         self.rows.fill_(-1)
         self._filled = 0
+
+
+def _copy_in(buffer: Tensor, values: Counts) -> None:
+    host = torch.from_numpy(values)
+    # Pinned memory is not reused before the copy is done: torch's allocator sees to that.
+    buffer[: len(values)].copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
 
 
 @dataclass
@@ -122,8 +125,8 @@ class _Running:
 class Telemetry:
     """Counts per request and layer, of its prompt and of its answer, from the projections that the capped graph leaves.
 
-    Nothing here waits for a GPU in a step: what a finished request left is copied away and read some steps later. Rows
-    that a speculative step computed and threw away count, and so do those that a preempted request computes again.
+    Nothing here waits for a GPU in a step: what is to be read is copied away and read some steps later. Rows that a
+    speculative step computed and threw away count, and so do those that a preempted request computes again.
     """
 
     def __init__(self, bank: Bank, requests: int, totals: Path | None, log: Path | None) -> None:
@@ -137,8 +140,10 @@ class Telemetry:
         self._stats: Tensor  # (layers, requests, 2, K, F): the prompt's and the answer's
         self._floors: Tensor  # (layers, requests, 2, K)
         self._totals: dict[str, Tensor] = {}
-        self._leaving: deque[tuple[torch.Event | None, Tensor, list[Choice]]] = deque()
+        # What was copied away, and what to do with it when it is there: in order, so that totals never fall.
+        self._copies: deque[tuple[torch.Event | None, Tensor, Callable[[Tensor], None]]] = deque()
         self._written = -math.inf
+        self._changed = True
         self._grow(requests)
 
     def _grow(self, requests: int) -> None:
@@ -151,8 +156,6 @@ class Telemetry:
             fresh[:, :known] = self._stats
             floors[:, :known] = self._floors
         self._stats, self._floors = fresh, floors
-        # The same memory, as accumulate_ takes it.
-        self._by_layer = [(fresh[at].flatten(0, 1), floors[at].flatten(0, 1)) for at in range(layers)]
         self._free += range(known, requests)
 
     def _new(self, requests: int) -> Tensor:
@@ -175,73 +178,71 @@ class Telemetry:
         parts = np.stack([2 * index, 2 * index + 1], 1)
         parts[index < 0] = -1
         rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
-        self._filled = self.bank.fill(self._rows, rows, self._filled)
+        self._filled = len(rows)
+        _copy_in(self._rows, rows)
 
     def count(self) -> None:
         """Adds the step that was just computed."""
-        rows = self._filled
-        for (stats, floors), projections in zip(self._by_layer, self.bank.projections, strict=True):
-            ops.accumulate_(stats, projections[:rows], floors, self._rows[:rows])
-        self._filled = self.bank.fill(self._rows, np.empty(0, np.int32), self._filled)
+        projections, rows = self.bank.all_projections[:, : self._filled], self._rows[: self._filled]
+        ops.accumulate_(self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), rows)
+        self._changed = True
 
     def finish(self, requests: Sequence[str]) -> None:
         gone = [self._running.pop(name) for name in requests if name in self._running]
         if not gone:
             return
-        index = torch.tensor([entry.index for entry in gone], device=self._stats.device)
-        left = self._stats[:, index]
-        event = None
-        if left.is_cuda:
-            left = torch.empty(left.shape, dtype=left.dtype, pin_memory=True).copy_(left, non_blocking=True)
+        index = [entry.index for entry in gone]
+        self._copy_away(index, partial(self._add_finished, [entry.choice for entry in gone]))
+        self._stats[:, index] = self._new(len(gone))
+        self._free += index
+
+    def _copy_away(self, index: list[int], then: Callable[[Tensor], None]) -> None:
+        """These requests' statistics, (layers, requests, 2, K, F) on the CPU, go to ``then`` in :meth:`settle`."""
+        copied, event = self._stats[:, index], None
+        if copied.is_cuda:
+            copied = torch.empty(copied.shape, dtype=copied.dtype, pin_memory=True).copy_(copied, non_blocking=True)
             event = torch.Event(device=self._stats.device)
             event.record()
-        self._leaving.append((event, left, [entry.choice for entry in gone]))
-        self._stats[:, index] = self._new(len(gone))
-        self._free += [entry.index for entry in gone]
+        self._copies.append((event, copied, then))
 
     def settle(self, *, idle: bool) -> None:
         """Logs what finished requests left, and writes the totals when it is time, or when nothing runs any more."""
-        while self._leaving and (idle or self._leaving[0][0] is None or self._leaving[0][0].query()):
-            event, left, choices = self._leaving.popleft()
+        now = time.monotonic()
+        if self._totals_path is not None and self._changed and (idle or now - self._written >= TOTALS_EVERY):
+            self._written, self._changed = now, False
+            running = list(self._running.values())
+            self._copy_away([one.index for one in running], partial(self._write, [one.choice for one in running]))
+        while self._copies and (idle or self._copies[0][0] is None or self._copies[0][0].query()):
+            event, copied, then = self._copies.popleft()
             if event is not None:
                 event.synchronize()
-            for at, choice in enumerate(choices):
-                self._add(self._totals, choice.name, left[:, at].sum(1))
-            if self._log_path is not None:
-                self._log(left, choices)
-        now = time.monotonic()
-        if self._totals_path is not None and (idle or now - self._written >= TOTALS_EVERY):
-            self._written = now
-            write(self._totals_path, dict(self._all_totals()))
+            then(copied)
 
-    @staticmethod
-    def _add(totals: dict[str, Tensor], name: str | None, sums: Tensor) -> None:
-        """Sums alone: minima and maxima do not add, and the totals have no use for them."""
-        assert name is not None
-        totals[name] = totals[name] + sums if name in totals else sums
+    def _add_finished(self, choices: Sequence[Choice], left: Tensor) -> None:
+        _add(self._totals, choices, left)
+        if self._log_path is not None:
+            self._log(left, choices)
 
-    def _all_totals(self) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    def _write(self, choices: Sequence[Choice], running: Tensor) -> None:
+        assert self._totals_path is not None
         totals = dict(self._totals)
-        running: dict[str | None, list[int]] = {}
-        for entry in self._running.values():
-            running.setdefault(entry.choice.name, []).append(entry.index)
-        for profile, index in running.items():
-            self._add(totals, profile, self._stats[:, index].sum((1, 2)).cpu())
+        _add(totals, choices, running)
+        write(self._totals_path, {name: self._counts(sums) for name, sums in totals.items()})
+
+    def _counts(self, sums: Tensor) -> dict[str, dict[str, float]]:
+        """Of each layer, from sums (layers, K, F)."""
         field = {name: at for at, name in enumerate(_C.STAT_FIELDS)}
-        for name, stats in totals.items():
-            yield (
-                name,
-                {
-                    str(layer): {
-                        "rows": float(stats[at, 0, field["seen"]]),
-                        "fired": float(stats[at, :, field["fired"]].sum()),
-                        "nonfinite": float(stats[at, 0, field["nonfinite"]]),
-                        "projection": float(stats[at, 0, field["sum"]]),
-                        "shortfall": float(stats[at, :, field["shortfall"]].sum()),
-                    }
-                    for at, layer in enumerate(self.bank.layers)
-                },
-            )
+        first, all_directions = sums[:, 0].tolist(), sums.sum(1).tolist()
+        return {
+            str(layer): {
+                "rows": first[at][field["seen"]],
+                "fired": all_directions[at][field["fired"]],
+                "nonfinite": first[at][field["nonfinite"]],
+                "projection": first[at][field["sum"]],
+                "shortfall": all_directions[at][field["shortfall"]],
+            }
+            for at, layer in enumerate(self.bank.layers)
+        }
 
     def _log(self, left: Tensor, choices: Sequence[Choice]) -> None:
         assert self._log_path is not None
@@ -255,6 +256,14 @@ class Telemetry:
             lines.append(json.dumps({**vars(choice), "time": time.time(), **counted}) + "\n")
         with self._log_path.open("a") as file:
             file.write("".join(lines))
+
+
+def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) -> None:
+    """Sums by profile alone: minima and maxima do not add, and the totals have no use for them."""
+    for at, choice in enumerate(choices):
+        assert choice.name is not None
+        sums = stats[:, at].sum(1)
+        totals[choice.name] = totals[choice.name] + sums if choice.name in totals else sums
 
 
 def _described(sums: Tensor) -> dict[str, Any]:

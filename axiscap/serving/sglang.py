@@ -152,7 +152,7 @@ def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs
 def _idle(original: Callable[..., Any], scheduler: Any) -> Any:
     if _worker is not None:
         _worker.begin(_gone(), ())
-        _worker.end(computed=False)
+        _worker.end()
     return original(scheduler)
 
 
@@ -248,7 +248,7 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     known = getattr(batch, "axiscap_rows", None)
     bank = _worker.bank
     if known is None:  # a warm-up or a capture of the engine's own
-        bank.clear()
+        _worker.clear()
         return original(runner, batch, *args, **kwargs)
     requests, counts, prompts = known
     gone = _gone()
@@ -271,7 +271,7 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
                 raise RuntimeError(
                     f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
                 )
-    _worker.end(computed=bool(counts.sum()))
+    _worker.end()
     return result
 
 

@@ -243,14 +243,14 @@ class VllmWorker:
         return result
 
     def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._capped.bank.clear()
+        self._capped.clear()
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
         self._capped.begin(step.finished_req_ids, new)
         result = original(step, *args, **kwargs)
-        self._capped.end(computed=step.total_num_scheduled_tokens > 0)
+        self._capped.end()
         return result
 
     def _prepare_v1(self, original: Callable[..., Any], step: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -307,7 +307,7 @@ class VllmWorker:
             if torch.equal(self._probe(), plain):
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
         bank.floors.copy_(kept)
-        bank.clear()
+        self._capped.clear()
 
     def _probe(self) -> Tensor:
         """One dummy row through the model. With attention: without, some backends leave its output uninitialised."""

@@ -33,6 +33,9 @@ class Worker:
         totals: Path | None,
     ) -> None:
         self.bank = Bank(settings, layers, max_rows, device)
+        # The step that the buffers hold: while a batch goes on writing, its next one is the same.
+        self._step: tuple[list[str], bytes, bytes] | None = None
+        self._to_count = False
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
             self.place(slots.index(digest), digest, settings.profiles[name])
@@ -45,6 +48,12 @@ class Worker:
     def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
         """Puts a profile into a slot of the bank."""
         self.bank.place(slot, read_profile(path, floors, digest))
+        self._step = None
+
+    def clear(self) -> None:
+        """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""
+        self.bank.clear()
+        self._step = None
 
     def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Choice]]) -> None:
         """Before a step: which requests are gone, and which come for the first time (or again: that is no news)."""
@@ -55,6 +64,7 @@ class Worker:
             if name in self._choices:
                 continue
             self._choices[name] = choice
+            self._step = None  # a name may come again, with another choice
             if self._telemetry and choice.digest is not None:
                 self._telemetry.start(name, choice)
 
@@ -67,20 +77,25 @@ class Worker:
             prompts: how many of each request's rows are of its prompt; the others the model wrote.
             view: for the checking mode, the digest of each request as the scheduler knows it.
         """
-        digests = [self._choices[name].digest for name in names]
-        slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
-        self.bank.fill_slots(np.repeat(np.array(slots, np.int32), counts))
-        if self._telemetry:
-            self._telemetry.fill(names, counts, prompts)
+        step = list(names), counts.tobytes(), prompts.tobytes()
+        if step != self._step:
+            digests = [self._choices[name].digest for name in names]
+            slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
+            self.bank.fill(np.repeat(np.array(slots, np.int32), counts))
+            if self._telemetry:
+                self._telemetry.fill(names, counts, prompts)
+            self._step = step
+        self._to_count = True
         if view is not None:
             self._check(names, counts, view)
 
-    def end(self, *, computed: bool) -> None:
+    def end(self) -> None:
         """After a step, whether or not it had rows."""
         if self._telemetry:
-            if computed:
+            if self._to_count:
                 self._telemetry.count()
             self._telemetry.settle(idle=not self._choices)
+        self._to_count = False
 
     def _check(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None]) -> None:
         """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""

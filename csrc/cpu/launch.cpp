@@ -70,28 +70,32 @@ namespace cpu {
 void cap(const CapParams& params, int64_t begin, int64_t end) { kernels().cap(params, begin, end); }
 
 void accumulate(const StatsParams& p) {
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const int32_t slot = p.slots ? p.slots[row] : 0;
-    if (slot == kNoSlot) continue;
-    bool fired = false;
-    for (int64_t k = 0; k < p.directions; ++k) {
-      const double projection = p.projections[row * p.directions + k];
-      const double floor = p.floors[slot * p.directions + k];
-      double* s = p.stats + (slot * p.directions + k) * kStatFields;
-      s[kSeen] += 1;
-      if (!std::isfinite(projection)) {
-        s[kNonFinite] += 1;
-        continue;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    const float* projections = p.projections + layer * p.layer_stride;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int32_t slot = p.slots ? p.slots[row] : 0;
+      if (slot == kNoSlot) continue;
+      bool fired = false;
+      for (int64_t k = 0; k < p.directions; ++k) {
+        const int64_t entry = (layer * p.num_slots + slot) * p.directions + k;
+        const double projection = projections[row * p.directions + k];
+        const double floor = p.floors[entry];
+        double* s = p.stats + entry * kStatFields;
+        s[kSeen] += 1;
+        if (!std::isfinite(projection)) {
+          s[kNonFinite] += 1;
+          continue;
+        }
+        s[kSum] += projection;
+        s[kMin] = std::min(s[kMin], projection);
+        s[kMax] = std::max(s[kMax], projection);
+        if (projection >= floor) continue;
+        s[kBelow] += 1;
+        s[kShortfall] += floor - projection;
+        // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
+        if (!fired) s[kFired] += 1;
+        fired = true;
       }
-      s[kSum] += projection;
-      s[kMin] = std::min(s[kMin], projection);
-      s[kMax] = std::max(s[kMax], projection);
-      if (projection >= floor) continue;
-      s[kBelow] += 1;
-      s[kShortfall] += floor - projection;
-      // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
-      if (!fired) s[kFired] += 1;
-      fired = true;
     }
   }
 }

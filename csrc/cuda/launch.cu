@@ -132,8 +132,8 @@ const char* cap(const CapParams* layers, int64_t count, void* stream) {
 }
 
 const char* accumulate(const StatsParams& params, void* stream) {
-  accumulate_rows<<<unsigned(params.num_slots * params.directions), kStatsThreads, 0,
-                    static_cast<cudaStream_t>(stream)>>>(params);
+  const dim3 grid(unsigned(params.num_slots * params.directions), unsigned(params.layers));
+  accumulate_rows<<<grid, kStatsThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
   return text_of(cudaPeekAtLastError());
 }
 

@@ -7,7 +7,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
@@ -17,8 +16,8 @@
 namespace axiscap {
 namespace {
 
-// A second thread pays for waking it (a few microseconds) from about this much of a stream.
-constexpr int64_t kBytesPerThread = 64 * 1024;
+// What a thread must have to do: waking it costs a few microseconds where it spins, and some twenty where it sleeps.
+constexpr int64_t kBytesPerThread = 128 * 1024;
 
 struct Rows {
   int64_t count;
@@ -173,7 +172,8 @@ void launch(const CapParams* layers, int64_t count, at::Device device) {
     return;
   }
   const int64_t row_bytes = p.hidden_size * (p.dtype == DType::kFloat32 ? 4 : 2) * (p.residual ? 2 : 1);
-  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / row_bytes);
+  const int64_t threads = std::max<int64_t>(1, count * p.rows * row_bytes / kBytesPerThread);
+  const int64_t grain = at::divup(count * p.rows, threads);
   at::parallel_for(0, count * p.rows, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t layer = begin / p.rows;
@@ -315,19 +315,27 @@ void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const a
   check_dtype(stats, "stats", at::kDouble);
   check_dtype(projections, "projections", at::kFloat);
   check_dtype(floors, "floors", at::kFloat);
-  TORCH_CHECK_VALUE(floors.dim() == 2 && floors.is_contiguous(), "floors must have shape (S, K), contiguous, got ",
-                    floors.sizes());
-  const std::array<int64_t, 3> wanted = {floors.size(0), floors.size(1), kStatFields};
+  const bool many = floors.dim() == 3;
+  TORCH_CHECK_VALUE((many || floors.dim() == 2) && floors.numel() > 0 && floors.is_contiguous(),
+                    "floors must have shape (S, K) or (L, S, K), none of them 0, contiguous, got ", floors.sizes());
+  std::vector<int64_t> wanted = floors.sizes().vec();
+  wanted.push_back(kStatFields);
   TORCH_CHECK_VALUE(stats.sizes() == at::IntArrayRef(wanted) && stats.is_contiguous(), "stats must have shape ",
                     at::IntArrayRef(wanted), ", contiguous, got ", stats.sizes());
-  TORCH_CHECK_VALUE(projections.dim() == 2 && projections.size(1) == floors.size(1) && projections.is_contiguous(),
-                    "projections must have shape (rows, ", floors.size(1), "), contiguous, got ", projections.sizes());
+  TORCH_CHECK_VALUE(projections.dim() == floors.dim() && projections.size(-1) == floors.size(-1) &&
+                        (!many || projections.size(0) == floors.size(0)) &&
+                        (many ? projections.select(0, 0) : projections).is_contiguous(),
+                    "projections must have shape (", many ? "L, " : "", "rows, K) with the sizes of floors, ",
+                    floors.sizes(), ", rows contiguous, got ", projections.sizes(), " with strides ",
+                    projections.strides());
   check_device(floors, "floors", projections);
   check_device(stats, "stats", projections);
   StatsParams p;
-  p.rows = projections.size(0);
-  p.num_slots = floors.size(0);
-  p.directions = floors.size(1);
+  p.rows = projections.size(-2);
+  p.num_slots = floors.size(-2);
+  p.directions = floors.size(-1);
+  p.layers = many ? floors.size(0) : 1;
+  p.layer_stride = projections.stride(0);
   p.projections = projections.const_data_ptr<float>();
   p.floors = floors.const_data_ptr<float>();
   p.slots = check_slots(slots, projections, p.rows, p.num_slots);

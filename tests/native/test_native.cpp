@@ -236,12 +236,13 @@ void test_threads_over_ranges_give_the_bits_of_one() {
 
 void test_statistics() {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const std::vector<float> projections = {1, -1, nan, 3, 9}, floors = {0, 5};
+  // Two layers of five rows, in a buffer with room for six; the second layer fires nowhere.
+  const std::vector<float> projections = {1, -1, nan, 3, 9, 7, 1, 2, 3, 4, 5}, floors = {0, 5, 0, 0};
   const std::vector<int32_t> slots = {0, 0, 0, 1, -1};
-  std::vector<double> stats(2 * kStatFields);
-  for (int slot = 0; slot < 2; ++slot) {
-    stats[slot * kStatFields + kMin] = INFINITY;
-    stats[slot * kStatFields + kMax] = -INFINITY;
+  std::vector<double> stats(4 * kStatFields);
+  for (int entry = 0; entry < 4; ++entry) {
+    stats[entry * kStatFields + kMin] = INFINITY;
+    stats[entry * kStatFields + kMax] = -INFINITY;
   }
   StatsParams p;
   p.projections = projections.data();
@@ -251,8 +252,11 @@ void test_statistics() {
   p.rows = 5;
   p.num_slots = 2;
   p.directions = 1;
+  p.layers = 2;
+  p.layer_stride = 6;
   cpu::accumulate(p);
-  const std::vector<double> wanted = {3, 1, 1, 1, 0, -1, 1, 1, 1, 1, 1, 0, 3, 3, 3, 2};
+  const std::vector<double> wanted = {3, 1, 1, 1, 0, -1, 1, 1, 1, 1, 1, 0, 3, 3, 3, 2,
+                                      3, 0, 0, 0, 6, 1,  3, 0, 1, 0, 0, 0, 4, 4, 4, 0};
   CHECK(stats == wanted, "statistics");
 }
 

@@ -312,20 +312,23 @@ def test_a_plan_that_cannot_be(arguments, message):
 
 def test_the_statistics_kernel():
     generator = torch.Generator().manual_seed(2)
-    rows, slots, directions = 300, 3, 2
-    projections = torch.randn(rows, directions, generator=generator)
-    projections[5] = math.nan
-    floors = torch.randn(slots, directions, generator=generator)
+    layers, rows, slots, directions = 2, 300, 3, 2
+    projections = torch.randn(layers, rows, directions, generator=generator)
+    projections[1, 5] = math.nan
+    floors = torch.randn(layers, slots, directions, generator=generator)
     slot = torch.randint(-1, slots, (rows,), generator=generator).int()
-    found, wanted = ops.new_stats(slots, directions), ops.new_stats(slots, directions)
+    found, wanted = (torch.stack([ops.new_stats(slots, directions)] * layers) for _ in range(2))
     (kernel,) = [kernel for name, kernel in kernels().items() if "accumulate_rows" in name]
     for part in (slice(0, 130), slice(130, None)):
-        piece, own = projections[part].clone(), slot[part].clone()
+        piece, own = projections[:, part], slot[part].clone()
         ops.accumulate_(wanted, piece, floors, own)
         memory = Memory()
-        places = [memory.add(str(i), raw(tensor)) for i, tensor in enumerate((piece, floors, own, found))]
-        parameters = np.array([*places, len(piece), slots, directions], np.int64).tobytes()
-        Launch(kernel, memory, parameters, (slots * directions, 1), 128).run()
+        # The step is the first rows of a buffer with room for more.
+        buffer = torch.nn.functional.pad(piece, (0, 0, 0, 7))
+        places = [memory.add(str(i), raw(tensor)) for i, tensor in enumerate((buffer, floors, own, found))]
+        stride = buffer.stride(0)
+        parameters = np.array([*places, len(own), slots, directions, layers, stride], np.int64).tobytes()
+        Launch(kernel, memory, parameters, (slots * directions, layers), 128).run()
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
     counts = [_C.STAT_FIELDS.index(name) for name in ("seen", "fired", "below", "nonfinite", "min", "max")]
     assert torch.equal(found[..., counts], wanted[..., counts])

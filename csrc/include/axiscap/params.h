@@ -61,13 +61,15 @@ enum StatField : int64_t {
 };
 
 struct StatsParams {
-  const float* projections = nullptr;  // (rows, directions)
-  const float* floors = nullptr;       // (slots, directions)
-  const int32_t* slots = nullptr;      // (rows,) or null
-  double* stats = nullptr;             // (slots, directions, kStatFields)
+  const float* projections = nullptr;  // (layers, rows, directions), of which each layer is contiguous
+  const float* floors = nullptr;       // (layers, slots, directions)
+  const int32_t* slots = nullptr;      // (rows,) or null, the same for all layers
+  double* stats = nullptr;             // (layers, slots, directions, kStatFields)
   int64_t rows = 0;
   int64_t num_slots = 0;
   int64_t directions = 0;
+  int64_t layers = 1;
+  int64_t layer_stride = 0;  // of the projections, in elements
 };
 
 }  // namespace axiscap

@@ -1,5 +1,5 @@
-// The running statistics on a GPU. One block for each slot and direction walks over all rows, in one fixed order of
-// sums, so that the same rows give the same bits; a decoding step has few.
+// The running statistics on a GPU. One block for each layer, slot and direction walks over all rows, in one fixed order
+// of sums, so that the same rows give the same bits; a decoding step has few.
 #pragma once
 
 #include "axiscap/params.h"
@@ -12,13 +12,16 @@ __global__ void __launch_bounds__(kStatsThreads) accumulate_rows(const __grid_co
   const int64_t directions = p.directions;
   const int32_t slot = int32_t(blockIdx.x / directions);
   const int64_t k = blockIdx.x % directions;
-  const double floor = p.floors[blockIdx.x];
+  const int64_t entry = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  const float* projections = p.projections + blockIdx.y * p.layer_stride;
+  const float* floors = p.floors + (entry - k);  // of this slot
+  const double floor = floors[k];
   double mine[kStatFields] = {};
   mine[kMin] = INFINITY;
   mine[kMax] = -INFINITY;
   for (int64_t row = threadIdx.x; row < p.rows; row += kStatsThreads) {
     if ((p.slots ? p.slots[row] : 0) != slot) continue;
-    const double projection = p.projections[row * directions + k];
+    const double projection = projections[row * directions + k];
     mine[kSeen] += 1;
     if (!isfinite(projection)) {
       mine[kNonFinite] += 1;
@@ -34,11 +37,11 @@ __global__ void __launch_bounds__(kStatsThreads) accumulate_rows(const __grid_co
     bool first = true;
 #pragma unroll 1
     for (int64_t j = 0; j < k; ++j)
-      first = first && !(p.projections[row * directions + j] < p.floors[slot * directions + j]);
+      first = first && !(projections[row * directions + j] < floors[j]);
     if (first) mine[kFired] += 1;
   }
   __shared__ double all[kStatsThreads];
-  double* stats = p.stats + int64_t(blockIdx.x) * kStatFields;
+  double* stats = p.stats + entry * kStatFields;
 #pragma unroll
   for (int field = 0; field < kStatFields; ++field) {
     all[threadIdx.x] = mine[field];

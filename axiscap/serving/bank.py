@@ -25,7 +25,7 @@ from axiscap.serving.settings import KEY, Settings, write
 Counts = np.ndarray[Any, np.dtype[np.int32]]
 
 #: How often the totals are written for the metrics, in seconds.
-TOTALS_EVERY = 1.0
+TOTALS_EVERY = 5.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Telemetry:
         self._totals_path = totals
         self._log_path = log
         self._rows = torch.full_like(bank.rows, -1)
-        self._filled = 0
+        self._to_add: tuple[Tensor, Tensor, Tensor, Tensor]  # what a call of accumulate_ takes
         self._running: dict[str, _Running] = {}
         self._free: list[int] = []
         self._stats: Tensor  # (layers, requests, 2, K, F): the prompt's and the answer's
@@ -178,13 +178,13 @@ class Telemetry:
         parts = np.stack([2 * index, 2 * index + 1], 1)
         parts[index < 0] = -1
         rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
-        self._filled = len(rows)
         _copy_in(self._rows, rows)
+        projections = self.bank.all_projections[:, : len(rows)]
+        self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
 
     def count(self) -> None:
         """Adds the step that was just computed."""
-        projections, rows = self.bank.all_projections[:, : self._filled], self._rows[: self._filled]
-        ops.accumulate_(self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), rows)
+        ops.accumulate_(*self._to_add)
         self._changed = True
 
     def finish(self, requests: Sequence[str]) -> None:
@@ -260,10 +260,13 @@ class Telemetry:
 
 def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) -> None:
     """Sums by profile alone: minima and maxima do not add, and the totals have no use for them."""
+    of_name: dict[str, list[int]] = {}
     for at, choice in enumerate(choices):
         assert choice.name is not None
-        sums = stats[:, at].sum(1)
-        totals[choice.name] = totals[choice.name] + sums if choice.name in totals else sums
+        of_name.setdefault(choice.name, []).append(at)
+    for name, index in of_name.items():
+        sums = stats[:, index].sum((1, 2))
+        totals[name] = totals[name] + sums if name in totals else sums
 
 
 def _described(sums: Tensor) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class VllmWorker:
         return batch
 
     def _fill(self, step: Any, names: Sequence[str], counts: Any, prompts_left: Any) -> None:
-        prompts = np.clip(prompts_left, 0, counts).astype(np.int32)
+        prompts = np.minimum(np.maximum(prompts_left, 0), counts).astype(np.int32)
         self._capped.fill(names, counts, prompts, getattr(step, "axiscap_view", None))
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

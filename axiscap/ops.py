@@ -17,7 +17,10 @@ IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator leave
 length is the caller's promise here; :class:`axiscap.CapProfile` and ``axiscap.install`` check it.
 
 The functions call the kernels directly; under ``torch.compile`` and ``torch.export`` they become
-``torch.ops.axiscap.*``, which is the same code behind the dispatcher.
+``torch.ops.axiscap.*``, which is the same code behind the dispatcher. ``torch.ops.axiscap.cap_.buffers(hidden, axes,
+floors, slots, projections)`` and ``cap_residual_.buffers(hidden, residual, axes, ...)`` are for graphs that keep slots
+and projections at fixed addresses: both may be longer than the step, whose rows are the first of them. (Where vLLM
+compiles, a slice of a buffer would be copied before the call and after it.)
 """
 
 from __future__ import annotations
@@ -210,7 +213,15 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
-for _op in ("cap_", "cap_residual_", "add_rms_norm_cap_", "cap_layers_", "accumulate_"):
+for _op in (
+    "cap_",
+    "cap_.buffers",
+    "cap_residual_",
+    "cap_residual_.buffers",
+    "add_rms_norm_cap_",
+    "cap_layers_",
+    "accumulate_",
+):
     torch.library.register_fake(f"axiscap::{_op}", _changes_only_its_arguments)
 torch.library.register_fake("axiscap::cap", _cap_fake)
 torch.library.register_fake("axiscap::project", _project_fake)

@@ -1,8 +1,9 @@
 """Decoding steps of a capped vLLM engine against those of an uncapped one, step by step in turn.
 
 On a machine that others use, whole runs of a server differ by more than a cap could cost. Two steps that follow each
-other within a tenth of a second meet the same machine, and there are many such pairs. Which engine begins
-alternates, and the interval of the median ratio is that of its order statistics (95 %).
+other within a tenth of a second meet the same machine, and there are many such pairs. Which engine begins alternates.
+Two engines also differ by where their memory came to lie, for as long as they live: so several pairs of engines are
+started, and the medians of each are shown beside that of all.
 Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving_steps.py``.
 """
 
@@ -20,7 +21,8 @@ from rich.table import Table
 from axiscap import models
 from benchmarks.serving import CONCURRENCIES, DTYPE, PROFILE
 
-PAIRS = 149
+STARTS = 5
+PAIRS = 99
 #: Steps that compute the prompts, and the first ones after them.
 BEFORE = 20
 
@@ -48,46 +50,57 @@ def main() -> None:
     # An engine that waits must not keep the cores of the one that is measured.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "0"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
-    spawn = multiprocessing.get_context("spawn")
-    ends = []
-    for config in ({}, {"axiscap": {"profiles": {"p": str(PROFILE)}}}):
-        end, other = spawn.Pipe()
-        spawn.Process(target=engine, args=(other, config)).start()
-        assert end.recv() == "ready"
-        ends.append(end)
+    ratios: dict[int, list[list[float]]] = {requests: [] for requests in CONCURRENCIES}
+    for start in range(STARTS):
+        configs: list[dict[str, object]] = [{}, {"axiscap": {"profiles": {"p": str(PROFILE)}}}]
+        for requests, pairs in measured(configs, swap=start % 2 == 1).items():
+            ratios[requests].append([uncapped / capped for uncapped, capped in pairs])
 
-    def step(number: int, requests: int = 0) -> list[float]:
-        """Both engines' seconds."""
-        seconds = [0.0, 0.0]
-        for at in (0, 1) if number % 2 else (1, 0):
-            ends[at].send(requests)
-            seconds[at], _ = ends[at].recv()
-        return seconds
-
-    table = Table(title=f"uncapped over capped, {PAIRS} pairs of steps")
-    for column in ("requests", "uncapped step, ms", "median ratio (95 %)", "quartiles"):
+    table = Table(title=f"uncapped over capped, {STARTS} starts of {PAIRS} pairs of steps")
+    for column in ("requests", "median", "median of each start", "quartiles of all"):
         table.add_column(column, justify="right")
-    for requests in CONCURRENCIES:
-        step(0, requests)
-        pairs = [step(number) for number in range(1, BEFORE + PAIRS)][BEFORE - 1 :]
-        ratios = sorted(uncapped / capped for uncapped, capped in pairs)
-        half = 1.96 * len(ratios) ** 0.5 / 2  # as many ranks from the median: how many lie below it is binomial
-        low, high = ratios[int(len(ratios) / 2 - half)], ratios[int(len(ratios) / 2 + half)]
-        quartiles = statistics.quantiles(ratios, n=4)
+    for requests, of_starts in ratios.items():
+        every = [ratio for start in of_starts for ratio in start]
+        quartiles = statistics.quantiles(every, n=4)
         table.add_row(
             str(requests),
-            f"{1000 * statistics.median(uncapped for uncapped, _ in pairs):.0f}",
-            f"{statistics.median(ratios):.3f} ({low:.3f}-{high:.3f})",
+            f"{statistics.median(every):.3f}",
+            " ".join(f"{median:.3f}" for median in sorted(map(statistics.median, of_starts))),
             f"{quartiles[0]:.3f}-{quartiles[2]:.3f}",
         )
-        for end in ends:  # to the requests' end
+    Console(width=100).print(table)
+
+
+def measured(configs: list[dict[str, object]], *, swap: bool) -> dict[int, list[tuple[float, ...]]]:
+    """For each number of requests, pairs of the seconds that a step took in an engine of each configuration."""
+    spawn = multiprocessing.get_context("spawn")
+    order = (1, 0) if swap else (0, 1)
+    ends: dict[int, Connection] = {}
+    for at in order:
+        ends[at], other = spawn.Pipe()
+        spawn.Process(target=engine, args=(other, configs[at])).start()
+    for end in ends.values():  # they start side by side
+        assert end.recv() == "ready"
+
+    def step(number: int, requests: int = 0) -> tuple[float, ...]:
+        seconds = [0.0, 0.0]
+        for at in order if number % 2 else order[::-1]:
+            ends[at].send(requests)
+            seconds[at], _ = ends[at].recv()
+        return tuple(seconds)
+
+    pairs = {}
+    for requests in CONCURRENCIES:
+        step(0, requests)
+        pairs[requests] = [step(number) for number in range(1, BEFORE + PAIRS)][BEFORE - 1 :]
+        for end in ends.values():  # to the requests' end
             left = True
             while left:
                 end.send(0)
                 _, left = end.recv()
-    for end in ends:
+    for end in ends.values():
         end.send(None)
-    Console(width=100).print(table)
+    return pairs
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from conftest import assert_same_bits, lower_instruction_sets, unit
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 import axiscap
 from axiscap import _C, ops, reference
@@ -400,6 +401,11 @@ def test_autograd_notices_a_saved_tensor_that_was_changed():
 # The torch.library door.
 
 
+def longer(tensor):
+    """As a buffer with room for three rows more, whose values a fault would show."""
+    return torch.cat([tensor, torch.full((3, *tensor.shape[1:]), 7, dtype=tensor.dtype)])
+
+
 def _op_calls(dtype):
     hidden = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
     axes, floors = unit(2, 3, 40), torch.zeros(2, 3)
@@ -417,6 +423,12 @@ def _op_calls(dtype):
             library.cap_residual_.default,
             (hidden, hidden.clone(), axes, floors, slots),
             {"projections": projections},
+        ),
+        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, longer(with_none), longer(projections)), {}),
+        "cap_residual_.buffers": (
+            library.cap_residual_.buffers,
+            (hidden, hidden.clone(), axes, floors, longer(slots), longer(projections)),
+            {},
         ),
         "add_rms_norm_cap_": (
             library.add_rms_norm_cap_.default,
@@ -462,6 +474,63 @@ def test_compiled_whole_without_a_graph_break(dynamic):
         hidden, residual = torch.randn(rows, 64), torch.randn(rows, 64)
         for found, wanted in zip(compiled(hidden, residual), everything(hidden, residual), strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+class Buffered(torch.nn.Module):
+    """A layer's cap in a graph that serves: all but the rows lies in buffers."""
+
+    def __init__(self, size: int, max_rows: int, residual: bool) -> None:
+        super().__init__()
+        self.residual = residual
+        self.register_buffer("axes", unit(2, 2, size))
+        self.register_buffer("floors", torch.zeros(2, 2))
+        self.register_buffer("slots", torch.arange(max_rows, dtype=torch.int32) % 3 - 1)
+        self.register_buffer("projections", torch.full((max_rows, 2), 7.0))
+
+    def forward(self, hidden, residual):
+        hidden, residual = hidden * 1.5, residual + 1
+        if self.residual:
+            torch.ops.axiscap.cap_residual_.buffers(
+                hidden, residual, self.axes, self.floors, self.slots, self.projections
+            )
+        else:
+            torch.ops.axiscap.cap_.buffers(hidden, self.axes, self.floors, self.slots, self.projections)
+        return hidden + residual
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, both):
+    """With either way to functionalise: vLLM takes the older one, which copies a slice of a buffer."""
+    module = Buffered(64, 16, residual)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=both):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True)
+        _, (code,) = run_and_get_code(compiled, torch.randn(3, 64), torch.randn(3, 64))
+        kernels = re.findall(r"^ +(cpp_fused_\w+)\(", code, re.MULTILINE)
+        assert len(kernels) == 2  # before the cap and behind it
+        assert "clone" not in "".join(kernels)
+        for rows in (3, 8, 16):
+            hidden, other = torch.randn(rows, 64), torch.randn(rows, 64)
+            module.projections.fill_(7)
+            found = compiled(hidden, other)
+            a, b, wanted = hidden * 1.5, other + 1, torch.full((16, 2), 7.0)
+            arguments = (module.axes, module.floors, module.slots[:rows])
+            if residual:
+                ops.cap_residual_(a, b, *arguments, projections=wanted[:rows])
+            else:
+                ops.cap_(a, *arguments, projections=wanted[:rows])
+            assert_same_bits(module.projections, wanted)
+            torch.testing.assert_close(found, a + b)
+
+
+def test_buffers_without_room():
+    hidden, axes, floors = torch.zeros(4, 16), unit(1, 1, 16), torch.zeros(1, 1)
+    slots, projections = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 1)
+    with pytest.raises(ValueError, match=r"slots must have room for the 4 rows, got shape \[3\]"):
+        torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots[:3], projections)
+    with pytest.raises(ValueError, match=r"projections must have room for the 4 rows, got shape \[2, 1\]"):
+        torch.ops.axiscap.cap_residual_.buffers(hidden, hidden.clone(), axes, floors, slots, projections[:2])
 
 
 def test_exported_programs_keep_the_op():

@@ -287,6 +287,7 @@ def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) ->
     if "forward_batch" not in names:
         raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
     position = names.index("forward_batch")
+    buffers = bank.axes[at], bank.floors[at], bank.rows, bank.projections[at]
 
     def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
@@ -305,14 +306,10 @@ def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) ->
             hidden, residual, result = output, None, output
         if not isinstance(hidden, Tensor) or hidden.dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
-        rows = bank.rows[: hidden.shape[0]]
-        projections = bank.projections[at][: hidden.shape[0]]
         if residual is None:
-            torch.ops.axiscap.cap_(hidden, bank.axes[at], bank.floors[at], rows, projections=projections)
+            torch.ops.axiscap.cap_.buffers(hidden, *buffers)
         else:
-            torch.ops.axiscap.cap_residual_(
-                hidden, residual, bank.axes[at], bank.floors[at], rows, projections=projections
-            )
+            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *buffers)
         return result
 
     block.register_forward_hook(cap, with_kwargs=True)

@@ -338,27 +338,15 @@ def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int) -> None:
     def cap_pair(module: Any, args: Any, output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 2 or output[1] is None or output[0].dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
-        hidden, residual = output
-        rows = hidden.shape[0]
-        torch.ops.axiscap.cap_residual_(
-            hidden,
-            residual,
-            module.axiscap_axes,
-            module.axiscap_floors,
-            module.axiscap_rows[:rows],
-            projections=module.axiscap_projections[:rows],
+        torch.ops.axiscap.cap_residual_.buffers(
+            *output, module.axiscap_axes, module.axiscap_floors, module.axiscap_rows, module.axiscap_projections
         )
 
     def cap_one(module: Any, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
-        rows = output.shape[0]
-        torch.ops.axiscap.cap_(
-            output,
-            module.axiscap_axes,
-            module.axiscap_floors,
-            module.axiscap_rows[:rows],
-            projections=module.axiscap_projections[:rows],
+        torch.ops.axiscap.cap_.buffers(
+            output, module.axiscap_axes, module.axiscap_floors, module.axiscap_rows, module.axiscap_projections
         )
 
     block.register_forward_hook(cap_pair if pair else cap_one)

@@ -2,6 +2,8 @@
 // autograd are in axiscap/ops.py.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops.h"
 
 namespace axiscap {
@@ -18,6 +20,11 @@ TORCH_LIBRARY(axiscap, m) {
   m.def(
       "cap_residual_(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor? slots=None, *, "
       "Tensor(b!)? projections=None) -> ()");
+  m.def(
+      "cap_.buffers(Tensor(a!) hidden, Tensor axes, Tensor floors, Tensor slots, Tensor(b!) projections) -> ()");
+  m.def(
+      "cap_residual_.buffers(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor slots, "
+      "Tensor(b!) projections) -> ()");
   m.def(
       "add_rms_norm_cap_(Tensor(a!) hidden, Tensor(b!) residual, Tensor weight, float eps, Tensor axes, Tensor floors, "
       "Tensor? slots=None, *, float weight_bias=0.0, Tensor(c!)? projections=None) -> ()");
@@ -42,6 +49,26 @@ void cap_residual__op(const Tensor& hidden, const Tensor& residual, const Tensor
   cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
 }
 
+// With buffers that a graph keeps for its largest step, of which the first rows are this one's. A slice that the graph
+// itself takes may be copied around the call: functionalisation does so where vLLM compiles.
+Tensor first_rows(const Tensor& buffer, const char* name, const Tensor& hidden) {
+  const int64_t rows = hidden.numel() / std::max<int64_t>(1, hidden.size(-1));
+  TORCH_CHECK_VALUE(buffer.dim() >= 1 && buffer.size(0) >= rows, name, " must have room for the ", rows,
+                    " rows, got shape ", buffer.sizes());
+  return buffer.narrow(0, 0, rows);
+}
+
+void cap__buffers(const Tensor& hidden, const Tensor& axes, const Tensor& floors, const Tensor& slots,
+                  const Tensor& projections) {
+  cap_(hidden, Bank(axes, floors), first_rows(slots, "slots", hidden), first_rows(projections, "projections", hidden));
+}
+
+void cap_residual__buffers(const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
+                           const Tensor& slots, const Tensor& projections) {
+  cap_residual_(hidden, residual, Bank(axes, floors), first_rows(slots, "slots", hidden),
+                first_rows(projections, "projections", hidden));
+}
+
 void add_rms_norm_cap__op(const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps,
                           const Tensor& axes, const Tensor& floors, const OptionalTensor& slots, double weight_bias,
                           const OptionalTensor& projections) {
@@ -54,6 +81,8 @@ void implement(torch::Library& m) {
   m.impl("cap", cap_op);
   m.impl("project", project);
   m.impl("cap_residual_", cap_residual__op);
+  m.impl("cap_.buffers", cap__buffers);
+  m.impl("cap_residual_.buffers", cap_residual__buffers);
   m.impl("add_rms_norm_cap_", add_rms_norm_cap__op);
   m.impl("cap_layers_", cap_layers_);
   m.impl("accumulate_", accumulate_);

@@ -20,8 +20,7 @@ TORCH_LIBRARY(axiscap, m) {
   m.def(
       "cap_residual_(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor? slots=None, *, "
       "Tensor(b!)? projections=None) -> ()");
-  m.def(
-      "cap_.buffers(Tensor(a!) hidden, Tensor axes, Tensor floors, Tensor slots, Tensor(b!) projections) -> ()");
+  m.def("cap_.buffers(Tensor(a!) hidden, Tensor axes, Tensor floors, Tensor slots, Tensor(b!) projections) -> ()");
   m.def(
       "cap_residual_.buffers(Tensor hidden, Tensor(a!) residual, Tensor axes, Tensor floors, Tensor slots, "
       "Tensor(b!) projections) -> ()");

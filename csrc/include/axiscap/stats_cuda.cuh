@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kStatsThreads) accumulate_rows(const __grid_co
     // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
     bool first = true;
 #pragma unroll 1
-    for (int64_t j = 0; j < k; ++j)
-      first = first && !(projections[row * directions + j] < floors[j]);
+    for (int64_t j = 0; j < k; ++j) first = first && !(projections[row * directions + j] < floors[j]);
     if (first) mine[kFired] += 1;
   }
   __shared__ double all[kStatsThreads];

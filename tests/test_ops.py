@@ -498,13 +498,13 @@ class Buffered(torch.nn.Module):
         return hidden + residual
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, both):
+def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, newer):
     """With either way to functionalise: vLLM takes the older one, which copies a slice of a buffer."""
     module = Buffered(64, 16, residual)
     torch._dynamo.reset()
-    with torch._inductor.config.patch(enable_auto_functionalized_v2=both):
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=newer):
         compiled = torch.compile(module, fullgraph=True, dynamic=True)
         _, (code,) = run_and_get_code(compiled, torch.randn(3, 64), torch.randn(3, 64))
         kernels = re.findall(r"^ +(cpp_fused_\w+)\(", code, re.MULTILINE)
@@ -531,6 +531,8 @@ def test_buffers_without_room():
         torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots[:3], projections)
     with pytest.raises(ValueError, match=r"projections must have room for the 4 rows, got shape \[2, 1\]"):
         torch.ops.axiscap.cap_residual_.buffers(hidden, hidden.clone(), axes, floors, slots, projections[:2])
+    with pytest.raises(ValueError, match="hidden must have shape"):
+        torch.ops.axiscap.cap_.buffers(torch.zeros(()), axes, floors, slots, projections)
 
 
 def test_exported_programs_keep_the_op():

@@ -2,8 +2,6 @@
 // autograd are in axiscap/ops.py.
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "ops.h"
 
 namespace axiscap {
@@ -48,15 +46,8 @@ void cap_residual__op(const Tensor& hidden, const Tensor& residual, const Tensor
   cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
 }
 
-// With buffers that a graph keeps for its largest step, of which the first rows are this one's. A slice that the graph
-// itself takes may be copied around the call: functionalisation does so where vLLM compiles.
-Tensor first_rows(const Tensor& buffer, const char* name, const Tensor& hidden) {
-  const int64_t rows = hidden.numel() / std::max<int64_t>(1, hidden.size(-1));
-  TORCH_CHECK_VALUE(buffer.dim() >= 1 && buffer.size(0) >= rows, name, " must have room for the ", rows,
-                    " rows, got shape ", buffer.sizes());
-  return buffer.narrow(0, 0, rows);
-}
-
+// A slice that a graph itself takes of a buffer may be copied around the call: functionalisation does so where vLLM
+// compiles.
 void cap__buffers(const Tensor& hidden, const Tensor& axes, const Tensor& floors, const Tensor& slots,
                   const Tensor& projections) {
   cap_(hidden, Bank(axes, floors), first_rows(slots, "slots", hidden), first_rows(projections, "projections", hidden));

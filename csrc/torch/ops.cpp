@@ -206,6 +206,13 @@ void check_values(const Bank& bank) {
                     "floors must be finite, or -inf for a direction that is off");
 }
 
+at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tensor& hidden) {
+  const int64_t rows = rows_of(hidden, "hidden").count;
+  TORCH_CHECK_VALUE(buffer.dim() >= 1 && buffer.size(0) >= rows, name, " must have room for the ", rows,
+                    " rows, got shape ", buffer.sizes());
+  return buffer.narrow(0, 0, rows);
+}
+
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
   p.floors = bank.floors.const_data_ptr<float>();

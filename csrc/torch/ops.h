@@ -22,6 +22,9 @@ struct Bank {
 // not for calls.
 void check_values(const Bank& bank);
 
+// Of a buffer that is kept for the largest call: the part for the rows of hidden.
+at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tensor& hidden);
+
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections);
 
 // (out, projections (rows, K), fired (rows, K) bool)

@@ -5,7 +5,7 @@ kernels underneath, and ``reference`` is the same in plain torch.
 """
 
 from axiscap import ops
-from axiscap.install import Installation, LayerStats, install
+from axiscap.installation import Installation, LayerStats, install
 from axiscap.profile import CapProfile, ProfileError
 
 __version__ = "0.1.0"

@@ -31,7 +31,7 @@ from rich.text import Text
 import axiscap
 from axiscap import bench as bench_module
 from axiscap import models
-from axiscap.monitor import Scale, Trace, turn_records
+from axiscap.drift.monitor import Scale, Trace, turn_records
 from axiscap.profile import CapProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -371,10 +371,10 @@ def sweep(
     ordinary answers and of plain text, agreement with the uncapped model, and multiple-choice questions.
     """
     from axiscap import calibrate as calibration
-    from axiscap import report
     from axiscap.calibrate import sweep as sweeps
+    from axiscap.view import plots
 
-    report.pyplot()
+    plots.pyplot()
     picture.parent.mkdir(parents=True, exist_ok=True)
     loaded_profile = CapProfile.load(profile)
     plan = _plan(roles, questions, per_role, model)
@@ -432,7 +432,7 @@ def sweep(
         "chosen": dataclasses.asdict(chosen),
     }
     made.save(out)
-    report.draw_sweep(uncapped, points, chosen, picture)
+    plots.draw_sweep(uncapped, points, chosen, picture)
     console.print(f"wrote {escape(str(out))}: {chosen.name}", soft_wrap=True)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
@@ -461,7 +461,8 @@ def report(
     loaded_profile = CapProfile.load(profile)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        from axiscap import monitor, page
+        from axiscap.drift import monitor
+        from axiscap.view import page
 
         selection = page.Selection(monitor.Scale.of(loaded_profile, layer))
         if talks is not None:
@@ -471,9 +472,9 @@ def report(
                     selection.add(trace)
         page.write(out, loaded_profile, selection)
     else:
-        from axiscap import report as reports
+        from axiscap.view import plots
 
-        reports.draw_calibration(loaded_profile, out)
+        plots.draw_calibration(loaded_profile, out)
     console.print(f"wrote {escape(str(out))}", soft_wrap=True)
 
 
@@ -486,7 +487,7 @@ def _replayed(
     capped: bool | None,
     on_error: Callable[[str], None] | None,
 ) -> Iterator[Trace]:
-    from axiscap import monitor
+    from axiscap.drift import monitor
 
     # Each line a conversation; of other files the number is known only when all was read.
     total = sum(1 for line in talks.open("rb") if line.strip()) if talks.suffix == ".jsonl" else None
@@ -525,7 +526,8 @@ def replay(
     ] = False,
 ) -> None:
     """Have a model read stored conversations, and print where each goes along the axis, turn by turn."""
-    from axiscap import monitor, page
+    from axiscap.drift import monitor
+    from axiscap.view import page
 
     loaded_profile = CapProfile.load(profile)
     scale = monitor.Scale.of(loaded_profile, layer)
@@ -662,7 +664,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 64,
 ) -> None:
     """Talk to a model, uncapped and capped side by side, and see where its answers lie."""
-    from axiscap import chat as chats
+    from axiscap.view import chat as chats
 
     loaded = {path.stem: CapProfile.load(path) for path in profiles}
     if len(loaded) < len(profiles):
@@ -731,10 +733,11 @@ def run(
     ] = None,
 ) -> None:
     """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
-    from axiscap import compare, report
+    from axiscap.drift import compare
+    from axiscap.view import plots
 
     # What would fail at the end fails before the minutes of work.
-    report.pyplot()
+    plots.pyplot()
     picture.parent.mkdir(parents=True, exist_ok=True)
     if transcripts:
         transcripts.parent.mkdir(parents=True, exist_ok=True)
@@ -804,7 +807,7 @@ def run(
             f"{result.capped.tokens_per_second:.1f}",
         )
     _show("generated tokens per second (prompts included; one run, so noisy)", speed)
-    report.draw_trajectories(results, loaded_profile, shown, picture)
+    plots.draw_trajectories(results, loaded_profile, shown, picture)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
@@ -825,9 +828,9 @@ def bench(
         bench_module.check_cuda()
     out.parent.mkdir(parents=True, exist_ok=True)
     if picture:
-        from axiscap import report
+        from axiscap.view import plots
 
-        report.pyplot()
+        plots.pyplot()
         picture.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         results = bench_module.measure(progress, quick=quick, model=model if decode else None, device=device)
@@ -835,7 +838,7 @@ def bench(
     out.write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"figures: {escape(str(out))}", soft_wrap=True)
     if picture:
-        report.draw_bench(results, picture)
+        plots.draw_bench(results, picture)
         console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 

@@ -27,12 +27,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "ptx")]
 from conftest import unit  # noqa: E402
 from emulated import Device, kernel_name, nvcc  # noqa: E402
 
-from axiscap import _C, report  # noqa: E402
+from axiscap import _C  # noqa: E402
+from axiscap.view import plots  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published rates; latency: a memory access under load, of the order that micro-benchmarks report."""
+    """Published rates; latency: a memory access under load, of the order that micro-benchmarks plots."""
 
     name: str
     architecture: int
@@ -195,7 +196,7 @@ def main() -> None:
                 lines.append(f"| {gpu.name} | {size} | {' | '.join(cells)} |")
     (ROOT / "docs" / "gpu-predicted.md").write_text("\n".join(lines) + "\n")
 
-    plot = report.pyplot()
+    plot = plots.pyplot()
     figure, panels = plot.subplots(1, len(SHOWN), figsize=(13, 3.8), sharey=True, layout="constrained")
     for panel, title in zip(panels, SHOWN, strict=True):
         for gpu, marker in zip(GPUS, "os^Dv*", strict=True):

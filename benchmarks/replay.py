@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from axiscap import CapProfile, models, monitor
-from axiscap.monitor import Talk
+from axiscap import CapProfile, models
+from axiscap.drift import monitor
+from axiscap.drift.monitor import Talk
 
 PROFILE = "examples/profiles/smollm2-135m-instruct.safetensors"
 ROUNDS = 5

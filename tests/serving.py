@@ -19,7 +19,8 @@ from conftest import SHIPPED_PROFILE, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
-from axiscap import CapProfile, models, monitor
+from axiscap import CapProfile, models
+from axiscap.drift import monitor
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [

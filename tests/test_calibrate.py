@@ -20,8 +20,9 @@ from conftest import REPOSITORY, unit
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from axiscap import CapProfile, calibrate, compare, install, interop, models
+from axiscap import CapProfile, calibrate, install, interop, models
 from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep
+from axiscap.drift import compare
 
 
 def test_the_data_that_ships():

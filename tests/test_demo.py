@@ -10,7 +10,8 @@ import torch
 from conftest import assert_same_bits
 
 import axiscap
-from axiscap import CapProfile, compare, interop, models
+from axiscap import CapProfile, interop, models
+from axiscap.drift import compare
 
 PROMPTS = [
     "You are Morwen, the ghost of a drowned village. Who are you?",

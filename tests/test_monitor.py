@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import axiscap
-from axiscap import CapProfile, models, monitor
-from axiscap.monitor import Monitor, Recorder, Scale, Talk
+from axiscap import CapProfile, models
+from axiscap.drift import monitor
+from axiscap.drift.monitor import Monitor, Recorder, Scale, Talk
 
 SAID = (
     {"role": "user", "content": "Who are you?"},
@@ -228,7 +229,9 @@ import resource, sys
 sys.path.insert(0, "tests")
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from axiscap import models, monitor, page
+from axiscap import models
+from axiscap.drift import monitor
+from axiscap.view import page
 from conftest import profile_for
 from test_monitor import talks_of
 config = LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)

@@ -20,9 +20,11 @@ from conftest import SHIPPED_PROFILE, free_port, unit
 from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import command as command  # a fixture
 
-from axiscap import CapProfile, monitor, page
+from axiscap import CapProfile
 from axiscap.calibrate import with_floors
-from axiscap.monitor import Scale
+from axiscap.drift import monitor
+from axiscap.drift.monitor import Scale
+from axiscap.view import page
 
 BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")

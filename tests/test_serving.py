@@ -13,9 +13,9 @@ import torch
 from conftest import unit
 
 from axiscap import CapProfile, reference
-from axiscap.serving import bank as serving_bank
+from axiscap.serving import buffers as serving_bank
 from axiscap.serving import settings as serving
-from axiscap.serving.bank import Bank, Choice, Telemetry
+from axiscap.serving.buffers import Bank, Choice, Telemetry
 from axiscap.serving.settings import ChoiceError, Registry, Settings, SettingsError
 from axiscap.serving.worker import Worker
 

@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from axiscap import models
-from axiscap.serving.bank import Choice
+from axiscap.serving.buffers import Choice
 from axiscap.serving.settings import Settings
 from axiscap.serving.vllm import VllmWorker
 from axiscap.serving.worker import Worker

@@ -30,7 +30,8 @@ from serving import (
     stock_client,
 )
 
-from axiscap import CapProfile, chat, models
+from axiscap import CapProfile, models
+from axiscap.view import chat
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "512"]

@@ -20,7 +20,7 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Plan, in_batches
 from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.rollouts import Settings, Shard, Task, TransformersEngine
 from axiscap.calibrate.space import auc
-from axiscap.install import install
+from axiscap.installation import install
 from axiscap.profile import CapProfile
 
 #: Kind of the roles that are near the Assistant by design: that a model takes one on is no drift.

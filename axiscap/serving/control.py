@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from axiscap.profile import CapProfile
-from axiscap.serving.bank import Choice
+from axiscap.serving.buffers import Choice
 from axiscap.serving.settings import KEY, Registry, Settings, SettingsError
 
 _REGISTRY = "registry.json"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from axiscap.serving import metrics
 from axiscap.serving import settings as shared
-from axiscap.serving.bank import Bank, Choice
+from axiscap.serving.buffers import Bank, Choice
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, decoder_layers

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from axiscap.serving.bank import Bank, Choice, Counts, Telemetry
+from axiscap.serving.buffers import Bank, Choice, Counts, Telemetry
 from axiscap.serving.control import read_profile
 from axiscap.serving.settings import Settings, SettingsError
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.install import LayerStats, install
-from axiscap.monitor import CAPPED, UNCAPPED
+from axiscap.drift.monitor import CAPPED, UNCAPPED
+from axiscap.installation import LayerStats, install
 from axiscap.profile import CapProfile
 
 
@@ -61,7 +61,7 @@ class Comparison:
     capped: Track
 
     def transcripts(self) -> Iterator[dict[str, Any]]:
-        """Both sides as stored conversations, in the form that :func:`axiscap.monitor.read_talks` reads."""
+        """Both sides as stored conversations, in the form that :func:`axiscap.drift.monitor.read_talks` reads."""
         talk = self.conversation
         for side, track in ((UNCAPPED, self.uncapped), (CAPPED, self.capped)):
             messages = []

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import axiscap
-from axiscap.monitor import CAPPED, Drift, Scale, Trace, drift_of, percentile_in_words
+from axiscap.drift.monitor import CAPPED, Drift, Scale, Trace, drift_of, percentile_in_words
 from axiscap.profile import CapProfile
 
 #: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
@@ -180,7 +180,7 @@ def write(path: Path, profile: CapProfile, selection: Selection, title: str = "D
     if selection.scale.values or selection.groups:
         sections.append(_histogram(figures, profile, selection))
     sections.append(_provenance(profile, selection))
-    template = Template((files("axiscap.data") / "page.html").read_text("utf-8"))
+    template = Template((files("axiscap.view") / "page.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(title),
         summary="".join(f"<p>{html.escape(line)}</p>" for line in _summary(profile, selection)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from axiscap.compare import Comparison
+from axiscap.drift.compare import Comparison
 from axiscap.profile import CapProfile
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; markers and dashes keep them apart in grey.

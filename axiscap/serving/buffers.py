@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from axiscap import _C, ops
-from axiscap.install import layer_stats
+from axiscap.installation import layer_stats
 from axiscap.profile import CapProfile
 from axiscap.serving.settings import KEY, Settings, write
 

@@ -26,13 +26,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from torch import Tensor
 
-from axiscap import page
 from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
-from axiscap.compare import load_conversations
-from axiscap.install import install
+from axiscap.drift.compare import load_conversations
+from axiscap.drift.monitor import CAPPED, UNCAPPED, Recorder, Scale, Talk, known_layers, measuring, replay
+from axiscap.installation import install
 from axiscap.models import text_config
-from axiscap.monitor import CAPPED, UNCAPPED, Recorder, Scale, Talk, known_layers, measuring, replay
 from axiscap.profile import CapProfile
+from axiscap.view import page
 
 SIDES = (UNCAPPED, CAPPED)
 #: Talks that wait for an answer at once, and turns of one talk.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.install import Installation, install
+from axiscap.installation import Installation, install
 from axiscap.models import text_config
 from axiscap.profile import CapProfile
 

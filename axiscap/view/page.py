@@ -1,0 +1,658 @@
+"""One self-contained HTML page: conversations along the axis, and the evidence for the profile that they are held to.
+
+It asks no other host for anything: plotly's script and all data are in the file, and its own policy forbids the rest.
+Needs plotly (the extra ``axiscap[report]``).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+
+import axiscap
+from axiscap.drift.monitor import CAPPED, Drift, Scale, Trace, drift_of, percentile_in_words
+from axiscap.profile import CapProfile
+
+#: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
+ROWS, DETAILED = 200, 8
+#: Tokens of a conversation that are shown at most, and layers of its heat map.
+TOKENS, LAYERS = 500, 32
+_GROUPS, _LINES, _HISTOGRAM = 24, 60, 50_000
+
+# Okabe and Ito's colours; dashes, markers and hatches keep things apart in grey.
+_UNCAPPED, _CAPPED, _ROLE, _GREY = "#D55E00", "#0072B2", "#CC79A7", "#888888"
+_SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_MARKERS = ("circle", "square", "triangle-up", "diamond", "x", "cross")
+
+
+def plotly() -> tuple[Any, Any]:
+    """plotly's graph_objects and offline modules; the error without it names the extra."""
+    try:
+        return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.offline")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the page needs plotly: pip install 'axiscap[report]'") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation in figures: its drift, and each answer's mean, tokens, and tokens below the floor."""
+
+    name: str
+    group: str
+    side: str
+    drift: Drift
+    answers: list[tuple[float, int, int]]
+
+    @property
+    def means(self) -> list[float]:
+        return [mean for mean, _, _ in self.answers]
+
+
+@dataclass
+class Group:
+    """The conversations of one group and side, added up."""
+
+    conversations: int = 0
+    answers: int = 0
+    below: int = 0  # answers whose mean is below the floor
+    abnormal: int = 0  # answers whose mean is below 99 % of normal answers
+    _level: float = 0.0
+    _squares: float = 0.0
+
+    def add(self, row: Row, scale: Scale) -> None:
+        self.conversations += 1
+        self.answers += len(row.answers)
+        self.below += sum(mean < scale.floor for mean in row.means)
+        self.abnormal += sum(scale.percentile(mean) < 1 for mean in row.means)
+        self._level += row.drift.level
+        self._squares += row.drift.level**2
+
+    @property
+    def level(self) -> float:
+        """The mean of the conversations' levels."""
+        return self._level / self.conversations
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the mean level's 95 % interval, by the normal approximation; NaN for one conversation."""
+        if self.conversations < 2:
+            return math.nan
+        variance = (self._squares - self.conversations * self.level**2) / (self.conversations - 1)
+        return 1.96 * math.sqrt(max(0.0, variance) / self.conversations)
+
+    def described(self) -> str:
+        """Its level, for people."""
+        return f"{self.level:.3g}" + (f" ± {self.interval:.2g}" if math.isfinite(self.interval) else "")
+
+
+class Selection:
+    """Of any number of traces, what is shown: figures of each group, and in full the conversations that went lowest.
+
+    Memory does not grow with the number of traces.
+
+    Args:
+        scale: of the layer that figures and curves are of.
+    """
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.groups: dict[tuple[str, str], Group] = {}
+        self.tokens: dict[str, list[float]] = {}
+        self._rows: list[Row] = []
+        self._traces: list[Trace] = []
+
+    def add(self, trace: Trace) -> Drift | None:
+        """Returns the trace's drift; None where the model says nothing in it, which is not shown."""
+        talk, scale = trace.talk, self.scale
+        answers = trace.sums(scale)
+        drift = drift_of(answers, scale)
+        if drift is None:
+            return None
+        row = Row(talk.name, talk.group, talk.side, drift, answers)
+        key = (talk.group, talk.side)
+        if key not in self.groups and len(self.groups) >= _GROUPS:
+            key = ("other groups", talk.side)
+        self.groups.setdefault(key, Group()).add(row, scale)
+        kept = self.tokens.setdefault(talk.side, [])
+        if len(kept) < _HISTOGRAM:
+            kept.extend(torch.cat(trace.answers(scale.layer)).tolist())
+        self._rows.append(row)
+        self._traces.append(trace)
+        if len(self._rows) > 2 * ROWS:
+            self._rows = self.rows()
+        if len(self._traces) > 4 * DETAILED:
+            self._traces = self.traces()
+        return drift
+
+    @property
+    def conversations(self) -> int:
+        return sum(group.conversations for group in self.groups.values())
+
+    def rows(self) -> list[Row]:
+        """At most :data:`ROWS` conversations, the lowest first."""
+        return sorted(self._rows, key=lambda row: row.drift.lowest)[:ROWS]
+
+    def traces(self) -> list[Trace]:
+        """At most :data:`DETAILED` conversations, the lowest first, each followed by its other side."""
+        names = list(dict.fromkeys(row.name for row in self.rows()))[:DETAILED]
+        mine = [trace for trace in self._traces if trace.talk.name in names]
+        return sorted(mine, key=lambda trace: (names.index(trace.talk.name), trace.talk.side == CAPPED))
+
+
+def write(path: Path, profile: CapProfile, selection: Selection, title: str = "Drift along the Assistant Axis") -> None:
+    """Writes the page, in one step.
+
+    Args:
+        profile: the one that the conversations are held against; its evidence is shown where it has some.
+        selection: what to show; an empty one gives the profile's evidence alone.
+
+    Raises:
+        ModuleNotFoundError: plotly is missing.
+        ValueError: there is nothing to show.
+    """
+    go, offline = plotly()
+    figures = _Figures(go)
+    sections = []
+    if selection.groups:
+        sections += [_trajectories(figures, selection), _table(selection), _details(figures, selection, profile)]
+    evidence = profile.provenance.get("evidence")
+    if isinstance(evidence, Mapping):
+        try:
+            sections.append(_evidence(figures, profile, evidence))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # anyone may have written it
+            sections.append("<p>The profile's evidence is not in the form that this version writes.</p>")
+    if not sections:
+        raise ValueError("nothing to show: no conversation with an answer, and no evidence in the profile")
+    if selection.scale.values or selection.groups:
+        sections.append(_histogram(figures, profile, selection))
+    sections.append(_provenance(profile, selection))
+    template = Template((files("axiscap.view") / "page.html").read_text("utf-8"))
+    page = template.substitute(
+        title=html.escape(title),
+        summary="".join(f"<p>{html.escape(line)}</p>" for line in _summary(profile, selection)),
+        sections="\n".join(sections),
+        figures=json.dumps(figures.made).replace("</", "<\\/"),
+        plotly=offline.get_plotlyjs(),
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+
+
+class _Figures:
+    """The page's figures, as plotly's JSON; the page draws each when it comes into sight."""
+
+    def __init__(self, go: Any) -> None:
+        self.go = go
+        self.made: dict[str, Any] = {}
+
+    def add(
+        self,
+        alt: str,
+        traces: Iterable[Any],
+        *,
+        title: str,
+        x: Mapping[str, Any],
+        y: Mapping[str, Any],
+        height: int = 430,
+        heat: Mapping[str, Any] | None = None,
+        **layout: Any,
+    ) -> str:
+        """Returns the element that it will be drawn in.
+
+        Args:
+            heat: of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
+        """
+        figure = self.go.Figure(list(traces))
+        figure.update_layout(
+            template="none",
+            title={"text": html.escape(title), "font": {"size": 15}},
+            xaxis=dict(x),
+            yaxis=dict(y),
+            height=height,
+            margin={"l": 62, "r": 12, "t": 44, "b": 48},
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+            hovermode="closest",
+            legend={"orientation": "h", "y": -0.22},
+            **layout,
+        )
+        name = f"figure{len(self.made)}"
+        self.made[name] = json.loads(figure.to_json()) | ({} if heat is None else {"heat": heat})
+        seen = f'role="img" aria-label="{html.escape(alt)}"'
+        return f'<figure><div id="{name}" class="plot" style="height:{height}px" {seen}></div></figure>'
+
+
+def _normal(scale: Scale) -> list[float]:
+    """The 5th and the 95th percentile of normal answers; empty where they are not known."""
+    ends = [scale.at(5.0), scale.at(95.0)]
+    return ends if all(map(math.isfinite, ends)) else []
+
+
+def _axis(title: str, **more: Any) -> dict[str, Any]:
+    return {"title": {"text": title}, **more}
+
+
+def _round(values: Iterable[float]) -> list[float | None]:
+    """Four digits are enough for an eye, and keep the page small; JSON has no NaN."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
+
+
+def _side(side: str) -> tuple[str, str, str, str]:
+    """Label, colour, dash and marker."""
+    if side == CAPPED:
+        return CAPPED, _CAPPED, "dash", "square"
+    return side or "as read", _UNCAPPED, "solid", "circle"
+
+
+def _summary(profile: CapProfile, selection: Selection) -> list[str]:
+    scale, lines = selection.scale, []
+    for side in dict.fromkeys(side for _, side in selection.groups):
+        groups = [group for (_, other), group in selection.groups.items() if other == side]
+        talks, answers, below, far = (
+            sum(getattr(group, name) for group in groups) for name in ("conversations", "answers", "below", "abnormal")
+        )
+        name = f"The {side} conversations" if side else "The conversations"
+        text = f"{name} ({talks}) have {answers} answers. {below} of these lie below the floor on average"
+        lines.append(text + (f", {far} below 99 % of the model's normal answers." if scale.values else "."))
+        worst = next((row for row in selection.rows() if row.side == side), None)
+        if worst is not None:
+            lines.append(
+                f"The lowest is answer {worst.drift.lowest_turn} of {worst.name}, at {worst.drift.lowest:.3g}"
+                + (f", {percentile_in_words(worst.drift.lowest_percentile)}" if scale.values else "")
+                + (f"; the floor is {scale.floor:.3g}." if math.isfinite(scale.floor) else ".")
+            )
+    facts = profile.provenance.get("evidence")
+    if isinstance(facts, Mapping) and isinstance(facts.get("auc"), list) and isinstance(facts.get("best_layer"), int):
+        auc = facts["auc"][facts["best_layer"]]
+        lines.append(
+            "On roles and questions that made nothing of it, the axis tells the Assistant's answers from other "
+            f"characters' with an AUC of {auc:.2f} at layer {facts['best_layer']} (0.5 is chance, 1 is never wrong)."
+        )
+    layers = f"{profile.layers[0]} to {profile.layers[-1]}" if len(profile.layers) > 1 else f"{profile.layers[0]}"
+    about = f" Curves of conversations are of layer {scale.layer}, before its own cap." if selection.groups else ""
+    return [*lines, f"The profile caps layers {layers}.{about}"]
+
+
+def _trajectories(figures: _Figures, selection: Selection) -> str:
+    scale, listed = selection.scale, selection.rows()
+    reach = [*(mean for row in listed for mean in row.means), *_normal(scale)]
+    reach += [scale.floor] if math.isfinite(scale.floor) else []
+    margin = 0.05 * (max(reach) - min(reach) or 1)
+    made = []
+    for group in sorted({row.group for row in listed}):
+        rows = [row for row in listed if row.group == group][:_LINES]
+        total = sum(sums.conversations for (name, _), sums in selection.groups.items() if name == group)
+        name = (group or "conversations") + (f" (the lowest {len(rows)} of {total})" if len(rows) < total else "")
+        last = max(len(row.answers) for row in rows)
+        made.append(
+            figures.add(
+                f"Line chart of {name}: mean projection of each answer at layer {scale.layer}, with the floor and the "
+                "range of normal answers.",
+                lines(figures.go, [(row.name, row.side, row.means) for row in rows], scale, last),
+                title=name,
+                x=_axis("answer", dtick=max(1, last // 10), range=[0.6, last + 0.4]),
+                y=_axis("mean projection", range=[min(reach) - margin, max(reach) + margin]),
+                height=380,
+            )
+        )
+    return _section(
+        "Where the conversations go",
+        "Each line is a conversation, each point one answer of the model's: the mean of its tokens' projections on "
+        f"the axis at layer {scale.layer}, in the units of the residual stream. Higher is more Assistant-like.",
+        _grid(made),
+    )
+
+
+def lines(go: Any, curves: Iterable[tuple[str, str, Sequence[float]]], scale: Scale, last: int) -> Iterator[Any]:
+    """Conversations against the floor and the range of normal answers, as plotly's traces.
+
+    Args:
+        go: plotly's graph_objects.
+        curves: name, side and the answers' mean projections of each.
+        last: the number of answers to make room for.
+    """
+    ends, band = [0.6, last + 0.4], _normal(scale)
+    if band:
+        yield go.Scatter(
+            x=[*ends, *reversed(ends)],
+            y=[band[0], band[0], band[1], band[1]],
+            fill="toself",
+            fillcolor="rgba(0,158,115,0.15)",
+            line={"width": 0},
+            mode="lines",
+            name="normal answers, 5 to 95 %",
+            hoverinfo="skip",
+        )
+    if math.isfinite(scale.floor):
+        yield go.Scatter(
+            x=ends,
+            y=[scale.floor] * 2,
+            mode="lines",
+            line={"dash": "longdash", "color": _GREY, "width": 2},
+            name="floor",
+            hovertemplate="floor %{y:.4g}<extra></extra>",
+        )
+    shown: set[str] = set()
+    for name, side, means in curves:
+        label, colour, dash, marker = _side(side)
+        yield go.Scatter(
+            x=list(range(1, len(means) + 1)),
+            y=_round(means),
+            mode="lines+markers",
+            line={"color": colour, "dash": dash, "width": 1.5},
+            marker={"symbol": marker, "size": 7},
+            name=label,
+            legendgroup=label,
+            showlegend=label not in shown,
+            hovertemplate=f"{html.escape(name)}, answer %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
+        shown.add(label)
+
+
+def _table(selection: Selection) -> str:
+    scale, rows = selection.scale, selection.rows()
+    groups = [
+        (
+            name,
+            side,
+            f"{group.conversations}",
+            group.described(),
+            f"{group.below} of {group.answers}" if math.isfinite(scale.floor) else "",
+            f"{group.abnormal} of {group.answers}" if scale.values else "",
+        )
+        for (name, side), group in sorted(selection.groups.items())
+    ]
+    talks = [
+        (
+            row.name,
+            row.group,
+            row.side,
+            f"{row.drift.turns}",
+            f"{row.drift.level:.3g}",
+            f"{row.drift.slope:+.3g}" if math.isfinite(row.drift.slope) else "",
+            f"{row.drift.lowest:.3g} (answer {row.drift.lowest_turn})",
+            percentile_in_words(row.drift.lowest_percentile),
+            f"{row.drift.below:.0%}" if math.isfinite(row.drift.below) else "",
+        )
+        for row in rows
+    ]
+    total = selection.conversations
+    more = f" The lowest {len(rows)} of {total} conversations are listed." if len(rows) < total else ""
+    heads = ("group", "side", "conversations", "level (95 %)", "answers below floor", "below 99 % of normal answers")
+    other = (
+        "conversation", "group", "side", "answers", "level", "slope an answer", "lowest answer", "which is",
+        "tokens below floor",
+    )  # fmt: skip
+    return _section(
+        "Drift in figures",
+        "Level: the mean of a conversation's answers, and of a group the mean of these; slope: by least squares."
+        + more,
+        _rows(heads, groups) + _rows(other, talks),
+    )
+
+
+def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+#: Classes of a token's projection, and what they say.
+_BANDS = {
+    "far-below": "far below the floor",
+    "below": "below the floor",
+    "low": "below the median of normal answers",
+    "normal": "normal",
+    "high": "far above",
+}
+
+
+def _band(value: float, floor: float, median: float, spread: float) -> str:
+    """Nothing is above or below what is not known (NaN)."""
+    if value < floor:
+        return "far-below" if value < floor - spread else "below"
+    if value < median:
+        return "low"
+    return "high" if value > median + spread else "normal"
+
+
+def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> str:
+    traces, made = selection.traces(), []
+    for trace in traces:
+        name = trace.talk.name + (f" ({trace.talk.side})" if trace.talk.side else "")
+        made.append(
+            f"<details><summary>{html.escape(name)}</summary>"
+            f"{_transcript(trace, selection.scale)}{_heat(figures, trace, name, profile)}</details>"
+        )
+    key = " ".join(f'<i class="{name}">{text}</i>' for name, text in _BANDS.items())
+    total = selection.conversations
+    return _section(
+        "Token by token",
+        f"{len(traces) if len(traces) < total else 'All'} of {total} conversations, those that went lowest first; open "
+        f"one to see it. Each token is marked by its projection at layer {selection.scale.layer}.",
+        f'<p class="key">{key}</p>{"".join(made)}',
+    )
+
+
+def _transcript(trace: Trace, scale: Scale) -> str:
+    row = trace.projections[trace.layers.index(scale.layer)].tolist()
+    median = scale.at(50.0)
+    # How far the normal answers reach down from their median, as a measure of what is far.
+    bounds = (scale.floor, median, median - scale.at(5.0))
+    parts = []
+    for turn in trace.text.turns:
+        tokens = [
+            f'<i class="{_band(row[at], *bounds)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</i>'
+            for at in range(turn.start, min(turn.end, TOKENS))
+        ]
+        if tokens:
+            kind = "model" if turn.role == "assistant" else "user"
+            parts.append(f'<div class="said {kind}"><b>{html.escape(turn.role)}</b>{"".join(tokens)}</div>')
+    cut = f"<p>The first {TOKENS} of {len(row)} tokens.</p>" if len(row) > TOKENS else ""
+    return "".join(parts) + cut
+
+
+def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> str:
+    """Layers by tokens. Layers differ in scale: each is shown less its floor or mean, over its own spread."""
+    step = -(-len(trace.layers) // LAYERS)
+    layers, values = trace.layers[::step], trace.projections[::step, :TOKENS]
+    zero = values.mean(1, keepdim=True)
+    for at, layer in enumerate(layers):
+        floor = Scale.of(profile, layer).floor
+        if math.isfinite(floor):
+            zero[at] = floor
+    scaled = ((values - zero) / values.std(1, keepdim=True).clamp(min=1e-6)).nan_to_num(0.0).clamp(-4, 4)
+    tenths = (scaled * 10).round().to(torch.int8).numpy().tobytes()
+    every = "" if step == 1 else f" (each {step}th layer)"
+    return figures.add(
+        f"Heat map of {name}: projection of each token at each layer, in spreads above the layer's floor.",
+        [
+            figures.go.Heatmap(
+                y=[str(layer) for layer in layers],
+                colorscale="Cividis",
+                zmin=-4,
+                zmax=4,
+                colorbar={"title": {"text": "spreads"}, "thickness": 12},
+                hovertemplate="“%{text}”, token %{x}, layer %{y}: %{z}<extra></extra>",
+            )
+        ],
+        title=f"above the floor (elsewhere: the mean), in the layer's spreads{every}",
+        x=_axis("token"),
+        y=_axis("layer", type="category"),
+        height=120 + 14 * max(8, len(layers)),
+        heat={
+            "pieces": [html.escape(piece) for piece in trace.text.pieces[:TOKENS]],
+            "tenths": base64.b64encode(tenths).decode(),
+        },
+    )
+
+
+def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) -> str:
+    go, depth, best = figures.go, list(range(len(facts["auc"]))), facts["best_layer"]
+    lines = [go.Scatter(x=depth, y=_round(facts["auc"]), name="all held-out roles", line={"width": 3, "color": _GREY})]
+    for number, (kind, values) in enumerate(facts["auc_by_kind"].items()):
+        at = number % len(_SHADES)
+        lines.append(
+            go.Scatter(
+                x=depth,
+                y=_round(values),
+                name=html.escape(str(kind)),
+                mode="lines+markers",
+                line={"color": _SHADES[at], "dash": _DASHES[at], "width": 1.2},
+                marker={"symbol": _MARKERS[at], "size": 5},
+            )
+        )
+    null = go.Scatter(
+        x=depth, y=_round(facts["null_auc"]), name="labels permuted", line={"dash": "dot", "color": _GREY}
+    )
+    capped = {
+        "type": "rect", "xref": "x", "yref": "paper", "x0": profile.layers[0] - 0.5, "x1": profile.layers[-1] + 0.5,
+        "y0": 0, "y1": 1, "fillcolor": "rgba(128,128,128,0.18)", "line": {"width": 0}, "layer": "below",
+    }  # fmt: skip
+    separation = figures.add(
+        "Line chart: AUC of the axis on held-out roles and questions by layer, for each kind of role.",
+        [*lines, null],
+        title="how well the axis separates, by layer (band: capped)",
+        x=_axis("layer"),
+        y=_axis("held-out AUC (0.5: chance)"),
+        shapes=[capped],
+        height=460,
+    )
+    names = [str(name).replace("_", " ") for name in facts["map"]]
+    xs, ys = zip(*facts["map"].values(), strict=True)
+    ordered = sorted(facts["loadings"], key=lambda name: float(facts["loadings"][name]))
+    named = {name.replace("_", " ") for name in (*ordered[:6], *ordered[-6:])}
+    roles = go.Scatter(
+        x=_round(xs),
+        y=_round(ys),
+        mode="markers+text",
+        text=[html.escape(name) if name in named else "" for name in names],
+        customdata=[html.escape(name) for name in names],
+        textposition=[("top center", "bottom center")[at % 2] for at in range(len(names))],
+        textfont={"size": 10},
+        marker={"color": _ROLE, "size": 7, "line": {"width": 1, "color": "#666666"}},
+        hovertemplate="%{customdata}: %{x:.3g}, %{y:.3g}<extra></extra>",
+        showlegend=False,
+    )
+    cosine, far = abs(facts["pc1_cosine"][best]), max(abs(x) for x in xs)
+    arrow = {
+        "x": far * cosine, "y": 0, "ax": -far * cosine, "ay": 0, "xref": "x", "yref": "y", "axref": "x", "ayref": "y",
+        "showarrow": True, "arrowhead": 3, "arrowwidth": 2, "arrowcolor": _CAPPED,
+    }  # fmt: skip
+    text = f"Assistant Axis (cos {cosine:.2f} with component 1)"
+    label = {"x": 0, "y": 1.07, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False, "text": text}
+    space = figures.add(
+        "Scatter plot of roles on the first two principal components of the persona space, the axis drawn as an arrow.",
+        [roles],
+        title=f"persona space, layer {best} (named: the 6 lowest and highest)",
+        x=_axis("component 1 (units of the residual stream)", zeroline=True),
+        y=_axis("component 2 (the same units)", zeroline=True),
+        annotations=[arrow, {**label, "font": {"color": _CAPPED}}],
+        height=460,
+    )
+    held = f"{len(facts['held_roles'])} roles and {facts['held_questions']} questions"
+    return _section("Is the axis real?", f"Measured on {held} that made nothing of it.", _grid([separation, space]))
+
+
+def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> str:
+    go, scale, traces = figures.go, selection.scale, []
+    chosen = [at for at, rank in enumerate(scale.ranks) if rank % 5 == 0]
+    for number, (name, table) in enumerate(profile.tables.items() if scale.values else ()):
+        values = table[scale.layer].tolist()
+        x, y = [], []
+        for left, right in pairwise(chosen):
+            density = (scale.ranks[right] - scale.ranks[left]) / max(values[right] - values[left], 1e-9)
+            x += [values[left], values[right]]
+            y += [density, density]
+        traces.append(
+            go.Scatter(
+                x=_round(x),
+                y=_round(y),
+                name=html.escape(str(name)),
+                mode="lines",
+                line={"color": _SHADES[number % 6], "dash": _DASHES[number % 6], "width": 1.6},
+                hovertemplate="%{x:.3g}: %{y:.3g} % a unit<extra></extra>",
+            )
+        )
+    for side, tokens in selection.tokens.items():
+        label, colour, _, _ = _side(side)
+        counts = torch.histc(torch.tensor(tokens), bins=50)
+        low = min(tokens)
+        step = (max(tokens) - low) / 50 or 1.0
+        traces.append(
+            go.Bar(
+                x=_round(low + (at + 0.5) * step for at in range(50)),
+                y=_round(100 * count / len(tokens) / step for count in counts.tolist()),
+                width=step,
+                name=f"tokens here, {label}",
+                marker={"color": colour, "opacity": 0.45, "pattern": {"shape": "/" if side == CAPPED else ""}},
+                hovertemplate="%{x:.3g}: %{y:.3g} % a unit<extra></extra>",
+            )
+        )
+    floor: dict[str, Any] = {}
+    if math.isfinite(scale.floor):
+        line = {"dash": "longdash", "color": _GREY, "width": 2}
+        at = {"x0": scale.floor, "x1": scale.floor, "yref": "paper", "y0": 0, "y1": 1}
+        floor["shapes"] = [{"type": "line", "line": line, **at}]
+        floor["annotations"] = [{"x": scale.floor, "yref": "paper", "y": 1.05, "text": "floor", "showarrow": False}]
+    made = figures.add(
+        f"Histogram of projections at layer {scale.layer} by population, with the floor.",
+        traces,
+        title=f"projections at layer {scale.layer}, by population",
+        x=_axis("projection (units of the residual stream)"),
+        y=_axis("% of the population a unit"),
+        barmode="overlay",
+        height=460,
+        **floor,
+    )
+    bars = " Bars: the tokens of the answers above." if selection.tokens else ""
+    return _section(
+        "Where normal answers lie",
+        "Lines: the calibration's populations, of answers' means or of single tokens, between their 5th and 95th "
+        "percentile." + bars,
+        made,
+    )
+
+
+def _provenance(profile: CapProfile, selection: Selection) -> str:
+    facts: dict[str, object] = {f"model {key}": value for key, value in profile.model_facts.items()}
+    facts |= {key: value for key, value in profile.provenance.items() if key not in ("model", "evidence", "quantiles")}
+    facts |= {
+        "capped layers": ", ".join(map(str, profile.layers)),
+        "their floors": ", ".join(f"{floor:.4g}" for floor in profile.floors[:, 0].tolist()),
+        "profile digest": profile.digest,
+        "layer of the curves": selection.scale.layer,
+        "this page": f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+    rows = []
+    for key, value in facts.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        cut = text if len(text) <= 600 else text[:600] + " ..."
+        rows.append(f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(cut)}</td></tr>')
+    return _section(
+        "Where this comes from", "", f'<div class="wide"><table class="facts">{"".join(rows)}</table></div>'
+    )
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _section(title: str, text: str, body: str) -> str:
+    lead = f"<p>{html.escape(text)}</p>" if text else ""
+    return f"<section><h2>{html.escape(title)}</h2>{lead}{body}</section>"

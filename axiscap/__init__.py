@@ -5,8 +5,9 @@ kernels underneath, and ``reference`` is the same in plain torch.
 """
 
 from axiscap import ops
-from axiscap.installation import Installation, LayerStats, install
+from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile, ProfileError
+from axiscap.stats import LayerStats
 
 __version__ = "0.1.0"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +30,8 @@ from rich.text import Text
 
 import axiscap
 from axiscap import bench as bench_module
-from axiscap import models
-from axiscap.drift.monitor import Scale, Trace, turn_records
-from axiscap.profile import CapProfile
+from axiscap import drift, models
+from axiscap.profile import CapProfile, Evidence, ProfileError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # In a file or a pipe there is no width to fit; tables then stay readable.
@@ -82,14 +81,6 @@ def _progress(rate: bool = False) -> Progress:
     return Progress(*parts, console=console)
 
 
-def _numbers(facts: Mapping[str, Any], key: str, part: str) -> list[float]:
-    """A list of numbers in a profile's provenance, which anyone may have written; empty where it is none."""
-    entry = facts.get(key)
-    values = entry.get(part) if isinstance(entry, Mapping) else None
-    is_list = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-    return list(values) if is_list and values is not None else []
-
-
 @app.command()
 def inspect(
     profile: ProfileArgument,
@@ -114,17 +105,19 @@ def inspect(
             summary.add_row(key, escape(text if len(text) <= 300 else text[:297] + "..."))
     console.print(summary)
 
-    separation = _numbers(facts, "evidence", "auc")
-    if len(separation) <= loaded.layers[-1]:
-        separation = []
+    unreadable = ""
+    try:
+        evidence = loaded.evidence
+    except ProfileError as error:
+        evidence, unreadable = None, str(error)
     table = Table()
     for name in ("layer", "direction", "floor"):
         table.add_column(name, justify="right")
-    percentiles = _numbers(facts, "quantiles", "percentiles") if loaded.quantiles is not None else []
+    percentiles = loaded.percentiles if loaded.quantiles is not None else ()
     shown = [p for p in percentiles if p in (1, 5, 10, 25, 50, 75, 90, 95, 99)]
     for percentile in shown:
         table.add_column(f"p{percentile:g}", justify="right")
-    if separation:
+    if evidence is not None:
         table.add_column("held-out AUC", justify="right")
     for index, layer in enumerate(loaded.layers):
         for k in range(loaded.directions):
@@ -132,15 +125,14 @@ def inspect(
             if loaded.quantiles is not None:
                 values = dict(zip(percentiles, loaded.quantiles[layer].tolist(), strict=False))
                 row += [f"{values[p]:.4g}" if p in values else "" for p in shown]
-            if separation:
-                row.append(f"{separation[layer]:.3f}")
+            if evidence is not None:
+                row.append(f"{evidence.auc[layer]:.3f}")
             table.add_row(*row)
     _show("capped layers", table)
-    if separation:
-        try:
-            _show_evidence(loaded)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # anyone may have written it
-            console.print("its evidence is not in the form that this version writes")
+    if evidence is not None:
+        _show_evidence(evidence)
+    if unreadable:
+        console.print(escape(unreadable), soft_wrap=True)
     if other is not None:
         from axiscap.calibrate import loadings_correlation
 
@@ -150,38 +142,39 @@ def inspect(
 
 
 def _loadings(profile: CapProfile, path: Path) -> dict[str, float]:
-    evidence = profile.provenance.get("evidence")
-    found = evidence.get("loadings") if isinstance(evidence, Mapping) else None
-    if not isinstance(found, Mapping):
+    try:
+        evidence = profile.evidence
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from None
+    if evidence is None:
         raise ValueError(f"{path}: no role loadings in it; it was not made by this version's calibration")
-    return {str(name): float(value) for name, value in found.items()}
+    return evidence.loadings
 
 
-def _show_evidence(profile: CapProfile) -> None:
+def _show_evidence(facts: Evidence) -> None:
     """What says whether the axis is real, at the best layer, in the middle and over all."""
-    facts = profile.provenance["evidence"]
-    best = facts["best_layer"]
-    middle = range(len(facts["auc"]) // 3, -(-2 * len(facts["auc"]) // 3))
-    cosines = [abs(facts["pc1_cosine"][layer]) for layer in middle]
-    strong = sorted(facts["auc_by_kind"].items(), key=lambda item: -max(item[1]))
+    best = facts.best_layer
+    middle = range(len(facts.auc) // 3, -(-2 * len(facts.auc) // 3))
+    cosines = [abs(facts.pc1_cosine[layer]) for layer in middle]
+    strong = sorted(facts.auc_by_kind.items(), key=lambda item: -max(item[1]))
     table = Table(show_header=False)
-    low, high = facts["auc_interval"]
-    held = f"{len(facts['held_roles'])} roles, {facts['held_questions']} questions"
-    table.add_row(f"held-out AUC ({held}), layer {best}", f"{facts['auc'][best]:.3f} (95 %: {low:.3f} to {high:.3f})")
+    low, high = facts.auc_interval
+    held = f"{len(facts.held_roles)} roles, {facts.held_questions} questions"
+    table.add_row(f"held-out AUC ({held}), layer {best}", f"{facts.auc[best]:.3f} (95 %: {low:.3f} to {high:.3f})")
     for kind, values in strong:
         table.add_row(f"  {escape(kind)}", f"{values[best]:.3f}; best {max(values):.3f}")
-    table.add_row("d'", f"{facts['d_prime'][best]:.2f}")
-    low, high = facts["null_auc_interval"]
-    table.add_row("with labels permuted", f"{facts['null_auc'][best]:.3f} (95 %: {low:.3f} to {high:.3f})")
+    table.add_row("d'", f"{facts.d_prime[best]:.2f}")
+    low, high = facts.null_auc_interval
+    table.add_row("with labels permuted", f"{facts.null_auc[best]:.3f} (95 %: {low:.3f} to {high:.3f})")
     table.add_row(
         f"|cos| of the first component with the axis, layers {middle[0]}-{middle[-1]}",
         f"{min(cosines):.2f} to {max(cosines):.2f}",
     )
-    table.add_row("components that hold 70 % of the roles' variance", str(facts["components_70"][best]))
-    table.add_row("cosine of the axes of both halves of the questions", f"{facts['halves'][best]:.3f}")
-    low, high = facts["axis_interval"]
+    table.add_row("components that hold 70 % of the roles' variance", str(facts.components_70[best]))
+    table.add_row("cosine of the axes of both halves of the questions", f"{facts.halves[best]:.3f}")
+    low, high = facts.axis_interval
     table.add_row("cosine with the axes of resampled roles", f"95 %: {low:.3f} to {high:.3f}")
-    ordered = sorted(facts["loadings"].items(), key=lambda item: item[1])
+    ordered = sorted(facts.loadings.items(), key=lambda item: item[1])
     table.add_row("least Assistant-like roles", escape(", ".join(name for name, _ in ordered[:6])))
     table.add_row("most Assistant-like roles", escape(", ".join(name for name, _ in reversed(ordered[-6:]))))
     _show("evidence", table)
@@ -242,8 +235,6 @@ def calibrate(
     Finished rollouts are kept until the profile is written: started again, the command goes on where it was.
     """
     from axiscap import calibrate as calibration
-    from axiscap.calibrate.pipeline import Here, Workers
-    from axiscap.calibrate.rollouts import EndpointEngine, VllmEngine
 
     if engine not in ("transformers", "vllm", "endpoint", "ray"):
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
@@ -256,14 +247,12 @@ def calibrate(
     who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
     settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
     store = calibration.Store(work or str(folder), settings)
-    crew: Workers
+    crew: calibration.Workers
     if engine != "ray":
-        answers = {"vllm": VllmEngine, "endpoint": EndpointEngine}.get(engine, calibration.TransformersEngine)
-        crew = Here(answers(loaded, tokenizer, settings))
+        engines = {"vllm": calibration.VllmEngine, "endpoint": calibration.EndpointEngine}
+        crew = calibration.Here(engines.get(engine, calibration.TransformersEngine)(loaded, tokenizer, settings))
     else:
-        from axiscap.calibrate.cluster import RayWorkers
-
-        crew = RayWorkers(model, workers, gpus=int(loaded.device.type == "cuda"))
+        crew = calibration.RayWorkers(model, workers, gpus=int(loaded.device.type == "cuda"))
     with _progress(rate=True) as progress:
         task = progress.add_task("answers", total=len(plan.tasks))
         advance = lambda count: progress.advance(task, count)  # noqa: E731
@@ -289,7 +278,8 @@ def calibrate(
     profile.save(out)
     if work is None:
         shutil.rmtree(folder, ignore_errors=True)
-    _show_evidence(profile)
+    if profile.evidence is not None:
+        _show_evidence(profile.evidence)
     capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, percentile {percentile:g}"
     console.print(f"wrote {escape(str(out))}: {capped}", soft_wrap=True)
 
@@ -314,20 +304,29 @@ def _judged(judge: str, model: Any, tokenizer: Any, store: Any, plan: Any, folde
         plan.roles,
         path,
         lambda count: progress.advance(task, count),
-        concurrent=1 if judge == "local" else judges.CONCURRENT,
+        **({"concurrent": 1} if judge == "local" else {}),
     )
     return calibration.Keep(scores)
 
 
 def _layers(text: str) -> list[int]:
     """``17-24`` or ``17,18,20``."""
+    if "-" in text:
+        (found,) = _bands(text, "--layers")
+        return list(range(found[0], found[1] + 1))
     try:
-        if "-" in text:
-            first, last = (int(part) for part in text.split("-"))
-            return list(range(first, last + 1))
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers must look like 17-24 or 17,18,20, got {text}") from None
+
+
+def _bands(text: str, option: str) -> list[tuple[int, int]]:
+    """``12-19,14-21``."""
+    found = [re.fullmatch(r"\s*(\d+)-(\d+)\s*", part) for part in text.split(",")]
+    bands = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    if len(bands) < len(found) or any(first > last for first, last in bands):
+        raise ValueError(f"{option} must look like 17-24, first to last, got {text}")
+    return bands
 
 
 @app.command()
@@ -377,31 +376,26 @@ def sweep(
     plots.pyplot()
     picture.parent.mkdir(parents=True, exist_ok=True)
     loaded_profile = CapProfile.load(profile)
+    sampling = calibration.Settings.of(loaded_profile, model)
+    found = _bands(bands, "--bands") if bands else sweeps.bands(loaded_profile)
+    try:
+        levels = [float(p) for p in percentiles.split(",")]
+    except ValueError:
+        raise ValueError(f"--percentiles must be numbers, such as 5,10,25, got {percentiles}") from None
+    candidates = sweeps.candidates(loaded_profile, found, levels, population)
     plan = _plan(roles, questions, per_role, model)
-    sampling = loaded_profile.provenance["sampling"]
-    loaded, tokenizer = models.load(model, sampling["dtype"].removeprefix("torch."))
-    settings = calibration.Settings(
-        model, str(loaded.dtype), sampling["max_new_tokens"], sampling["seed"], sampling["engine"]
-    )
+    loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))
+    settings = dataclasses.replace(sampling, dtype=str(loaded.dtype))
     store = calibration.Store(work, settings)
     todo = calibration.batches(plan)
     with console.status("training the judge of texts"):
         judge = sweeps.UptakeJudge(store.shards(todo), plan)
         bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store.shards(todo), ask)
     console.print(f"the judge of texts: held-out AUC {judge.auc:.3f}")
-    found = [_layers(band) for band in bands.split(",")] if bands else _bands(loaded_profile)
-    levels = [float(p) for p in percentiles.split(",")]
     with _progress() as progress:
-        task = progress.add_task("points", total=1 + len(found) * len(levels))
-        uncapped, points = sweeps.sweep(
-            bench,
-            loaded_profile,
-            [(band[0], band[-1]) for band in found],
-            levels,
-            population,
-            out.with_suffix(".points.jsonl"),
-            lambda point: progress.advance(task),
-        )
+        task = progress.add_task("points", total=1 + len(candidates))
+        done = out.with_suffix(".points.jsonl")
+        uncapped, points = sweeps.sweep(bench, candidates, done, lambda point: progress.advance(task))
     chosen = sweeps.choose(points, most_perplexity)
     best = sweeps.front(points)
     table = Table()
@@ -437,14 +431,6 @@ def sweep(
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
-def _bands(profile: CapProfile) -> list[list[int]]:
-    """Runs of as many layers as the profile has, from two fifths of the depth on."""
-    depth, count = profile.num_layers or 0, len(profile.layers)
-    last = max(0, depth - count)
-    starts = sorted({min(last, round(depth * share)) for share in (0.4, 0.5, 0.57, 0.63, 0.7)})
-    return [list(range(start, start + count)) for start in starts]
-
-
 @app.command()
 def report(
     profile: ProfileArgument,
@@ -461,12 +447,11 @@ def report(
     loaded_profile = CapProfile.load(profile)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        from axiscap.drift import monitor
         from axiscap.view import page
 
-        selection = page.Selection(monitor.Scale.of(loaded_profile, layer))
+        selection = drift.Selection(drift.Scale.of(loaded_profile, layer))
         if talks is not None:
-            every = monitor.known_layers(loaded_profile)
+            every = drift.known_layers(loaded_profile)
             with _progress(rate=True) as progress:
                 for trace in _replayed(progress, loaded_profile, talks, model, every, None, None):
                     selection.add(trace)
@@ -486,15 +471,13 @@ def _replayed(
     layers: list[int],
     capped: bool | None,
     on_error: Callable[[str], None] | None,
-) -> Iterator[Trace]:
-    from axiscap.drift import monitor
-
+) -> Iterator[drift.Trace]:
     # Each line a conversation; of other files the number is known only when all was read.
     total = sum(1 for line in talks.open("rb") if line.strip()) if talks.suffix == ".jsonl" else None
     loaded, tokenizer = models.load(model)
     task = progress.add_task("conversations read", total=total)
-    stored = monitor.read_talks(talks, on_error=on_error)
-    for trace in monitor.replay(loaded, tokenizer, profile, stored, layers=layers, capped=capped, on_error=on_error):
+    stored = drift.read_talks(talks, on_error=on_error)
+    for trace in drift.replay(loaded, tokenizer, profile, stored, layers=layers, capped=capped, on_error=on_error):
         yield trace
         progress.advance(task)
 
@@ -526,11 +509,10 @@ def replay(
     ] = False,
 ) -> None:
     """Have a model read stored conversations, and print where each goes along the axis, turn by turn."""
-    from axiscap.drift import monitor
     from axiscap.view import page
 
     loaded_profile = CapProfile.load(profile)
-    scale = monitor.Scale.of(loaded_profile, layer)
+    scale = drift.Scale.of(loaded_profile, layer)
     if fail_below is not None and not (scale.values and 0 <= fail_below <= 100):
         raise ValueError("--fail-below must be a percentile from 0 to 100, of a profile that axiscap calibrate made")
     measured = sorted({*(loaded_profile.layers if layers is None else _layers(layers)), scale.layer})
@@ -543,13 +525,13 @@ def replay(
         bad.append(problem)
         Console(stderr=True).print(f"left out: {escape(problem)}", highlight=False, soft_wrap=True)
 
-    selection, below = page.Selection(scale), 0
-    scales = [monitor.Scale.of(loaded_profile, number) for number in measured]
-    with _progress(rate=True) as progress, _records(out, scales) as write:
+    selection, below = drift.Selection(scale), 0
+    scales = [drift.Scale.of(loaded_profile, number) for number in measured]
+    with _progress(rate=True) as progress, drift.writing_records(out, scales) as write:
         on_error = leave_out if skip_bad else None
         for trace in _replayed(progress, loaded_profile, talks, model, measured, capped, on_error):
-            drift = selection.add(trace)
-            below += fail_below is not None and drift is not None and drift.lowest_percentile < fail_below
+            path = selection.add(trace)
+            below += fail_below is not None and path is not None and path.lowest_percentile < fail_below
             write(trace)
     if not selection.groups:
         raise ValueError(f"{talks}: no conversation in it has an answer of the model's")
@@ -567,52 +549,13 @@ def replay(
         raise typer.Exit(3)
 
 
-@contextlib.contextmanager
-def _records(out: Path | None, scales: Sequence[Scale]) -> Iterator[Callable[[Trace], object]]:
-    """What writes a trace's records to a file, as its suffix says; without one it does nothing."""
-    if out is None:
-        yield lambda trace: None
-        return
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--out must end in .jsonl or .parquet, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".jsonl":
-        with out.open("w", encoding="utf-8") as file:
-            yield lambda trace: file.writelines(json.dumps(record) + "\n" for record in turn_records(trace, scales))
-        return
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Parquet needs pyarrow: pip install 'axiscap[report]'") from None
-    kinds = {
-        "conversation": "string", "group": "string", "side": "string", "turn": "int32", "layer": "int32",
-        "tokens": "int32", "mean": "float64", "below_floor": "float64", "percentile": "float64",
-    }  # fmt: skip
-    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in kinds.items()])
-    with parquet.ParquetWriter(out, schema) as writer:
-        waiting: list[dict[str, Any]] = []
-
-        def flush() -> None:
-            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
-            waiting.clear()
-
-        def write(trace: Trace) -> None:
-            waiting.extend(turn_records(trace, scales))
-            if len(waiting) > 10_000:
-                flush()
-
-        yield write
-        flush()
-
-
-def _show_turns(selection: Any, show: int) -> None:
+def _show_turns(selection: drift.Selection, show: int) -> None:
     scale, rows = selection.scale, selection.rows()[:show]
     table = Table()
     for name in ("conversation", "answer", "tokens", "mean", "percentile", "tokens below floor"):
         table.add_column(name, justify="left" if name == "conversation" else "right")
     for row in rows:
-        name, drift = f"{row.name} ({row.side})" if row.side else row.name, row.drift
+        name, path = f"{row.name} ({row.side})" if row.side else row.name, row.drift
         for number, (mean, tokens, below) in enumerate(row.answers, start=1):
             mark = " (below)" if mean < scale.floor else ""
             share = f"{below / tokens:.0%}" if math.isfinite(scale.floor) else ""
@@ -624,10 +567,10 @@ def _show_turns(selection: Any, show: int) -> None:
                 _rank(scale.percentile(mean)),
                 share,
             )
-        share = f"{drift.below:.0%}" if math.isfinite(drift.below) else ""
-        slope = f", slope {drift.slope:+.3g}" if math.isfinite(drift.slope) else ""
-        level = f"level {drift.level:.4g}{slope}"
-        table.add_row("", "all", str(drift.tokens), level, _rank(drift.percentile), share, end_section=True)
+        share = f"{path.below:.0%}" if math.isfinite(path.below) else ""
+        slope = f", slope {path.slope:+.3g}" if math.isfinite(path.slope) else ""
+        level = f"level {path.level:.4g}{slope}"
+        table.add_row("", "all", str(path.tokens), level, _rank(path.percentile), share, end_section=True)
     total = selection.conversations
     which = (
         f"the lowest {len(rows)} of {total} conversations" if len(rows) < total else "conversations, the lowest first"
@@ -640,7 +583,7 @@ def _rank(percentile: float) -> str:
     return "" if math.isnan(percentile) else f"{percentile:.3g}"
 
 
-def _show_groups(selection: Any) -> None:
+def _show_groups(selection: drift.Selection) -> None:
     table = Table()
     for name in ("group", "side", "conversations", "mean level (95 %)", "answers below floor", "below percentile 1"):
         table.add_column(name, justify="left" if name in ("group", "side") else "right")

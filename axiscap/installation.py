@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -17,29 +15,13 @@ from torch import Tensor, nn
 from axiscap import _C, ops
 from axiscap.models import decoder_layers, text_config
 from axiscap.profile import CapProfile
+from axiscap.stats import LayerStats, layer_stats
 
 #: The name of a profile that was installed without one.
 DEFAULT_NAME = "default"
 
 # The first decoder layer of every model with an installation.
 _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """What one profile did at one layer. Projections are those of the rows as they came, before the cap.
-
-    ``mean``, ``min``, ``max`` and ``mean_shortfall`` have one entry for each direction; they are NaN without rows, and
-    mean_shortfall (floor - projection, over the rows below the floor) is NaN where no row was below.
-    """
-
-    rows: int
-    fired: int
-    nonfinite: int
-    mean: tuple[float, ...]
-    min: tuple[float, ...]
-    max: tuple[float, ...]
-    mean_shortfall: tuple[float, ...]
 
 
 class _CappedLayer:
@@ -347,24 +329,3 @@ def _forget_compiled_code() -> None:
     """Code that torch.compile made knows nothing of hooks that came or went after it (it does not guard on them)."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def layer_stats(stats: Tensor) -> LayerStats:
-    """From (K, F) float64."""
-    field = {name: stats[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
-    seen, nonfinite = int(field["seen"][0]), int(field["nonfinite"][0])
-    finite = seen - nonfinite
-
-    def each(values: list[float], counts: list[float]) -> tuple[float, ...]:
-        return tuple(value / count if count else math.nan for value, count in zip(values, counts, strict=True))
-
-    finites = [float(finite)] * len(stats)
-    return LayerStats(
-        rows=seen,
-        fired=int(sum(field["fired"])),
-        nonfinite=nonfinite,
-        mean=each(field["sum"], finites),
-        min=tuple(value if finite else math.nan for value in field["min"]),
-        max=tuple(value if finite else math.nan for value in field["max"]),
-        mean_shortfall=each(field["shortfall"], field["below"]),
-    )

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,95 @@ class ProfileError(ValueError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ProfileError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: object, count: int | None = None) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value)) and count in (None, len(value))
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What says whether an axis is real, as ``axiscap calibrate`` measured it on roles and questions that made nothing.
+
+    Attributes:
+        best_layer: where the axis separates best, among the later two thirds.
+        held_roles: the roles that made no axis; ``held_questions``: how many questions made none.
+        auc: by layer, of the default's held-out answers against held-out roles'. ``auc_interval``: 95 %, at the best
+            layer, over roles and answers. ``auc_by_kind``, ``auc_by_role``: by layer, of each kind of role and of each.
+        d_prime: by layer, the difference of means over the root of the mean variance.
+        null_auc: by layer, of axes made with labels that say nothing, in the mean; ``null_auc_interval`` at the best.
+        pc1_cosine: by layer, of the role vectors' first principal component with the axis.
+        variance: shares of the first components at the best layer; ``components_70``: by layer, how many hold 70 %.
+        halves: by layer, cosine of the axes from both halves of the questions.
+        next_layer: cosine of the axis with the next layer's, of each layer but the last.
+        axis_interval: 95 %, of the cosine with axes from resampled roles, at the best layer.
+        loadings: each role's mean on the axis at the best layer, less the default's.
+        map: each role's coordinates on the first two components there.
+    """
+
+    best_layer: int
+    held_roles: list[str]
+    held_questions: int
+    auc: list[float]
+    auc_interval: list[float]
+    auc_by_kind: dict[str, list[float]]
+    auc_by_role: dict[str, list[float]]
+    d_prime: list[float]
+    null_auc: list[float]
+    null_auc_interval: list[float]
+    pc1_cosine: list[float]
+    variance: list[float]
+    components_70: list[int]
+    halves: list[float]
+    next_layer: list[float]
+    axis_interval: list[float]
+    loadings: dict[str, float]
+    map: dict[str, list[float]]
+
+    @classmethod
+    def read(cls, stored: object) -> Evidence:
+        """From a provenance, which anyone may have written.
+
+        Raises:
+            ProfileError: naming what is missing or of another form.
+        """
+        _require(isinstance(stored, Mapping), "its evidence must be an object")
+        assert isinstance(stored, Mapping)
+        auc = stored.get("auc")
+        depth = len(auc) if isinstance(auc, list) else 0
+
+        def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+            return lambda value: isinstance(value, Mapping) and len(value) > 0 and all(map(fits, value.values()))
+
+        by_layer = lambda value: depth > 0 and _are_numbers(value, depth)  # noqa: E731
+        pair = lambda value: _are_numbers(value, 2)  # noqa: E731
+        forms: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "auc": (by_layer, "a number for each layer"),
+            "best_layer": (lambda value: type(value) is int and 0 <= value < depth, "one of the layers of auc"),
+            "held_roles": (_are_names, "a list of names"),
+            "held_questions": (lambda value: type(value) is int, "a number of questions"),
+            "variance": (_are_numbers, "a list of numbers"),
+            "next_layer": (lambda value: _are_numbers(value, depth - 1), "a number for each layer but the last"),
+            "loadings": (each(_is_number), "a number for each role"),
+            "map": (each(pair), "two numbers for each role"),
+        }
+        for name in ("d_prime", "null_auc", "pc1_cosine", "components_70", "halves"):
+            forms[name] = by_layer, "a number for each layer"
+        for name in ("auc_by_kind", "auc_by_role"):
+            forms[name] = each(by_layer), "a number for each layer, by name"
+        for name in ("auc_interval", "null_auc_interval", "axis_interval"):
+            forms[name] = pair, "two numbers"
+        for name, (fits, form) in forms.items():
+            _require(fits(stored.get(name)), f"its evidence cannot be read: {name} must be {form}")
+        return cls(**{name: stored[name] for name in forms})
 
 
 class CapProfile:
@@ -96,6 +186,24 @@ class CapProfile:
         return facts if isinstance(facts, Mapping) else {}
 
     @property
+    def evidence(self) -> Evidence | None:
+        """What was measured of the axis; None where the provenance says nothing of it.
+
+        Raises:
+            ProfileError: what it says is not in the form that this version writes, or of another number of layers.
+        """
+        stored = self.provenance.get("evidence")
+        if stored is None:
+            return None
+        found = Evidence.read(stored)
+        depth = self.num_layers or len(found.auc)
+        _require(
+            len(found.auc) == depth and self.layers[-1] < depth,
+            f"its evidence is of {len(found.auc)} layers, and not of the model's",
+        )
+        return found
+
+    @property
     def digest(self) -> str:
         """Names what of this profile changes a model: its layers, axes and floors. Equal in equal profiles alone."""
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
@@ -124,7 +232,7 @@ class CapProfile:
     def percentiles(self) -> tuple[float, ...]:
         """The columns of the quantile tables; empty where the provenance does not say them."""
         known = self._quantile_facts.get("percentiles")
-        return tuple(known) if isinstance(known, list) else ()
+        return tuple(map(float, known)) if isinstance(known, list) and _are_numbers(known) else ()
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -134,6 +242,13 @@ class CapProfile:
             return {}
         fits = len(self.percentiles) == self.populations.shape[2]
         return dict(zip(names, self.populations, strict=True)) if fits else {}
+
+    def population_count(self, name: str) -> int | None:
+        """Of how many projections a quantile table is; None where the provenance does not say."""
+        known = self._quantile_facts.get("populations")
+        entry = known.get(name) if isinstance(known, Mapping) else None
+        count = entry.get("count") if isinstance(entry, Mapping) else None
+        return count if isinstance(count, int) else None
 
     @property
     def _quantile_facts(self) -> Mapping[str, Any]:
@@ -200,13 +315,13 @@ class CapProfile:
         _require(
             stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
         )
-        for name in ("axis_all", "quantiles"):
+        last = self.num_layers
+        for name in ("axis_all", "quantiles", "populations"):
             tensor = getattr(self, name)
             _require(
-                tensor is None or stated is None or len(tensor) == stated,
-                f"{name} must have a row for each of the model's {stated} layers",
+                tensor is None or last is None or tensor.shape[-2] == last,
+                f"{name} must have a row for each of the model's {last} layers",
             )
-        last = self.num_layers
         _require(
             last is None or self.layers[-1] < last,
             f"layers must be below {last}, the model's layer count, got {self.layers[-1]}",

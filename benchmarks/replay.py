@@ -12,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from axiscap import CapProfile, models
-from axiscap.drift import monitor
-from axiscap.drift.monitor import Talk
+from axiscap import CapProfile, drift, models
+from axiscap.drift import Talk
 
 PROFILE = "examples/profiles/smollm2-135m-instruct.safetensors"
 ROUNDS = 5
@@ -34,8 +33,8 @@ def talks(count: int) -> list[Talk]:
 @torch.inference_mode()
 def plain(model, tokenizer, stored: list[Talk]) -> None:
     """The same batches of the same tokens, by the model alone; what the templates cost is in both."""
-    texts = [monitor.encode(tokenizer, talk.messages).tokens for talk in stored]
-    for batch in monitor.batches({at: len(text) for at, text in enumerate(texts)}, monitor.BATCH_TOKENS):
+    texts = [drift.encode(tokenizer, talk.messages).tokens for talk in stored]
+    for batch in drift.batches({at: len(text) for at, text in enumerate(texts)}, drift.BATCH_TOKENS):
         ids = torch.zeros(len(batch), max(len(texts[at]) for at in batch), dtype=torch.long)
         for row, at in zip(ids, batch, strict=True):
             row[: len(texts[at])] = torch.tensor(texts[at])
@@ -55,7 +54,7 @@ def main() -> None:
             begin = time.perf_counter()
             plain(model, tokenizer, stored)
             middle = time.perf_counter()
-            seen = sum(1 for _ in monitor.replay(model, tokenizer, profile, stored, layers=layers))
+            seen = sum(1 for _ in drift.replay(model, tokenizer, profile, stored, layers=layers))
             end = time.perf_counter()
             if number:  # the first round warms up
                 ratios.append((middle - begin) / (end - middle))

@@ -19,8 +19,7 @@ from conftest import SHIPPED_PROFILE, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
-from axiscap import CapProfile, models
-from axiscap.drift import monitor
+from axiscap import CapProfile, drift, models
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -194,7 +193,7 @@ def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> 
             assert counted["fired"] == stats.fired
             assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
             assert counted["mean_shortfall"] == pytest.approx(stats.mean_shortfall, rel=1e-3, abs=1e-3)
-    (again,) = monitor.read(model, profile, [tokens[0, :-1].tolist()])
+    (again,) = drift.read(model, profile, [tokens[0, :-1].tolist()])
     for layer, projections in zip(profile.layers, again[:, inputs["input_ids"].shape[1] :], strict=True):
         counted = record["answer"][str(layer)]
         assert counted["rows"] == len(projections) == 7

@@ -147,19 +147,19 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     assert bool(((found.axis * direction).sum(-1) > 0.95).all())
     values = space.Projections(4).add(shards, found, plan, keep)
     facts = space.evidence(found, values, plan)
-    assert min(facts["auc"]) > 0.95
-    assert all(0.2 < value < 0.8 for value in facts["null_auc"])
-    low, high = facts["auc_interval"]
-    assert low <= facts["auc"][facts["best_layer"]] <= high
-    assert set(facts["auc_by_role"]) == set(plan.held_roles)
-    assert min(facts["pc1_cosine"]) > 0.5
+    assert min(facts.auc) > 0.95
+    assert all(0.2 < value < 0.8 for value in facts.null_auc)
+    low, high = facts.auc_interval
+    assert low <= facts.auc[facts.best_layer] <= high
+    assert set(facts.auc_by_role) == set(plan.held_roles)
+    assert min(facts.pc1_cosine) > 0.5
     assert abs(sum(found.components()[0][0].tolist()) - 1) < 1e-9
     json.dumps(facts)
     # Nothing to find: no separation.
     plan, shards, _ = synthetic(shift=0.0)
     blank = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
     facts = space.evidence(blank, space.Projections(4).add(shards, blank, plan, keep), plan)
-    assert all(0.25 < value < 0.75 for value in facts["auc"])
+    assert all(0.25 < value < 0.75 for value in facts.auc)
 
 
 def test_parts_merge_to_the_whole():
@@ -791,7 +791,7 @@ def test_the_axis_is_no_direction_between_questions():
     }
     # Scatter of 0.1 is all that a role's mean over eight answers has beside the default's.
     assert (made.default - made.roles.mean(0)).norm() < 0.5
-    assert 0.3 < space.evidence(made, found, plan)["auc"][0] < 0.7
+    assert 0.3 < space.evidence(made, found, plan).auc[0] < 0.7
 
 
 def test_groups_of_conversations_are_summed_up():

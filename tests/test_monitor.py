@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import axiscap
-from axiscap import CapProfile, models
-from axiscap.drift import monitor
-from axiscap.drift.monitor import Monitor, Recorder, Scale, Talk
+from axiscap import CapProfile, drift, models
+from axiscap.drift import Monitor, Recorder, Scale, Talk
 
 SAID = (
     {"role": "user", "content": "Who are you?"},
@@ -48,13 +47,13 @@ def test_each_stored_form_is_read(tmp_path):
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in SAID]
     forms = [messages, {"messages": messages}, {"conversation": messages}, {"conversations": sharegpt}, sharegpt, parts]
     path = lines(tmp_path / "talks.jsonl", [*forms, {"id": 7, "group": "g", "side": "capped", "messages": messages}])
-    talks = list(monitor.read_talks(path))
+    talks = list(drift.read_talks(path))
     assert [talk.messages for talk in talks] == [SAID] * 7
     assert [talk.name for talk in talks] == ["1", "2", "3", "4", "5", "6", "7"]
     assert (talks[6].group, talks[6].side) == ("g", "capped")
     for form in (messages, {"name": "1", "messages": messages}, [{"name": "1", "conversation": messages}]):
         (tmp_path / "talks.json").write_text(json.dumps(form))
-        assert list(monitor.read_talks(tmp_path / "talks.json")) == [Talk("1", SAID)]
+        assert list(drift.read_talks(tmp_path / "talks.json")) == [Talk("1", SAID)]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +63,9 @@ def test_each_stored_form_is_read(tmp_path):
 def test_a_corrupt_line_is_named_and_stops_or_is_skipped(tmp_path, bad):
     path = lines(tmp_path / "talks.jsonl", [list(SAID), bad, list(SAID)])
     with pytest.raises(ValueError, match=r"talks\.jsonl, line 2: "):
-        list(monitor.read_talks(path))
+        list(drift.read_talks(path))
     said: list[str] = []
-    assert [talk.name for talk in monitor.read_talks(path, on_error=said.append)] == ["1", "3"]
+    assert [talk.name for talk in drift.read_talks(path, on_error=said.append)] == ["1", "3"]
     assert len(said) == 1
     assert "line 2: " in said[0]
 
@@ -75,7 +74,7 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_bytes(b"\xff\xfe\n" + json.dumps(list(SAID)).encode() + b"\n")
     said: list[str] = []
-    assert len(list(monitor.read_talks(path, on_error=said.append))) == 1
+    assert len(list(drift.read_talks(path, on_error=said.append))) == 1
     assert "line 1" in said[0]
 
 
@@ -105,7 +104,7 @@ def tokenizer(demo_model):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_messages_are_found_by_the_template(tokenizer, template):
     tokenizer.chat_template = TEMPLATES[template]
-    text = monitor.encode(tokenizer, SAID)
+    text = drift.encode(tokenizer, SAID)
     whole = tokenizer.apply_chat_template(list(SAID), return_dict=True)
     assert text.tokens == list(whole["input_ids"])
     assert "".join(text.pieces) == tokenizer.apply_chat_template(list(SAID), tokenize=False)
@@ -133,7 +132,7 @@ def test_messages_are_found_by_the_template(tokenizer, template):
 def test_any_text_is_found(demo_model, texts):
     _, tokenizer = demo_model
     said = [{"role": "user" if number % 2 == 0 else "assistant", "content": text} for number, text in enumerate(texts)]
-    text = monitor.encode(tokenizer, said)
+    text = drift.encode(tokenizer, said)
     for turn, message in zip(text.turns, said, strict=True):
         inside = "".join(text.pieces[turn.start : turn.end])
         # The tokenizer itself drops some control characters.
@@ -144,13 +143,13 @@ def test_any_text_is_found(demo_model, texts):
 def test_what_cannot_be_encoded_says_why(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match=r"leaves out message 2 \(assistant\)"):
-        monitor.encode(tokenizer, SAID)
+        drift.encode(tokenizer, SAID)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="refuses this conversation: roles must alternate"):
-        monitor.encode(tokenizer, SAID)
+        drift.encode(tokenizer, SAID)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        monitor.encode(tokenizer, SAID)
+        drift.encode(tokenizer, SAID)
 
 
 # Reading again.
@@ -167,11 +166,11 @@ def talks_of(lengths):
 def test_replay_gives_what_each_conversation_gives_alone(demo_model, shipped_profile):
     model, tokenizer = demo_model
     talks = list(talks_of([5, 40, 1, 17, 90, 33, 2, 60]))
-    traces = list(monitor.replay(model, tokenizer, shipped_profile, talks, layers=[3, 18, 21], batch_tokens=200))
+    traces = list(drift.replay(model, tokenizer, shipped_profile, talks, layers=[3, 18, 21], batch_tokens=200))
     assert [trace.talk for trace in traces] == talks
     for trace in traces:
         assert trace.layers == (3, 18, 21)
-        profile = monitor.measuring(shipped_profile, [3, 18, 21], capped=trace.talk.side == "capped")
+        profile = drift.measuring(shipped_profile, [3, 18, 21], capped=trace.talk.side == "capped")
         with axiscap.install(model, profile) as cap, torch.inference_mode():
             model(torch.tensor([trace.text.tokens]))
             seen = cap.projections()
@@ -194,7 +193,7 @@ def test_replay_equals_what_was_seen_while_it_was_generated(demo_model, shipped_
     for row, said in enumerate(asked):
         answer = tokenizer.decode(made[row, prompt:])
         talk = Talk("t", (*said, {"role": "assistant", "content": answer}))
-        (trace,) = monitor.replay(model, tokenizer, shipped_profile, [talk])
+        (trace,) = drift.replay(model, tokenizer, shipped_profile, [talk])
         real = inputs["attention_mask"][row].bool()
         assert trace.text.tokens[: int(real.sum())] == inputs["input_ids"][row][real].tolist()
         assert during[row].shape[1] == int(real.sum()) + 19  # the last is sampled, and not read
@@ -208,16 +207,16 @@ def test_a_conversation_that_is_too_long_is_named_and_stops_or_is_skipped(demo_m
     long = Talk("long", ({"role": "user", "content": "x "}, {"role": "assistant", "content": "the sea " * 9000}))
     talks = [*talks_of([3]), long, *talks_of([4])]
     with pytest.raises(ValueError, match=r"conversation long: .* tokens, more than the"):
-        list(monitor.replay(model, tokenizer, shipped_profile, talks))
+        list(drift.replay(model, tokenizer, shipped_profile, talks))
     said: list[str] = []
-    assert len(list(monitor.replay(model, tokenizer, shipped_profile, talks, on_error=said.append))) == 2
+    assert len(list(drift.replay(model, tokenizer, shipped_profile, talks, on_error=said.append))) == 2
     assert "conversation long" in said[0]
 
 
 def test_a_layer_without_an_axis_is_named(shipped_profile):
     bare = CapProfile(shipped_profile.layers, shipped_profile.axes, shipped_profile.floors)
     with pytest.raises(ValueError, match="no axis at layer 3; it has one at 14-21"):
-        monitor.measuring(bare, [3])
+        drift.measuring(bare, [3])
     with pytest.raises(ValueError, match="no axis at layer 30; it has one at 0-29"):
         Scale.of(shipped_profile, 30)
 
@@ -230,7 +229,7 @@ sys.path.insert(0, "tests")
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from axiscap import models
-from axiscap.drift import monitor
+from axiscap import drift
 from axiscap.view import page
 from conftest import profile_for
 from test_monitor import talks_of
@@ -238,13 +237,13 @@ config = LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=32, num
 model = LlamaForCausalLM(config).eval()
 tokenizer = AutoTokenizer.from_pretrained(models.folder(models.DEFAULT_MODEL))
 profile = profile_for(model, [0, 1], 0.0)
-selection = page.Selection(monitor.Scale.of(profile, 1))
+selection = drift.Selection(drift.Scale.of(profile, 1))
 count = 0
-for trace in monitor.replay(model, tokenizer, profile, talks_of(1 + n * 7 % 60 for n in range(int(sys.argv[1])))):
+for trace in drift.replay(model, tokenizer, profile, talks_of(1 + n * 7 % 60 for n in range(int(sys.argv[1])))):
     selection.add(trace)
     count += 1
 assert count == selection.conversations == int(sys.argv[1])
-assert len(selection.rows()) == page.ROWS and len(selection.traces()) == page.DETAILED
+assert len(selection.rows()) == selection.ROWS and len(selection.traces()) == selection.DETAILED
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
@@ -269,40 +268,38 @@ def test_a_percentile_is_where_the_table_says(shipped_profile):
     assert scale.percentile(between) == pytest.approx((scale.ranks[9] + scale.ranks[10]) / 2)
     bare = CapProfile([2], unit(1, 1, 8), torch.zeros(1, 1))
     assert math.isnan(Scale.of(bare).percentile(0.0))
-    assert monitor.percentile_in_words(1.0) == "below 99 % of normal answers"
-    assert monitor.percentile_in_words(0.0) == "below more than 99.5 % of normal answers"
-    assert monitor.percentile_in_words(60.0) == "above 60 % of normal answers"
+    assert drift.percentile_in_words(1.0) == "below 99 % of normal answers"
+    assert drift.percentile_in_words(0.0) == "below more than 99.5 % of normal answers"
+    assert drift.percentile_in_words(60.0) == "above 60 % of normal answers"
 
 
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), min_size=1, max_size=9))
 def test_the_figures_are_those_of_the_definition(turns):
     profile = CapProfile([0], unit(1, 1, 8), torch.tensor([[1.5]]))
-    pieces = [monitor.Turn("user", 0, 0)]
+    pieces = [drift.Turn("user", 0, 0)]
     at = 0
     for turn in turns:
-        pieces.append(monitor.Turn("assistant", at, at + len(turn)))
+        pieces.append(drift.Turn("assistant", at, at + len(turn)))
         at += len(turn)
     flat = torch.tensor([[value for turn in turns for value in turn]])
-    trace = monitor.Trace(Talk("t", ()), monitor.Encoded([0] * at, [""] * at, pieces), (0,), flat)
-    drift = trace.drift(Scale.of(profile))
+    trace = drift.Trace(Talk("t", ()), drift.Encoded([0] * at, [""] * at, pieces), (0,), flat)
+    path = trace.drift(Scale.of(profile))
     means = torch.tensor([torch.tensor(turn, dtype=torch.float64).mean() for turn in turns], dtype=torch.float64)
-    assert (drift.turns, drift.tokens) == (len(turns), at)
-    assert drift.level == pytest.approx(means.mean().item(), abs=1e-6)
-    assert drift.lowest == pytest.approx(means.min().item())
-    assert means[drift.lowest_turn - 1] == means.min()
-    assert drift.below == pytest.approx((flat < 1.5).double().mean().item())
+    assert (path.turns, path.tokens) == (len(turns), at)
+    assert path.level == pytest.approx(means.mean().item(), abs=1e-6)
+    assert path.lowest == pytest.approx(means.min().item())
+    assert means[path.lowest_turn - 1] == means.min()
+    assert path.below == pytest.approx((flat < 1.5).double().mean().item())
     if len(turns) == 1:
-        assert math.isnan(drift.slope)
+        assert math.isnan(path.slope)
     else:
         x = torch.arange(1, len(turns) + 1, dtype=torch.float64)
         slope = ((x - x.mean()) * (means - means.mean())).sum() / ((x - x.mean()) ** 2).sum()
-        assert drift.slope == pytest.approx(slope.item(), abs=1e-5)
+        assert path.slope == pytest.approx(slope.item(), abs=1e-5)
 
 
 def test_a_conversation_in_which_the_model_says_nothing_has_no_drift():
-    trace = monitor.Trace(
-        Talk("t", ()), monitor.Encoded([1], ["x"], [monitor.Turn("user", 0, 1)]), (0,), torch.ones(1, 1)
-    )
+    trace = drift.Trace(Talk("t", ()), drift.Encoded([1], ["x"], [drift.Turn("user", 0, 1)]), (0,), torch.ones(1, 1))
     assert trace.drift(Scale(0, 0.0, (), ())) is None
 
 
@@ -343,8 +340,8 @@ def test_a_serving_record_is_a_turn(shipped_profile):
     watch = Monitor(shipped_profile)
     counted = {"rows": 7, "fired": 3, "mean_projection": [-4.5], "mean_shortfall": [1.0]}
     layers = {str(layer): counted for layer in shipped_profile.layers}
-    drift = watch.record("c", {"id": "r", "name": "p", "layers": layers, "answer": layers})
-    assert (drift.turns, drift.tokens, drift.level, drift.below) == (1, 7, -4.5, pytest.approx(3 / 7))
+    path = watch.record("c", {"id": "r", "name": "p", "layers": layers, "answer": layers})
+    assert (path.turns, path.tokens, path.level, path.below) == (1, 7, -4.5, pytest.approx(3 / 7))
     nothing = {"answer": {key: {**value, "rows": 0, "mean_projection": [None]} for key, value in layers.items()}}
     assert watch.record("c", nothing) is None
     for bad in ({}, {"answer": {}}, {"answer": {str(watch.scale.layer): 3}}, {"answer": None}):

@@ -20,10 +20,9 @@ from conftest import SHIPPED_PROFILE, free_port, unit
 from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import command as command  # a fixture
 
-from axiscap import CapProfile
+from axiscap import CapProfile, drift
 from axiscap.calibrate import with_floors
-from axiscap.drift import monitor
-from axiscap.drift.monitor import Scale
+from axiscap.drift import Scale
 from axiscap.view import page
 
 BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
@@ -61,8 +60,8 @@ def stored(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(stored, tmp_path_factory, demo_model, shipped_profile):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    selection = page.Selection(Scale.of(shipped_profile))
-    for trace in monitor.replay(*demo_model, shipped_profile, monitor.read_talks(stored), layers=range(30)):
+    selection = drift.Selection(Scale.of(shipped_profile))
+    for trace in drift.replay(*demo_model, shipped_profile, drift.read_talks(stored), layers=range(30)):
         selection.add(trace)
     page.write(path, shipped_profile, selection)
     return path
@@ -166,14 +165,14 @@ def test_the_largest_report_is_small_enough(tmp_path, shipped_profile):
     axes = unit(80, 1, 8)
     profile = CapProfile(layers[50:60], axes[50:60], torch.zeros(10, 1), axis_all=axes[:, 0].contiguous())
     profile.provenance = {**shipped_profile.provenance, "model": {"num_layers": 80}}
-    selection = page.Selection(Scale.of(profile))
+    selection = drift.Selection(Scale.of(profile))
     for number in range(60):
         count = 3000
-        turns = [monitor.Turn("user", 0, 1500), monitor.Turn("assistant", 1500, count)]
-        text = monitor.Encoded([0] * count, [" conversation"] * count, turns)
+        turns = [drift.Turn("user", 0, 1500), drift.Turn("assistant", 1500, count)]
+        text = drift.Encoded([0] * count, [" conversation"] * count, turns)
         for side in ("uncapped", "capped"):
-            talk = monitor.Talk(f"talk {number}", (), group=f"group {number % 7}", side=side)
-            selection.add(monitor.Trace(talk, text, layers, torch.randn(80, count) * 20))
+            talk = drift.Talk(f"talk {number}", (), group=f"group {number % 7}", side=side)
+            selection.add(drift.Trace(talk, text, layers, torch.randn(80, count) * 20))
     page.write(tmp_path / "large.html", profile, selection)
     assert (tmp_path / "large.html").stat().st_size < 6_000_000
 
@@ -299,7 +298,7 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
             with visit.page.expect_download() as download:
                 link.click()
             download.value.save_as(tmp_path / name)
-        talks = list(monitor.read_talks(tmp_path / "talk.json"))
+        talks = list(drift.read_talks(tmp_path / "talk.json"))
         assert [talk.side for talk in talks] == ["uncapped", "capped"]
         assert [len(talk.messages) for talk in talks] == [4, 4]
         assert "A talk, held twice" in (tmp_path / "talk.html").read_text()

@@ -1,9 +1,13 @@
-"""What the serving engines share: the operator's configuration, choices, slots, the rows of a bank, and its counts."""
+"""What the serving engines share: the operator's configuration, choices, slots, the rows of a step, and the counts."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -13,10 +17,12 @@ import torch
 from conftest import unit
 
 from axiscap import CapProfile, reference
-from axiscap.serving import buffers as serving_bank
+from axiscap.serving import metrics, state
 from axiscap.serving import settings as serving
-from axiscap.serving.buffers import Bank, Choice, Telemetry
-from axiscap.serving.settings import ChoiceError, Registry, Settings, SettingsError
+from axiscap.serving import telemetry as telemetry_module
+from axiscap.serving.buffers import Buffers
+from axiscap.serving.settings import Choice, ChoiceError, Registry, Settings, SettingsError
+from axiscap.serving.telemetry import Telemetry, Writer
 from axiscap.serving.worker import Worker
 
 HIDDEN = 16
@@ -140,7 +146,7 @@ def test_off_is_the_operators_to_allow(files):
     assert Registry(Settings.parse({**settings, "allow_off": True})).choose("off") is None
 
 
-def test_slots_are_given_kept_and_given_again(files, tmp_path):
+def test_slots_are_given_kept_and_given_again(files):
     registry = Registry(Settings.parse({"profiles": files, "default": "mild", "slots": 4}))
     first = dict(registry.names)
     slots = {name: registry.slot_of(digest) for name, digest in first.items()}
@@ -159,9 +165,8 @@ def test_slots_are_given_kept_and_given_again(files, tmp_path):
         registry.retire("mild")
     with pytest.raises(SettingsError, match="A-Z a-z"):
         registry.place("../x", "content", in_use=set(), allowed=False)
-    registry.save(tmp_path / "registry.json")
     other = Registry(Settings.parse({"profiles": files, "default": None}))
-    other.update_from(tmp_path / "registry.json")
+    other.update(json.loads(json.dumps(registry.to_json())))
     assert vars(other) == vars(registry)
 
 
@@ -179,25 +184,29 @@ def test_a_digest_is_of_what_changes_a_model():
     assert len({profile(1).digest, *(other.digest for other in others)}) == 4
 
 
-def make_bank(tmp_path, rows: int = 12) -> tuple[Bank, list[CapProfile]]:
+def make_buffers(tmp_path, rows: int = 12) -> tuple[Buffers, list[CapProfile]]:
     profiles = [profile(1, (2, 3), floor=0.5), profile(2, (3, 5), directions=2)]
     paths = {}
     for name, made in zip("ab", profiles, strict=True):
         paths[name] = str(tmp_path / f"{name}.safetensors")
         made.save(paths[name])
-    bank = Bank(Settings.parse({"profiles": paths, "default": "a"}), [2, 3, 5], rows, torch.device("cpu"))
+    buffers = Buffers(Settings.parse({"profiles": paths, "default": "a"}), [2, 3, 5], rows, torch.device("cpu"))
     for slot, made in enumerate(profiles):
-        bank.place(slot, made)
-    return bank, profiles
+        buffers.place(slot, made)
+    return buffers, profiles
 
 
-def test_the_banks_layers_cap_as_the_profiles_do(tmp_path):
-    bank, profiles = make_bank(tmp_path)
-    bank.fill(np.array([0, 1, -1, 1], np.int32))
+def test_the_buffers_layers_cap_as_the_profiles_do(tmp_path):
+    buffers, profiles = make_buffers(tmp_path)
+    buffers.fill(np.array([0, 1, -1, 1], np.int32))
     rows = torch.randn(4, HIDDEN)
-    for at, layer in enumerate(bank.layers):
+    for at, layer in enumerate(buffers.layers):
         capped = torch.ops.axiscap.cap_(
-            hidden := rows.clone(), bank.axes[at], bank.floors[at], bank.rows[:4], projections=bank.projections[at][:4]
+            hidden := rows.clone(),
+            buffers.axes[at],
+            buffers.floors[at],
+            buffers.rows[:4],
+            projections=buffers.projections[at][:4],
         )
         assert capped is None
         assert torch.equal(hidden[2], rows[2])
@@ -208,65 +217,70 @@ def test_the_banks_layers_cap_as_the_profiles_do(tmp_path):
                 wanted = reference.cap(wanted, made.axes[number][None], made.floors[number][None])
             torch.testing.assert_close(hidden[row : row + 1], wanted)
     with pytest.raises(ValueError, match="at most 2 directions"):
-        bank.place(2, profile(3, directions=3))
+        buffers.place(2, profile(3, directions=3))
 
 
 def test_rows_behind_a_step_are_never_capped(tmp_path):
-    bank, _ = make_bank(tmp_path)
-    address = bank.rows.data_ptr()
+    buffers, _ = make_buffers(tmp_path)
+    address = buffers.rows.data_ptr()
     for slots in ([1] * 12, [0, 1], [1, 1, 1], [], [0]):
-        bank.fill(np.array(slots, np.int32))
-        assert bank.rows.tolist() == slots + [-1] * (12 - len(slots))
-    bank.clear()
-    assert bank.rows.tolist() == [-1] * 12
-    assert bank.rows.data_ptr() == address
+        buffers.fill(np.array(slots, np.int32))
+        assert buffers.rows.tolist() == slots + [-1] * (12 - len(slots))
+    buffers.clear()
+    assert buffers.rows.tolist() == [-1] * 12
+    assert buffers.rows.data_ptr() == address
 
 
-def step(bank: Bank, telemetry: Telemetry, rows: dict[str, int], slots: dict[str, int], seen: dict) -> None:
+def step(buffers: Buffers, telemetry: Telemetry, rows: dict[str, int], slots: dict[str, int], seen: dict) -> None:
     """One step of an engine: the projections are what a capped graph would leave."""
     counts = np.array(list(rows.values()), np.int32)
-    bank.fill(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
+    buffers.fill(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
     # The first step of a request is its prompt and, where it is longer than two rows, more.
-    prompts = [0 if (name, bank.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
+    prompts = [0 if (name, buffers.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
     telemetry.fill(list(rows), counts, np.array(prompts, np.int32))
     at = 0
     for (name, count), of_prompt in zip(rows.items(), prompts, strict=True):
-        for number in range(len(bank.layers)):
-            values = torch.randn(count, bank.floors.shape[2]) if slots[name] >= 0 else torch.full((count, 2), math.nan)
-            bank.projections[number][at : at + count] = values
-            seen.setdefault((name, bank.layers[number]), []).append(values)
-            seen.setdefault((name, bank.layers[number], "answer"), []).append(values[of_prompt:])
+        for number in range(len(buffers.layers)):
+            values = (
+                torch.randn(count, buffers.floors.shape[2]) if slots[name] >= 0 else torch.full((count, 2), math.nan)
+            )
+            buffers.projections[number][at : at + count] = values
+            seen.setdefault((name, buffers.layers[number]), []).append(values)
+            seen.setdefault((name, buffers.layers[number], "answer"), []).append(values[of_prompt:])
         at += count
     telemetry.count()
 
 
 def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving_bank, "TOTALS_EVERY", 0.0)
-    bank, profiles = make_bank(tmp_path)
+    monkeypatch.setattr(telemetry_module, "TOTALS_EVERY", 0.0)
+    buffers, profiles = make_buffers(tmp_path)
     totals, log = tmp_path / "totals.json", tmp_path / "log.jsonl"
-    telemetry = Telemetry(bank, 1, totals, log)  # room for one, so that it has to grow
+    writer = Writer(totals, log)
+    telemetry = Telemetry(buffers, 1, writer)  # room for one, so that it has to grow
     seen: dict = {}
     choices = {"r1": Choice("a", profiles[0].digest, "one"), "r2": Choice("b", profiles[1].digest, "two")}
     slots = {"r1": 0, "r2": 1, "r3": -1, "r4": 0}
     for name, choice in choices.items():
         telemetry.start(name, choice)
-    step(bank, telemetry, {"r1": 3, "r2": 5, "r3": 2}, slots, seen)
-    step(bank, telemetry, {"r3": 1, "r2": 1, "r1": 1}, slots, seen)
+    step(buffers, telemetry, {"r1": 3, "r2": 5, "r3": 2}, slots, seen)
+    step(buffers, telemetry, {"r3": 1, "r2": 1, "r1": 1}, slots, seen)
     telemetry.settle(idle=False)
-    running = json.loads(totals.read_text())
+    assert writer.flush()
+    running = json.loads(totals.read_text())["profiles"]
     assert running["a"]["2"]["rows"] == 4
     telemetry.finish(["r1", "r3"])
     telemetry.start("r4", Choice("a", profiles[0].digest, "four"))
-    step(bank, telemetry, {"r4": 2, "r2": 1}, slots, seen)
+    step(buffers, telemetry, {"r4": 2, "r2": 1}, slots, seen)
     telemetry.finish(["r4", "r2"])
     telemetry.settle(idle=True)
+    assert writer.flush()
 
     records = {record["id"]: record for record in map(json.loads, log.read_text().splitlines())}
     assert set(records) == {"one", "two", "four"}
     for name, request, made in (("r1", "one", profiles[0]), ("r2", "two", profiles[1]), ("r4", "four", profiles[0])):
         record = records[request]
         assert record["digest"] == made.digest
-        for layer in bank.layers:
+        for layer in buffers.layers:
             values = torch.cat(seen[name, layer])
             floors = made.slot_at(layer, 2)[1]
             below = values < floors
@@ -285,7 +299,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
                 wanted = (floors[k] - values[:, k])[below[:, k]].double().mean().item()
                 found = counted["mean_shortfall"][k]
                 assert (found is None and math.isnan(wanted)) or found == pytest.approx(wanted)
-    final = json.loads(totals.read_text())
+    final = json.loads(totals.read_text())["profiles"]
     assert final["a"]["3"]["rows"] == 6
     assert final["b"]["5"]["rows"] == 7
     assert final["a"]["2"]["fired"] == sum(records[name]["layers"]["2"]["fired"] for name in ("one", "four"))
@@ -293,7 +307,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
 
 def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     """A step like the last one is not written again: all that may change under the same names is."""
-    _, profiles = make_bank(tmp_path)
+    _, profiles = make_buffers(tmp_path)
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
     settings = Settings.parse({"profiles": paths, "default": "a", "slots": 3})
     worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, tmp_path / "totals.json")
@@ -304,7 +318,7 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
         rows = np.array(list(counts.values()), np.int32)
         # The checking mode holds the buffers against this.
         worker.fill(list(counts), rows, np.zeros_like(rows), {name: worker._choices[name].digest for name in counts})
-        assert worker.bank.rows.tolist() == [*slots] + [-1] * (12 - len(slots))
+        assert worker.buffers.rows.tolist() == [*slots] + [-1] * (12 - len(slots))
         worker.end()
 
     worker.begin([], [("x", a), ("y", b), ("z", nobody)])
@@ -314,7 +328,7 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     run(1, 0, -1, y=1, x=1, z=1)
     worker.clear()
     run(1, 0, -1, y=1, x=1, z=1)
-    worker.bank.slot_of.clear()  # as after a profile's way out
+    worker.buffers.slot_of.clear()  # as after a profile's way out
     worker.place(0, b.digest, paths["b"])
     worker.place(2, a.digest, paths["a"])
     run(0, 2, -1, y=1, x=1, z=1)
@@ -323,8 +337,150 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     worker.end()  # a step without rows
     worker.begin(["x", "y", "z"], ())
     worker.end()
-    totals = json.loads((tmp_path / "totals.json").read_text())
+    worker._telemetry._writer.flush()
+    totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
     assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 8, "b": 6}
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    """Of totals in a server's folder and a log, which writes when it is flushed alone."""
+    monkeypatch.setattr(telemetry_module.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return Writer(state.folder("server") / "totals-0.json", tmp_path / "logs" / "log.jsonl")
+
+
+def pages(folder) -> dict[str, float]:
+    """What a page of metrics shows."""
+    samples = [sample for family in metrics.Totals(folder).collect() for sample in family.samples]
+    return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
+
+
+def counted(rows: int) -> dict:
+    fields = ("rows", "fired", "nonfinite", "projection", "shortfall")
+    return {"p": {"3": dict.fromkeys(fields, float(rows))}}
+
+
+def wrong_folder(log) -> None:
+    shutil.rmtree(log.parent)
+
+
+def wrong_kind(log) -> None:
+    log.unlink()
+    log.mkdir()
+
+
+def full(log) -> None:
+    log.unlink()
+    log.symlink_to("/dev/full")
+
+
+def nobody_reads(log) -> None:
+    log.unlink()
+    os.mkfifo(log)
+
+
+@pytest.mark.parametrize("harm", [wrong_folder, wrong_kind, full, nobody_reads])
+def test_records_wait_for_their_log(writer, tmp_path, caplog, harm):
+    log = tmp_path / "logs" / "log.jsonl"
+    writer.log([{"n": 0}])
+    assert writer.flush()
+    harm(log)
+    survives = harm is wrong_folder  # made anew
+    for n in (1, 2):
+        writer.log([{"n": n}])
+        writer.totals(counted(n))
+        assert writer.flush() == survives
+    said = [record.message for record in caplog.records]
+    assert len(said) == (0 if survives else 1), said
+    assert all("log cannot be written" in message and "capping goes on" in message for message in said)
+    found = pages(state.path("server"))
+    assert found["axiscap_rows_total p 3"] == 2
+    assert found["axiscap_telemetry_failures_total log"] == (0 if survives else 2)
+    if not survives:
+        (log.rmdir if log.is_dir() else log.unlink)()
+    assert writer.flush()
+    assert [json.loads(line)["n"] for line in log.read_text().splitlines()] == ([1, 2] if log.exists() else [])
+    assert len(caplog.records) == (0 if survives else 2)  # that it can be written again
+
+
+def test_a_disk_that_takes_a_part_gets_the_rest_later(writer, tmp_path, caplog):
+    """As a full disk does: a write takes some bytes, and the next none."""
+    records = [{"n": n, "text": "x" * 100} for n in range(50)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer.log(records)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1234, limits[1]))
+        assert not writer.flush()
+        assert not writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log = tmp_path / "logs" / "log.jsonl"
+    assert log.stat().st_size == 1234
+    assert writer.flush()
+    assert [json.loads(line) for line in log.read_text().splitlines()] == records
+
+
+def test_the_log_keeps_a_bounded_number_of_records(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(telemetry_module, "WAITING_BYTES", 100)
+    wrong = tmp_path / "logs"
+    wrong.write_text("a file where the folder was")
+    for n in range(30):
+        writer.log([{"n": n}])
+        writer.flush()
+    wrong.unlink()
+    writer.totals(counted(1))
+    assert writer.flush()
+    kept = [json.loads(line)["n"] for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines()]
+    assert kept == list(range(len(kept)))
+    assert pages(state.path("server"))["axiscap_log_lost_records_total"] == 30 - len(kept) > 0
+
+
+def test_totals_outlive_their_folder(writer, tmp_path, caplog):
+    writer.totals(counted(1))
+    assert writer.flush()
+    page = metrics.Totals(state.path("server"))
+
+    def rows() -> tuple[float, float]:
+        families = {family.name: family for family in page.collect()}
+        unread = families["axiscap_telemetry_failures"].samples[-1].value
+        return families["axiscap_rows"].samples[0].value, unread
+
+    assert rows() == (1, 0)
+    shutil.rmtree(tmp_path / "temporary")  # as those do that clean temporary folders
+    assert rows() == (1, 1)
+    writer.totals(counted(2))
+    assert writer.flush()
+    assert rows() == (2, 1)
+    assert state.path("server").stat().st_mode & 0o077 == 0
+    # Somebody else's in its place: nothing is written there, and nothing stops.
+    shutil.rmtree(tmp_path / "temporary")
+    (tmp_path / "theirs").mkdir(mode=0o777)
+    (tmp_path / "temporary").mkdir()
+    state.path("server").parent.symlink_to(tmp_path / "theirs")
+    writer.totals(counted(3))
+    assert not writer.flush()
+    assert not list((tmp_path / "theirs").iterdir())
+    assert "must be a folder of this user's own" in caplog.text
+    state.path("server").parent.unlink()
+    assert writer.flush()
+    assert rows() == (3, 1)
+
+
+def test_telemetry_that_cannot_write_holds_up_no_step(tmp_path, caplog):
+    """With the writer's own thread, as a server has it: the log is a folder, and the totals' folder a file."""
+    buffers, profiles = make_buffers(tmp_path)
+    (tmp_path / "log").mkdir()
+    (tmp_path / "no-folder").write_text("")
+    telemetry = Telemetry(buffers, 4, Writer(tmp_path / "no-folder" / "server" / "totals-0.json", tmp_path / "log"))
+    with caplog.at_level(logging.WARNING):
+        for number in range(20):
+            telemetry.start("r", Choice("a", profiles[0].digest, f"{number}"))
+            step(buffers, telemetry, {"r": 3}, {"r": 0}, {})
+            telemetry.finish(["r"])
+            telemetry.settle(idle=True)
+        telemetry._writer.flush()
+    assert len([record for record in caplog.records if "cannot be written" in record.message]) == 2
 
 
 def test_an_unconfigured_plugin_imports_nothing():

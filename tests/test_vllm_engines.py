@@ -24,8 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from axiscap import models
-from axiscap.serving.buffers import Choice
-from axiscap.serving.settings import Settings
+from axiscap.serving.settings import Choice, Settings
 from axiscap.serving.vllm import VllmWorker
 from axiscap.serving.worker import Worker
 
@@ -132,8 +131,8 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
     choices = {"a": "strict", "b": None, "c": "mild"}
     adapter._capped.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
     assert adapter._prepare_v2(lambda step: batch, SimpleNamespace()) is batch
-    mild, strict = (adapter._capped.bank.slot_of[made[name].digest] for name in ("mild", "strict"))
-    assert adapter._capped.bank.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
+    mild, strict = (adapter._capped.buffers.slot_of[made[name].digest] for name in ("mild", "strict"))
+    assert adapter._capped.buffers.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
     # The first row of c is the last of its prompt, whose 4 tokens are at 0 to 3.
     running = adapter._capped._telemetry._running
     assert adapter._capped._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [

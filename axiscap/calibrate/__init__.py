@@ -5,21 +5,28 @@ layer is the mean activation of the default's answers less that of the roles' an
 projections. Roles and questions that made no axis say how well it separates.
 """
 
-from axiscap.calibrate.data import Plan, Role, batches, load_questions, load_roles, plan
+from axiscap.calibrate.cluster import RayWorkers
+from axiscap.calibrate.data import Plan, Role, Task, batches, load_questions, load_roles, plan
 from axiscap.calibrate.floors import with_floors
-from axiscap.calibrate.pipeline import Keep, calibrate
-from axiscap.calibrate.rollouts import Settings, Shard, Store, Task, TransformersEngine
+from axiscap.calibrate.pipeline import Here, Keep, Workers, calibrate
+from axiscap.calibrate.rollouts import EndpointEngine, TransformersEngine, VllmEngine
 from axiscap.calibrate.space import loadings_correlation
+from axiscap.calibrate.store import Settings, Shard, Store
 
 __all__ = [
+    "EndpointEngine",
+    "Here",
     "Keep",
     "Plan",
+    "RayWorkers",
     "Role",
     "Settings",
     "Shard",
     "Store",
     "Task",
     "TransformersEngine",
+    "VllmEngine",
+    "Workers",
     "batches",
     "calibrate",
     "load_questions",

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from axiscap import models
-from axiscap.calibrate.rollouts import Store, Task, TransformersEngine, run
+from axiscap.calibrate.data import Task
+from axiscap.calibrate.rollouts import TransformersEngine, run
+from axiscap.calibrate.store import Store
 
 
 class RayWorkers:

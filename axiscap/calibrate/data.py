@@ -10,8 +10,6 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from axiscap.calibrate.rollouts import Task
-
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
 #: One in this many roles, and one in this many questions, makes no axis but tests it.
@@ -76,6 +74,34 @@ def load_questions(path: Path | None = None) -> list[str]:
     if len(questions) < 4:
         raise ValueError(f"{source}: at least four questions are needed, got {len(questions)}")
     return questions
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to one role under one of its prompts (an empty one: no system prompt)."""
+
+    role: str
+    prompt: int
+    question: int
+    system: str
+    text: str
+
+    @property
+    def id(self) -> str:
+        """What names it, and seeds its sampling."""
+        return f"{self.role}/{self.prompt}/{self.question}"
+
+    def messages(self, system_role: bool) -> list[dict[str, str]]:
+        """The conversation so far, for a chat template with or without a system role."""
+        if not self.system:
+            return [{"role": "user", "content": self.text}]
+        if system_role:
+            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
+        return [{"role": "user", "content": f"{self.system}\n\n{self.text}"}]
+
+    def completion(self) -> str:
+        """The same for a base model, which continues a text."""
+        return f"{self.system}\n\n" * bool(self.system) + f"Question: {self.text}\nAnswer:"
 
 
 @dataclass(frozen=True)

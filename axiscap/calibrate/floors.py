@@ -120,10 +120,14 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(profile.axis_all):
         raise ValueError(f"layers must be from 0 to {len(profile.axis_all) - 1}, got {chosen}")
     floors = at_percentile(tables[population], percentile)
-    count = profile.provenance["quantiles"]["populations"][population]["count"]
     facts = {
         **profile.provenance,
-        "floors": {"population": population, "percentile": percentile, "count": count, "sign": "towards the Assistant"},
+        "floors": {
+            "population": population,
+            "percentile": percentile,
+            "count": profile.population_count(population),
+            "sign": "towards the Assistant",
+        },
     }
     return CapProfile(
         chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from torch import Tensor
 import axiscap
 from axiscap import interop
 from axiscap.calibrate import floors as floors_module
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, batches
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
-from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Engine, Shard, Store, Task, TransformersEngine, run
+from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Engine, TransformersEngine, run
 from axiscap.calibrate.space import Projections, Space, Sums, evidence, project
+from axiscap.calibrate.store import Shard, Store
 from axiscap.models import decoder_layers, watched_layers
 from axiscap.profile import CapProfile
 
@@ -182,7 +184,7 @@ def calibrate(
         sketches[f"{name} tokens"] = _tokens(model, name, store, todo, found, space.axis)
 
     facts = evidence(space, found, plan)
-    layers = choose_layers(torch.tensor(facts["auc"]), count)
+    layers = choose_layers(torch.tensor(facts.auc), count)
     unit = space.axis.float()
     tables = {name: sketch.table() for name, sketch in sketches.items()}
     settings = store.settings
@@ -202,7 +204,7 @@ def calibrate(
             "digest": plan.digest,
         },
         "quantiles": floors_module.describe(sketches),
-        "evidence": facts,
+        "evidence": dataclasses.asdict(facts),
         "sampling": {
             "temperature": TEMPERATURE,
             "top_p": TOP_P,

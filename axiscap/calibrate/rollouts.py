@@ -3,139 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from axiscap.calibrate.data import Task
+from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
+from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.models import folder, watched_layers
 
 #: The published sampling.
 TEMPERATURE, TOP_P = 0.7, 0.9
-
-
-@dataclass(frozen=True)
-class Task:
-    """One question to one role under one of its prompts (an empty one: no system prompt)."""
-
-    role: str
-    prompt: int
-    question: int
-    system: str
-    text: str
-
-    @property
-    def id(self) -> str:
-        """What names it, and seeds its sampling."""
-        return f"{self.role}/{self.prompt}/{self.question}"
-
-    def messages(self, system_role: bool) -> list[dict[str, str]]:
-        """The conversation so far, for a chat template with or without a system role."""
-        if not self.system:
-            return [{"role": "user", "content": self.text}]
-        if system_role:
-            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
-        return [{"role": "user", "content": f"{self.system}\n\n{self.text}"}]
-
-    def completion(self) -> str:
-        """The same for a base model, which continues a text."""
-        return f"{self.system}\n\n" * bool(self.system) + f"Question: {self.text}\nAnswer:"
-
-
-@dataclass
-class Shard:
-    """Finished rollouts: what was asked, the prompts' and answers' tokens, and the answers' mean activations."""
-
-    tasks: list[Task]
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    texts: list[str]
-    means: Tensor  # (N, n_layers, H) float32
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an answer depends on beside its task."""
-
-    model: str
-    dtype: str
-    max_new_tokens: int = 40
-    seed: int = 0
-    engine: str = "transformers"  # who answers
-
-    def seed_of(self, task: Task) -> int:
-        """For an engine that samples by seeds of its own, 0 to 2^31 - 1."""
-        return int(_uniform(f"{self.seed}/{task.id}", 1)[0] * 2**31)
-
-
-class Store:
-    """The shards of a calibration, in a folder: local, or anything that fsspec opens (``s3://...``).
-
-    A shard's name is a digest of its tasks and of the settings. It is there as a whole or not at all, whenever the
-    process that wrote it was killed, and whoever wants it again finds it, in whatever process.
-    """
-
-    def __init__(self, url: str, settings: Settings) -> None:
-        self.url, self.settings = url, settings
-        self.files, self.folder = fsspec.core.url_to_fs(url)
-
-    def name(self, tasks: Sequence[Task]) -> str:
-        what = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
-        return hashlib.sha256(what.encode()).hexdigest()[:24]
-
-    def _path(self, name: str) -> str:
-        return f"{self.folder}/{name}.safetensors"
-
-    def has(self, name: str) -> bool:
-        return self.read(name) is not None
-
-    def read(self, name: str) -> Shard | None:
-        """A shard, or None where there is none or a damaged one."""
-        try:
-            tensors = safetensors.torch.load(self.files.cat_file(self._path(name)))
-            facts = json.loads(tensors["facts"].numpy().tobytes())
-        except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError):
-            return None
-        tasks = [Task(**task) for task in facts["tasks"]]
-        return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
-
-    def write(self, name: str, shard: Shard) -> None:
-        facts = {
-            "tasks": [asdict(task) for task in shard.tasks],
-            "prompts": shard.prompts,
-            "answers": shard.answers,
-            "texts": shard.texts,
-        }
-        text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-        data = safetensors.torch.save({"means": shard.means.contiguous(), "facts": text})
-        self.files.makedirs(self.folder, exist_ok=True)
-        if "file" in np.atleast_1d(self.files.protocol):
-            partial_path = f"{self._path(name)}.{os.getpid()}.partial"
-            with open(partial_path, "wb") as file:
-                file.write(data)
-            os.replace(partial_path, self._path(name))
-        else:  # an object store shows an object when it is whole
-            self.files.pipe_file(self._path(name), data)
-
-    def shards(self, batches: Sequence[Sequence[Task]]) -> Iterator[Shard]:
-        """Each finished shard in turn; one at a time is in memory."""
-        for batch in batches:
-            shard = self.read(self.name(batch))
-            if shard is None:
-                raise ValueError(f"{self.url}: the rollouts of {batch[0].id} and {len(batch) - 1} more are missing")
-            yield shard
 
 
 class Engine(Protocol):
@@ -259,16 +143,12 @@ class EndpointEngine:
     def __init__(
         self, model: Any, tokenizer: Any, settings: Settings, base_url: str | None = None, name: str | None = None
     ) -> None:
-        from axiscap.calibrate.judge import Endpoint
-
         self.reader = TransformersEngine(model, tokenizer, settings)
         self.endpoint = Endpoint(base_url)
         self.name = name or self.endpoint.first_model()
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
         """Batches in their order, the next ones being asked while one is read; see :class:`Engine`."""
-        from axiscap.calibrate.judge import CONCURRENT
-
         with ThreadPoolExecutor(CONCURRENT) as pool:
             asked = ([(task, pool.submit(self._ask, task)) for task in batch] for batch in todo)
             waiting = deque(islice(asked, 2))
@@ -411,7 +291,7 @@ class _Sampler:
 
     def __init__(self, ids: Sequence[str], settings: Settings) -> None:
         count = settings.max_new_tokens + 1
-        self.numbers = torch.from_numpy(np.stack([_uniform(f"{settings.seed}/{id}", count) for id in ids]))
+        self.numbers = torch.from_numpy(np.stack([settings.numbers(id, count) for id in ids]))
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -433,12 +313,6 @@ class _Sampler:
         if likely < probabilities.shape[-1] and bool(wide.any()):
             chosen[wide] = self._choose(probabilities[wide], numbers[wide], likely * 16)
         return chosen
-
-
-def _uniform(name: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Numbers in [0, 1) that the name determines."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
 class _AnswerMeans:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from axiscap import ops
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan
-from axiscap.calibrate.rollouts import Shard, Task
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task
+from axiscap.calibrate.store import Shard
+from axiscap.profile import Evidence
 
 #: The default's answers are also summed in this many groups, whose labels can be exchanged.
 GROUPS = 16
@@ -224,18 +224,11 @@ def _rounded(values: Tensor, digits: int = 4) -> list[float]:
     return [round(x, digits) for x in values.tolist()]
 
 
-def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
-    """What says whether the axis is real, per layer, for a profile's provenance.
+def evidence(space: Space, found: Projections, plan: Plan) -> Evidence:
+    """What says whether the axis is real.
 
-    ``auc``, ``d_prime``: the default's held-out answers against those of held-out roles, all to held-out questions.
-    ``auc_by_role``, ``auc_by_kind``: the same for each. ``auc_interval``: 95 %, at the best layer, over roles and
-    answers. ``held_questions``: how many. ``null_auc``: of axes made with labels that say nothing, their mean at each
-    layer. ``pc1_cosine``: of the role vectors' first component with the axis; ``variance``: shares of the first ten
-    components at the best layer; ``components_70``: how many hold 70 %. ``halves``: cosine of the axes from both halves
-    of the questions.
-    ``next_layer``: cosine of the axis with the next layer's. ``axis_interval``: cosine with axes from resampled roles
-    at the best layer. ``loadings``: each role's mean on the axis at the best layer, less the default's; ``map``: on the
-    first two components.
+    Raises:
+        ValueError: no answer of a held-out role was kept.
     """
     held_default = found.of(lambda t: t.role == DEFAULT_ROLE and plan.tests_the_axis(t))
     groups = {name: found.of(lambda t, name=name: t.role == name) for name in plan.held_roles}  # type: ignore[misc]
@@ -269,26 +262,26 @@ def evidence(space: Space, found: Projections, plan: Plan) -> dict[str, Any]:
 
     variance, components, coordinates = space.components()
     loadings = ((space.roles[:, best] - space.default[best]) @ space.axis[best]).tolist()
-    return {
-        "best_layer": best,
-        "held_roles": list(groups),
-        "held_questions": len(plan.held_questions & set(plan.asked)),
-        "auc": _rounded(separation),
-        "auc_interval": _interval(torch.stack(draws)),
-        "auc_by_kind": {kind: _rounded(auc(torch.cat(values), held_default)) for kind, values in sorted(kinds.items())},
-        "auc_by_role": {name: _rounded(auc(values, held_default)) for name, values in groups.items()},
-        "d_prime": _rounded(d_prime(everyone, held_default), 3),
-        "null_auc": _rounded(null_auc.mean(1)),
-        "null_auc_interval": _interval(null_auc[best]),
-        "pc1_cosine": _rounded((components[:, 0] * space.axis).sum(-1)),
-        "variance": _rounded(variance[best, :10]),
-        "components_70": [int(n) + 1 for n in (variance.cumsum(-1) < 0.7).sum(-1).tolist()],
-        "halves": _rounded(space.halves),
-        "next_layer": _rounded((space.axis[:-1] * space.axis[1:]).sum(-1)),
-        "axis_interval": _interval(torch.stack(again)),
-        "loadings": {name: round(value, 4) for name, value in zip(space.names, loadings, strict=True)},
-        "map": {n: _rounded(xy) for n, xy in zip(space.names, coordinates[best], strict=True)},
-    }
+    return Evidence(
+        best_layer=best,
+        held_roles=list(groups),
+        held_questions=len(plan.held_questions & set(plan.asked)),
+        auc=_rounded(separation),
+        auc_interval=_interval(torch.stack(draws)),
+        auc_by_kind={kind: _rounded(auc(torch.cat(values), held_default)) for kind, values in sorted(kinds.items())},
+        auc_by_role={name: _rounded(auc(values, held_default)) for name, values in groups.items()},
+        d_prime=_rounded(d_prime(everyone, held_default), 3),
+        null_auc=_rounded(null_auc.mean(1)),
+        null_auc_interval=_interval(null_auc[best]),
+        pc1_cosine=_rounded((components[:, 0] * space.axis).sum(-1)),
+        variance=_rounded(variance[best, :10]),
+        components_70=[int(n) + 1 for n in (variance.cumsum(-1) < 0.7).sum(-1).tolist()],
+        halves=_rounded(space.halves),
+        next_layer=_rounded((space.axis[:-1] * space.axis[1:]).sum(-1)),
+        axis_interval=_interval(torch.stack(again)),
+        loadings={name: round(value, 4) for name, value in zip(space.names, loadings, strict=True)},
+        map={n: _rounded(xy) for n, xy in zip(space.names, coordinates[best], strict=True)},
+    )
 
 
 def loadings_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, int]:

@@ -1,57 +1,23 @@
-"""Rollouts: a model answers questions under system prompts, and each answer becomes one vector a layer."""
+"""Where a calibration keeps its rollouts: shards of them, in a folder or an object store."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from axiscap.models import folder, watched_layers
-
-#: The published sampling.
-TEMPERATURE, TOP_P = 0.7, 0.9
-
-
-@dataclass(frozen=True)
-class Task:
-    """One question to one role under one of its prompts (an empty one: no system prompt)."""
-
-    role: str
-    prompt: int
-    question: int
-    system: str
-    text: str
-
-    @property
-    def id(self) -> str:
-        """What names it, and seeds its sampling."""
-        return f"{self.role}/{self.prompt}/{self.question}"
-
-    def messages(self, system_role: bool) -> list[dict[str, str]]:
-        """The conversation so far, for a chat template with or without a system role."""
-        if not self.system:
-            return [{"role": "user", "content": self.text}]
-        if system_role:
-            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
-        return [{"role": "user", "content": f"{self.system}\n\n{self.text}"}]
-
-    def completion(self) -> str:
-        """The same for a base model, which continues a text."""
-        return f"{self.system}\n\n" * bool(self.system) + f"Question: {self.text}\nAnswer:"
+from axiscap.calibrate.data import Task
+from axiscap.profile import CapProfile
 
 
 @dataclass
@@ -75,9 +41,30 @@ class Settings:
     seed: int = 0
     engine: str = "transformers"  # who answers
 
+    @classmethod
+    def of(cls, profile: CapProfile, model: str) -> Settings:
+        """Those by which the answers that made a profile were sampled.
+
+        Raises:
+            ValueError: the profile does not say.
+        """
+        facts = profile.provenance.get("sampling")
+        known = facts if isinstance(facts, Mapping) else {}
+        kinds = {"dtype": str, "max_new_tokens": int, "seed": int, "engine": str}
+        if not all(isinstance(known.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError(
+                "the profile does not say how its answers were sampled; it was not made by axiscap calibrate"
+            )
+        return cls(model, **{name: known[name] for name in kinds})
+
     def seed_of(self, task: Task) -> int:
         """For an engine that samples by seeds of its own, 0 to 2^31 - 1."""
-        return int(_uniform(f"{self.seed}/{task.id}", 1)[0] * 2**31)
+        return int(self.numbers(task.id, 1)[0] * 2**31)
+
+    def numbers(self, rollout: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Numbers in [0, 1) that a rollout's name and the seed determine."""
+        key = int.from_bytes(hashlib.sha256(f"{self.seed}/{rollout}".encode()).digest()[:16], "little")
+        return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
 class Store:
@@ -136,352 +123,3 @@ class Store:
             if shard is None:
                 raise ValueError(f"{self.url}: the rollouts of {batch[0].id} and {len(batch) - 1} more are missing")
             yield shard
-
-
-class Engine(Protocol):
-    """Who answers."""
-
-    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """The batches' shards, each when it is finished; `todo` is read no further ahead than the engine is wide."""
-
-
-def run(
-    engine: Engine,
-    store: Store,
-    todo: Sequence[Sequence[Task]],
-    progress: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Runs what the store does not have yet.
-
-    Args:
-        engine: answers the batches.
-        store: where the shards go.
-        todo: the batches.
-        progress: called with the number of rollouts that each batch finished or had.
-    """
-
-    def missing() -> Iterator[Sequence[Task]]:
-        for batch in todo:
-            if store.has(store.name(batch)):
-                progress(len(batch))
-            else:
-                yield batch
-
-    for shard in engine.stream(missing()):
-        store.write(store.name(shard.tasks), shard)
-        progress(len(shard.tasks))
-
-
-class TransformersEngine:
-    """Answers by a transformers model, and averages its block outputs over each answer's tokens meanwhile.
-
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer, padding on the left. Without a chat template the model is taken for a base model: it
-            continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
-        settings: of the answers.
-        capture: whether to collect activations; without them a shard's means are empty.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, settings: Settings, *, capture: bool = True) -> None:
-        self.model, self.tokenizer, self.settings, self.capture = model, tokenizer, settings, capture
-        self.has_template = tokenizer.chat_template is not None
-        self.system_role = self.has_template and _accepts_system_role(tokenizer)
-        self.stops = _stops(model)
-        if not self.has_template:
-            pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-            self.stops += [token for token, piece in enumerate(pieces) if "\n" in piece and token not in self.stops]
-
-    def encode(self, tasks: Sequence[Task]) -> Any:
-        """The prompts as one padded batch."""
-        if not self.has_template:
-            texts = [task.completion() for task in tasks]
-            return self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-        return self.tokenizer.apply_chat_template(
-            [task.messages(self.system_role) for task in tasks],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(self.model.device)
-
-    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batch after batch; see :class:`Engine`."""
-        return map(self, todo)
-
-    @torch.inference_mode()
-    def __call__(self, tasks: Sequence[Task]) -> Shard:
-        """Answers one batch."""
-        inputs = self.encode(tasks)
-        limit = self.settings.max_new_tokens
-        means = _AnswerMeans(self.model, self.stops) if self.capture else None
-        # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
-        options = {
-            "do_sample": False,
-            "max_new_tokens": limit + bool(means),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.stops or None,
-        }
-        with means or torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs, **options, logits_processor=[_Sampler([task.id for task in tasks], self.settings)]
-            )
-        start = inputs["input_ids"].shape[1]
-        answers = [self.answer(row) for row in tokens[:, start : start + limit].tolist()]
-        found = means.result() if means else torch.empty(len(tasks), 0, 0)
-        return Shard(list(tasks), _unpadded(inputs), answers, self.texts(answers), found)
-
-    def answer(self, tokens: list[int]) -> list[int]:
-        """Generated tokens up to their end-of-sequence; one that ends at once is its end-of-sequence."""
-        end = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
-        return tokens[:end] or tokens[:1]
-
-    def texts(self, answers: list[list[int]]) -> list[str]:
-        """What the answers say."""
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-class EndpointEngine:
-    """Answers by an OpenAI-compatible endpoint (vLLM's server, for one); the model here only reads them.
-
-    Args:
-        model: the causal LM behind the endpoint, for the activations: a second pass over the finished texts.
-        tokenizer: its tokenizer.
-        settings: of the answers.
-        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
-        name: the model's name there; the first that it lists without it.
-
-    Raises:
-        ValueError: no address.
-        ConnectionError: it does not answer.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, settings: Settings, base_url: str | None = None, name: str | None = None
-    ) -> None:
-        from axiscap.calibrate.judge import Endpoint
-
-        self.reader = TransformersEngine(model, tokenizer, settings)
-        self.endpoint = Endpoint(base_url)
-        self.name = name or self.endpoint.first_model()
-
-    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batches in their order, the next ones being asked while one is read; see :class:`Engine`."""
-        from axiscap.calibrate.judge import CONCURRENT
-
-        with ThreadPoolExecutor(CONCURRENT) as pool:
-            asked = ([(task, pool.submit(self._ask, task)) for task in batch] for batch in todo)
-            waiting = deque(islice(asked, 2))
-            while waiting:
-                done = [(task, answer.result()) for task, answer in waiting.popleft()]
-                waiting.extend(islice(asked, 1))
-                yield self._read(done)
-
-    def _ask(self, task: Task) -> str:
-        settings = self.reader.settings
-        return self.endpoint.chat(
-            self.name,
-            task.messages(self.reader.system_role),
-            seed=settings.seed_of(task),
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            max_tokens=settings.max_new_tokens,
-        ).strip()
-
-    def _read(self, done: Sequence[tuple[Task, str]]) -> Shard:
-        tasks, texts = [task for task, _ in done], [text for _, text in done]
-        answers = [self.reader.tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
-        prompts = _unpadded(self.reader.encode(tasks))
-        return Shard(tasks, prompts, answers, texts, read_means(self.reader.model, prompts, answers))
-
-
-class VllmEngine:
-    """Answers by vLLM in this process, continuously batched; the model here reads them (the extra ``axiscap[vllm]``).
-
-    Args:
-        model: the causal LM, for the activations: a second pass over the finished answers.
-        tokenizer: its tokenizer.
-        settings: of the answers.
-
-    On GPUs, vLLM and the model that reads share each one's memory half and half.
-    """
-
-    WIDE = 512  # requests under way
-
-    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
-        try:
-            import vllm
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("--engine vllm needs vLLM: pip install 'axiscap[vllm]'") from None
-        self.vllm, self.reader = vllm, TransformersEngine(model, tokenizer, settings)
-        self.engine = vllm.LLM(
-            folder(settings.model),
-            dtype=settings.dtype.removeprefix("torch."),
-            tensor_parallel_size=max(1, torch.cuda.device_count()),
-            gpu_memory_utilization=0.45,
-        ).llm_engine
-
-    def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batches when they finish, in whatever order; see :class:`Engine`."""
-        todo, count = iter(todo), 0
-        batches: dict[int, tuple[Sequence[Task], list[list[int]], dict[int, list[int]]]] = {}
-        more = True
-        while more or batches:
-            while more and self.engine.get_num_unfinished_requests() < self.WIDE:
-                batch = next(todo, None)
-                more = batch is not None
-                if batch is not None:
-                    batches[count] = batch, _unpadded(self.reader.encode(batch)), {}
-                    self._add(count, *batches[count][:2])
-                    count += 1
-            for output in self.engine.step():
-                if output.finished:
-                    number, row = map(int, output.request_id.split("/"))
-                    batches[number][2][row] = list(output.outputs[0].token_ids)
-            for number in [n for n, (batch, _, done) in batches.items() if len(done) == len(batch)]:
-                yield self._read(*batches.pop(number))
-
-    def _add(self, number: int, batch: Sequence[Task], prompts: Sequence[list[int]]) -> None:
-        settings = self.reader.settings
-        for row, (task, prompt) in enumerate(zip(batch, prompts, strict=True)):
-            sampling = self.vllm.SamplingParams(
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-                max_tokens=settings.max_new_tokens,
-                seed=settings.seed_of(task),
-                stop_token_ids=self.reader.stops,
-                output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            )
-            self.engine.add_request(f"{number}/{row}", {"prompt_token_ids": prompt}, sampling)
-
-    def _read(self, batch: Sequence[Task], prompts: list[list[int]], done: dict[int, list[int]]) -> Shard:
-        answers = [self.reader.answer(done[row]) for row in range(len(batch))]
-        means = read_means(self.reader.model, prompts, answers)
-        return Shard(list(batch), prompts, answers, self.reader.texts(answers), means)
-
-
-@torch.inference_mode()
-def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
-    """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts."""
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    place = torch.arange(longest, device=model.device)
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
-    begins = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
-    weights = ((place >= begins) & (place < lengths)).double()
-    weights /= weights.sum(-1, keepdim=True)
-    means: list[Tensor] = []
-
-    def read(layer: int, hidden: Tensor) -> None:
-        means.append(torch.einsum("nt,nth->nh", weights.to(hidden.device), hidden.double()).float().cpu())
-
-    with watched_layers(model, read):
-        # Padding behind a text is not looked at by what stands before it.
-        model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False, logits_to_keep=1)
-    return torch.stack(means, dim=1)
-
-
-def _unpadded(inputs: Any) -> list[list[int]]:
-    both = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    return [row[mask.bool()].tolist() for row, mask in both]
-
-
-def _stops(model: Any) -> list[int]:
-    stops = model.generation_config.eos_token_id
-    return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
-
-
-def _accepts_system_role(tokenizer: Any) -> bool:
-    try:
-        tokenizer.apply_chat_template(Task("", 0, 0, "s", "q").messages(True), tokenize=False)
-    except Exception:  # the template's own error; which class it is depends on the template
-        return False
-    return True
-
-
-class _Sampler:
-    """A logits processor that samples (temperature 0.7, top-p 0.9) by random numbers of each rollout's own.
-
-    It leaves one token possible. A row's choice hangs on its logits and on its rollout's numbers alone: not on the rows
-    beside it, as that of a generator shared by the batch would.
-    """
-
-    LIKELY = 256  # tokens among which a nucleus is looked for first: sorting all of a vocabulary costs more
-
-    def __init__(self, ids: Sequence[str], settings: Settings) -> None:
-        count = settings.max_new_tokens + 1
-        self.numbers = torch.from_numpy(np.stack([_uniform(f"{settings.seed}/{id}", count) for id in ids]))
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = torch.softmax(scores.float() / TEMPERATURE, dim=-1)
-        numbers = self.numbers[:, self.step, None].to(scores.device)
-        self.step += 1
-        chosen = self._choose(probabilities, numbers, self.LIKELY)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-    def _choose(self, probabilities: Tensor, numbers: Tensor, likely: int) -> Tensor:
-        """A token of each row's nucleus (N, 1): the fewest most likely tokens that have TOP_P together."""
-        top, tokens = probabilities.topk(min(likely, probabilities.shape[-1]))
-        sums = top.double().cumsum(-1)
-        last = (sums < TOP_P).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
-        wanted = numbers * sums.gather(-1, last)
-        chosen = tokens.gather(-1, torch.minimum((sums <= wanted).sum(-1, keepdim=True), last))
-        # Row by row, since how equals are ordered depends on how many are looked at.
-        wide = sums[:, -1] < TOP_P
-        if likely < probabilities.shape[-1] and bool(wide.any()):
-            chosen[wide] = self._choose(probabilities[wide], numbers[wide], likely * 16)
-        return chosen
-
-
-def _uniform(name: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Numbers in [0, 1) that the name determines."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-class _AnswerMeans:
-    """Averages the block outputs over each answer's tokens while ``generate`` makes them, up to the end-of-sequence."""
-
-    def __init__(self, model: Any, stops: Sequence[int]) -> None:
-        self.model = model
-        self.stops = torch.tensor(stops, device=model.device, dtype=torch.long)
-        self.running: Tensor | None = None  # (N,) whether the token being fed still belongs to the answer
-        self.ended: Tensor | None = None  # (N,) whether its end-of-sequence has been fed
-        self.count: Tensor | None = None  # (N,) answer tokens so far
-        self.sums: dict[int, Tensor] = {}  # by layer, (N, H) float64 each
-
-    def __enter__(self) -> _AnswerMeans:
-        self.open = contextlib.ExitStack()
-        embedding = self.model.get_input_embeddings()
-        self.open.callback(embedding.register_forward_pre_hook(self._before).remove)
-        self.open.enter_context(watched_layers(self.model, self._collect))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open.close()
-
-    def _before(self, module: nn.Module, args: Any) -> None:
-        ids = args[0]
-        if self.count is None or self.ended is None:  # the prompt
-            self.count = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-            self.ended = self.count > 0
-            return
-        self.ended = self.ended | torch.isin(ids[:, -1], self.stops)
-        # An answer that ends at once would have no activations: its end-of-sequence stands for it.
-        self.running = ~self.ended | (self.count == 0)
-        self.count = self.count + self.running
-
-    def _collect(self, layer: int, hidden: Tensor) -> None:
-        if self.running is None:
-            return
-        last = hidden[:, -1].double() * self.running.to(hidden.device)[:, None]
-        self.sums[layer] = self.sums[layer].add_(last) if layer in self.sums else last
-
-    def result(self) -> Tensor:
-        """(N, n_layers, H) float32."""
-        if self.count is None or self.running is None:
-            raise ValueError("the model ended all answers of a batch before their first token")
-        sums = [self.sums[layer].cpu() for layer in sorted(self.sums)]
-        return (torch.stack(sums, dim=1) / self.count.cpu()[:, None, None]).float()

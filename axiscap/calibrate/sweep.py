@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, in_batches
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, in_batches
 from axiscap.calibrate.floors import with_floors
-from axiscap.calibrate.rollouts import Settings, Shard, Task, TransformersEngine
+from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
+from axiscap.calibrate.store import Settings, Shard
 from axiscap.installation import install
 from axiscap.profile import CapProfile
 
@@ -224,6 +225,29 @@ def _interval(
     return low, high
 
 
+def bands(profile: CapProfile) -> list[tuple[int, int]]:
+    """To sweep: runs (first, last) of as many layers as the profile has, from two fifths of the depth on."""
+    depth, count = profile.num_layers or 0, len(profile.layers)
+    last = max(0, depth - count)
+    starts = sorted({min(last, round(depth * share)) for share in (0.4, 0.5, 0.57, 0.63, 0.7)})
+    return [(start, start + count - 1) for start in starts]
+
+
+def candidates(
+    profile: CapProfile, bands: Sequence[tuple[int, int]], percentiles: Sequence[float], population: str
+) -> list[tuple[CapProfile, float]]:
+    """What to sweep: the profile at each band of layers (first, last; both in it) and percentile.
+
+    Raises:
+        ValueError: the profile has no such layer or quantile table.
+    """
+    return [
+        (with_floors(profile, percentile, population, list(range(first, last + 1))), percentile)
+        for first, last in bands
+        for percentile in percentiles
+    ]
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """Those that no other beats in uptake and in perplexity both, least uptake last."""
     best = [
@@ -249,14 +273,11 @@ def choose(points: Sequence[Point], most_perplexity: float) -> Point:
 
 def sweep(
     bench: Bench,
-    profile: CapProfile,
-    bands: Sequence[tuple[int, int]],
-    percentiles: Sequence[float],
-    population: str,
+    candidates: Sequence[tuple[CapProfile, float]],
     done: Path,
     progress: Callable[[Point], None] = lambda _: None,
 ) -> tuple[Point, list[Point]]:
-    """The uncapped model, and one point for each band of layers (first, last; both in it) and percentile.
+    """The uncapped model, and one point for each candidate.
 
     Finished points are kept in `done`, JSONL, and not measured again.
     """
@@ -267,12 +288,8 @@ def sweep(
                 point = Point(**json.loads(line))
                 known[point.name] = point
         done.write_text("".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
-    settings: list[tuple[CapProfile | None, float]] = [(None, 0.0)]
-    for first, last in bands:
-        layers = list(range(first, last + 1))
-        settings += [(with_floors(profile, p, population, layers), p) for p in percentiles]
     points = []
-    for candidate, percentile in settings:
+    for candidate, percentile in [(None, 0.0), *candidates]:
         name = (
             "uncapped" if candidate is None else f"layers {candidate.layers[0]}-{candidate.layers[-1]}, p{percentile:g}"
         )

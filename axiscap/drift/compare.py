@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.drift.monitor import CAPPED, UNCAPPED
-from axiscap.installation import LayerStats, install
+from axiscap.drift.conversations import CAPPED, UNCAPPED
+from axiscap.installation import install
 from axiscap.profile import CapProfile
+from axiscap.stats import LayerStats
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Comparison:
     capped: Track
 
     def transcripts(self) -> Iterator[dict[str, Any]]:
-        """Both sides as stored conversations, in the form that :func:`axiscap.drift.monitor.read_talks` reads."""
+        """Both sides as stored conversations, in the form that :func:`axiscap.drift.read_talks` reads."""
         talk = self.conversation
         for side, track in ((UNCAPPED, self.uncapped), (CAPPED, self.capped)):
             messages = []
@@ -71,7 +72,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupSummary:
     """A group of conversations at the capped layers: how many of its turns and tokens lie below the floor.
 
     Shares are of (turn, layer) and (token, layer) pairs; those of the capped side are before the cap, behind which none
@@ -87,7 +88,7 @@ class Group:
     interval: tuple[float, float]
 
 
-def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[Group]:
+def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[GroupSummary]:
     """A summary of each group that the conversations name, in their order."""
     floors = profile.floors[:, :1]
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +107,7 @@ def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[Group]:
         draws = levels[torch.randint(len(levels), (1000, len(levels)), generator=generator)].mean(1)
         low, high = torch.quantile(draws, torch.tensor([0.025, 0.975])).tolist()
         groups.append(
-            Group(
+            GroupSummary(
                 name,
                 len(mine),
                 (turns[0].item(), turns[1].item()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,8 +14,8 @@ from typing import Any
 import torch
 
 from axiscap.profile import CapProfile
-from axiscap.serving.buffers import Choice
-from axiscap.serving.settings import KEY, Registry, Settings, SettingsError
+from axiscap.serving import state
+from axiscap.serving.settings import KEY, Choice, Registry, Settings, SettingsError
 
 _REGISTRY = "registry.json"
 
@@ -28,13 +30,12 @@ class Choices:
 
     def check(self, extra: Mapping[str, Any] | None) -> None:
         """Raises ChoiceError where a request's extra arguments ask for what it may not have."""
-        try:
+        # Where the folder was cleaned away, what was read last holds; the engine decides by its own.
+        with contextlib.suppress(OSError):
             changed = self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            changed = None
-        if changed is not None and changed != self._seen:
-            self._registry.update_from(self._path)
-            self._seen = changed
+            if changed != self._seen:
+                self._registry.update(json.loads(self._path.read_text()))
+                self._seen = changed
         self._registry.choose((extra or {}).get(KEY))
 
 
@@ -42,7 +43,7 @@ class Control:
     """For the process that schedules requests: decides for each, where no client reaches, and changes profiles.
 
     Args:
-        place: called with slot, digest, path and floors (or None) of a profile; puts it into the bank of every worker.
+        place: called with slot, digest, path and floors (or None) of a profile; puts it into every worker.
         share: whether this process writes the registry for those that talk to clients.
     """
 
@@ -61,7 +62,7 @@ class Control:
 
     def _save(self, registry: Registry) -> None:
         if self._file is not None:
-            registry.save(self._file)
+            state.write(self._file, registry.to_json())
 
     def decide(self, extra: Mapping[str, Any] | None, request: str) -> Choice:
         """The decision about a request, by its extra arguments and its id.
@@ -98,8 +99,10 @@ class Control:
     def retire(self, name: str) -> str:
         """Forgets a profile: no new request gets it."""
         with self.lock:
-            self._registry.retire(name)
-            self._save(self._registry)
+            registry = copy.deepcopy(self._registry)
+            registry.retire(name)
+            self._save(registry)
+            self._registry = registry
         return f"retired {name}"
 
     def _change(self, name: str, path: str, floors: list[list[float]] | None, allowed: bool) -> str:
@@ -121,9 +124,9 @@ class Control:
             registry = copy.deepcopy(self._registry)
             slot = registry.place(name, profile.digest, in_use, allowed=allowed)
             self._place(slot, profile.digest, path, floors)
+            self._save(registry)
             self._registry = registry
             self._paths[name] = path
-            self._save(registry)
         return f"{name} is {profile.digest} in slot {slot}"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -28,11 +29,14 @@ _COUNTERS = {
 class Totals(Collector):
     """Reads the totals that the workers of one server write, whenever somebody looks.
 
-    The sums of projections are given as gauges, since they fall where projections are negative.
+    The sums of projections are given as gauges, since they fall where projections are negative. Where a file cannot be
+    read, what it said last holds, and the failure is counted.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._last: dict[Path, dict[str, Any]] = {}
+        self._unread = 0
 
     def collect(self) -> Iterator[Metric]:
         families = {
@@ -41,7 +45,8 @@ class Totals(Collector):
             else Metric(name, text, "gauge")
             for key, (name, text) in _COUNTERS.items()
         }
-        for name, layer, counts in self._sums():
+        files = self._read()
+        for name, layer, counts in _sums(files):
             for key, value in counts.items():
                 family = families[key]
                 if isinstance(family, CounterMetricFamily):
@@ -49,22 +54,40 @@ class Totals(Collector):
                 else:
                     family.add_sample(family.name + "_sum", {"profile": name, "layer": layer}, value)
         yield from families.values()
+        text = "Times that totals or the log could not be written, or totals not be read; all is tried again."
+        failures = CounterMetricFamily("axiscap_telemetry_failures", text, labels=["what"])
+        for what in ("totals", "log"):
+            failures.add_metric([what], sum(file["failures"][what] for file in files))
+        failures.add_metric(["read"], self._unread)
+        yield failures
+        text = "Records that the log lost, since more waited for its disk than is kept."
+        yield CounterMetricFamily("axiscap_log_lost_records", text, sum(file["lost"] for file in files))
 
-    def _sums(self) -> Iterator[tuple[str, str, dict[str, float]]]:
-        """Pipeline ranks hold different layers; data-parallel ranks the same ones, which add up."""
-        sums: dict[tuple[str, str], dict[str, float]] = {}
-        for path in sorted(self.folder.glob("totals-*.json")):
+    def _read(self) -> list[dict[str, Any]]:
+        """The workers' files, each as it was read last."""
+        try:
+            paths = [path for path in self.folder.iterdir() if path.match("totals-*.json")]
+        except OSError:
+            paths, self._unread = [], self._unread + 1
+        for path in paths:
             try:
-                totals = json.loads(path.read_text())
-            except FileNotFoundError:
-                continue  # the server is going down
-            for name, layers in totals.items():
-                for layer, counts in layers.items():
-                    known = sums.setdefault((name, layer), dict.fromkeys(counts, 0.0))
-                    for key, value in counts.items():
-                        known[key] += value
-        for (name, layer), counts in sums.items():
-            yield name, layer, counts
+                self._last[path] = json.loads(path.read_text())
+            except (OSError, ValueError):
+                self._unread += 1
+        return [self._last[path] for path in sorted(self._last)]
+
+
+def _sums(files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Pipeline ranks hold different layers; data-parallel ranks the same ones, which add up."""
+    sums: dict[tuple[str, str], dict[str, float]] = {}
+    for file in files:
+        for name, layers in file["profiles"].items():
+            for layer, counts in layers.items():
+                known = sums.setdefault((name, layer), dict.fromkeys(counts, 0.0))
+                for key, value in counts.items():
+                    known[key] += value
+    for (name, layer), counts in sums.items():
+        yield name, layer, counts
 
 
 _shown: Totals | None = None
@@ -73,10 +96,10 @@ _shown: Totals | None = None
 def show(folder: Path) -> None:
     """Puts the totals of a server on this process's page; those of a later one take their place."""
     global _shown
-    if _shown is None:
-        _shown = Totals(folder)
-        REGISTRY.register(_shown)
-    _shown.folder = folder
+    if _shown is not None:
+        REGISTRY.unregister(_shown)
+    _shown = Totals(folder)
+    REGISTRY.register(_shown)
 
 
 def show_in(registry: CollectorRegistry) -> None:

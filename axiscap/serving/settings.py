@@ -1,11 +1,10 @@
-"""What an operator says about capping, which profile a request gets, and which slot of the bank each profile has."""
+"""What an operator says about capping, which profile a request gets, and which slot each profile has."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,7 +57,7 @@ class Settings:
         log: a file that gets a JSON line for each finished request; None: no log.
         check: compare the rows' slots with the scheduler's view at every step, and stop where they differ.
         layers: the layers that are capped; those of all profiles.
-        directions: of the bank: the most that a profile has.
+        directions: of each slot: the most that a profile has.
         hidden_size: H.
         digests: the profiles' content, by name.
     """
@@ -117,6 +116,7 @@ class Settings:
         if log is not None:
             folder = Path(log).absolute().parent
             _require(folder.is_dir() and os.access(folder, os.W_OK), f"log must be in a writable folder, got {log}")
+            _require(not Path(log).is_dir(), f"log must be a file, and {log} is a folder")
         settings = cls(
             profiles={name: str(Path(path).absolute()) for name, path in paths.items()},
             default=default,
@@ -188,6 +188,38 @@ def read(options: object) -> Settings | None:
         except (OSError, ValueError) as error:
             raise SettingsError(f"axiscap: {FILE_VARIABLE}: {path} cannot be read as JSON: {error}") from None
     return Settings.parse(options)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request carries through the engine once its profile is chosen: a name for people, a digest for the engine.
+
+    ``digest`` None: the request is left alone.
+    """
+
+    name: str | None
+    digest: str | None
+    id: str
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any] | None) -> Choice:
+        """Reads it from a request's extra arguments, where :meth:`put` left it.
+
+        Raises:
+            RuntimeError: it is not there, so that nobody decided about this request.
+        """
+        stored = (extra or {}).get(KEY)
+        if not isinstance(stored, dict):
+            raise RuntimeError("axiscap: a request reached the model without a decision about its profile")
+        return cls(**stored)
+
+    def put(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {**(extra or {}), KEY: vars(self)}
+
+    @property
+    def salt(self) -> str:
+        """What separates this request's blocks in a prefix cache from those of requests that are capped differently."""
+        return f"{KEY}={self.digest or '-'}"
 
 
 class Registry:
@@ -262,32 +294,9 @@ class Registry:
         del self.names[name]
         self.allowed = [other for other in self.allowed if other != name]
 
-    def save(self, path: Path) -> None:
-        write(path, vars(self))
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`update` takes, in another process."""
+        return dict(vars(self))
 
-    def update_from(self, path: Path) -> None:
-        vars(self).update(json.loads(path.read_text()))
-
-
-def write(path: Path, content: object) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
-
-
-def state_folder(instance: str) -> Path:
-    """Where the processes of one server on this machine meet: the registry, and the totals for its metrics.
-
-    Raises:
-        SettingsError: the folder is somebody else's.
-    """
-    base = Path(tempfile.gettempdir()) / f"axiscap-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    owner = base.lstat()
-    _require(
-        owner.st_uid == os.getuid() and not base.is_symlink() and owner.st_mode & 0o077 == 0,
-        f"{base} must be a folder of this user's own that nobody else may enter",
-    )
-    folder = base / re.sub(r"[^A-Za-z0-9._-]", "_", instance)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    def update(self, stored: Mapping[str, Any]) -> None:
+        vars(self).update(stored)

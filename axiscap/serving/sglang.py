@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import metrics
+from axiscap.serving import metrics, state
 from axiscap.serving import settings as shared
-from axiscap.serving.buffers import Bank, Choice
+from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import Choices, Control
-from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker, decoder_layers
+from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -52,7 +52,7 @@ def put_in_place() -> None:
     assert settings is not None
     _settings = settings
     # The first process of a server names the folder in which all of them meet.
-    folder = shared.state_folder(os.environ.setdefault(_INSTANCE, f"sglang-{os.getpid()}-{time.time_ns()}"))
+    folder = state.folder(os.environ.setdefault(_INSTANCE, f"sglang-{os.getpid()}-{time.time_ns()}"))
     _choices = Choices(settings, folder)
 
     from sglang.srt.entrypoints import http_server
@@ -105,7 +105,7 @@ def _with_totals(original: Callable[..., Any], app: Any) -> Any:
         metrics.show_in(registry)
         return registry
 
-    metrics.show(shared.state_folder(os.environ[_INSTANCE]))
+    metrics.show(state.folder(os.environ[_INSTANCE]))
     prometheus_client.CollectorRegistry = with_totals  # type: ignore[assignment,misc]
     try:
         return original(app)
@@ -128,7 +128,7 @@ def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, *
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
-    folder = shared.state_folder(os.environ[_INSTANCE])
+    folder = state.folder(os.environ[_INSTANCE])
     # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
     control = scheduler.axiscap_control = Control(_settings, folder, _worker.place, share=share)
     scheduler.axiscap_load = control.load
@@ -179,9 +179,9 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     _refuse(args)
     text = runner.model_config.hf_text_config
     _settings.check_model(runner.model_config.hidden_size, text.num_hidden_layers)
-    blocks = decoder_layers(runner.model, text.num_hidden_layers)
+    blocks = engine_layers(runner.model, text.num_hidden_layers)
     held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
-    folder = shared.state_folder(os.environ[_INSTANCE])
+    folder = state.folder(os.environ[_INSTANCE])
     parallel = _parallel()
     totals = folder / f"totals-{parallel.dp_rank or 0}-{parallel.pp_rank}.json"
     at_once = getattr(args, "max_running_requests", None) or 4096
@@ -194,7 +194,7 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         _settings, held, longest + at_once, torch.device(runner.device), 64, totals if parallel.tp_rank == 0 else None
     )
     for at, layer in enumerate(held):
-        _cap_block(blocks[layer], layer, _worker.bank, at, parallel.tp_size)
+        _cap_block(blocks[layer], layer, _worker.buffers, at, parallel.tp_size)
     return result
 
 
@@ -246,7 +246,7 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     if runner.is_draft_worker or _worker is None:
         return original(runner, batch, *args, **kwargs)
     known = getattr(batch, "axiscap_rows", None)
-    bank = _worker.bank
+    buffers = _worker.buffers
     if known is None:  # a warm-up or a capture of the engine's own
         _worker.clear()
         return original(runner, batch, *args, **kwargs)
@@ -261,12 +261,12 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     kind = batch.forward_mode.name
     verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:
-        for projections in bank.projections:
+        for projections in buffers.projections:
             projections[0].fill_(_UNSEEN)
     result = original(runner, batch, *args, **kwargs)
     if verify:
         _seen[kind] = _seen.get(kind, 0) + 1
-        for layer, projections in zip(bank.layers, bank.projections, strict=True):
+        for layer, projections in zip(buffers.layers, buffers.projections, strict=True):
             if projections[0, 0].item() == _UNSEEN:
                 raise RuntimeError(
                     f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
@@ -281,13 +281,13 @@ def _content(key: str) -> str | None:
     return None if digest == "-" else digest
 
 
-def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) -> None:
+def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int, ranks: int) -> None:
     names = list(inspect.signature(block.forward).parameters)
     kind = type(block).__name__
     if "forward_batch" not in names:
         raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
     position = names.index("forward_batch")
-    buffers = bank.axes[at], bank.floors[at], bank.rows, bank.projections[at]
+    tensors = buffers.axes[at], buffers.floors[at], buffers.rows, buffers.projections[at]
 
     def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
@@ -307,9 +307,9 @@ def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int, ranks: int) ->
         if not isinstance(hidden, Tensor) or hidden.dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
         if residual is None:
-            torch.ops.axiscap.cap_.buffers(hidden, *buffers)
+            torch.ops.axiscap.cap_.buffers(hidden, *tensors)
         else:
-            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *buffers)
+            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *tensors)
         return result
 
     block.register_forward_hook(cap, with_kwargs=True)

@@ -1,9 +1,13 @@
-"""The tensors that a capped graph reads and writes, at fixed addresses, and what is counted from them."""
+"""What capping did, counted per request and layer: totals for the metrics page, and a log of finished requests."""
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import math
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,105 +19,116 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from axiscap import _C, ops
-from axiscap.installation import layer_stats
-from axiscap.profile import CapProfile
-from axiscap.serving.settings import KEY, Settings, write
+from axiscap.serving import state
+from axiscap.serving.buffers import Buffers, Counts, copy_in
+from axiscap.serving.settings import Choice
+from axiscap.stats import layer_stats
 
-Counts = np.ndarray[Any, np.dtype[np.int32]]
+_LOGGER = logging.getLogger("axiscap")
 
-#: How often the totals are written for the metrics, in seconds.
+#: How often the totals are written for the metrics, and what could not be written is tried again, in seconds.
 TOTALS_EVERY = 5.0
+#: Of the log, what waits at most for a disk that takes nothing; records beyond it are lost, and counted.
+WAITING_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a request carries through the engine once its profile is chosen: a name for people, a digest for the bank.
+class Writer:
+    """Writes the totals and the log, in a thread of its own: a disk that is full, gone or slow holds up no step.
 
-    ``digest`` None: the request is left alone.
-    """
-
-    name: str | None
-    digest: str | None
-    id: str
-
-    @classmethod
-    def of(cls, extra: Mapping[str, Any] | None) -> Choice:
-        """Reads it from a request's extra arguments, where :meth:`put` left it.
-
-        Raises:
-            RuntimeError: it is not there, so that nobody decided about this request.
-        """
-        stored = (extra or {}).get(KEY)
-        if not isinstance(stored, dict):
-            raise RuntimeError("axiscap: a request reached the model without a decision about its profile")
-        return cls(**stored)
-
-    def put(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {**(extra or {}), KEY: vars(self)}
-
-    @property
-    def salt(self) -> str:
-        """What separates this request's blocks in a prefix cache from those of requests that are capped differently."""
-        return f"{KEY}={self.digest or '-'}"
-
-
-class Bank:
-    """All capped layers of one worker: slots of profiles, the slot of each row of the step, and its projections.
+    What cannot be written is said once, counted on the metrics page, and tried again. Capping goes on meanwhile.
 
     Args:
-        settings: layers that this worker does not hold are left out by ``layers``.
-        layers: the capped layers that this worker holds.
-        max_rows: of one step.
+        totals: a file of the server's own folder (:func:`axiscap.serving.state.folder`), replaced as a whole.
+        log: a file that gets a line for each record; None: no log.
     """
 
-    def __init__(self, settings: Settings, layers: Sequence[int], max_rows: int, device: torch.device) -> None:
-        shape = (settings.slots, settings.directions)
-        self.layers = list(layers)
-        self.hidden_size = settings.hidden_size
-        self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
-        self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
-        self.rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self.all_projections = torch.zeros(len(self.layers), max_rows, settings.directions, device=device)
-        # The same memory by layer, each a storage of its own: a graph that writes several views of one copies them.
-        self.projections = [from_dlpack(projections) for projections in self.all_projections]
-        self.slot_of: dict[str, int] = {}
-        self._filled = 0
+    def __init__(self, totals: Path, log: Path | None) -> None:
+        self.logs = log is not None
+        self._paths = {"totals": totals, "log": log}
+        self._news = threading.Condition()
+        self._totals: Mapping[str, Any] | None = None  # the newest; an older one is of no use
+        self._lines = bytearray()
+        self._writing = threading.Lock()
+        self._failures = {"totals": 0, "log": 0}
+        self._failing: set[str] = set()
+        self._lost = 0
+        threading.Thread(target=self._run, name="axiscap-telemetry", daemon=True).start()
+        atexit.register(self.flush)
 
-    def place(self, slot: int, profile: CapProfile) -> None:
-        """Puts a profile into a slot; what lay there is gone."""
-        directions = self.floors.shape[2]
-        if profile.directions > directions or profile.hidden_size != self.hidden_size:
-            raise ValueError(
-                f"the server's bank is for hidden size {self.hidden_size} and at most {directions} directions; the "
-                f"profile has hidden size {profile.hidden_size} and {profile.directions}"
-            )
-        for at, layer in enumerate(self.layers):
-            axes, floors = profile.slot_at(layer, directions)
-            self.axes[at, slot].copy_(axes)
-            self.floors[at, slot].copy_(floors)
-        self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}
-        self.slot_of[profile.digest] = slot
+    def totals(self, profiles: Mapping[str, Any]) -> None:
+        """Counts by profile and layer, which take the place of those before."""
+        with self._news:
+            self._totals = profiles
+            self._news.notify()
 
-    def fill(self, slots: Counts) -> None:
-        """The slots of the step's rows; those behind them are left alone."""
-        _copy_in(self.rows, slots)
-        if self._filled > len(slots):
-            self.rows[len(slots) : self._filled].fill_(-1)
-        self._filled = len(slots)
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """One line each, behind those before."""
+        lines = [json.dumps(record).encode() + b"\n" for record in records]
+        with self._news:
+            for line in lines:
+                if len(self._lines) + len(line) <= WAITING_BYTES:
+                    self._lines += line
+                else:
+                    self._lost += 1
+            self._news.notify()
 
-    def clear(self) -> None:
-        """No row is capped until the next fill: dummy and padded steps."""
-        self.rows.fill_(-1)
-        self._filled = 0
+    def flush(self) -> bool:
+        """Writes what waits, once, in this thread; returns whether nothing is left."""
+        with self._writing:
+            # The log first, so that its failures are in the totals.
+            return all([self._attempt("log", self._append), self._attempt("totals", self._replace)])
 
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._totals is not None or self._lines)
+            if not self.flush():
+                time.sleep(TOTALS_EVERY)
 
-def _copy_in(buffer: Tensor, values: Counts) -> None:
-    host = torch.from_numpy(values)
-    # Pinned memory is not reused before the copy is done: torch's allocator sees to that.
-    buffer[: len(values)].copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
+    def _attempt(self, what: str, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except Exception as error:  # whatever it is, the thread must live, and try again
+            self._failures[what] += 1
+            if what not in self._failing:
+                self._failing.add(what)
+                told = "axiscap: the %s cannot be written to %s, and will be tried again; capping goes on: %s"
+                _LOGGER.warning(told, what, self._paths[what], error)
+            return False
+        if what in self._failing:
+            self._failing.discard(what)
+            _LOGGER.warning("axiscap: the %s can be written again", what)
+        return True
+
+    def _append(self) -> None:
+        path = self._paths["log"]
+        if path is None or not self._lines:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Opened each time, since it may have been moved away; a pipe that nobody reads is an error, not a wait.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        try:
+            while self._lines:
+                with self._news:
+                    waiting = bytes(self._lines)
+                written = os.write(file, waiting)  # on a full disk a part, whose rest goes first the next time
+                with self._news:
+                    del self._lines[:written]
+        finally:
+            os.close(file)
+
+    def _replace(self) -> None:
+        with self._news:
+            profiles = self._totals
+        path = self._paths["totals"]
+        if profiles is None or path is None:
+            return
+        state.write(path, {"profiles": profiles, "failures": self._failures, "lost": self._lost})
+        with self._news:
+            if self._totals is profiles:
+                self._totals = None
 
 
 @dataclass
@@ -129,11 +144,10 @@ class Telemetry:
     speculative step computed and threw away count, and so do those that a preempted request computes again.
     """
 
-    def __init__(self, bank: Bank, requests: int, totals: Path | None, log: Path | None) -> None:
-        self.bank = bank
-        self._totals_path = totals
-        self._log_path = log
-        self._rows = torch.full_like(bank.rows, -1)
+    def __init__(self, buffers: Buffers, requests: int, writer: Writer) -> None:
+        self.buffers = buffers
+        self._writer = writer
+        self._rows = torch.full_like(buffers.rows, -1)
         self._to_add: tuple[Tensor, Tensor, Tensor, Tensor]  # what a call of accumulate_ takes
         self._running: dict[str, _Running] = {}
         self._free: list[int] = []
@@ -147,7 +161,7 @@ class Telemetry:
         self._grow(requests)
 
     def _grow(self, requests: int) -> None:
-        layers, _, directions = self.bank.floors.shape
+        layers, _, directions = self.buffers.floors.shape
         fresh = self._new(requests)
         floors = torch.zeros(layers, requests, 2, directions, device=fresh.device)
         known = 0
@@ -159,8 +173,8 @@ class Telemetry:
         self._free += range(known, requests)
 
     def _new(self, requests: int) -> Tensor:
-        layers, _, directions = self.bank.floors.shape
-        stats = ops.new_stats(layers * requests * 2, directions, self.bank.floors.device)
+        layers, _, directions = self.buffers.floors.shape
+        stats = ops.new_stats(layers * requests * 2, directions, self.buffers.floors.device)
         return stats.reshape(layers, requests, 2, directions, -1)
 
     def start(self, request: str, choice: Choice) -> None:
@@ -169,7 +183,7 @@ class Telemetry:
         if not self._free:  # preempted requests keep theirs while others run
             self._grow(2 * self._stats.shape[1])
         index = self._free.pop()
-        self._floors[:, index] = self.bank.floors[:, self.bank.slot_of[choice.digest], None]
+        self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[choice.digest], None]
         self._running[request] = _Running(index, choice)
 
     def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts) -> None:
@@ -178,8 +192,8 @@ class Telemetry:
         parts = np.stack([2 * index, 2 * index + 1], 1)
         parts[index < 0] = -1
         rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
-        _copy_in(self._rows, rows)
-        projections = self.bank.all_projections[:, : len(rows)]
+        copy_in(self._rows, rows)
+        projections = self.buffers.all_projections[:, : len(rows)]
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
 
     def count(self) -> None:
@@ -208,7 +222,7 @@ class Telemetry:
     def settle(self, *, idle: bool) -> None:
         """Logs what finished requests left, and writes the totals when it is time, or when nothing runs any more."""
         now = time.monotonic()
-        if self._totals_path is not None and self._changed and (idle or now - self._written >= TOTALS_EVERY):
+        if self._changed and (idle or now - self._written >= TOTALS_EVERY):
             self._written, self._changed = now, False
             running = list(self._running.values())
             self._copy_away([one.index for one in running], partial(self._write, [one.choice for one in running]))
@@ -220,14 +234,13 @@ class Telemetry:
 
     def _add_finished(self, choices: Sequence[Choice], left: Tensor) -> None:
         _add(self._totals, choices, left)
-        if self._log_path is not None:
+        if self._writer.logs:
             self._log(left, choices)
 
     def _write(self, choices: Sequence[Choice], running: Tensor) -> None:
-        assert self._totals_path is not None
         totals = dict(self._totals)
         _add(totals, choices, running)
-        write(self._totals_path, {name: self._counts(sums) for name, sums in totals.items()})
+        self._writer.totals({name: self._counts(sums) for name, sums in totals.items()})
 
     def _counts(self, sums: Tensor) -> dict[str, dict[str, float]]:
         """Of each layer, from sums (layers, K, F)."""
@@ -241,21 +254,19 @@ class Telemetry:
                 "projection": first[at][field["sum"]],
                 "shortfall": all_directions[at][field["shortfall"]],
             }
-            for at, layer in enumerate(self.bank.layers)
+            for at, layer in enumerate(self.buffers.layers)
         }
 
     def _log(self, left: Tensor, choices: Sequence[Choice]) -> None:
-        assert self._log_path is not None
-        lines = []
+        records = []
         for at, choice in enumerate(choices):
             parts = {"layers": left[:, at].sum(1), "answer": left[:, at, 1]}
             counted = {
-                part: {layer: _described(stats[number]) for number, layer in enumerate(self.bank.layers)}
+                part: {layer: _described(stats[number]) for number, layer in enumerate(self.buffers.layers)}
                 for part, stats in parts.items()
             }
-            lines.append(json.dumps({**vars(choice), "time": time.time(), **counted}) + "\n")
-        with self._log_path.open("a") as file:
-            file.write("".join(lines))
+            records.append({**vars(choice), "time": time.time(), **counted})
+        self._writer.log(records)
 
 
 def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) -> None:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import metrics
+from axiscap.serving import metrics, state
 from axiscap.serving import settings as shared
-from axiscap.serving.buffers import Bank, Choice
+from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import Choices, Control
-from axiscap.serving.settings import KEY, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker, decoder_layers
+from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -36,7 +36,7 @@ def _settings(config: Any) -> Settings:
 
 
 def _folder(config: Any) -> Path:
-    return shared.state_folder(config.instance_id)
+    return state.folder(config.instance_id)
 
 
 # The API process.
@@ -100,7 +100,7 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         choices = processor.__dict__.get("_axiscap")
         if choices is None:
             config = processor.vllm_config
-            choices = processor._axiscap = Choices(_settings(config), _folder(config))
+            choices = processor._axiscap = Choices(_settings(config), state.path(config.instance_id))
         try:
             choices.check(getattr(params, "extra_args", None))
         except ChoiceError as error:
@@ -200,7 +200,7 @@ def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class VllmWorker:
-    """A worker's part: caps the block outputs of its layers, and tells the bank whose rows a step computes."""
+    """A worker's part: caps the block outputs of its layers, and tells the buffers whose rows a step computes."""
 
     def __init__(self, worker: Any) -> None:
         self._runner = runner = worker.model_runner
@@ -217,7 +217,7 @@ class VllmWorker:
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
-        worker.axiscap_layers = lambda: self._capped.bank.layers
+        worker.axiscap_layers = lambda: self._capped.buffers.layers
         worker.axiscap_place = lambda *profile: self._capped.place(*profile)
 
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +225,7 @@ class VllmWorker:
         runner, parallel, settings = self._runner, self._config.parallel_config, _settings(self._config)
         model = runner.get_model()
         language = model.get_language_model() if hasattr(model, "get_language_model") else model
-        blocks = decoder_layers(language, self._config.model_config.hf_text_config.num_hidden_layers)
+        blocks = engine_layers(language, self._config.model_config.hf_text_config.num_hidden_layers)
         held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
         # Only one rank of those that hold the same rows and layers counts them.
         counts = self._rank % parallel.tensor_parallel_size == 0
@@ -239,7 +239,7 @@ class VllmWorker:
             totals if counts else None,
         )
         for at, layer in enumerate(held):
-            _cap_block(blocks[layer], layer, self._capped.bank, at)
+            _cap_block(blocks[layer], layer, self._capped.buffers, at)
         return result
 
     def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -287,26 +287,26 @@ class VllmWorker:
         Raises:
             RuntimeError: it is not; the server must not start.
         """
-        bank = self._capped.bank
-        if not bank.layers:
+        buffers = self._capped.buffers
+        if not buffers.layers:
             return
-        kept = bank.floors.clone()
-        bank.rows.fill_(0)
-        bank.floors.fill_(-torch.inf)
-        for projections in bank.projections:
+        kept = buffers.floors.clone()
+        buffers.rows.fill_(0)
+        buffers.floors.fill_(-torch.inf)
+        for projections in buffers.projections:
             projections.fill_(torch.nan)
         plain = self._probe()
-        seen = [projections[0, 0].item() for projections in bank.projections]
-        for at, layer in enumerate(bank.layers):
+        seen = [projections[0, 0].item() for projections in buffers.projections]
+        for at, layer in enumerate(buffers.layers):
             if not np.isfinite(seen[at]):
                 raise RuntimeError(
                     f"axiscap: layer {layer} of the compiled model measures no row: the cap is not in it"
                 )
-            bank.floors.fill_(-torch.inf)
-            bank.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
+            buffers.floors.fill_(-torch.inf)
+            buffers.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
             if torch.equal(self._probe(), plain):
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
-        bank.floors.copy_(kept)
+        buffers.floors.copy_(kept)
         self._capped.clear()
 
     def _probe(self) -> Tensor:
@@ -323,16 +323,16 @@ def _flat(output: Any) -> Tensor:
     return torch.cat([part.reshape(-1).float() for part in parts])
 
 
-def _cap_block(block: nn.Module, layer: int, bank: Bank, at: int) -> None:
+def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int) -> None:
     """Caps what a decoder layer returns: one tensor, or the pair of hidden and residual whose sum is its output.
 
     A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
     """
     pair = "residual" in inspect.signature(block.forward).parameters
-    block.register_buffer("axiscap_axes", bank.axes[at], persistent=False)
-    block.register_buffer("axiscap_floors", bank.floors[at], persistent=False)
-    block.register_buffer("axiscap_rows", bank.rows, persistent=False)
-    block.register_buffer("axiscap_projections", bank.projections[at], persistent=False)
+    block.register_buffer("axiscap_axes", buffers.axes[at], persistent=False)
+    block.register_buffer("axiscap_floors", buffers.floors[at], persistent=False)
+    block.register_buffer("axiscap_rows", buffers.rows, persistent=False)
+    block.register_buffer("axiscap_projections", buffers.projections[at], persistent=False)
     kind = type(block).__name__
 
     def cap_pair(module: Any, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""One worker's part, whatever the engine: its bank, which rows of a step are whose, and what is counted of them."""
+"""One worker's part, whatever the engine: its buffers, which rows of a step are whose, and what is counted of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from axiscap.serving.buffers import Bank, Choice, Counts, Telemetry
+from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
-from axiscap.serving.settings import Settings, SettingsError
+from axiscap.serving.settings import Choice, Settings, SettingsError
+from axiscap.serving.telemetry import Telemetry, Writer
 
 
 class Worker:
@@ -32,7 +33,7 @@ class Worker:
         requests: int,
         totals: Path | None,
     ) -> None:
-        self.bank = Bank(settings, layers, max_rows, device)
+        self.buffers = Buffers(settings, layers, max_rows, device)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes] | None = None
         self._to_count = False
@@ -43,16 +44,16 @@ class Worker:
         self._telemetry: Telemetry | None = None
         if totals is not None and layers:
             log = None if settings.log is None else Path(settings.log)
-            self._telemetry = Telemetry(self.bank, requests, totals, log)
+            self._telemetry = Telemetry(self.buffers, requests, Writer(totals, log))
 
     def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
-        """Puts a profile into a slot of the bank."""
-        self.bank.place(slot, read_profile(path, floors, digest))
+        """Puts a profile into a slot of every layer."""
+        self.buffers.place(slot, read_profile(path, floors, digest))
         self._step = None
 
     def clear(self) -> None:
         """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""
-        self.bank.clear()
+        self.buffers.clear()
         self._step = None
 
     def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Choice]]) -> None:
@@ -80,8 +81,8 @@ class Worker:
         step = list(names), counts.tobytes(), prompts.tobytes()
         if step != self._step:
             digests = [self._choices[name].digest for name in names]
-            slots = [-1 if digest is None else self.bank.slot_of[digest] for digest in digests]
-            self.bank.fill(np.repeat(np.array(slots, np.int32), counts))
+            slots = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
+            self.buffers.fill(np.repeat(np.array(slots, np.int32), counts))
             if self._telemetry:
                 self._telemetry.fill(names, counts, prompts)
             self._step = step
@@ -100,8 +101,8 @@ class Worker:
     def _check(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None]) -> None:
         """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""
         at = 0
-        rows = self.bank.rows.tolist()
-        content = {slot: digest for digest, slot in self.bank.slot_of.items()}
+        rows = self.buffers.rows.tolist()
+        content = {slot: digest for digest, slot in self.buffers.slot_of.items()}
         for name, count in zip(names, counts.tolist(), strict=True):
             found = {content.get(slot) for slot in rows[at : at + count]}
             if found != {view[name]}:
@@ -111,7 +112,7 @@ class Worker:
             raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
 
 
-def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """The decoder layers of an engine's language model, by structure: its one list of as many modules as it has layers.
 
     Raises:

@@ -27,8 +27,8 @@ from rich.panel import Panel
 from torch import Tensor
 
 from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
+from axiscap.drift import CAPPED, UNCAPPED, Recorder, Scale, Selection, Talk, known_layers, measuring, replay
 from axiscap.drift.compare import load_conversations
-from axiscap.drift.monitor import CAPPED, UNCAPPED, Recorder, Scale, Talk, known_layers, measuring, replay
 from axiscap.installation import install
 from axiscap.models import text_config
 from axiscap.profile import CapProfile
@@ -414,7 +414,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             why = "there is no talk yet" if not turns else "a report needs the model in this process: give --model"
             raise gr.Error(why, print_exception=False)
         profile = chosen(name, percentile, layers)
-        selection = page.Selection(Scale.of(profile))
+        selection = Selection(Scale.of(profile))
         for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=known_layers(profile)):
             selection.add(trace)
         return offer("talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))

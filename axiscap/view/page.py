@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import pairwise
@@ -23,14 +22,13 @@ from typing import Any
 import torch
 
 import axiscap
-from axiscap.drift.monitor import CAPPED, Drift, Scale, Trace, drift_of, percentile_in_words
-from axiscap.profile import CapProfile
+from axiscap.drift import CAPPED, Scale, Selection, Trace, percentile_in_words
+from axiscap.profile import CapProfile, Evidence, ProfileError
 
-#: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
-ROWS, DETAILED = 200, 8
 #: Tokens of a conversation that are shown at most, and layers of its heat map.
 TOKENS, LAYERS = 500, 32
-_GROUPS, _LINES, _HISTOGRAM = 24, 60, 50_000
+#: Curves in one chart at most.
+_LINES = 60
 
 # Okabe and Ito's colours; dashes, markers and hatches keep things apart in grey.
 _UNCAPPED, _CAPPED, _ROLE, _GREY = "#D55E00", "#0072B2", "#CC79A7", "#888888"
@@ -45,112 +43,6 @@ def plotly() -> tuple[Any, Any]:
         return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.offline")
     except ModuleNotFoundError:
         raise ModuleNotFoundError("the page needs plotly: pip install 'axiscap[report]'") from None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A conversation in figures: its drift, and each answer's mean, tokens, and tokens below the floor."""
-
-    name: str
-    group: str
-    side: str
-    drift: Drift
-    answers: list[tuple[float, int, int]]
-
-    @property
-    def means(self) -> list[float]:
-        return [mean for mean, _, _ in self.answers]
-
-
-@dataclass
-class Group:
-    """The conversations of one group and side, added up."""
-
-    conversations: int = 0
-    answers: int = 0
-    below: int = 0  # answers whose mean is below the floor
-    abnormal: int = 0  # answers whose mean is below 99 % of normal answers
-    _level: float = 0.0
-    _squares: float = 0.0
-
-    def add(self, row: Row, scale: Scale) -> None:
-        self.conversations += 1
-        self.answers += len(row.answers)
-        self.below += sum(mean < scale.floor for mean in row.means)
-        self.abnormal += sum(scale.percentile(mean) < 1 for mean in row.means)
-        self._level += row.drift.level
-        self._squares += row.drift.level**2
-
-    @property
-    def level(self) -> float:
-        """The mean of the conversations' levels."""
-        return self._level / self.conversations
-
-    @property
-    def interval(self) -> float:
-        """Half the width of the mean level's 95 % interval, by the normal approximation; NaN for one conversation."""
-        if self.conversations < 2:
-            return math.nan
-        variance = (self._squares - self.conversations * self.level**2) / (self.conversations - 1)
-        return 1.96 * math.sqrt(max(0.0, variance) / self.conversations)
-
-    def described(self) -> str:
-        """Its level, for people."""
-        return f"{self.level:.3g}" + (f" ± {self.interval:.2g}" if math.isfinite(self.interval) else "")
-
-
-class Selection:
-    """Of any number of traces, what is shown: figures of each group, and in full the conversations that went lowest.
-
-    Memory does not grow with the number of traces.
-
-    Args:
-        scale: of the layer that figures and curves are of.
-    """
-
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
-        self.groups: dict[tuple[str, str], Group] = {}
-        self.tokens: dict[str, list[float]] = {}
-        self._rows: list[Row] = []
-        self._traces: list[Trace] = []
-
-    def add(self, trace: Trace) -> Drift | None:
-        """Returns the trace's drift; None where the model says nothing in it, which is not shown."""
-        talk, scale = trace.talk, self.scale
-        answers = trace.sums(scale)
-        drift = drift_of(answers, scale)
-        if drift is None:
-            return None
-        row = Row(talk.name, talk.group, talk.side, drift, answers)
-        key = (talk.group, talk.side)
-        if key not in self.groups and len(self.groups) >= _GROUPS:
-            key = ("other groups", talk.side)
-        self.groups.setdefault(key, Group()).add(row, scale)
-        kept = self.tokens.setdefault(talk.side, [])
-        if len(kept) < _HISTOGRAM:
-            kept.extend(torch.cat(trace.answers(scale.layer)).tolist())
-        self._rows.append(row)
-        self._traces.append(trace)
-        if len(self._rows) > 2 * ROWS:
-            self._rows = self.rows()
-        if len(self._traces) > 4 * DETAILED:
-            self._traces = self.traces()
-        return drift
-
-    @property
-    def conversations(self) -> int:
-        return sum(group.conversations for group in self.groups.values())
-
-    def rows(self) -> list[Row]:
-        """At most :data:`ROWS` conversations, the lowest first."""
-        return sorted(self._rows, key=lambda row: row.drift.lowest)[:ROWS]
-
-    def traces(self) -> list[Trace]:
-        """At most :data:`DETAILED` conversations, the lowest first, each followed by its other side."""
-        names = list(dict.fromkeys(row.name for row in self.rows()))[:DETAILED]
-        mine = [trace for trace in self._traces if trace.talk.name in names]
-        return sorted(mine, key=lambda trace: (names.index(trace.talk.name), trace.talk.side == CAPPED))
 
 
 def write(path: Path, profile: CapProfile, selection: Selection, title: str = "Drift along the Assistant Axis") -> None:
@@ -169,21 +61,25 @@ def write(path: Path, profile: CapProfile, selection: Selection, title: str = "D
     sections = []
     if selection.groups:
         sections += [_trajectories(figures, selection), _table(selection), _details(figures, selection, profile)]
-    evidence = profile.provenance.get("evidence")
-    if isinstance(evidence, Mapping):
-        try:
-            sections.append(_evidence(figures, profile, evidence))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # anyone may have written it
-            sections.append("<p>The profile's evidence is not in the form that this version writes.</p>")
+    try:
+        evidence, unreadable = profile.evidence, ""
+    except ProfileError as error:
+        evidence, unreadable = None, f"Of the profile, {error}."
+    if evidence is not None:
+        sections.append(_evidence(figures, profile, evidence))
     if not sections:
-        raise ValueError("nothing to show: no conversation with an answer, and no evidence in the profile")
+        raise ValueError(
+            f"nothing to show: no conversation with an answer, and no evidence in the profile. {unreadable}".rstrip()
+        )
+    if unreadable:
+        sections.append(f"<p>{html.escape(unreadable)}</p>")
     if selection.scale.values or selection.groups:
         sections.append(_histogram(figures, profile, selection))
     sections.append(_provenance(profile, selection))
     template = Template((files("axiscap.view") / "page.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(title),
-        summary="".join(f"<p>{html.escape(line)}</p>" for line in _summary(profile, selection)),
+        summary="".join(f"<p>{html.escape(line)}</p>" for line in _summary(profile, evidence, selection)),
         sections="\n".join(sections),
         figures=json.dumps(figures.made).replace("</", "<\\/"),
         plotly=offline.get_plotlyjs(),
@@ -259,7 +155,7 @@ def _side(side: str) -> tuple[str, str, str, str]:
     return side or "as read", _UNCAPPED, "solid", "circle"
 
 
-def _summary(profile: CapProfile, selection: Selection) -> list[str]:
+def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selection) -> list[str]:
     scale, lines = selection.scale, []
     for side in dict.fromkeys(side for _, side in selection.groups):
         groups = [group for (_, other), group in selection.groups.items() if other == side]
@@ -276,12 +172,11 @@ def _summary(profile: CapProfile, selection: Selection) -> list[str]:
                 + (f", {percentile_in_words(worst.drift.lowest_percentile)}" if scale.values else "")
                 + (f"; the floor is {scale.floor:.3g}." if math.isfinite(scale.floor) else ".")
             )
-    facts = profile.provenance.get("evidence")
-    if isinstance(facts, Mapping) and isinstance(facts.get("auc"), list) and isinstance(facts.get("best_layer"), int):
-        auc = facts["auc"][facts["best_layer"]]
+    if evidence is not None:
+        auc = evidence.auc[evidence.best_layer]
         lines.append(
             "On roles and questions that made nothing of it, the axis tells the Assistant's answers from other "
-            f"characters' with an AUC of {auc:.2f} at layer {facts['best_layer']} (0.5 is chance, 1 is never wrong)."
+            f"characters' with an AUC of {auc:.2f} at layer {evidence.best_layer} (0.5 is chance, 1 is never wrong)."
         )
     layers = f"{profile.layers[0]} to {profile.layers[-1]}" if len(profile.layers) > 1 else f"{profile.layers[0]}"
     about = f" Curves of conversations are of layer {scale.layer}, before its own cap." if selection.groups else ""
@@ -502,10 +397,10 @@ def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> st
     )
 
 
-def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) -> str:
-    go, depth, best = figures.go, list(range(len(facts["auc"]))), facts["best_layer"]
-    lines = [go.Scatter(x=depth, y=_round(facts["auc"]), name="all held-out roles", line={"width": 3, "color": _GREY})]
-    for number, (kind, values) in enumerate(facts["auc_by_kind"].items()):
+def _evidence(figures: _Figures, profile: CapProfile, facts: Evidence) -> str:
+    go, depth, best = figures.go, list(range(len(facts.auc))), facts.best_layer
+    lines = [go.Scatter(x=depth, y=_round(facts.auc), name="all held-out roles", line={"width": 3, "color": _GREY})]
+    for number, (kind, values) in enumerate(facts.auc_by_kind.items()):
         at = number % len(_SHADES)
         lines.append(
             go.Scatter(
@@ -517,9 +412,7 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
                 marker={"symbol": _MARKERS[at], "size": 5},
             )
         )
-    null = go.Scatter(
-        x=depth, y=_round(facts["null_auc"]), name="labels permuted", line={"dash": "dot", "color": _GREY}
-    )
+    null = go.Scatter(x=depth, y=_round(facts.null_auc), name="labels permuted", line={"dash": "dot", "color": _GREY})
     capped = {
         "type": "rect", "xref": "x", "yref": "paper", "x0": profile.layers[0] - 0.5, "x1": profile.layers[-1] + 0.5,
         "y0": 0, "y1": 1, "fillcolor": "rgba(128,128,128,0.18)", "line": {"width": 0}, "layer": "below",
@@ -533,9 +426,9 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
         shapes=[capped],
         height=460,
     )
-    names = [str(name).replace("_", " ") for name in facts["map"]]
-    xs, ys = zip(*facts["map"].values(), strict=True)
-    ordered = sorted(facts["loadings"], key=lambda name: float(facts["loadings"][name]))
+    names = [str(name).replace("_", " ") for name in facts.map]
+    xs, ys = zip(*facts.map.values(), strict=True)
+    ordered = sorted(facts.loadings, key=lambda name: float(facts.loadings[name]))
     named = {name.replace("_", " ") for name in (*ordered[:6], *ordered[-6:])}
     roles = go.Scatter(
         x=_round(xs),
@@ -549,7 +442,7 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
         hovertemplate="%{customdata}: %{x:.3g}, %{y:.3g}<extra></extra>",
         showlegend=False,
     )
-    cosine, far = abs(facts["pc1_cosine"][best]), max(abs(x) for x in xs)
+    cosine, far = abs(facts.pc1_cosine[best]), max(abs(x) for x in xs)
     arrow = {
         "x": far * cosine, "y": 0, "ax": -far * cosine, "ay": 0, "xref": "x", "yref": "y", "axref": "x", "ayref": "y",
         "showarrow": True, "arrowhead": 3, "arrowwidth": 2, "arrowcolor": _CAPPED,
@@ -565,7 +458,7 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Mapping[str, Any]) 
         annotations=[arrow, {**label, "font": {"color": _CAPPED}}],
         height=460,
     )
-    held = f"{len(facts['held_roles'])} roles and {facts['held_questions']} questions"
+    held = f"{len(facts.held_roles)} roles and {facts.held_questions} questions"
     return _section("Is the axis real?", f"Measured on {held} that made nothing of it.", _grid([separation, space]))
 
 

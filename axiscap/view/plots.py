@@ -112,17 +112,17 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
         path: the picture, its kind by its suffix.
 
     Raises:
-        ValueError: the profile's provenance has no evidence.
+        ValueError: the profile's provenance has no evidence that can be read.
     """
-    facts = profile.provenance.get("evidence")
-    if not isinstance(facts, dict):
+    facts = profile.evidence
+    if facts is None:
         raise ValueError("the profile has no evidence to draw; it was not made by this version's calibration")
     plot = pyplot()
     figure, ((separation, geometry, floors), (space, scree, loadings)) = plot.subplots(
         2, 3, figsize=(16, 9.5), layout="constrained"
     )
-    depth, best = range(len(facts["auc"])), facts["best_layer"]
-    low, high = facts["auc_interval"]
+    depth, best = range(len(facts.auc)), facts.best_layer
+    low, high = facts.auc_interval
     shades = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
     def band(panel: Any) -> None:
@@ -130,33 +130,29 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
         panel.set_xlabel("layer")
         panel.grid(alpha=0.25)
 
-    separation.plot(depth, facts["auc"], color="black", linewidth=2, label="all held-out roles")
-    separation.errorbar([best], [facts["auc"][best]], [[facts["auc"][best] - low], [high - facts["auc"][best]]],
+    separation.plot(depth, facts.auc, color="black", linewidth=2, label="all held-out roles")
+    separation.errorbar([best], [facts.auc[best]], [[facts.auc[best] - low], [high - facts.auc[best]]],
                         color="black", capsize=4)  # fmt: skip
-    for (kind, values), shade, marker in zip(facts["auc_by_kind"].items(), shades * 9, "os^Dv*" * 9, strict=False):
+    for (kind, values), shade, marker in zip(facts.auc_by_kind.items(), shades * 9, "os^Dv*" * 9, strict=False):
         separation.plot(depth, values, color=shade, marker=marker, markersize=3, linewidth=1, label=kind)
-    separation.plot(depth, facts["null_auc"], color=FLOOR, linestyle=":", label="labels permuted")
+    separation.plot(depth, facts.null_auc, color=FLOOR, linestyle=":", label="labels permuted")
     separation.set(title="separation from the default, held out", ylabel="AUC (0.5: none)", ylim=(0.2, 1.02))
     band(separation)
     separation.legend(fontsize=8, loc="lower left", ncols=2)
 
-    geometry.plot(depth, [abs(x) for x in facts["pc1_cosine"]], color=shades[0], marker="o", markersize=3,
+    geometry.plot(depth, [abs(x) for x in facts.pc1_cosine], color=shades[0], marker="o", markersize=3,
                   label="|cos|, first component and axis")  # fmt: skip
-    geometry.plot(
-        depth, facts["halves"], color=shades[1], marker="s", markersize=3, label="cos, halves of the questions"
-    )
-    geometry.plot(depth[:-1], facts["next_layer"], color=shades[2], marker="^", markersize=3, label="cos, next layer")
+    geometry.plot(depth, facts.halves, color=shades[1], marker="s", markersize=3, label="cos, halves of the questions")
+    geometry.plot(depth[:-1], facts.next_layer, color=shades[2], marker="^", markersize=3, label="cos, next layer")
     geometry.set(title="the axis", ylabel="cosine", ylim=(0, 1.05))
     band(geometry)
     geometry.legend(fontsize=8, loc="lower right")
 
-    percentiles = profile.provenance["quantiles"]["percentiles"]
-    columns = [percentiles.index(float(p)) for p in (5, 50, 95)]
-    names = list(profile.provenance["quantiles"]["populations"])
+    drawn = [profile.percentiles.index(p) for p in (5.0, 50.0, 95.0) if p in profile.percentiles]
     for name, shade, hatch in (("assistant", shades[0], ""), ("pooled", shades[1], "//")):
-        if profile.populations is None or name not in names:
+        if len(drawn) < 3 or name not in profile.tables:
             continue
-        table = profile.populations[names.index(name)][:, columns].T.tolist()
+        table = profile.tables[name][:, drawn].T.tolist()
         floors.fill_between(depth, table[0], table[2], color=shade, alpha=0.2, hatch=hatch, label=f"{name}: 5 to 95 %")
         floors.plot(depth, table[1], color=shade, linewidth=1)
     floors.plot(
@@ -166,7 +162,7 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
     band(floors)
     floors.legend(fontsize=8, loc="lower left")
 
-    for name, (x, y) in facts["map"].items():
+    for name, (x, y) in facts.map.items():
         space.plot(x, y, marker="o", color=shades[0], markersize=3)
         space.annotate(name.replace("_", " "), (x, y), fontsize=6, xytext=(2, 2), textcoords="offset points")
     space.annotate("Assistant", (1, -0.06), (0.8, -0.06), xycoords="axes fraction", va="center", fontsize=8,
@@ -175,12 +171,12 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
               ylabel="component 2")  # fmt: skip
     space.grid(alpha=0.25)
 
-    scree.bar(range(1, len(facts["variance"]) + 1), facts["variance"], color=shades[0])
-    scree.set(title=f"variance of the role vectors, layer {best}\n{facts['components_70'][best]} components hold 70 %",
+    scree.bar(range(1, len(facts.variance) + 1), facts.variance, color=shades[0])
+    scree.set(title=f"variance of the role vectors, layer {best}\n{facts.components_70[best]} components hold 70 %",
               xlabel="component", ylabel="share")  # fmt: skip
     scree.grid(alpha=0.25, axis="y")
 
-    ordered = sorted(facts["loadings"].items(), key=lambda item: item[1])
+    ordered = sorted(facts.loadings.items(), key=lambda item: item[1])
     shown = ordered if len(ordered) <= 40 else ordered[:20] + ordered[-20:]
     loadings.barh([name.replace("_", " ") for name, _ in shown], [value for _, value in shown], color=shades[1])
     loadings.tick_params(axis="y", labelsize=6)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test test-serving test-vllm test-sglang lint bench gpu release sanitize clean
+.PHONY: demo test quick test-serving test-vllm test-sglang lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -13,6 +13,10 @@ demo: .venv/built
 # Two files at a time, of one thread each; tests of threads ask for theirs.
 test: .venv/built sanitize
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What takes a second or so at most: no sanitizers, no engine, no long run. Two minutes on two cores.
+quick: .venv/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 # The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
 # thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.
@@ -93,7 +97,7 @@ needs-sglang := -r tests/sglang-requirements.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@
 
-build/wheel/made: .venv/built
+build/wheel/made: .venv/built axiscap_plugin.py $(shell find axiscap -name "*.py")
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	touch $@

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap import _C
+from axiscap import _C, fake  # noqa: F401 (registers)
 
 
 def cap_(
@@ -157,23 +157,7 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     return stats
 
 
-# What torch.compile needs to know: shapes without data, and the backward of the functional ops.
-
-
-def _changes_only_its_arguments(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _cap_fake(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = hidden.new_empty(hidden.shape)
-    per_row = (math.prod(hidden.shape[:-1]), axes.shape[1])
-    return out, axes.new_empty(per_row), axes.new_empty(per_row, dtype=torch.bool)
-
-
-def _project_fake(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
-    return axes.new_empty((*hidden.shape[:-1], axes.shape[1]))
+# The backward of the functional ops.
 
 
 def _axes_of_rows(axes: Tensor, slots: Tensor | None, rows: int) -> Tensor:
@@ -213,17 +197,5 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
-for _op in (
-    "cap_",
-    "cap_.buffers",
-    "cap_residual_",
-    "cap_residual_.buffers",
-    "add_rms_norm_cap_",
-    "cap_layers_",
-    "accumulate_",
-):
-    torch.library.register_fake(f"axiscap::{_op}", _changes_only_its_arguments)
-torch.library.register_fake("axiscap::cap", _cap_fake)
-torch.library.register_fake("axiscap::project", _project_fake)
 torch.library.register_autograd("axiscap::cap", _cap_backward, setup_context=_cap_context)
 torch.library.register_autograd("axiscap::project", _project_backward, setup_context=_project_context)

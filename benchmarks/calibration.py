@@ -20,7 +20,7 @@ import torch
 from axiscap import calibrate, models
 from axiscap.calibrate import cluster, data, pipeline, rollouts, space
 
-SETTINGS = rollouts.Settings(models.DEFAULT_MODEL, "torch.float32")
+SETTINGS = calibrate.Settings(models.DEFAULT_MODEL, "torch.float32")
 
 
 def seconds(call) -> float:
@@ -66,11 +66,11 @@ def peak(count: int) -> int:
     plan = calibrate.plan(roles, [f"q{i}" for i in range(count // 5 * 4 // 3)])
     batches = calibrate.batches(plan)
     with tempfile.TemporaryDirectory() as folder:
-        store = rollouts.Store(folder, SETTINGS)
+        store = calibrate.Store(folder, SETTINGS)
         for i, batch in enumerate(batches):
             means = torch.randn(len(batch), 30, 576, generator=torch.Generator().manual_seed(i))
             n = len(batch)
-            store.write(store.name(batch), rollouts.Shard(batch, [[1]] * n, [[2]] * n, ["x"] * n, means))
+            store.write(store.name(batch), calibrate.Shard(batch, [[1]] * n, [[2]] * n, ["x"] * n, means))
         keep = pipeline.Keep()
         sums = pipeline.CollectSums(plan, keep)(store, batches)
         found, _ = pipeline.CollectProjections(plan, keep, space.Space.of(sums, plan, 1))(store, batches)
@@ -88,7 +88,7 @@ def workers() -> None:
         crew = cluster.RayWorkers(models.DEFAULT_MODEL, count, cpus=1)
         with tempfile.TemporaryDirectory() as folder:
             times[count] = seconds(
-                lambda f=folder, c=crew: c.rollouts(rollouts.Store(f, SETTINGS), batches, lambda n: None)
+                lambda f=folder, c=crew: c.rollouts(calibrate.Store(f, SETTINGS), batches, lambda n: None)
             )
         answers = sum(map(len, batches))
         print(

@@ -29,6 +29,7 @@ def installed(tmp_path_factory):
     return cmake, folder / "prefix"
 
 
+@pytest.mark.slow
 def test_the_example(installed, tmp_path):
     cmake, prefix = installed
     configure = [cmake, "-S", REPOSITORY / "examples" / "cpp", "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={prefix}"]

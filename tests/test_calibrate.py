@@ -113,7 +113,7 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 
 def shard_of(tasks, means):
-    return rollouts.Shard(tasks, [[1]] * len(tasks), [[2]] * len(tasks), ["x"] * len(tasks), means)
+    return calibrate.Shard(tasks, [[1]] * len(tasks), [[2]] * len(tasks), ["x"] * len(tasks), means)
 
 
 def synthetic(shift=3.0, depth=4, size=16, seed=0):
@@ -246,15 +246,16 @@ def test_loadings_are_compared_over_the_roles_in_common():
 # Rollouts.
 
 
+@pytest.mark.slow
 def test_activations_are_the_means_over_exactly_the_answer(demo_model):
     """What is averaged while generating is what a second pass over the finished text gives."""
     model, tokenizer = demo_model
     tasks = [
-        rollouts.Task("default", 0, 0, "", "Say only: yes."),
-        rollouts.Task("ghost", 0, 1, "You are a ghost of few words.", "Who are you? Answer in three words."),
-        rollouts.Task("default", 0, 2, "", "Tell me a long story about the sea and the people who live by it."),
+        calibrate.Task("default", 0, 0, "", "Say only: yes."),
+        calibrate.Task("ghost", 0, 1, "You are a ghost of few words.", "Who are you? Answer in three words."),
+        calibrate.Task("default", 0, 2, "", "Tell me a long story about the sea and the people who live by it."),
     ]
-    found = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 24, 3))(tasks)
+    found = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 24, 3))(tasks)
     stop = model.generation_config.eos_token_id
     for row, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
         assert stop not in answer
@@ -273,21 +274,22 @@ def test_activations_are_the_means_over_exactly_the_answer(demo_model):
     assert min(map(len, found.answers)) < 24 == max(map(len, found.answers))
 
 
+@pytest.mark.slow
 def test_a_rollout_does_not_hang_on_its_batch(demo_model):
     model, tokenizer = demo_model
-    engine = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 12, 0), capture=False)
-    tasks = [rollouts.Task("r", 0, i, "You are a hermit.", f"What is {thing}?") for i, thing in enumerate("abcdef")]
+    engine = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 0), capture=False)
+    tasks = [calibrate.Task("r", 0, i, "You are a hermit.", f"What is {thing}?") for i, thing in enumerate("abcdef")]
     together = dict(zip([t.id for t in tasks], engine(tasks).answers, strict=True))
     for some in (tasks[:1], tasks[3:], tasks[::-1]):
         for task, answer in zip(some, engine(some).answers, strict=True):
             assert answer == together[task.id]
-    other = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 12, 1), capture=False)
+    other = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 1), capture=False)
     assert other(tasks).answers != list(together.values())
 
 
 def test_sampling_is_the_published_one():
     """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than is tried first."""
-    settings = rollouts.Settings("m", "f", 3999, 0)
+    settings = calibrate.Settings("m", "f", 3999, 0)
     for logits in (torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]), torch.zeros(400)):
         probabilities = torch.softmax(logits.double() / 0.7, 0)
         order = probabilities.sort(descending=True)
@@ -314,31 +316,34 @@ def test_templates_without_a_system_role_get_the_prompt_with_the_question():
                 raise RuntimeError("system role not supported")
 
     assert not rollouts._accepts_system_role(Template())
-    task = rollouts.Task("ghost", 0, 0, "You are a ghost.", "Who?")
+    task = calibrate.Task("ghost", 0, 0, "You are a ghost.", "Who?")
     assert task.messages(False) == [{"role": "user", "content": "You are a ghost.\n\nWho?"}]
     assert task.completion() == "You are a ghost.\n\nQuestion: Who?\nAnswer:"
-    assert rollouts.Task("default", 0, 0, "", "Who?").completion() == "Question: Who?\nAnswer:"
+    assert calibrate.Task("default", 0, 0, "", "Who?").completion() == "Question: Who?\nAnswer:"
 
 
 def test_a_base_model_continues_a_text(demo_model):
     model, tokenizer = demo_model
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        task = rollouts.Task("ghost", 0, 0, "You are a ghost.", "Who are you?")
-        shard = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 5, 0))([task])
+        task = calibrate.Task("ghost", 0, 0, "You are a ghost.", "Who are you?")
+        shard = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 5, 0))([task])
     finally:
         tokenizer.chat_template = template
     assert tokenizer.decode(shard.prompts[0]) == task.completion()
     assert shard.means.shape == (1, 30, 576)
 
 
+@pytest.mark.slow
 def test_a_base_models_answer_ends_with_its_line(demo_model):
     """What comes behind it, the next question, is no part of the answer; its activations are not in the means."""
     model, tokenizer = demo_model
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        engine = rollouts.TransformersEngine(model, tokenizer, rollouts.Settings("m", "f", 40, 0))
-        tasks = [rollouts.Task("r", 0, i, "", f"What is {thing}?") for i, thing in enumerate(("rain", "bread", "love"))]
+        engine = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 40, 0))
+        tasks = [
+            calibrate.Task("r", 0, i, "", f"What is {thing}?") for i, thing in enumerate(("rain", "bread", "love"))
+        ]
         shard = engine(tasks)
     finally:
         tokenizer.chat_template = template
@@ -353,9 +358,9 @@ def test_a_base_models_answer_ends_with_its_line(demo_model):
 
 
 def test_shards_are_whole_or_not_there(tmp_path):
-    settings = rollouts.Settings("m", "f", 4, 0)
-    store = rollouts.Store(str(tmp_path / "s"), settings)
-    tasks = [rollouts.Task("r", 0, i, "s", "t") for i in range(3)]
+    settings = calibrate.Settings("m", "f", 4, 0)
+    store = calibrate.Store(str(tmp_path / "s"), settings)
+    tasks = [calibrate.Task("r", 0, i, "s", "t") for i in range(3)]
     shard = shard_of(tasks, torch.randn(3, 2, 4))
     name = store.name(tasks)
     assert not store.has(name)
@@ -363,7 +368,7 @@ def test_shards_are_whole_or_not_there(tmp_path):
     again = store.read(name)
     assert again.tasks == tasks
     assert torch.equal(again.means, shard.means)
-    assert rollouts.Store(store.url, rollouts.Settings("m", "f", 4, 1)).name(tasks) != name
+    assert calibrate.Store(store.url, calibrate.Settings("m", "f", 4, 1)).name(tasks) != name
     path = tmp_path / "s" / f"{name}.safetensors"
     whole = path.read_bytes()
     for cut in (0, 7, 100, len(whole) - 1):
@@ -371,7 +376,7 @@ def test_shards_are_whole_or_not_there(tmp_path):
         assert not store.has(name)
     with pytest.raises(ValueError, match=r"the rollouts of r/0/0 and 2 more are missing"):
         list(store.shards([tasks]))
-    memory = rollouts.Store("memory://calibration", settings)  # an object store, as fsspec sees it
+    memory = calibrate.Store("memory://calibration", settings)  # an object store, as fsspec sees it
     memory.write(name, shard)
     assert torch.equal(memory.read(name).means, shard.means)
 
@@ -414,9 +419,9 @@ def test_texts_from_an_endpoint_are_read_by_the_model(demo_model, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), ServedModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    tasks = [rollouts.Task("ghost", 0, i, "You are a ghost.", f"What is {thing}?") for i, thing in enumerate("ab")]
+    tasks = [calibrate.Task("ghost", 0, i, "You are a ghost.", f"What is {thing}?") for i, thing in enumerate("ab")]
     try:
-        (shard,) = rollouts.EndpointEngine(model, tokenizer, rollouts.Settings("m", "f", 8, 0)).stream([tasks])
+        (shard,) = rollouts.EndpointEngine(model, tokenizer, calibrate.Settings("m", "f", 8, 0)).stream([tasks])
     finally:
         server.shutdown()
     assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in ServedModel.asked} == {
@@ -472,8 +477,8 @@ def endpoint():
 def test_a_judge_behind_an_endpoint_is_asked_once(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint)
     roles = calibrate.load_roles()
-    tasks = [rollouts.Task(role, 0, 0, "", "Who?") for role in ("ghost", "doctor", "default")]
-    shard = rollouts.Shard(
+    tasks = [calibrate.Task(role, 0, 0, "", "Who?") for role in ("ghost", "doctor", "default")]
+    shard = calibrate.Shard(
         tasks, [[1]] * 3, [[2]] * 3, ["ghostly {answer}", "plainly", "default"], torch.zeros(3, 1, 1)
     )
     path = tmp_path / "scores.jsonl"
@@ -491,11 +496,11 @@ def test_judges_that_cannot_be(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ValueError, match="set OPENAI_BASE_URL"):
         judge.endpoint("m")
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match="does not answer"):
         judge.endpoint("m", "http://127.0.0.1:9/v1")("x")
     with pytest.raises(ValueError, match="has no eval_prompt"):
-        judge.question_to_the_judge(data.Role("r", ("x",)), rollouts.Task("r", 0, 0, "", ""), "")
+        judge.question_to_the_judge(data.Role("r", ("x",)), calibrate.Task("r", 0, 0, "", ""), "")
 
 
 @pytest.mark.parametrize(("text", "score"), [("3", 3), (" 2\n", 2), ("Score: 0.", 0), ("**1**", 1), ("10 or 2", 2)])
@@ -510,8 +515,8 @@ def test_replies_without_a_score(text):
 
 def test_a_judge_that_gives_no_scores_is_none(tmp_path):
     roles = calibrate.load_roles()
-    tasks = [rollouts.Task("ghost", 0, i, "", "Who?") for i in range(40)]
-    shard = rollouts.Shard(tasks, [[1]] * 40, [[2]] * 40, [str(i % 4) for i in range(40)], torch.zeros(40, 1, 1))
+    tasks = [calibrate.Task("ghost", 0, i, "", "Who?") for i in range(40)]
+    shard = calibrate.Shard(tasks, [[1]] * 40, [[2]] * 40, [str(i % 4) for i in range(40)], torch.zeros(40, 1, 1))
     one_in_three = iter([None, 3, 0] * 14)
     found = judge.scores(lambda q: next(one_in_three), [shard], roles, tmp_path / "a.jsonl", concurrent=1)
     assert [found[task.id] for task in tasks[:3]] == [None, 3, 0]
@@ -575,6 +580,7 @@ def assert_same_profile(first, second):
     assert first.provenance["evidence"] == second.provenance["evidence"]
 
 
+@pytest.mark.slow
 def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
     _, options, wanted = whole
     chance, out = random.Random(4), tmp_path / "killed.safetensors"
@@ -619,6 +625,7 @@ def test_what_a_profile_says_of_its_making(whole):
     torch.testing.assert_close(profile.axis_all[list(profile.layers)], profile.axes[:, 0])
 
 
+@pytest.mark.slow
 def test_other_floors_need_no_model(whole, tmp_path):
     folder, _, profile = whole
     out = tmp_path / "other.safetensors"
@@ -652,10 +659,10 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
     plan = calibrate.plan(
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
     )
-    settings = rollouts.Settings(models.DEFAULT_MODEL, str(model.dtype), 4, 0)
+    settings = calibrate.Settings(models.DEFAULT_MODEL, str(model.dtype), 4, 0)
     data.BATCH, before = 3, data.BATCH
     try:
-        store = rollouts.Store(str(folder / "work"), settings)
+        store = calibrate.Store(str(folder / "work"), settings)
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
         data.BATCH = before
@@ -674,6 +681,7 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
     torch.testing.assert_close(torch.tensor(found).T, values, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_profile_though_workers_die(whole, tmp_path):
     pytest.importorskip("ray", reason="--engine ray needs ray")
     _, options, wanted = whole
@@ -700,6 +708,7 @@ def test_ray_gives_the_same_profile_though_workers_die(whole, tmp_path):
     torch.testing.assert_close(made.populations, wanted.populations, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_published_files_go_round_and_are_installed(tmp_path):
     """A capping config of 64 layers, imported, exported, imported: the same bits, and it installs."""
     vectors = {f"l{i}": {"vector": -3 * unit(32, seed=i), "layer": i} for i in range(46, 54)}
@@ -739,6 +748,7 @@ def test_the_front_and_the_choice():
     assert sweep.choose(points, 0.5) is points[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     folder, options, _ = whole
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
@@ -763,6 +773,7 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     assert out.with_suffix(".points.jsonl").read_bytes() == points
 
 
+@pytest.mark.slow
 def test_the_example_of_other_models_names_those_it_knows():
     process = subprocess.run(
         [sys.executable, "examples/models.py", "gpt-17"], capture_output=True, text=True, cwd=REPOSITORY

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, SHIPPED_PROFILE, unit
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
-from axiscap import CapProfile, bench, cli
+from axiscap import CapProfile, bench, cli, interop, models
 
 
 @pytest.fixture
@@ -63,6 +64,120 @@ def test_inspect_copes_with_any_provenance(command, tmp_path, provenance):
     assert "-inf" in output
 
 
+DEPTH, SIZE = 30, 32
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A folder with a model of random weights, of as many layers as the shipped profile's, and narrow."""
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=SIZE, intermediate_size=32, num_hidden_layers=DEPTH, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(models.folder(models.DEFAULT_MODEL)).save_pretrained(folder)
+    return folder
+
+
+def foreign(kind: str, folder) -> CapProfile:
+    """A profile that the calibration did not make, or whose provenance somebody wrote by hand."""
+    shipped = CapProfile.load(SHIPPED_PROFILE)
+    facts = json.loads(json.dumps(shipped.provenance))
+    facts["model"]["hidden_size"] = SIZE
+    axes, floors, axis_all = unit(8, 1, SIZE), torch.zeros(8, 1), unit(DEPTH, SIZE, seed=1)
+    tables = {"quantiles": shipped.quantiles, "populations": shipped.populations}
+    layers = list(range(14, 22))
+    if kind == "imported":
+        vectors = {f"v{layer}": {"vector": torch.randn(SIZE), "layer": layer} for layer in layers}
+        steps = [{"vector": name, "cap": 0.1} for name in vectors]
+        config = {"vectors": vectors, "experiments": [{"id": "e", "interventions": steps}]}
+        torch.save(config, folder / "config.pt")
+        return interop.read_capping_config(folder / "config.pt", "e")
+    if kind == "two directions and no word":
+        return CapProfile([3], unit(1, 2, SIZE), torch.tensor([[0.5, -torch.inf]]))
+    if kind == "words of other types":
+        wrong = {"evidence": "none", "quantiles": 3, "model": [], "sampling": 7, "floors": [], "source": "[red]x"}
+        return CapProfile(layers, axes, floors, wrong, axis_all=axis_all, **tables)
+    if kind == "tables that are not as stated":
+        facts["quantiles"] = {"percentiles": ["a"] * 101, "populations": ["assistant"] * 4}
+        return CapProfile(layers, axes, floors, facts, axis_all=axis_all, **tables)
+    if kind == "another model's":
+        return CapProfile([3], unit(1, 1, 64), torch.zeros(1, 1), {"model": {"hidden_size": 64, "num_layers": 4}})
+    if kind == "layers that the model has not":
+        return CapProfile([40], unit(1, 1, SIZE), torch.zeros(1, 1))
+    if kind == "no axis elsewhere":
+        return CapProfile(layers, axes, floors, facts, **tables)
+    part, _, field = kind.partition(" without ")
+    assert part == "evidence"
+    del facts["evidence"][field]
+    return CapProfile(layers, axes, floors, facts, axis_all=axis_all, **tables)
+
+
+FOREIGN = [
+    "imported", "two directions and no word", "words of other types", "tables that are not as stated",
+    "another model's", "layers that the model has not", "no axis elsewhere", "evidence without auc",
+    "evidence without map",
+]  # fmt: skip
+#: Commands that cannot do without what these profiles lack, or that need the model that they do not fit.
+REFUSED = {
+    "imported": {"floors", "sweep", "report", "picture", "compare", "compared"},
+    "two directions and no word": {"floors", "sweep", "report", "picture", "compare", "compared"},
+    "words of other types": {"floors", "sweep", "report", "picture", "compare", "compared"},
+    "tables that are not as stated": {"floors", "sweep"},
+    "another model's": {
+        "floors", "sweep", "report", "picture", "compare", "compared", "replay", "page", "chat", "run",
+    },
+    "layers that the model has not": {
+        "floors", "sweep", "report", "picture", "compare", "compared", "replay", "page", "chat", "run",
+    },
+    "no axis elsewhere": {"floors", "sweep"},
+    "evidence without auc": {"sweep", "report", "picture", "compare", "compared"},
+    "evidence without map": {"sweep", "report", "picture", "compare", "compared"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatch, small_model, kind):
+    path, talks = tmp_path / "foreign.safetensors", tmp_path / "talks.jsonl"
+    foreign(kind, tmp_path).save(path)
+    said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A ghost of the sea."}]
+    talks.write_text(json.dumps({"messages": said}) + "\n")
+    script = tmp_path / "script.jsonl"
+    script.write_text(json.dumps({"name": "n", "turns": ["Who are you?"]}) + "\n")
+    lines = iter(["Who are you?"])
+    monkeypatch.setattr(cli, "_line", lambda: next(lines, ""))
+    out = tmp_path / "out"
+    model = ("--model", small_model)
+    calls = {
+        "inspect": ("inspect", path),
+        "compare": ("inspect", SHIPPED_PROFILE, path),
+        "compared": ("inspect", path, SHIPPED_PROFILE),
+        "floors": ("floors", path, out / "floors.safetensors"),
+        "sweep": ("sweep", path, out / "b.safetensors", "--work", out / "work", "--picture", out / "s.png", *model),
+        "report": ("report", path, out / "report.html"),
+        "picture": ("report", path, out / "report.png"),
+        "replay": ("replay", talks, "--profile", path, *model),
+        "page": ("report", path, out / "page.html", "--talks", talks, *model),
+        "chat": ("chat", path, "--terminal", "--max-new-tokens", 3, *model),
+        "export": ("export", path, out / "config.pt"),
+        "run": ("run", path, "--conversations", script, "--max-new-tokens", 3, "--picture", out / "r.png", *model),
+    }  # fmt: skip
+    out.mkdir()
+    refused = set()
+    for name, arguments in calls.items():
+        status, _, errors = command(*arguments)
+        if status:
+            refused.add(name)
+            assert status == 1, (name, errors)
+            assert errors.startswith("axiscap: "), (name, errors)
+            assert len(errors.splitlines()) == 1, (name, errors)
+            assert len(errors.split()) >= 6, (name, errors)  # a sentence, not a key
+        else:
+            assert errors == "", (name, errors)
+    assert refused == REFUSED[kind]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "No such file"), (b"no profile at all, but some bytes", "truncated or no safetensors file")],
@@ -99,6 +214,7 @@ def test_doctor(command):
         assert text in output
 
 
+@pytest.mark.slow
 def test_bench_measures_what_it_says():
     """The contenders compute the same thing; the figures are ratios of paired times."""
     for fire in bench.SHARES:
@@ -140,6 +256,7 @@ def test_bench_on_a_gpu_that_is_not_there(command):
     assert "torch is a CPU build" in errors or "no device or driver" in errors or "no CUDA kernels" in errors
 
 
+@pytest.mark.slow
 def test_bench_command(command, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "ROWS", (1, 4096))
     picture = tmp_path / "bench.png"

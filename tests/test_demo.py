@@ -33,6 +33,7 @@ def published_hook(vector: torch.Tensor, cap: float):
     return hook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_published_semantics_through_generate(demo_model, shipped_profile, tmp_path, prompt):
     """axis = -v / |v| and floor = -cap give the logits of a model with the published ceiling."""
@@ -96,6 +97,7 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     assert chosen["perplexity"] <= 1.02
 
 
+@pytest.mark.slow
 def test_the_demo_conversations(demo_model, shipped_profile):
     """The persona pulls the uncapped model down the axis, but not the capped one; a plain talk hardly changes."""
     model, tokenizer = demo_model

@@ -383,6 +383,7 @@ def test_beams_follow_their_sequence(llama):
 # Other ways in which a model may run.
 
 
+@pytest.mark.slow
 def test_compiled_models(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     ids, short = tokens(2, 9), tokens(3, 4)
@@ -405,6 +406,7 @@ def test_compiled_models(llama):
         torch.testing.assert_close(inner(ids).logits, plain, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_compiled_with_a_selection(llama):
     names = {"low": profile_for(llama, [1], 0.3), "high": profile_for(llama, [2], 1.5)}
     ids = tokens(2, 7)

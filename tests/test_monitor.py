@@ -128,6 +128,7 @@ def test_messages_are_found_by_the_template(tokenizer, template):
             assert len(inside) > len(message["content"]) - 3
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=6))
 def test_any_text_is_found(demo_model, texts):
     _, tokenizer = demo_model
@@ -163,6 +164,7 @@ def talks_of(lengths):
         yield Talk(f"t{number}", ({"role": "user", "content": "Tell me."}, answer), side=("", "capped")[number % 2])
 
 
+@pytest.mark.slow
 def test_replay_gives_what_each_conversation_gives_alone(demo_model, shipped_profile):
     model, tokenizer = demo_model
     talks = list(talks_of([5, 40, 1, 17, 90, 33, 2, 60]))
@@ -221,6 +223,7 @@ def test_a_layer_without_an_axis_is_named(shipped_profile):
         Scale.of(shipped_profile, 30)
 
 
+@pytest.mark.slow
 def test_ten_thousand_conversations_in_constant_memory(tmp_path):
     """Peak memory of 10,000 is that of 1,000: each in a process of its own, by a model of a few weights."""
     code = """
@@ -228,8 +231,8 @@ import resource, sys
 sys.path.insert(0, "tests")
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from axiscap import models
-from axiscap import drift
+from axiscap import drift, models
+from axiscap.drift.selection import DETAILED, ROWS
 from axiscap.view import page
 from conftest import profile_for
 from test_monitor import talks_of
@@ -243,7 +246,7 @@ for trace in drift.replay(model, tokenizer, profile, talks_of(1 + n * 7 % 60 for
     selection.add(trace)
     count += 1
 assert count == selection.conversations == int(sys.argv[1])
-assert len(selection.rows()) == selection.ROWS and len(selection.traces()) == selection.DETAILED
+assert len(selection.rows()) == ROWS and len(selection.traces()) == DETAILED
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
@@ -393,7 +396,9 @@ def test_the_dashboard_asks_for_metrics_that_are_there(shipped_profile, tmp_path
     from axiscap.serving.metrics import Totals
 
     totals = {"rows": 5.0, "fired": 1.0, "nonfinite": 0.0, "projection": -3.0, "shortfall": 2.0}
-    (tmp_path / "totals-0.json").write_text(json.dumps({"strict": {"14": totals}}))
+    (tmp_path / "totals-0.json").write_text(
+        json.dumps({"profiles": {"strict": {"14": totals}}, "failures": {"totals": 0, "log": 0}, "lost": 0})
+    )
     registry = prometheus_client.CollectorRegistry()
     registry.register(Totals(tmp_path))
     Monitor(shipped_profile).register(registry)

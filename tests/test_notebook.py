@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import nbformat
+import pytest
 from conftest import REPOSITORY
 from nbclient import NotebookClient
 
 
+@pytest.mark.slow
 def test_the_notebook_runs():
     notebook = nbformat.read(REPOSITORY / "examples" / "walkthrough.ipynb", as_version=4)
     NotebookClient(notebook, timeout=1200, kernel_name="python3").execute()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
 import math
@@ -14,10 +16,12 @@ import textwrap
 
 import pytest
 import torch
-from conftest import assert_same_bits, lower_instruction_sets, unit
+from conftest import REPOSITORY, assert_same_bits, lower_instruction_sets, unit
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import axiscap
 from axiscap import _C, ops, reference
@@ -283,6 +287,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(ops, dtype, stora
         assert_same_bits(capped, reference.cap(every, axis, torch.tensor([[floor]])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_fire_are_never_written(dtype):
     """The rows lie in memory that cannot be written: touching one would end the process."""
@@ -325,6 +330,7 @@ def run_with_isa(name: str, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_instruction_sets_with_fused_multiply_add_give_the_same_bits():
     names = [name for name in lower_instruction_sets() if name != "baseline"]
     if len(names) < 2:
@@ -334,6 +340,7 @@ def test_instruction_sets_with_fused_multiply_add_give_the_same_bits():
     assert all(result["digests"] == results[0]["digests"] for result in results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", lower_instruction_sets()[:-1])
 def test_the_lower_instruction_sets_pass_the_same_tests(name):
     if os.environ.get("AXISCAP_ISA"):
@@ -456,6 +463,7 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(op, args, kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_whole_without_a_graph_break(dynamic):
     axes, floors = unit(1, 1, 64), torch.full((1, 1), 0.5)
@@ -498,6 +506,7 @@ class Buffered(torch.nn.Module):
         return hidden + residual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, newer):
@@ -709,8 +718,6 @@ BAD_CAP = {
 @pytest.mark.parametrize("name", list(BAD_CAP))
 def test_errors_name_the_argument_and_change_nothing(name, door):
     argument, spoil, error, message = BAD_CAP[name]
-    if "device" in name and door == "library":
-        pytest.skip("the dispatcher takes a call with a meta tensor for one about shapes")
     call = _good()
     call[argument] = spoil(call[argument])
     before = {key: value.clone() if value.device.type == "cpu" else None for key, value in call.items()}
@@ -730,6 +737,55 @@ def test_errors_name_the_argument_and_change_nothing(name, door):
     for key, value in call.items():
         if before[key] is not None:
             assert torch.equal(value, before[key])
+
+
+def calls(hidden, axes, floors, slots, projections) -> dict[str, tuple]:
+    """Every op with these arguments, as (op, positional, keyword arguments)."""
+    library, only = torch.ops.axiscap, {"projections": projections}
+    residual, weight = hidden.clone() if hidden.is_contiguous() else hidden, hidden.new_ones(hidden.shape[-1:])
+    stats, layers = torch.zeros(2, 1, len(_C.STAT_FIELDS), dtype=torch.float64), {"projections": projections[None]}
+    return {
+        "cap_": (library.cap_.default, (hidden, axes, floors, slots), only),
+        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, slots, projections), {}),
+        "cap": (library.cap.default, (hidden, axes, floors, slots), {}),
+        "project": (library.project.default, (hidden, axes, slots), {}),
+        "cap_residual_": (library.cap_residual_.default, (hidden, residual, axes, floors, slots), only),
+        "cap_residual_.buffers": (
+            library.cap_residual_.buffers,
+            (hidden, residual, axes, floors, slots, projections),
+            {},
+        ),
+        "add_rms_norm_cap_": (
+            library.add_rms_norm_cap_.default,
+            (hidden, residual, weight, 1e-6, axes, floors, slots),
+            only,
+        ),
+        "cap_layers_": (library.cap_layers_.default, ([hidden], axes[None], floors[None], slots), layers),
+        "accumulate_": (library.accumulate_.default, (stats, projections, floors, slots), {}),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_CAP if "too" not in name and "late" not in name])
+def test_fake_kernels_check_what_the_kernels_check(name):
+    """What a call without data says is what the call says, of every op: the same type and the same words."""
+    argument, spoil, _, _ = BAD_CAP[name]
+    call = _good()
+    call[argument] = spoil(call[argument])
+    refused = 0
+    for op, (door, arguments, keywords) in calls(*call.values()).items():
+        fake = FakeTensorMode()
+        without_data = tree_map_only(torch.Tensor, fake.from_tensor, (arguments, keywords))
+        said = []
+        for mode, (values, options) in ((contextlib.nullcontext(), (arguments, keywords)), (fake, without_data)):
+            try:
+                with mode:
+                    door(*values, **options)
+                said.append(None)
+            except (ValueError, TypeError) as error:
+                said.append((type(error), str(error)))
+        assert said[0] == said[1], op
+        refused += said[0] is not None
+    assert refused > 0
 
 
 @pytest.mark.parametrize(
@@ -839,3 +895,37 @@ def test_the_binary_serves_a_torch_with_or_without_cuda():
     names = missing.stdout
     assert "at::" in names
     assert not re.findall(r"(?i)\bcuda|cudart|::cuda::", names)
+
+
+def test_the_stub_is_that_of_the_module():
+    """pybind11 writes each function's signature into its docstring; _C.pyi says the same, with narrower numbers."""
+
+    def signature(text: str) -> str:
+        text = text.replace("torch.Tensor", "Tensor").replace("collections.abc.Sequence[", "list[")
+        text = text.replace("typing.SupportsInt | typing.SupportsIndex", "int")
+        text = text.replace("typing.SupportsFloat | typing.SupportsIndex", "float")
+        return re.sub(r"self(: axiscap._C.Bank)?", "self", text).strip()
+
+    def function(node: ast.FunctionDef) -> str:
+        arguments = ast.unparse(node.args).replace("=", " = ")
+        return f"{node.name}({arguments}) -> {ast.unparse(node.returns)}"
+
+    def functions(body) -> dict[str, str]:
+        return {
+            node.name: function(node) for node in body if isinstance(node, ast.FunctionDef) and not node.decorator_list
+        }
+
+    stub = ast.parse((REPOSITORY / "axiscap" / "_C.pyi").read_text())
+    (bank,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
+    attributes = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in dir(_C) if not name.startswith("_")}
+    assert public == attributes | functions(stub.body).keys() | {bank.name}
+    for owner, stated in ((_C, functions(stub.body)), (_C.Bank, functions(bank.body))):
+        for name, text in stated.items():
+            found = signature(getattr(owner, name).__doc__)
+            # What may be None is a pointer for pybind11.
+            assert found in (text, text.removesuffix(" | None")), name
+    properties = {node.name for node in bank.body if node.name not in functions(bank.body)}
+    assert {name for name, value in vars(_C.Bank).items() if isinstance(value, property)} == properties
+    assert {type(getattr(_C, name)).__name__ for name in attributes} == {"tuple", "int"}
+    assert len(_C.plan("float32", 64, 8, 4)) == 4

@@ -109,6 +109,7 @@ class Visit:
 # The command.
 
 
+@pytest.mark.slow
 def test_replay_prints_each_turn_and_writes_records(command, stored, tmp_path):
     import pyarrow.parquet as parquet
 
@@ -127,6 +128,7 @@ def test_replay_prints_each_turn_and_writes_records(command, stored, tmp_path):
     assert parquet.read_table(tmp_path / "turns.parquet").to_pylist() == records
 
 
+@pytest.mark.slow
 def test_replay_fails_where_it_is_asked_to(command, stored, tmp_path):
     arguments = ("replay", stored, "--profile", SHIPPED_PROFILE)
     status, output, _ = command(*arguments, "--fail-below", 1)
@@ -345,6 +347,7 @@ def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
         visit.assert_quiet(chat, chat.replace("http", "ws"))
 
 
+@pytest.mark.slow
 def test_a_talk_in_the_terminal():
     command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), "--terminal", "--max-new-tokens", "12"]
     done = subprocess.run(command, input="Who are you?\nAre you sure?\n", capture_output=True, text=True)

@@ -15,12 +15,12 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install 'axiscap[vllm]'")
 
 from conftest import free_port
 
-from axiscap import models
+from axiscap import calibrate, models
 from axiscap.calibrate import Role, judge, rollouts
 
-SETTINGS = rollouts.Settings(models.DEFAULT_MODEL, "torch.float32", 12, 0, "vllm")
+SETTINGS = calibrate.Settings(models.DEFAULT_MODEL, "torch.float32", 12, 0, "vllm")
 TASKS = [
-    rollouts.Task(role, 0, number, f"You are a {role}.", f"What do you think of {thing}?")
+    calibrate.Task(role, 0, number, f"You are a {role}.", f"What do you think of {thing}?")
     for role in ("ghost", "doctor")
     for number, thing in enumerate(("rain", "time", "bread", "night", "music"))
 ]

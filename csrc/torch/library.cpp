@@ -1,5 +1,5 @@
-// The torch.library door: schemas, and each op's one implementation for every device with kernels. Fake kernels and
-// autograd are in axiscap/ops.py.
+// The torch.library door: schemas, and each op's one implementation for every device with kernels. Fake kernels are in
+// axiscap/fake.py, autograd in axiscap/ops.py.
 #include <torch/library.h>
 
 #include "ops.h"
@@ -10,7 +10,7 @@ namespace {
 using at::Tensor;
 
 TORCH_LIBRARY(axiscap, m) {
-  m.set_python_module("axiscap.ops");
+  m.set_python_module("axiscap.fake");
   m.def(
       "cap_(Tensor(a!) hidden, Tensor axes, Tensor floors, Tensor? slots=None, *, Tensor(b!)? projections=None) -> ()");
   m.def("cap(Tensor hidden, Tensor axes, Tensor floors, Tensor? slots=None) -> (Tensor, Tensor, Tensor)");

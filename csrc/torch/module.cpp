@@ -86,14 +86,19 @@ PYBIND11_MODULE(_C, m) {
       "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
   m.def("accumulate_", &accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
 
-  m.def("read_pass", [](const Tensor& tensor) {
-    over_bytes(tensor, [](const char* data, int64_t bytes) {
-      // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
-      volatile uint64_t sink = cpu::read_pass(data, bytes);
-      (void)sink;
-    });
-  });
-  m.def("read_modify_write_pass", [](const Tensor& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); });
+  m.def(
+      "read_pass",
+      [](const Tensor& tensor) {
+        over_bytes(tensor, [](const char* data, int64_t bytes) {
+          // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
+          volatile uint64_t sink = cpu::read_pass(data, bytes);
+          (void)sink;
+        });
+      },
+      "tensor"_a);
+  m.def(
+      "read_modify_write_pass", [](const Tensor& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); },
+      "tensor"_a);
   m.def("isa", &cpu::isa);
   m.def(
       "plan",

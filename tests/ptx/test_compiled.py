@@ -52,6 +52,7 @@ def disassembled(cubin: Path) -> dict[str, list[str]]:
     return kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", limits.ARCHITECTURES)
 def test_no_spills_and_few_registers(compiled, architecture):
     said = compiled[architecture][1]
@@ -89,6 +90,7 @@ def test_accesses_are_wide_and_none_is_local(compiled, architecture):
             assert len(loads) - len(wide_loads) <= 6, (name, loads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_the_gate_of_cuxray(compiled, architecture):
     cuxray = Path(sysconfig.get_paths()["scripts"]) / "cuxray"

@@ -81,12 +81,14 @@ def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
         assert bool((fired.bool() == (projections < case.floors[slots])).all())
 
 
+@pytest.mark.slow
 def test_the_list_of_kernels_is_that_of_the_module():
     found = {name for name in kernels() if "cap_rows" in name}
     assert found == {kernel_name(*entry) for entry in KERNELS}
     assert len(kernels()) == len(found) + 1  # and the statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "op", "many", "aligned"), KERNELS)
 def test_every_kernel_against_the_oracle(dtype, op, many, aligned):
     for seed, size in enumerate(sizes_for(dtype, aligned)):
@@ -99,6 +101,7 @@ def test_every_kernel_against_the_oracle(dtype, op, many, aligned):
             assert device.name == kernel_name(dtype, op, many, aligned)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(inputs())
 def test_the_properties_of_the_cpu_hold(case):
@@ -108,6 +111,7 @@ def test_the_properties_of_the_cpu_hold(case):
         check_against_the_oracle(Device(resident=4), op, case)
 
 
+@pytest.mark.slow
 def test_older_architectures_run_the_same():
     """Without programmatic dependent launch; the same bits."""
     for op, many in itertools.product(OPS, (False, True)):
@@ -142,6 +146,7 @@ def test_a_row_depends_on_itself_alone(dtype, size):
     assert_same_bits(shuffled.contiguous(), whole[order].contiguous())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("size", [40, 1040])
 def test_schedules_do_not_show(op, size):
@@ -210,6 +215,7 @@ def test_out_of_place_and_projecting(dtype, size):
 # What moves.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [576, 4096, 8192])
 def test_bytes_moved_are_the_minimum(dtype, size):

@@ -6,9 +6,9 @@ kernels underneath, and ``reference`` is the same in plain torch.
 
 from axiscap import ops
 from axiscap.installation import Installation, install
-from axiscap.profile import CapProfile, ProfileError
+from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.stats import LayerStats
 
 __version__ = "0.1.0"
 
-__all__ = ["CapProfile", "Installation", "LayerStats", "ProfileError", "install", "ops"]
+__all__ = ["CapProfile", "Evidence", "Installation", "LayerStats", "ProfileError", "install", "ops"]

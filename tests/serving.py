@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -119,11 +123,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(command: list[str], folder: Path, extra: str, **environment: str) -> Iterator[Server]:
-    """extra: the field of a request's body that carries its choice."""
+def running(
+    command: list[str], folder: Path, extra: str, *, within: Sequence[str] = (), **environment: str
+) -> Iterator[Server]:
+    """
+    Args:
+        extra: the field of a request's body that carries its choice.
+        within: a command that runs the server's.
+    """
     port = free_port()
     log = folder / f"server-{port}.log"
-    command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*within, sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
     try:
@@ -268,3 +278,119 @@ def hostile(server: Server) -> None:
         if not isinstance(asked, dict):
             assert "axiscap must be one of strict, watch, off" in response.text
     assert server.text("Hello.")
+
+
+def find(path: Path, request: str) -> dict | None:
+    """A finished request's record in the log."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return next((record for record in records if record["id"].startswith(request)), None)
+
+
+def wait_for(look: Callable[[], object], seconds: float = 30) -> Any:
+    """What a look finds, once it finds something."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[Path]:
+    """A file system of its own, of a few megabytes, at a short path: an engine's sockets lie on it."""
+    folder = Path(tempfile.mkdtemp(prefix="disk"))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0755", "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        folder.rmdir()
+
+
+def fill(disk: Path) -> Path:
+    """Leaves no byte free."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0")
+    return filler
+
+
+def telemetry_in_trouble(command: Callable[[str], tuple[list[str], dict[str, str]]], folder: Path, extra: str) -> None:
+    """Folders cleaned away, a full disk, a permission taken away, a folder in the log's place: no answer is another, no
+    request fails, and once the trouble is over, every request is in the log, once, and in the totals.
+
+    Args:
+        command: the server's command and environment, by where its log is.
+    """
+    # Root may write everywhere, unless it gives that right up.
+    within = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    with small_disk() as disk:
+        temporary, log = disk / "temporary", disk / "logs" / "log.jsonl"
+        temporary.mkdir()
+        log.parent.mkdir()
+        options, environment = command(str(log))
+        with running(options, folder, extra, within=within, TMPDIR=str(temporary), **environment) as server:
+            (state,) = temporary.glob("axiscap-*")
+            (output,) = folder.glob("server-*.log")
+            prompts = PROMPTS[:8]
+            wanted = in_parallel(server, prompts)
+            asked = len(prompts)
+
+            def answered() -> None:
+                nonlocal asked
+                assert in_parallel(server, prompts) == wanted
+                asked += len(prompts)
+
+            def failures(what: str) -> float:
+                return server.metrics().get(f'axiscap_telemetry_failures_total{{what="{what}"}}', 0)
+
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # under load
+                load = [pool.submit(answered) for _ in range(3)]
+                for _ in range(5):
+                    shutil.rmtree(state, ignore_errors=True)
+                    shutil.rmtree(log.parent, ignore_errors=True)
+                    time.sleep(0.3)
+                [one.result() for one in load]
+            shutil.rmtree(log.parent, ignore_errors=True)  # what was written before is gone with it
+            asked = 0
+            answered()
+            wait_for(lambda: log.exists() and state.exists())
+
+            filler = fill(disk)
+            answered()
+            answered()
+            for what in ("log", "totals"):
+                wait_for(lambda what=what: f"axiscap: the {what} cannot be written" in output.read_text())
+            filler.unlink()
+            wait_for(lambda: failures("log") and failures("totals"))
+
+            state.chmod(0)
+            log.parent.chmod(0)
+            answered()
+            read = failures("read")
+            assert server.client.get("/metrics").status_code == 200
+            assert failures("read") > read
+            state.chmod(0o700)
+            log.parent.chmod(0o755)
+            wait_for(lambda: len(log.read_text().splitlines()) == asked)
+
+            log.rename(log.with_suffix(".old"))
+            log.mkdir()
+            answered()
+            log.rmdir()
+            wait_for(lambda: log.exists() and len(log.read_text().splitlines()) == len(prompts))
+            text = log.with_suffix(".old").read_text() + log.read_text()
+            records = [json.loads(line) for line in text.splitlines()]
+            assert len({record["id"] for record in records}) == len(records) == asked
+
+            rows = wait_for(lambda: {value for key, value in server.metrics().items() if "axiscap_rows_total" in key})
+            assert min(rows) >= sum(record["layers"]["14"]["rows"] for record in records)
+            said = output.read_text()
+            assert 2 <= said.count("cannot be written") < 20
+            assert "Traceback" not in said

@@ -22,6 +22,7 @@ from serving import (
     configuration,
     expected_mixed,
     expected_texts,
+    find,
     hostile,
     in_parallel,
     make_profiles,
@@ -30,6 +31,8 @@ from serving import (
     small_model,
     soak,
     stock_client,
+    telemetry_in_trouble,
+    wait_for,
 )
 
 from axiscap import CapProfile, models
@@ -135,13 +138,21 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     folder, made = profiles
     response = server.complete(PROMPTS[1], "strict", max_tokens=8, ignore_eos=True).json()
     server.text("Hello.", "off", max_tokens=1)
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    record = next(record for record in records if record["id"] == response["id"])
+    record = wait_for(lambda: find(folder / "log.jsonl", response["id"]))
     assert (record["name"], record["digest"]) == ("strict", made["strict"].digest)
     assert_counted(record, demo_model, made["strict"], response["usage"]["prompt_tokens"] + 7)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     first = made["strict"].layers[0]
-    assert server.metrics()[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
+    wait_for(lambda: server.metrics().get(f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'))
+
+
+def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
+    def command(log: str) -> tuple[list[str], dict[str, str]]:
+        settings = configuration(profiles[0], check=True, log=log)
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        return SERVER, {"AXISCAP_CONFIG": str(tmp_path / "config.json"), **CPU}
+
+    telemetry_in_trouble(command, tmp_path, "custom_params")
 
 
 def retractions(server) -> float:

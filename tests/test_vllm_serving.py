@@ -6,7 +6,6 @@ import argparse
 import concurrent.futures
 import json
 import re
-import time
 
 import httpx
 import pytest
@@ -21,6 +20,7 @@ from serving import (
     assert_same_texts,
     configuration,
     expected_texts,
+    find,
     hostile,
     in_parallel,
     make_profiles,
@@ -28,6 +28,8 @@ from serving import (
     running,
     soak,
     stock_client,
+    telemetry_in_trouble,
+    wait_for,
 )
 
 from axiscap import CapProfile, models
@@ -191,25 +193,11 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert set(record["layers"]) == {str(layer) for layer in made["strict"].layers}
     assert_counted(record, demo_model, made["strict"], rows)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
-    time.sleep(1.5)
-    metrics = server.metrics()
     first = made["strict"].layers[0]
-    assert metrics[f'axiscap_rows_total{{layer="{first}",profile="strict"}}'] >= rows
+    key = f'axiscap_rows_total{{layer="{first}",profile="strict"}}'
+    metrics = wait_for(lambda: page if (page := server.metrics()).get(key, 0) >= rows else None)
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="watch"}}'] == 0
-
-
-def find(path, request):
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return next((record for record in records if record["id"].startswith(request)), None)
-
-
-def wait_for(look):
-    for _ in range(100):
-        if (found := look()) is not None:
-            return found
-        time.sleep(0.1)
-    raise AssertionError("it never came")
 
 
 def rpc(server, method, *args, **kwargs):
@@ -280,8 +268,17 @@ def test_two_api_processes_know_of_the_same_changes(profiles):
         answers = [ask("later") for _ in range(8)]
         assert {answer.json()["choices"][0]["text"] for answer in answers} == {wanted}
         first = made["strict"].layers[0]
-        counted = [server.metrics() for _ in range(4)]
-        assert all(page[f'axiscap_rows_total{{layer="{first}",profile="strict"}}'] > 0 for page in counted)
+        key = f'axiscap_rows_total{{layer="{first}",profile="strict"}}'
+        wait_for(lambda: server.metrics().get(key))
+        assert all(server.metrics()[key] > 0 for _ in range(4))
+
+
+def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
+    def command(log: str) -> tuple[list[str], dict[str, str]]:
+        settings = {"axiscap": configuration(profiles[0], check=True, log=log)}
+        return [*MODEL, "--enforce-eager", "--additional-config", json.dumps(settings)], SMALL
+
+    telemetry_in_trouble(command, tmp_path, "vllm_xargs")
 
 
 @pytest.mark.parametrize(

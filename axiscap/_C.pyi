@@ -4,15 +4,27 @@ STAT_FIELDS: tuple[str, ...]
 MAX_DIRECTIONS: int
 
 class Bank:
-    def __init__(self, axes: Tensor, floors: Tensor) -> None: ...
+    def __init__(
+        self, axes: Tensor, floors: Tensor, lifts: Tensor | None = None, limits: Tensor | None = None
+    ) -> None: ...
     @property
     def axes(self) -> Tensor: ...
     @property
     def floors(self) -> Tensor: ...
+    @property
+    def lifts(self) -> Tensor | None: ...
+    @property
+    def limits(self) -> Tensor | None: ...
     def cap_(self, hidden: Tensor, slots: Tensor | None = None, projections: Tensor | None = None) -> None: ...
 
 def cap_(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, projections: Tensor | None = None
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    projections: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None: ...
 def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor: ...
 def cap_residual_(
@@ -22,6 +34,8 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     projections: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None: ...
 def add_rms_norm_cap_(
     hidden: Tensor,
@@ -33,9 +47,17 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     weight_bias: float = 0.0,
     projections: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None: ...
 def cap_layers_(
-    hiddens: list[Tensor], axes: Tensor, floors: Tensor, slots: Tensor | None = None, projections: Tensor | None = None
+    hiddens: list[Tensor],
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    projections: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None: ...
 def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> None: ...
 def read_pass(tensor: Tensor) -> None: ...

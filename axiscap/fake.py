@@ -110,13 +110,22 @@ def _check_axes(axes: Tensor, dim: int) -> None:
     _check_contiguous(axes, "axes")
 
 
-def _check_bank(axes: Tensor, floors: Tensor, dim: int = 3) -> None:
+def _check_beside(tensor: Tensor | None, name: str, axes: Tensor, *, whole: bool) -> None:
+    if tensor is None:
+        return
+    _check_dtype(tensor, name, torch.float32)
+    wanted, found = list(axes.shape if whole else axes.shape[:-1]), list(tensor.shape)
+    less = "" if whole else " less H"
+    _wrong(_differ(found, wanted), f"{name} must have the shape of axes{less}, {wanted}, got {found}")
+    _check_contiguous(tensor, name)
+    _check_device(tensor, name, axes.device, "axes")
+
+
+def _check_bank(axes: Tensor, floors: Tensor, lifts: Tensor | None, limits: Tensor | None, dim: int = 3) -> None:
     _check_axes(axes, dim)
-    _check_dtype(floors, "floors", torch.float32)
-    wanted, found = list(axes.shape[:-1]), list(floors.shape)
-    _wrong(_differ(found, wanted), f"floors must have the shape of axes less H, {wanted}, got {found}")
-    _check_contiguous(floors, "floors")
-    _check_device(floors, "floors", axes.device, "axes")
+    _check_beside(floors, "floors", axes, whole=False)
+    _check_beside(lifts, "lifts", axes, whole=True)
+    _check_beside(limits, "limits", axes, whole=False)
 
 
 def _check_slots(slots: Tensor | None, rows: Any, device: torch.device) -> None:
@@ -170,20 +179,37 @@ def cap_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> None:
-    _check_bank(axes, floors)
+    _check_bank(axes, floors, lifts, limits)
     rows = _check_rows(hidden, axes, slots, "hidden", writable=True)
     _check_projections(projections, [rows, axes.shape[1]], hidden.device)
 
 
-def cap__buffers(hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor, projections: Tensor) -> None:
+def cap__buffers(
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor,
+    projections: Tensor,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> None:
     slots, projections = _first_rows(slots, "slots", hidden), _first_rows(projections, "projections", hidden)
-    cap_(hidden, axes, floors, slots, projections=projections)
+    cap_(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
 
 
-def cap(hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bank(axes, floors)
+def cap(
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bank(axes, floors, lifts, limits)
     _check_rows(hidden, axes, slots, "hidden", writable=False)
     per_row = (math.prod(hidden.shape[:-1]), axes.shape[1])
     return hidden.new_empty(hidden.shape), axes.new_empty(per_row), axes.new_empty(per_row, dtype=torch.bool)
@@ -202,19 +228,28 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> None:
-    _check_bank(axes, floors)
+    _check_bank(axes, floors, lifts, limits)
     rows = _check_rows(hidden, axes, slots, "hidden", writable=False)
     _check_residual(residual, hidden)
     _check_projections(projections, [rows, axes.shape[1]], hidden.device)
 
 
 def cap_residual__buffers(
-    hidden: Tensor, residual: Tensor, axes: Tensor, floors: Tensor, slots: Tensor, projections: Tensor
+    hidden: Tensor,
+    residual: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor,
+    projections: Tensor,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None:
     slots, projections = _first_rows(slots, "slots", hidden), _first_rows(projections, "projections", hidden)
-    cap_residual_(hidden, residual, axes, floors, slots, projections=projections)
+    cap_residual_(hidden, residual, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
 
 
 def add_rms_norm_cap_(
@@ -227,9 +262,11 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     *,
     weight_bias: float = 0.0,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> None:
-    _check_bank(axes, floors)
+    _check_bank(axes, floors, lifts, limits)
     rows = _check_rows(hidden, axes, slots, "hidden", writable=True)
     _check_residual(residual, hidden)
     _check_dtype(weight, "weight", hidden.dtype)
@@ -250,9 +287,11 @@ def cap_layers_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> None:
-    _check_bank(axes, floors, 4)
+    _check_bank(axes, floors, lifts, limits, 4)
     count, given = axes.shape[0], len(hiddens)
     _wrong(_sure(count != given), f"axes must have one entry for each of the {given} hiddens, got {count}")
     first = hiddens[0]

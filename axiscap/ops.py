@@ -1,14 +1,19 @@
 """The ops: activation capping on rows of a residual stream (arXiv 2601.10387, eq. 1), fused.
 
-For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k``.
-A row in which nothing fires is not written. A row whose projection or correction is not finite is left as it is, and
-its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * u_k``,
+with ``u = v`` (the paper's equation) unless lifts are given. A row in which nothing fires is not written. A row whose
+projection or correction is not finite, or whose projection lies beyond its limit, is left as it is, and its projections
+are NaN. A row's result depends on its own bits, H, dtype and slot alone.
 
 Common arguments:
 
 - hidden: (..., H), float32, bfloat16 or float16; last stride 1, rows with one uniform stride. ``rows`` below is the
   product of the leading dimensions.
 - axes: (S, K, H) float32, contiguous, unit length. floors: (S, K) float32; ``-inf`` switches a direction off.
+- lifts: like axes; what a row is corrected along, where that is not the axis that it is read along. ``<axis, lift>`` is
+  1, so that the reading ends on the floor. None: the axes.
+- limits: like floors, positive; a row with ``|<x, v_k>| > limit_k`` in any direction, as it came, is left alone: no row
+  of ordinary norm can have such a projection, and an attention sink can. None, or inf: no limit.
 - slots: (rows,) int32, the bank's slot of each row; -1 leaves a row alone (its projections are NaN). None: slot 0.
 - projections: (rows, K) float32, filled with ``<row, v_k>`` before the cap.
 
@@ -18,9 +23,9 @@ length is the caller's promise here; :class:`axiscap.CapProfile` and ``axiscap.i
 
 The functions call the kernels directly; under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which is the same code behind the dispatcher. ``torch.ops.axiscap.cap_.buffers(hidden, axes,
-floors, slots, projections)`` and ``cap_residual_.buffers(hidden, residual, axes, ...)`` are for graphs that keep slots
-and projections at fixed addresses: both may be longer than the step, whose rows are the first of them. (Where vLLM
-compiles, a slice of a buffer would be copied before the call and after it.)
+floors, slots, projections, lifts, limits)`` and ``cap_residual_.buffers(hidden, residual, axes, ...)`` are for graphs
+that keep slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of them.
+(Where vLLM compiles, a slice of a buffer would be copied before the call and after it.)
 """
 
 from __future__ import annotations
@@ -36,25 +41,39 @@ from axiscap import _C, fake  # noqa: F401 (registers)
 
 
 def cap_(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> Tensor:
     """Caps hidden in place and returns it."""
     if torch.compiler.is_compiling():
-        torch.ops.axiscap.cap_(hidden, axes, floors, slots, projections=projections)
+        torch.ops.axiscap.cap_(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     else:
-        _C.cap_(hidden, axes, floors, slots, projections)
+        _C.cap_(hidden, axes, floors, slots, projections, lifts, limits)
     return hidden
 
 
 def cap(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> Tensor:
     """The capped copy of hidden, contiguous.
 
-    Differentiable with respect to hidden: where directions fired, the gradient loses its component along each of them,
-    in reverse order. Axes and floors are constants.
+    Differentiable with respect to hidden: where directions fired, the gradient is multiplied by ``I - v u^T`` of each
+    of them, in reverse order. All else is constant.
     """
-    out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots)
+    out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots, lifts, limits)
     if projections is not None:
         projections.copy_(incoming.detach())
     return out  # type: ignore[no-any-return]
@@ -72,6 +91,8 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps the block output hidden + residual by changing residual, in place; returns residual.
@@ -79,9 +100,11 @@ def cap_residual_(
     The sum is taken in float32 and not rounded; residual has the shape and dtype of hidden.
     """
     if torch.compiler.is_compiling():
-        torch.ops.axiscap.cap_residual_(hidden, residual, axes, floors, slots, projections=projections)
+        torch.ops.axiscap.cap_residual_(
+            hidden, residual, axes, floors, slots, lifts=lifts, limits=limits, projections=projections
+        )
     else:
-        _C.cap_residual_(hidden, residual, axes, floors, slots, projections)
+        _C.cap_residual_(hidden, residual, axes, floors, slots, projections, lifts, limits)
     return residual
 
 
@@ -95,6 +118,8 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     *,
     weight_bias: float = 0.0,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual add and the norm before a block, with the cap between them; returns (hidden, residual), changed.
@@ -107,10 +132,22 @@ def add_rms_norm_cap_(
     """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.add_rms_norm_cap_(
-            hidden, residual, weight, eps, axes, floors, slots, weight_bias=weight_bias, projections=projections
+            hidden,
+            residual,
+            weight,
+            eps,
+            axes,
+            floors,
+            slots,
+            weight_bias=weight_bias,
+            lifts=lifts,
+            limits=limits,
+            projections=projections,
         )
     else:
-        _C.add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, slots, weight_bias, projections)
+        _C.add_rms_norm_cap_(
+            hidden, residual, weight, eps, axes, floors, slots, weight_bias, projections, lifts, limits
+        )
     return hidden, residual
 
 
@@ -120,18 +157,20 @@ def cap_layers_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
     """Caps L layers' streams in place, in one launch; returns them.
 
-    hiddens: L tensors of one shape and dtype. axes (L, S, K, H), floors (L, S, K), projections (L, rows, K); slots are
-    shared.
+    hiddens: L tensors of one shape and dtype. axes and lifts (L, S, K, H), floors and limits (L, S, K), projections
+    (L, rows, K); slots are shared.
     """
     streams = list(hiddens)
     if torch.compiler.is_compiling():
-        torch.ops.axiscap.cap_layers_(streams, axes, floors, slots, projections=projections)
+        torch.ops.axiscap.cap_layers_(streams, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     else:
-        _C.cap_layers_(streams, axes, floors, slots, projections)
+        _C.cap_layers_(streams, axes, floors, slots, projections, lifts, limits)
     return streams
 
 
@@ -166,19 +205,20 @@ def _axes_of_rows(axes: Tensor, slots: Tensor | None, rows: int) -> Tensor:
 
 
 def _cap_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, axes, _, slots = inputs
-    ctx.save_for_backward(axes, slots, output[2])
+    _, axes, _, slots, lifts, _ = inputs
+    ctx.save_for_backward(axes, slots, lifts, output[2])
 
 
-def _cap_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-    axes, slots, fired = ctx.saved_tensors
+def _cap_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    axes, slots, lifts, fired = ctx.saved_tensors
     g = grad.reshape(-1, grad.shape[-1]).float()
     v = _axes_of_rows(axes, slots, len(g))
-    # Where direction k fired, x -> x + (tau - <x, v>) v has the Jacobian I - v v^T.
+    u = v if lifts is None else _axes_of_rows(lifts, slots, len(g))
+    # Where direction k fired, x -> x + (tau - <x, v>) u has the Jacobian I - u v^T.
     for k in reversed(range(axes.shape[1])):
-        along = (g * v[:, k]).sum(-1, keepdim=True) * v[:, k]
+        along = (g * u[:, k]).sum(-1, keepdim=True) * v[:, k]
         g = torch.where(fired[:, k, None], g - along, g)
-    return g.to(grad.dtype).reshape(grad.shape), None, None, None
+    return g.to(grad.dtype).reshape(grad.shape), None, None, None, None, None
 
 
 def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

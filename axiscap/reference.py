@@ -12,41 +12,60 @@ import torch
 from torch import Tensor
 
 
-def _directions(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows x (N, H), their axes (N, K, H) and floors (N, K), and which rows take part (N,)."""
-    work = torch.promote_types(hidden.dtype, torch.float32)
-    x = hidden.reshape(-1, hidden.shape[-1]).to(work)
-    index = torch.zeros(len(x), dtype=torch.long, device=x.device) if slots is None else slots.long()
-    if bool(((index < -1) | (index >= len(axes))).any()):
-        raise IndexError(f"slots must be in [0, {len(axes)}) or -1")
-    row_axes, row_floors = axes.to(work)[index.clamp(min=0)], floors.to(work)[index.clamp(min=0)]
-    return x, row_axes, row_floors, index >= 0
+class _Directions:
+    """Rows x (N, H) in the dtype of the arithmetic, and each row's directions: axes and lifts (N, K, H), floors and
+    limits (N, K); ``active`` (N,): the row has a slot.
+    """
 
+    def __init__(
+        self,
+        hidden: Tensor,
+        axes: Tensor,
+        floors: Tensor,
+        slots: Tensor | None,
+        lifts: Tensor | None,
+        limits: Tensor | None,
+    ) -> None:
+        work = torch.promote_types(hidden.dtype, torch.float32)
+        self.x = hidden.reshape(-1, hidden.shape[-1]).to(work)
+        device = self.x.device
+        index = torch.zeros(len(self.x), dtype=torch.long, device=device) if slots is None else slots.long()
+        if bool(((index < -1) | (index >= len(axes))).any()):
+            raise IndexError(f"slots must be in [0, {len(axes)}) or -1")
+        self.active, index = index >= 0, index.clamp(min=0)
+        self.axes, self.floors = axes.to(work)[index], floors.to(work)[index]
+        self.lifts = self.axes if lifts is None else lifts.to(work)[index]
+        self.limits = torch.full_like(self.floors, torch.inf) if limits is None else limits.to(work)[index]
 
-def _cap(x: Tensor, axes: Tensor, floors: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies the directions in order: rows after the cap, projections before it (N, K), fired (N,)."""
-    incoming = torch.einsum("nh,nkh->nk", x, axes)
-    fired = torch.zeros_like(active)
-    finite = incoming.isfinite().all(-1)
-    for v, tau in zip(axes.unbind(1), floors.unbind(1), strict=True):
-        p = (x * v).sum(-1)
-        fires = p < tau
-        delta = torch.where(fires, tau - p, 0)
-        finite = finite & p.isfinite() & delta.isfinite()
-        x = torch.where(fires[:, None], x + delta[:, None] * v, x)
-        fired = fired | fires
-    incoming = torch.where((active & finite)[:, None], incoming, torch.nan)
-    return x, incoming, fired & finite & active
+    def cap(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Applies the directions in order: rows after the cap, projections before it (N, K), fired (N,)."""
+        incoming = torch.einsum("nh,nkh->nk", x, self.axes)
+        fired = torch.zeros_like(self.active)
+        admitted = self.active & (incoming.isfinite() & (incoming.abs() <= self.limits)).all(-1)
+        for k in range(self.axes.shape[1]):
+            p = (x * self.axes[:, k]).sum(-1)
+            fires = p < self.floors[:, k]
+            delta = torch.where(fires, self.floors[:, k] - p, 0)
+            admitted = admitted & p.isfinite() & delta.isfinite()
+            x = torch.where(fires[:, None], x + delta[:, None] * self.lifts[:, k], x)
+            fired = fired | fires
+        incoming = torch.where(admitted[:, None], incoming, torch.nan)
+        return x, incoming, fired & admitted
 
 
 def cap(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> Tensor:
     """The capped copy of hidden. Differentiable with respect to hidden."""
-    x, row_axes, row_floors, active = _directions(hidden, axes, floors, slots)
-    x, incoming, fired = _cap(x, row_axes, row_floors, active)
+    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    x, incoming, fired = directions.cap(directions.x)
     if projections is not None:
         projections.copy_(incoming.detach())
     rows = hidden.reshape(x.shape)
@@ -54,17 +73,24 @@ def cap(
 
 
 def cap_(
-    hidden: Tensor, axes: Tensor, floors: Tensor, slots: Tensor | None = None, *, projections: Tensor | None = None
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> Tensor:
     """Caps hidden in place and returns it."""
-    return hidden.copy_(cap(hidden, axes, floors, slots, projections=projections))
+    return hidden.copy_(cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections))
 
 
 def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
     """<row, v_k>: shape hidden.shape[:-1] + (K,). NaN for a row that is not finite or has slot -1."""
     off = torch.full(axes.shape[:2], -torch.inf, dtype=axes.dtype, device=axes.device)
-    x, row_axes, row_floors, active = _directions(hidden, axes, off, slots)
-    return _cap(x, row_axes, row_floors, active)[1].reshape(*hidden.shape[:-1], axes.shape[1])
+    directions = _Directions(hidden, axes, off, slots, None, None)
+    return directions.cap(directions.x)[1].reshape(*hidden.shape[:-1], axes.shape[1])
 
 
 def cap_residual_(
@@ -74,12 +100,15 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps the sum hidden + residual by changing residual, in place; returns residual."""
-    h, row_axes, row_floors, active = _directions(hidden, axes, floors, slots)
+    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    h = directions.x
     r = residual.reshape(h.shape).to(h.dtype)
-    capped, incoming, fired = _cap(h + r, row_axes, row_floors, active)
+    capped, incoming, fired = directions.cap(h + r)
     if projections is not None:
         projections.copy_(incoming)
     corrected = (r + (capped - (h + r))).to(residual.dtype)
@@ -96,18 +125,20 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     *,
     weight_bias: float = 0.0,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias."""
-    h, row_axes, row_floors, active = _directions(hidden, axes, floors, slots)
-    x = h + residual.reshape(h.shape).to(h.dtype)
-    capped, incoming, fired = _cap(x, row_axes, row_floors, active)
+    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    x = directions.x + residual.reshape(directions.x.shape).to(directions.x.dtype)
+    capped, incoming, fired = directions.cap(x)
     if projections is not None:
         projections.copy_(incoming)
     residual.copy_(torch.where(fired[:, None], capped, x).reshape(residual.shape))
-    y = residual.to(h.dtype)
+    y = residual.to(x.dtype)
     scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return hidden.copy_(y * scale * (weight.to(h.dtype) + weight_bias)), residual
+    return hidden.copy_(y * scale * (weight.to(x.dtype) + weight_bias)), residual
 
 
 def cap_layers_(
@@ -116,9 +147,23 @@ def cap_layers_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
-    """cap_ for each layer l with axes[l] (S, K, H) and floors[l] (S, K)."""
+    """cap_ for each layer l with what each argument has for it: axes[l] (S, K, H), floors[l] (S, K), ..."""
+
+    def at(tensor: Tensor | None, layer: int) -> Tensor | None:
+        return None if tensor is None else tensor[layer]
+
     for layer, hidden in enumerate(hiddens):
-        cap_(hidden, axes[layer], floors[layer], slots, projections=None if projections is None else projections[layer])
+        cap_(
+            hidden,
+            axes[layer],
+            floors[layer],
+            slots,
+            lifts=at(lifts, layer),
+            limits=at(limits, layer),
+            projections=at(projections, layer),
+        )
     return list(hiddens)

@@ -35,7 +35,9 @@ TINY = {torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0*
 class Input:
     """One random call: rows with a stride of their own inside a larger buffer, some of them not finite."""
 
-    def __init__(self, dtype, rows, size, slots, directions, padding, scale, choose, special, seed):
+    def __init__(
+        self, dtype, rows, size, slots, directions, padding, scale, choose, special, seed, *, lifts=False, limits=False
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape):
@@ -51,9 +53,19 @@ class Input:
                 self.buffer[row, int(torch.randint(size, (), generator=generator))] = value
         self.hidden = self.buffer[:, :size]
         self.slots = torch.randint(-1, slots, (rows,), generator=generator).int() if choose else None
+        self.lifts = self.limits = None
+        if lifts:
+            aside = randn(slots, directions, size)
+            aside -= (aside * self.axes).sum(-1, keepdim=True) * self.axes
+            self.lifts = self.axes + 0.3 * torch.nn.functional.normalize(aside, dim=-1)
+        if limits:  # about half of the rows lie beyond theirs
+            self.limits = (0.5 + torch.rand(slots, directions, generator=generator)) * scale
 
     def call(self):
         return self.axes, self.floors, self.slots
+
+    def more(self):
+        return {"lifts": self.lifts, "limits": self.limits}
 
 
 @st.composite
@@ -69,16 +81,18 @@ def inputs(draw):
         choose=draw(st.booleans()),
         special=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        lifts=draw(st.booleans()),
+        limits=draw(st.booleans()),
     )
 
 
-def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None):
+def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None, *, lifts=None, limits=None):
     """Within the rounding of one store, beside what float32 sums in 32 lanes may be off by."""
-    exact = reference.cap(incoming.double(), axes, floors, slots)
+    exact = reference.cap(incoming.double(), axes, floors, slots, lifts=lifts, limits=limits)
     x = incoming.double()
     size, directions = x.shape[-1], axes.shape[1]
     index = torch.zeros(len(x), dtype=torch.long) if slots is None else slots.clamp(min=0).long()
-    v = axes.double()[index].abs().amax(1)
+    v = torch.maximum(axes.abs(), axes.abs() if lifts is None else lifts.abs()).double()[index].amax(1)
     # Every element of |x| + sum |delta v| that can enter a sum; a lane adds size / 32 products, then five folds.
     largest = x.abs() + directions * (x.abs().sum(-1, keepdim=True) + floors.double()[index].abs().nan_to_num(
         posinf=0.0, neginf=0.0).amax(-1, keepdim=True)) * v  # fmt: skip
@@ -90,25 +104,37 @@ def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None):
     assert bool((error <= bound)[finite].all()), f"off by up to {(error / bound)[finite].max():.3g} of what is allowed"
 
 
+def assert_admitted(projections, expected, case):
+    """A row is reported where no projection is beyond its limit (beside what rounding leaves open), and else is not."""
+    if case.limits is None:
+        return
+    slots = torch.zeros(len(expected), dtype=torch.long) if case.slots is None else case.slots.clamp(min=0).long()
+    limits = case.limits.double()[slots]
+    open_ = ((expected.abs() - limits).abs() <= 1e-4 * limits).any(-1)
+    beyond = (expected.abs() > limits).any(-1)
+    assert not projections[beyond & ~open_].isfinite().any()
+
+
 @given(inputs())
 @example(Input(torch.bfloat16, 9, 32768, 1, 1, 0, 1.0, False, False, 0))
 @example(Input(torch.float16, 5, 32771, 2, 3, 5, 1.0, True, True, 1))
 def test_cap_is_the_oracle(ops, library, case):
     before, outside = case.hidden.clone(), case.buffer.clone()
     projections = torch.empty(len(before), case.axes.shape[1])
-    out = ops.cap_(case.hidden, *case.call(), projections=projections)
+    out = ops.cap_(case.hidden, *case.call(), **case.more(), projections=projections)
     assert out is case.hidden
-    assert_close_to_oracle(out, before, *case.call())
+    assert_close_to_oracle(out, before, *case.call(), **case.more())
 
     expected = reference.project(before.double(), case.axes, case.slots)
-    finite = expected.isfinite()
+    finite = expected.isfinite() & projections.isfinite()
+    assert_admitted(projections, expected, case)
     # A row may be left alone because its correction overflows float32, which its float64 oracle does not show.
     assert not projections[~finite].isfinite().any()
     magnitude = before.double().abs().sum(-1, keepdim=True) + 1e-30
     near = (projections.double() - expected).abs() <= (case.hidden.shape[-1] / 32 + 6) * 2.0**-24 * magnitude
     assert bool(near[finite].all())
 
-    copy, incoming, fired = library.cap(before, *case.call())
+    copy, incoming, fired = library.cap(before, *case.call(), *case.more().values())
     assert_same_bits(copy, out.contiguous())
     assert_same_bits(incoming, projections)
     untouched = ~fired.any(-1)
@@ -135,11 +161,11 @@ def test_cap_residual_is_the_oracle(ops, case):
     residual = case.hidden.flip(0).clone() if len(hidden) else hidden.clone()
     before = residual.clone()
     projections = torch.empty(len(hidden), case.axes.shape[1])
-    out = ops.cap_residual_(hidden, residual, *case.call(), projections=projections)
+    out = ops.cap_residual_(hidden, residual, *case.call(), **case.more(), projections=projections)
     assert out is residual
     assert_same_bits(hidden, case.hidden.clone())
     # The sum is exact in float64; in float32 it is rounded once more.
-    assert_close_to_oracle(residual, hidden.double() + before.double(), *case.call(), base=before)
+    assert_close_to_oracle(residual, hidden.double() + before.double(), *case.call(), base=before, **case.more())
     left_alone = ~projections.isfinite().all(-1)
     assert_same_bits(residual[left_alone], before[left_alone])
 
@@ -163,11 +189,11 @@ def test_add_rms_norm_cap_is_the_oracle(ops, case, bias):
     hidden = case.hidden
     axes, floors, slots = case.call()
     found = ops.add_rms_norm_cap_(
-        hidden, residual, weight, 1e-6, axes, floors, slots, weight_bias=bias, projections=projections
+        hidden, residual, weight, 1e-6, axes, floors, slots, weight_bias=bias, **case.more(), projections=projections
     )
     assert found[0] is hidden
     assert found[1] is residual
-    assert_close_to_oracle(residual, before_hidden.double() + before.double(), *case.call())
+    assert_close_to_oracle(residual, before_hidden.double() + before.double(), *case.call(), **case.more())
     assert_normed(hidden, residual, weight, 1e-6, bias)
     # A row that is left alone, or does not fire, has the bits of the plain fused norm.
     plain_hidden, plain_residual = before_hidden.clone(), before.clone()
@@ -187,10 +213,15 @@ def test_cap_layers_is_cap_of_each(ops, case, count):
     axes = torch.stack([case.axes.roll(layer, 0) for layer in range(count)])
     floors = torch.stack([case.floors + layer for layer in range(count)])
     streams = [case.hidden * (layer + 1) for layer in range(count)]
-    each = [ops.cap_(s.clone(), axes[i], floors[i], case.slots) for i, s in enumerate(streams)]
+    more = {
+        name: None if value is None else torch.stack([value.roll(layer, 0) for layer in range(count)])
+        for name, value in case.more().items()
+    }
+    of = [{name: None if value is None else value[i] for name, value in more.items()} for i in range(count)]
+    each = [ops.cap_(s.clone(), axes[i], floors[i], case.slots, **of[i]) for i, s in enumerate(streams)]
     projections = torch.empty(count, len(case.hidden), case.axes.shape[1])
     wanted = [ops.project(s, axes[i], case.slots) for i, s in enumerate(streams)]
-    found = ops.cap_layers_(streams, axes, floors, case.slots, projections=projections)
+    found = ops.cap_layers_(streams, axes, floors, case.slots, **more, projections=projections)
     for layer in range(count):
         assert found[layer] is streams[layer]
         assert_same_bits(found[layer], each[layer])
@@ -203,14 +234,16 @@ def test_a_row_depends_on_itself_alone(ops, case, random):
     """Not on the batch's size, its place in it, the row stride, or the threads."""
     if not len(case.hidden):
         return
-    whole = ops.cap(case.hidden.clone(), *case.call())
+    whole = ops.cap(case.hidden.clone(), *case.call(), **case.more())
     order = list(range(len(whole)))
     random.shuffle(order)
     slots = None if case.slots is None else case.slots[order]
-    shuffled = ops.cap(case.hidden[order], case.axes, case.floors, slots)
+    shuffled = ops.cap(case.hidden[order], case.axes, case.floors, slots, **case.more())
     assert_same_bits(shuffled, whole[order])
     row = order[0]
-    alone = ops.cap_(case.hidden[row].clone(), case.axes, case.floors, None if slots is None else slots[:1])
+    alone = ops.cap_(
+        case.hidden[row].clone(), case.axes, case.floors, None if slots is None else slots[:1], **case.more()
+    )
     assert_same_bits(alone, whole[row])
 
 
@@ -363,21 +396,31 @@ def _graded_inputs(directions: int):
     return hidden, axes, torch.full((2, directions), 0.3), slots
 
 
+def _lifts(axes):
+    """Another vector for each axis, 1 along it."""
+    aside = torch.randn(axes.shape, generator=torch.Generator().manual_seed(11))
+    return axes + 0.5 * (aside - (aside * axes).sum(-1, keepdim=True) * axes)
+
+
+@pytest.mark.parametrize("lifted", [False, True])
 @pytest.mark.parametrize("directions", [1, 3])
-def test_gradients_of_the_reference(directions):
+def test_gradients_of_the_reference(directions, lifted):
     hidden, axes, floors, slots = _graded_inputs(directions)
-    assert torch.autograd.gradcheck(lambda h: reference.cap(h, axes.double(), floors.double(), slots), hidden)
+    lifts = _lifts(axes) if lifted else None
+    assert torch.autograd.gradcheck(lambda h: reference.cap(h, axes, floors, slots, lifts=lifts), hidden)
 
 
+@pytest.mark.parametrize("lifted", [False, True])
 @pytest.mark.parametrize("directions", [1, 3])
 @pytest.mark.parametrize("use_slots", [True, False])
-def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slots):
+def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slots, lifted):
     hidden, axes, floors, slots = _graded_inputs(directions)
     slots = slots if use_slots else None
+    more = {"lifts": _lifts(axes), "limits": torch.full_like(floors, 1.5)} if lifted else {}
     seed = torch.randn(6, 12, generator=torch.Generator().manual_seed(8))
-    (wanted,) = torch.autograd.grad(reference.cap(hidden, axes, floors, slots), hidden, seed.double())
+    (wanted,) = torch.autograd.grad(reference.cap(hidden, axes, floors, slots, **more), hidden, seed.double())
     h = hidden.detach().float().requires_grad_()
-    (found,) = torch.autograd.grad(ops.cap(h, axes, floors, slots), h, seed)
+    (found,) = torch.autograd.grad(ops.cap(h, axes, floors, slots, **more), h, seed)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
     project_seed = torch.randn(6, directions, generator=torch.Generator().manual_seed(9))
     scores = reference.project(hidden, axes, slots)
@@ -430,6 +473,16 @@ def _op_calls(dtype):
             library.cap_residual_.default,
             (hidden, hidden.clone(), axes, floors, slots),
             {"projections": projections},
+        ),
+        "cap_ along lifts": (
+            library.cap_.default,
+            (hidden, axes, floors, slots),
+            {"projections": projections, "lifts": _lifts(axes), "limits": torch.full((2, 3), 100.0)},
+        ),
+        "cap along lifts": (
+            library.cap.default,
+            (hidden, axes, floors, slots, _lifts(axes), torch.full((2, 3), 100.0)),
+            {},
         ),
         "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, longer(with_none), longer(projections)), {}),
         "cap_residual_.buffers": (
@@ -651,6 +704,8 @@ def _good():
         "floors": torch.ones(2, 1),
         "slots": torch.zeros(4, dtype=torch.int32),
         "projections": torch.zeros(4, 1),
+        "lifts": unit(2, 1, H),
+        "limits": torch.ones(2, 1),
     }
 
 
@@ -703,6 +758,12 @@ BAD_CAP = {
         IndexError,
         r"slots\[3\] must be in",
     ),
+    "lifts dtype": ("lifts", lambda t: t.half(), TypeError, "lifts must be Float, got Half"),
+    "lifts shape": ("lifts", lambda t: t[:1], ValueError, r"lifts must have the shape of axes, \[2, 1, 16\]"),
+    "lifts stride": ("lifts", lambda t: unit(2, 1, 2 * H)[..., ::2], ValueError, "lifts must be contiguous"),
+    "lifts device": ("lifts", lambda t: t.to("meta"), ValueError, "lifts must be on the device of axes, cpu, got meta"),
+    "limits dtype": ("limits", lambda t: t.double(), TypeError, "limits must be Float, got Double"),
+    "limits shape": ("limits", lambda t: t[0], ValueError, "limits must have the shape of axes less H"),
     "projections dtype": ("projections", lambda t: t.double(), TypeError, "projections must be Float"),
     "projections shape": ("projections", lambda t: t[:, 0], ValueError, r"projections must have shape \[4, 1\]"),
     "projections stride": (
@@ -721,15 +782,18 @@ def test_errors_name_the_argument_and_change_nothing(name, door):
     call = _good()
     call[argument] = spoil(call[argument])
     before = {key: value.clone() if value.device.type == "cpu" else None for key, value in call.items()}
-    hidden, axes, floors, slots, projections = call.values()
+    hidden, axes, floors, slots, projections, lifts, limits = call.values()
+    more = {"lifts": lifts, "limits": limits}
     if door == "residual":
         message = message.replace("hidden is", "residual is")
     residual = hidden if "overlap" in message else hidden.clone()
     doors = {
-        "ops": lambda: ops.cap_(hidden, axes, floors, slots, projections=projections),
-        "library": lambda: torch.ops.axiscap.cap_(hidden, axes, floors, slots, projections=projections),
-        "bank": lambda: _C.Bank(axes, floors).cap_(hidden, slots, projections),
-        "residual": lambda: ops.cap_residual_(hidden, residual, axes, floors, slots, projections=projections),
+        "ops": lambda: ops.cap_(hidden, axes, floors, slots, **more, projections=projections),
+        "library": lambda: torch.ops.axiscap.cap_(hidden, axes, floors, slots, **more, projections=projections),
+        "bank": lambda: _C.Bank(
+            axes, floors, axes if lifts.is_cpu and lifts.equal(unit(2, 1, H)) else lifts, limits
+        ).cap_(hidden, slots, projections),
+        "residual": lambda: ops.cap_residual_(hidden, residual, axes, floors, slots, **more, projections=projections),
     }
     with pytest.raises(error, match=message) as caught:
         doors[door]()
@@ -739,20 +803,20 @@ def test_errors_name_the_argument_and_change_nothing(name, door):
             assert torch.equal(value, before[key])
 
 
-def calls(hidden, axes, floors, slots, projections) -> dict[str, tuple]:
+def calls(hidden, axes, floors, slots, projections, lifts, limits) -> dict[str, tuple]:
     """Every op with these arguments, as (op, positional, keyword arguments)."""
-    library, only = torch.ops.axiscap, {"projections": projections}
+    library, only = torch.ops.axiscap, {"lifts": lifts, "limits": limits, "projections": projections}
     residual, weight = hidden.clone() if hidden.is_contiguous() else hidden, hidden.new_ones(hidden.shape[-1:])
-    stats, layers = torch.zeros(2, 1, len(_C.STAT_FIELDS), dtype=torch.float64), {"projections": projections[None]}
+    stats, layers = torch.zeros(2, 1, len(_C.STAT_FIELDS), dtype=torch.float64), {k: v[None] for k, v in only.items()}
     return {
         "cap_": (library.cap_.default, (hidden, axes, floors, slots), only),
-        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, slots, projections), {}),
-        "cap": (library.cap.default, (hidden, axes, floors, slots), {}),
+        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, slots, projections, lifts, limits), {}),
+        "cap": (library.cap.default, (hidden, axes, floors, slots, lifts, limits), {}),
         "project": (library.project.default, (hidden, axes, slots), {}),
         "cap_residual_": (library.cap_residual_.default, (hidden, residual, axes, floors, slots), only),
         "cap_residual_.buffers": (
             library.cap_residual_.buffers,
-            (hidden, residual, axes, floors, slots, projections),
+            (hidden, residual, axes, floors, slots, projections, lifts, limits),
             {},
         ),
         "add_rms_norm_cap_": (
@@ -851,6 +915,39 @@ def test_errors_of_cap_layers():
 def test_a_bank_checks_its_values_once(axes, floors, message):
     with pytest.raises(ValueError, match=message):
         _C.Bank(axes, floors)
+
+
+def test_a_bank_checks_its_lifts_and_limits():
+    axes, floors = unit(1, 1, H), torch.ones(1, 1)
+    for lifts in (2 * axes, -axes, torch.full_like(axes, math.nan)):
+        with pytest.raises(ValueError, match="lifts must be finite and 1 along their axes"):
+            _C.Bank(axes, floors, lifts)
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="limits must be positive"):
+            _C.Bank(axes, floors, None, torch.full((1, 1), limit))
+    lifts = _lifts(axes)
+    assert _C.Bank(axes, floors, lifts, torch.full((1, 1), math.inf)).lifts.data_ptr() == lifts.data_ptr()
+    assert _C.Bank(axes, floors).lifts is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_read_along_one_direction_is_corrected_along_another(ops, dtype):
+    """It ends on its floor as it is read, and has moved along the lift alone; beyond its limit it stays."""
+    axes = unit(1, 1, 576)
+    lifts = _lifts(axes)
+    hidden = torch.randn(6, 576, generator=torch.Generator().manual_seed(3)).to(dtype)
+    hidden[4:] += (-80 * axes[0]).to(dtype)
+    before, projections = hidden.double(), torch.empty(6, 1)
+    ops.cap_(
+        hidden, axes, torch.full((1, 1), 3.0), lifts=lifts, limits=torch.full((1, 1), 60.0), projections=projections
+    )
+    assert projections.isnan().flatten().tolist() == [False] * 4 + [True] * 2
+    assert torch.equal(hidden[4:].double(), before[4:])
+    read = hidden[:4].double() @ axes[0, 0].double()
+    torch.testing.assert_close(read, torch.full((4,), 3.0, dtype=torch.float64), atol=0.1, rtol=0)
+    moved = hidden[:4].double() - before[:4]
+    along = (moved @ lifts[0, 0].double()) / (lifts[0, 0].double().norm() * moved.norm(dim=-1))
+    assert bool((along > 0.99).all())
 
 
 def test_zero_rows_and_one_dimension():

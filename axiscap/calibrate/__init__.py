@@ -8,8 +8,8 @@ projections. Roles and questions that made no axis say how well it separates.
 from axiscap.calibrate.cluster import RayWorkers
 from axiscap.calibrate.data import Plan, Role, Task, batches, load_questions, load_roles, plan
 from axiscap.calibrate.floors import with_floors
-from axiscap.calibrate.pipeline import Here, Keep, Workers, calibrate
-from axiscap.calibrate.rollouts import EndpointEngine, TransformersEngine, VllmEngine
+from axiscap.calibrate.pipeline import Keep, calibrate
+from axiscap.calibrate.rollouts import EndpointEngine, Here, TransformersEngine, VllmEngine, Workers
 from axiscap.calibrate.space import loadings_correlation
 from axiscap.calibrate.store import Settings, Shard, Store
 

@@ -78,13 +78,17 @@ def load_questions(path: Path | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One question to one role under one of its prompts (an empty one: no system prompt)."""
+    """One question to one role under one of its prompts (an empty one: no system prompt).
+
+    ``history``: what was said before in the conversation, the user first, then the model, in turn.
+    """
 
     role: str
     prompt: int
     question: int
     system: str
     text: str
+    history: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -93,15 +97,21 @@ class Task:
 
     def messages(self, system_role: bool) -> list[dict[str, str]]:
         """The conversation so far, for a chat template with or without a system role."""
-        if not self.system:
-            return [{"role": "user", "content": self.text}]
-        if system_role:
-            return [{"role": "system", "content": self.system}, {"role": "user", "content": self.text}]
-        return [{"role": "user", "content": f"{self.system}\n\n{self.text}"}]
+        said = [*self.history, self.text]
+        if self.system and not system_role:
+            said[0] = f"{self.system}\n\n{said[0]}"
+        messages = [
+            {"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(said)
+        ]
+        if self.system and system_role:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
 
     def completion(self) -> str:
         """The same for a base model, which continues a text."""
-        return f"{self.system}\n\n" * bool(self.system) + f"Question: {self.text}\nAnswer:"
+        said = [*self.history, self.text]
+        turns = [f"{('Question', 'Answer')[number % 2]}: {content}" for number, content in enumerate(said)]
+        return f"{self.system}\n\n" * bool(self.system) + "\n".join([*turns, "Answer:"])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import datetime
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from axiscap.calibrate import floors as floors_module
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
-from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Engine, TransformersEngine, run
+from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
 from axiscap.calibrate.space import Projections, Space, Sums, evidence, project
 from axiscap.calibrate.store import Shard, Store
 from axiscap.models import decoder_layers, watched_layers
@@ -26,28 +26,6 @@ from axiscap.profile import CapProfile
 
 #: Rollouts of a population whose single tokens are looked at; they take a second pass of the model.
 TOKEN_SAMPLE = 256
-
-
-class Workers(Protocol):
-    """Who does the work: this process, or Ray's workers (``axiscap.calibrate.cluster``)."""
-
-    def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None: ...
-
-    def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
-        """`work` on parts of `todo`, whose results are to be merged."""
-
-
-class Here:
-    """This process, with an engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
-        run(self.engine, store, todo, progress)
-
-    def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
-        return [work(store, todo)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ TEMPERATURE, TOP_P = 0.7, 0.9
 
 
 class Engine(Protocol):
-    """Who answers."""
+    """Who answers, by settings that may be others for other batches."""
+
+    settings: Settings
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
         """The batches' shards, each when it is finished; `todo` is read no further ahead than the engine is wide."""
@@ -54,6 +56,30 @@ def run(
     for shard in engine.stream(missing()):
         store.write(store.name(shard.tasks), shard)
         progress(len(shard.tasks))
+
+
+class Workers(Protocol):
+    """Who does the work: this process, or Ray's workers (``axiscap.calibrate.cluster``)."""
+
+    def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
+        """Has the batches answered that the store does not have."""
+
+    def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
+        """`work` on parts of `todo`, whose results are to be merged."""
+
+
+class Here:
+    """This process, with an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
+        self.engine.settings = store.settings
+        run(self.engine, store, todo, progress)
+
+    def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
+        return [work(store, todo)]
 
 
 class TransformersEngine:
@@ -143,7 +169,7 @@ class EndpointEngine:
     def __init__(
         self, model: Any, tokenizer: Any, settings: Settings, base_url: str | None = None, name: str | None = None
     ) -> None:
-        self.reader = TransformersEngine(model, tokenizer, settings)
+        self.settings, self.reader = settings, TransformersEngine(model, tokenizer, settings)
         self.endpoint = Endpoint(base_url)
         self.name = name or self.endpoint.first_model()
 
@@ -158,7 +184,7 @@ class EndpointEngine:
                 yield self._read(done)
 
     def _ask(self, task: Task) -> str:
-        settings = self.reader.settings
+        settings = self.settings
         return self.endpoint.chat(
             self.name,
             task.messages(self.reader.system_role),
@@ -193,7 +219,7 @@ class VllmEngine:
             import vllm
         except ModuleNotFoundError:
             raise ModuleNotFoundError("--engine vllm needs vLLM: pip install 'axiscap[vllm]'") from None
-        self.vllm, self.reader = vllm, TransformersEngine(model, tokenizer, settings)
+        self.settings, self.vllm, self.reader = settings, vllm, TransformersEngine(model, tokenizer, settings)
         self.engine = vllm.LLM(
             folder(settings.model),
             dtype=settings.dtype.removeprefix("torch."),
@@ -222,7 +248,7 @@ class VllmEngine:
                 yield self._read(*batches.pop(number))
 
     def _add(self, number: int, batch: Sequence[Task], prompts: Sequence[list[int]]) -> None:
-        settings = self.reader.settings
+        settings = self.settings
         for row, (task, prompt) in enumerate(zip(batch, prompts, strict=True)):
             sampling = self.vllm.SamplingParams(
                 temperature=TEMPERATURE,

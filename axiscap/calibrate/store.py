@@ -95,7 +95,7 @@ class Store:
             facts = json.loads(tensors["facts"].numpy().tobytes())
         except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError):
             return None
-        tasks = [Task(**task) for task in facts["tasks"]]
+        tasks = [Task(**{**task, "history": tuple(task["history"])}) for task in facts["tasks"]]
         return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
 
     def write(self, name: str, shard: Shard) -> None:

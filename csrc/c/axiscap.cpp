@@ -57,6 +57,8 @@ CapParams params_of(const axiscap_call& call) {
     p.out = call.out ? call.out : call.residual ? call.residual : call.hidden;
     p.out_stride = call.out ? call.out_stride : call.residual ? call.residual_stride : call.hidden_stride;
     p.floors = call.floors;
+    p.lifts = call.lifts;
+    p.limits = call.limits;
   }
   p.axes = call.axes;
   p.slots = call.slots;

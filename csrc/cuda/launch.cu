@@ -40,7 +40,7 @@ bool is_aligned(const CapParams& p) {
   };
   return p.hidden_size % elements_per_vec(p.dtype) == 0 && rows(p.hidden, p.hidden_stride) &&
          rows(p.residual, p.residual_stride) && rows(p.out, p.out_stride) && rows(p.normed, p.normed_stride) &&
-         on_16_bytes(p.axes) && on_16_bytes(p.weight);
+         on_16_bytes(p.axes) && on_16_bytes(p.lifts) && on_16_bytes(p.weight);
 }
 
 // What a device is and how many blocks of a kernel one of its processors holds, asked once: it does not change, and
@@ -110,7 +110,7 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
     const int64_t some = std::min<int64_t>(count - begin, kMaxLayers);
     for (int64_t i = 0; i < some; ++i) {
       const CapParams& l = layers[begin + i];
-      call.layers[i] = {l.hidden, l.out, l.hidden_stride, l.out_stride, l.axes, l.floors, l.projections};
+      call.layers[i] = {l.hidden, l.out, l.hidden_stride, l.out_stride, l.axes, l.lifts, l.floors, l.limits, l.projections};
     }
     config.gridDim = dim3(unsigned(plan.grid), unsigned(some));
     if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call)) return error;

@@ -14,6 +14,7 @@ namespace axiscap {
 namespace {
 
 using at::Tensor;
+using Optional = const OptionalTensor&;
 
 // The exception types that torch gives the same errors through its dispatcher.
 void translate(std::exception_ptr pointer) {
@@ -43,47 +44,56 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(translate);
 
   py::class_<Bank>(m, "Bank")
-      .def(py::init([](const Tensor& axes, const Tensor& floors) {
-             Bank bank(axes, floors);
+      .def(py::init([](const Tensor& axes, const Tensor& floors, Optional lifts, Optional limits) {
+             Bank bank(axes, floors, lifts, limits);
              check_values(bank);
              return bank;
            }),
-           "axes"_a, "floors"_a)
+           "axes"_a, "floors"_a, "lifts"_a = py::none(), "limits"_a = py::none())
       .def_readonly("axes", &Bank::axes)
       .def_readonly("floors", &Bank::floors)
+      .def_readonly("lifts", &Bank::lifts)
+      .def_readonly("limits", &Bank::limits)
       .def(
           "cap_",
-          [](const Bank& bank, const Tensor& hidden, const OptionalTensor& slots, const OptionalTensor& projections) {
+          [](const Bank& bank, const Tensor& hidden, Optional slots, Optional projections) {
             cap_(hidden, bank, slots, projections);
           },
           "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
 
   m.def(
       "cap_",
-      [](const Tensor& hidden, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
-         const OptionalTensor& projections) { cap_(hidden, Bank(axes, floors), slots, projections); },
-      "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+      [](const Tensor& hidden, const Tensor& axes, const Tensor& floors, Optional slots, Optional projections,
+         Optional lifts, Optional limits) { cap_(hidden, Bank(axes, floors, lifts, limits), slots, projections); },
+      "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(), "lifts"_a = py::none(),
+      "limits"_a = py::none());
   m.def("project", &project, "hidden"_a, "axes"_a, "slots"_a = py::none());
   m.def(
       "cap_residual_",
-      [](const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
-         const OptionalTensor& slots, const OptionalTensor& projections) {
-        cap_residual_(hidden, residual, Bank(axes, floors), slots, projections);
+      [](const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors, Optional slots,
+         Optional projections, Optional lifts, Optional limits) {
+        cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections);
       },
-      "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+      "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(),
+      "lifts"_a = py::none(), "limits"_a = py::none());
   m.def(
       "add_rms_norm_cap_",
       [](const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps, const Tensor& axes,
-         const Tensor& floors, const OptionalTensor& slots, double weight_bias, const OptionalTensor& projections) {
-        add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors), slots, weight_bias, projections);
+         const Tensor& floors, Optional slots, double weight_bias, Optional projections, Optional lifts,
+         Optional limits) {
+        add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors, lifts, limits), slots, weight_bias,
+                          projections);
       },
       "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
-      "weight_bias"_a = 0.0, "projections"_a = py::none());
+      "weight_bias"_a = 0.0, "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
   m.def(
       "cap_layers_",
-      [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, const OptionalTensor& slots,
-         const OptionalTensor& projections) { cap_layers_(hiddens, axes, floors, slots, projections); },
-      "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none());
+      [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, Optional slots,
+         Optional projections, Optional lifts, Optional limits) {
+        cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections);
+      },
+      "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(), "lifts"_a = py::none(),
+      "limits"_a = py::none());
   m.def("accumulate_", &accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
 
   m.def(

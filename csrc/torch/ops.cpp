@@ -84,15 +84,18 @@ void check_axes(const at::Tensor& axes, int64_t dim) {
   TORCH_CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides());
 }
 
-void check_floors(const at::Tensor& floors, const at::Tensor& axes) {
-  check_dtype(floors, "floors", at::kFloat);
-  TORCH_CHECK_VALUE(floors.sizes() == axes.sizes().slice(0, axes.dim() - 1),
-                    "floors must have the shape of axes less H, ", axes.sizes().slice(0, axes.dim() - 1), ", got ",
-                    floors.sizes());
-  TORCH_CHECK_VALUE(floors.is_contiguous(), "floors must be contiguous, got strides ", floors.strides());
-  TORCH_CHECK_VALUE(floors.device() == axes.device(), "floors must be on the device of axes, ", axes.device(), ", got ",
-                    floors.device());
+// What lies in a bank beside its axes: of their shape, or of that less H.
+void check_beside(const at::Tensor& tensor, const char* name, const at::Tensor& axes, bool whole) {
+  check_dtype(tensor, name, at::kFloat);
+  const at::IntArrayRef wanted = whole ? axes.sizes() : axes.sizes().slice(0, axes.dim() - 1);
+  TORCH_CHECK_VALUE(tensor.sizes() == wanted, name, " must have the shape of axes", whole ? ", " : " less H, ", wanted,
+                    ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.device() == axes.device(), name, " must be on the device of axes, ", axes.device(), ", got ",
+                    tensor.device());
 }
+
+const float* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
 
 const int32_t* check_slots(const OptionalTensor& slots, const at::Tensor& beside, int64_t rows, int64_t num_slots) {
   if (!slots) return nullptr;
@@ -137,6 +140,13 @@ CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes
   p.directions = axes.size(-2);
   p.slots = check_slots(slots, hidden, p.rows, p.num_slots);
   return p;
+}
+
+// What a cap needs beside them.
+void use_bank(CapParams& p, const Bank& bank) {
+  p.floors = bank.floors.const_data_ptr<float>();
+  p.lifts = data_or_null(bank.lifts);
+  p.limits = data_or_null(bank.limits);
 }
 
 // The second stream, which the correction goes into.
@@ -192,9 +202,12 @@ void mark_changed(const at::Tensor& tensor) {
 
 }  // namespace
 
-Bank::Bank(at::Tensor axes_, at::Tensor floors_) : axes(std::move(axes_)), floors(std::move(floors_)) {
-  check_axes(axes, 3);
-  check_floors(floors, axes);
+Bank::Bank(at::Tensor axes_, at::Tensor floors_, OptionalTensor lifts_, OptionalTensor limits_, bool many_layers)
+    : axes(std::move(axes_)), floors(std::move(floors_)), lifts(std::move(lifts_)), limits(std::move(limits_)) {
+  check_axes(axes, many_layers ? 4 : 3);
+  check_beside(floors, "floors", axes, false);
+  if (lifts) check_beside(*lifts, "lifts", axes, true);
+  if (limits) check_beside(*limits, "limits", axes, false);
 }
 
 void check_values(const Bank& bank) {
@@ -204,6 +217,14 @@ void check_values(const Bank& bank) {
                     norms.max().item<float>());
   TORCH_CHECK_VALUE((bank.floors < std::numeric_limits<float>::infinity()).all().item<bool>(),
                     "floors must be finite, or -inf for a direction that is off");
+  if (bank.lifts) {
+    const at::Tensor along = (bank.axes * *bank.lifts).sum(-1);
+    TORCH_CHECK_VALUE(bank.lifts->isfinite().all().item<bool>() && (along - 1).abs().le(1e-3).all().item<bool>(),
+                      "lifts must be finite and 1 along their axes (1e-3), got from ", along.min().item<float>(), " to ",
+                      along.max().item<float>());
+  }
+  if (bank.limits)
+    TORCH_CHECK_VALUE((*bank.limits > 0).all().item<bool>(), "limits must be positive, or inf for none");
 }
 
 at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tensor& hidden) {
@@ -215,7 +236,7 @@ at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tens
 
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
-  p.floors = bank.floors.const_data_ptr<float>();
+  use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   p.out = hidden.mutable_data_ptr();
   p.out_stride = p.hidden_stride;
@@ -229,7 +250,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, con
   const at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   const at::Tensor projections = at::empty({p.rows, p.directions}, bank.axes.options());
   const at::Tensor fired = at::empty({p.rows, p.directions}, bank.axes.options().dtype(at::kBool));
-  p.floors = bank.floors.const_data_ptr<float>();
+  use_bank(p, bank);
   p.projections = projections.mutable_data_ptr<float>();
   p.fired = static_cast<uint8_t*>(fired.mutable_data_ptr());
   p.out = out.mutable_data_ptr();
@@ -253,7 +274,7 @@ void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const B
                    const OptionalTensor& projections) {
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
   use_residual(p, hidden, residual);
-  p.floors = bank.floors.const_data_ptr<float>();
+  use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   launch(&p, 1, hidden.device());
   mark_changed(residual);
@@ -270,7 +291,7 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   check_device(weight, "weight", hidden);
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
   TORCH_CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
-  p.floors = bank.floors.const_data_ptr<float>();
+  use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   p.weight = weight.const_data_ptr();
   p.normed = hidden.mutable_data_ptr();
@@ -282,13 +303,11 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   mark_changed(residual);
 }
 
-void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor& slots,
                  const OptionalTensor& projections) {
-  check_axes(axes, 4);
-  check_floors(floors, axes);
   const int64_t count = hiddens.size();
-  TORCH_CHECK_VALUE(count == axes.size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
-                    axes.size(0));
+  TORCH_CHECK_VALUE(count == bank.axes.size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
+                    bank.axes.size(0));
   const at::Tensor& first = hiddens[0];
   std::vector<CapParams> layers(count);
   for (int64_t layer = 0; layer < count; ++layer) {
@@ -299,15 +318,18 @@ void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tenso
     check_device(hidden, "hiddens", first);
     CapParams& p = layers[layer];
     if (layer == 0) {
-      p = params_for(hidden, writable_rows_of(hidden, "hiddens"), axes, slots);
-      p.floors = floors.const_data_ptr<float>();
+      p = params_for(hidden, writable_rows_of(hidden, "hiddens"), bank.axes, slots);
+      use_bank(p, bank);
       p.projections = check_projections(projections, first, {count, p.rows, p.directions});
     } else {
       p = layers[layer - 1];
       p.hidden = hidden.const_data_ptr();
       p.hidden_stride = writable_rows_of(hidden, "hiddens").stride;
-      p.axes += p.num_slots * p.directions * p.hidden_size;
-      p.floors += p.num_slots * p.directions;
+      const int64_t directions = p.num_slots * p.directions;
+      p.axes += directions * p.hidden_size;
+      p.floors += directions;
+      if (p.lifts) p.lifts += directions * p.hidden_size;
+      if (p.limits) p.limits += directions;
       if (p.projections) p.projections += p.rows * p.directions;
     }
     p.out = hidden.mutable_data_ptr();

@@ -10,16 +10,20 @@ namespace axiscap {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Axes (S, K, H) and floors (S, K) whose sizes, dtypes and layout have been checked.
+// Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given. Their
+// sizes, dtypes and layout have been checked.
 struct Bank {
   at::Tensor axes;
   at::Tensor floors;
+  OptionalTensor lifts;
+  OptionalTensor limits;
 
-  Bank(at::Tensor axes, at::Tensor floors);
+  // Of one layer, or of several, each with an entry of dimension 0.
+  Bank(at::Tensor axes, at::Tensor floors, OptionalTensor lifts, OptionalTensor limits, bool many_layers = false);
 };
 
-// Raises unless every axis is finite and of unit length and every floor finite or -inf. Reads the values: for set-up,
-// not for calls.
+// Raises unless every axis is finite and of unit length, every floor finite or -inf, every lift finite and 1 along its
+// axis, and every limit positive. Reads the values: for set-up, not for calls.
 void check_values(const Bank& bank);
 
 // Of a buffer that is kept for the largest call: the part for the rows of hidden.
@@ -40,7 +44,8 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
                        const Bank& bank, const OptionalTensor& slots, double weight_bias,
                        const OptionalTensor& projections);
 
-void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+// The bank is of as many layers.
+void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor& slots,
                  const OptionalTensor& projections);
 
 void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,

@@ -21,7 +21,7 @@ from axiscap import _C
 OPS = {"cap": 0, "cap_residual": 1, "norm": 2}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
-MAX_LAYERS = 64
+MAX_LAYERS = 48
 
 
 def nvcc() -> str:
@@ -83,8 +83,12 @@ class Device:
         out=None,
         projections=None,
         fired=None,
+        lifts=None,
+        limits=None,
     ) -> None:
-        """hiddens: L rows (rows, H); axes (L, S, K, H), floors (L, S, K) or None, projections (L, rows, K).
+        """hiddens: L rows (rows, H); axes and lifts (L, S, K, H), floors and limits (L, S, K), projections
+        (L, rows, K).
+        All but hiddens and axes may be None.
 
         In place (in residual, where given), unless out is a tensor; out False: only projections.
         """
@@ -108,6 +112,7 @@ class Device:
         streams = [place(f"hidden{i}", hidden) for i, hidden in enumerate(hiddens)]
         residual_at, weight_at = place("residual", residual), place("weight", weight)
         axes_at, floors_at, slots_at = place("axes", axes), place("floors", floors), place("slots", slots)
+        lifts_at, limits_at = place("lifts", lifts), place("limits", limits)
         projections_at = place("projections", projections, written=False)
         fired_at = place("fired", fired, written=False)
         if out is None:
@@ -120,7 +125,7 @@ class Device:
         residual_stride = residual.stride(0) if residual is not None else 0
 
         unit = first.element_size()
-        everything = [*streams, *targets, residual_at, weight_at, axes_at]
+        everything = [*streams, *targets, residual_at, weight_at, axes_at, lifts_at]
         strides = [hidden.stride(0) for hidden in hiddens] + [out_stride, residual_stride]
         aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
         aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
@@ -131,11 +136,11 @@ class Device:
 
         normed, normed_stride = (streams[0], first.stride(0)) if weight is not None else (0, 0)
         shared = struct.pack(
-            "<3Q3q2q3Q2q4Qqffi4x",
+            "<3Q3q2q5Q2q4Qqffi4x",
             *(streams[0], residual_at, targets[0]),
             *(first.stride(0), residual_stride, out_stride),
             *(rows, size),
-            *(axes_at, floors_at, slots_at),
+            *(axes_at, lifts_at, floors_at, limits_at, slots_at),
             *(num_slots, directions),
             *(projections_at, fired_at, weight_at, normed),
             *(normed_stride, eps, weight_bias, number),
@@ -144,13 +149,15 @@ class Device:
         for i in range(layers):
             bank = num_slots * directions
             parameters += struct.pack(
-                "<2Q2q3Q",
+                "<2Q2q5Q",
                 *(streams[i], targets[i], hiddens[i].stride(0), out_stride),
                 axes_at + i * bank * size * 4,
+                lifts_at + i * bank * size * 4 if lifts is not None else 0,
                 floors_at + i * bank * 4 if floors is not None else 0,
+                limits_at + i * bank * 4 if limits is not None else 0,
                 projections_at + i * rows * directions * 4 if projections is not None else 0,
             )
-        parameters += bytes(56 * (MAX_LAYERS - layers))
+        parameters += bytes(72 * (MAX_LAYERS - layers))
         kernel = (self.source or kernels())[self.name]
         self.launch = Launch(kernel, self.memory, parameters, (grid, layers), block, dynamic)
         self.launch.run(self.seed)

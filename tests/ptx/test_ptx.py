@@ -13,7 +13,7 @@ from conftest import assert_same_bits, unit
 from emulated import OPS, TYPES, Device, kernel_name, kernels, raw
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
-from test_ops import DTYPES, Input, assert_close_to_oracle, assert_normed, inputs
+from test_ops import DTYPES, Input, assert_admitted, assert_close_to_oracle, assert_normed, inputs
 
 from axiscap import _C, ops, reference
 
@@ -47,6 +47,7 @@ def run_like_the_cpu(device: Device, op: str, case: Input, *, bias: float = 0.0)
         weight_bias=bias,
         projections=projections,
         fired=fired,
+        **{name: None if value is None else value[None] for name, value in case.more().items()},
     )
     return hidden, residual, weight, projections[0], fired
 
@@ -56,22 +57,23 @@ def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
     hidden, residual, weight, projections, fired = run_like_the_cpu(device, op, case, bias=1.0)
     incoming = before.double() if op == "cap" else before.double() + before_residual.double()
     if op == "cap":
-        assert_close_to_oracle(hidden, incoming, *case.call())
+        assert_close_to_oracle(hidden, incoming, *case.call(), **case.more())
         untouched, was = hidden, before
     elif op == "cap_residual":
         assert_same_bits(hidden.contiguous(), before.contiguous())
-        assert_close_to_oracle(residual, incoming, *case.call(), base=before_residual)
+        assert_close_to_oracle(residual, incoming, *case.call(), base=before_residual, **case.more())
         untouched, was = residual, before_residual
     else:
-        assert_close_to_oracle(residual, incoming, *case.call())
+        assert_close_to_oracle(residual, incoming, *case.call(), **case.more())
         assert_normed(hidden, residual, weight, 1e-6, 1.0)
         untouched = residual.nan_to_num()
         was = (before.float() + before_residual.float()).to(residual.dtype).nan_to_num()
     quiet = ~fired.bool().any(-1)
     assert_same_bits(untouched[quiet].contiguous(), was[quiet].contiguous())
     wanted = reference.project(incoming, case.axes, case.slots)
-    finite = wanted.isfinite()
-    assert not projections[~finite].isfinite().any()
+    assert not projections[~wanted.isfinite()].isfinite().any()
+    assert_admitted(projections, wanted, case)
+    finite = wanted.isfinite() & projections.isfinite()
     near = (projections.double() - wanted).abs() <= (case.hidden.shape[-1] / 16 + 12) * 2.0**-24 * (
         incoming.abs().sum(-1, keepdim=True) + 1e-30
     )
@@ -95,7 +97,8 @@ def test_every_kernel_against_the_oracle(dtype, op, many, aligned):
         for slots in (True, False):
             rows = 3 if size > 4000 else 9
             padding = 8 if aligned else seed % 3
-            case = Input(dtype, rows, size, 2, 3 if many else 1, padding, 1.0, slots, seed % 2 == 1, seed)
+            more = {"lifts": seed % 2 == 0, "limits": seed % 3 == 0}
+            case = Input(dtype, rows, size, 2, 3 if many else 1, padding, 1.0, slots, seed % 2 == 1, seed, **more)
             device = Device(resident=2)
             check_against_the_oracle(device, op, case)
             assert device.name == kernel_name(dtype, op, many, aligned)

@@ -64,18 +64,37 @@ struct TwoStreams {
   }
 };
 
-// What the directions so far have added to a row: x = row + sum_j delta_j v_j, in the order of j.
+// The directions of one slot.
+struct Slot {
+  const float* axes;
+  const float* lifts;
+  const float* floors;
+  const float* limits;
+
+  Slot(const CapParams& p, int64_t slot)
+      : axes(p.axes + slot * p.directions * p.hidden_size),
+        lifts(p.lifts ? p.lifts + slot * p.directions * p.hidden_size : axes),
+        floors(p.floors ? p.floors + slot * p.directions : nullptr),
+        limits(p.limits ? p.limits + slot * p.directions : nullptr) {}
+
+  // Whether a row with this projection on direction k is one to cap.
+  bool admits(int64_t k, float projection) const {
+    return std::isfinite(projection) && (!limits || std::fabs(projection) <= limits[k]);
+  }
+};
+
+// What the directions so far have added to a row: x = row + sum_j delta_j u_j, in the order of j.
 struct Corrections {
-  const float* axes[kMaxDirections];
+  const float* lifts[kMaxDirections];
   float delta[kMaxDirections];
   int count = 0;
 
-  void add(const float* axis, float d) {
-    axes[count] = axis;
+  void add(const float* lift, float d) {
+    lifts[count] = lift;
     delta[count++] = d;
   }
   Vec apply(Vec x, int64_t i) const {
-    for (int j = 0; j < count; ++j) x = multiply_add(load(axes[j] + i), broadcast(delta[j]), x);
+    for (int j = 0; j < count; ++j) x = multiply_add(load(lifts[j] + i), broadcast(delta[j]), x);
     return x;
   }
 };
@@ -135,7 +154,7 @@ inline float dot_corrected(const Row& row, const Corrections& corrections, const
     Vec x[kVecs];
     for (int u = 0; u < kVecs; ++u) x[u] = tail.load_at(u * kWidth);
     for (int j = 0; j < corrections.count; ++j) {
-      std::memcpy(axis_tail, corrections.axes[j] + i, (size - i) * sizeof(float));
+      std::memcpy(axis_tail, corrections.lifts[j] + i, (size - i) * sizeof(float));
       for (int u = 0; u < kVecs; ++u)
         x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
     }
@@ -154,12 +173,12 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
   if (corrections.count == 1) {
     // Held in locals: the stores could change anything behind a pointer, for all that the compiler knows.
     const Row local = row;
-    const float* axis = corrections.axes[0];
+    const float* lift = corrections.lifts[0];
     const Vec delta = broadcast(corrections.delta[0]);
     for (; i + kStep <= size; i += kStep) {
       __builtin_prefetch(local.base() + i + ahead, 0, 2);
-      store(out + i, multiply_add(load(axis + i), delta, local.base_at(i)),
-            multiply_add(load(axis + i + kWidth), delta, local.base_at(i + kWidth)));
+      store(out + i, multiply_add(load(lift + i), delta, local.base_at(i)),
+            multiply_add(load(lift + i + kWidth), delta, local.base_at(i + kWidth)));
     }
   }
   for (; i + kStep <= size; i += kStep)
@@ -171,7 +190,7 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
   Vec x[2] = {tail.base_at(0), tail.base_at(kWidth)};
   for (int j = 0; j < corrections.count; ++j) {
     float axis_tail[kStep] = {};
-    std::memcpy(axis_tail, corrections.axes[j] + i, n * sizeof(float));
+    std::memcpy(axis_tail, corrections.lifts[j] + i, n * sizeof(float));
     for (int u = 0; u < 2; ++u)
       x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
   }
@@ -223,29 +242,28 @@ void finish_row(const CapParams& p, int64_t index, const Row& row, const Correct
   if (p.weight) norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
 }
 
-// Applies a slot's directions in order to one row whose incoming projections are known. Returns false, with nothing
-// written, where a projection or a correction is not finite.
+// Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false, with
+// nothing written, where a projection or a correction is not finite.
 template <class T, class Row>
-bool correct(const CapParams& p, const Row& row, const float* axes, const float* floors, const float* projections,
-             Corrections& corrections, uint8_t* fired) {
+bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* projections, Corrections& corrections,
+             uint8_t* fired) {
   for (int64_t k = 0; k < p.directions; ++k) {
-    const float* axis = axes + k * p.hidden_size;
+    const float* axis = slot.axes + k * p.hidden_size;
     const float now = corrections.count == 0 ? projections[k] : dot_corrected<T>(row, corrections, axis, p.hidden_size);
     if (!std::isfinite(now)) return false;
-    fired[k] = now < floors[k];
+    fired[k] = now < slot.floors[k];
     if (!fired[k]) continue;
-    const float delta = floors[k] - now;
+    const float delta = slot.floors[k] - now;
     if (!std::isfinite(delta)) return false;
-    corrections.add(axis, delta);
+    corrections.add(slot.lifts + k * p.hidden_size, delta);
   }
   return true;
 }
 
 // Rows [row, row + R) of a range that ends at `end`; they share a slot.
 template <int R, class T, class Row>
-void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
-  const float* axes = p.axes + slot * p.directions * p.hidden_size;
-  const float* floors = p.floors ? p.floors + slot * p.directions : nullptr;
+void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t number) {
+  const Slot slot(p, number);
   // Made in place without default constructors; R is a constant, so this is R rows side by side.
   alignas(Row) unsigned char storage[R * sizeof(Row)];
   Row* rows = reinterpret_cast<Row*>(storage);
@@ -255,28 +273,27 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t slot) {
   float projections[R][kMaxDirections];
   for (int64_t k = 0; k < p.directions; ++k) {
     float column[R];
-    dots<R, Row, T>(rows, axes + k * p.hidden_size, p.hidden_size, ahead, column);
+    dots<R, Row, T>(rows, slot.axes + k * p.hidden_size, p.hidden_size, ahead, column);
     for (int r = 0; r < R; ++r) projections[r][k] = column[r];
   }
 
   for (int r = 0; r < R; ++r) {
     Corrections corrections;
     uint8_t fired[kMaxDirections] = {};
-    bool finite = true;
+    bool admitted = true;
+    for (int64_t k = 0; k < p.directions; ++k) admitted &= slot.admits(k, projections[r][k]);
     if (p.out) {
-      finite = correct<T>(p, rows[r], axes, floors, projections[r], corrections, fired);
-      if (!finite) corrections.count = 0;
+      admitted = admitted && correct<T>(p, rows[r], slot, projections[r], corrections, fired);
+      if (!admitted) corrections.count = 0;
       finish_row<T>(p, row + r, rows[r], corrections, ahead);
-    } else {
-      for (int64_t k = 0; k < p.directions; ++k) finite &= std::isfinite(projections[r][k]);
     }
     if (p.projections) {
       float* to = p.projections + (row + r) * p.directions;
       for (int64_t k = 0; k < p.directions; ++k)
-        to[k] = finite ? projections[r][k] : std::numeric_limits<float>::quiet_NaN();
+        to[k] = admitted ? projections[r][k] : std::numeric_limits<float>::quiet_NaN();
     }
     if (p.fired)
-      for (int64_t k = 0; k < p.directions; ++k) p.fired[(row + r) * p.directions + k] = finite && fired[k];
+      for (int64_t k = 0; k < p.directions; ++k) p.fired[(row + r) * p.directions + k] = admitted && fired[k];
   }
 }
 

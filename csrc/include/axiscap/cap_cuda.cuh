@@ -3,6 +3,8 @@
 // always stores).
 #pragma once
 
+#include <cfloat>
+
 #include "axiscap/rows_cuda.cuh"
 
 namespace axiscap::cuda {
@@ -30,8 +32,9 @@ __device__ inline void wait_for_the_kernel_before() {
 template <class T, bool kKeeps, bool kAligned>
 struct Direction {
   float kept[kKeeps ? kVecsPerThread : 1][kPer<T>] = {};
-  float floor = -INFINITY;
+  float floor = -INFINITY, limit = FLT_MAX;  // the limit is finite, so that it refuses infinity
   const float* axis = nullptr;
+  const float* lift = nullptr;
   int until = 0;  // elements that the axis has: none before the first slot
   int32_t slot = kNoSlot;
 
@@ -41,7 +44,9 @@ struct Direction {
     slot = wanted;
     const int64_t at = int64_t(slot) * directions + k;
     floor = rows.layer.floors ? __ldg(rows.layer.floors + at) : -INFINITY;
+    limit = rows.layer.limits ? fminf(__ldg(rows.layer.limits + at), FLT_MAX) : FLT_MAX;
     axis = rows.layer.axes + at * rows.size;
+    lift = rows.layer.lifts ? rows.layer.lifts + at * rows.size : axis;
     until = rows.size;
     if constexpr (kKeeps)
 #pragma unroll
@@ -59,6 +64,14 @@ struct Direction {
     }
   }
 
+  // What the row is corrected along: wanted only where it fired, and not kept.
+  template <class Rows>
+  __device__ void get_lift(const Rows& rows, int v, float (&out)[kPer<T>]) const {
+    if (kKeeps && lift == axis) return get(rows, v, out);
+    asm volatile("" ::: "memory");
+    load_axis<kAligned>(lift, rows.at(v), until, out);
+  }
+
   // <x, axis>, this thread's part of it.
   template <class Rows>
   __device__ float dot(const Rows& rows, const Part<T>& x) const {
@@ -74,13 +87,13 @@ struct Direction {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
-  // x += much * axis
+  // x += much * lift
   template <class Rows>
   __device__ void add(const Rows& rows, float much, Part<T>& x) const {
     float part[kPer<T>];
 #pragma unroll
     for (int v = 0; v < kVecsPerThread; ++v) {
-      get(rows, v, part);
+      get_lift(rows, v, part);
 #pragma unroll
       for (int e = 0; e < kPer<T>; ++e) x[v][e] = fmaf(part[e], much, x[v][e]);
     }
@@ -97,7 +110,7 @@ __device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, con
   for (int v = 0; v < kVecsPerThread; ++v) {
     const Pack base = rows.get(kSources - 1, v), other = kMany && kSources == 2 ? rows.get(0, v) : Pack{};
     float y[kPer<T>];
-    if (!kMany) direction.get(rows, v, y);
+    if (!kMany) direction.get_lift(rows, v, y);
 #pragma unroll
     for (int e = 0; e < kPer<T>; ++e) {
       const float was = element<T>(base, e);
@@ -174,7 +187,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
 #pragma unroll 1
     for (int k = 0; k < directions; ++k) {
       projection = project_on(k);
-      finite = finite && isfinite(projection);
+      finite = finite && fabsf(projection) <= direction.limit;
       below = below || (active && projection < direction.floor);
       tell(layer.projections, k, projection);
       tell(p.fired, k, uint8_t(0));

@@ -27,8 +27,10 @@ struct CapParams {
   int64_t rows = 0;
   int64_t hidden_size = 0;
 
-  const float* axes = nullptr;     // (slots, directions, hidden_size), contiguous, unit rows
+  const float* axes = nullptr;     // (slots, directions, hidden_size), contiguous, unit rows: what a row is read along
+  const float* lifts = nullptr;    // like axes: what it is corrected along, <axis, lift> = 1; null: the axes
   const float* floors = nullptr;   // (slots, directions)
+  const float* limits = nullptr;   // (slots, directions): a row with a projection beyond +-limit is left alone; or null
   const int32_t* slots = nullptr;  // (rows,), kNoSlot for a row to leave alone; null: every row uses slot 0
   int64_t num_slots = 0;
   int64_t directions = 0;

@@ -11,7 +11,7 @@ namespace axiscap::cuda {
 
 // Layers of one launch: their streams differ, all else of `call` is shared. In one parameter block, which a launch
 // copies: capturable, and nothing to allocate.
-inline constexpr int kMaxLayers = 64;
+inline constexpr int kMaxLayers = 48;
 
 struct Layer {
   const void* hidden;
@@ -19,7 +19,9 @@ struct Layer {
   int64_t hidden_stride;
   int64_t out_stride;
   const float* axes;
+  const float* lifts;
   const float* floors;
+  const float* limits;
   float* projections;
 };
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,26 @@ from axiscap.stats import LayerStats, layer_stats
 #: The name of a profile that was installed without one.
 DEFAULT_NAME = "default"
 
+#: A row is an attention sink where its norm is more than this many times the median row's: those that are known have
+#: 20 to 150 times as much, and no other row 3 times.
+SINK_NORM = 8.0
+
 # The first decoder layer of every model with an installation.
 _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter), and
+    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0).
+    """
+
+    real: Tensor | None = None
+    generated: Tensor | None = None
+    positions: Tensor | None = None
+
+
+def _mask_of(given: object) -> Tensor | None:
+    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
 class _CappedLayer:
@@ -29,30 +48,46 @@ class _CappedLayer:
 
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
-        axes, floors = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
-        self.place(torch.stack(axes), torch.stack(floors), ops.new_stats(len(profiles), directions), device)
+        slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
+        axes, lifts, floors, limits = (torch.stack(part) for part in slots)
+        given = lifts if any(profile.lifts is not None for profile in profiles) else None
+        bounds = limits if bool(limits.isfinite().any()) else None
+        more = {"lifts": given, "limits": bounds}
+        self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
         self.projections: Tensor | None = None
         self.shape: torch.Size | None = None
 
-    def place(self, axes: Tensor, floors: Tensor, stats: Tensor, device: torch.device) -> None:
+    def place(
+        self,
+        axes: Tensor,
+        floors: Tensor,
+        more: Mapping[str, Tensor | None],
+        stats: Tensor,
+        device: torch.device,
+    ) -> None:
         # Contiguous copies of our own: a profile that its owner changes later does not change the model.
-        self.axes = axes.to(device, copy=True, memory_format=torch.contiguous_format)
-        self.floors = floors.to(device, copy=True, memory_format=torch.contiguous_format)
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+        self.axes, self.floors = own(axes), own(floors)
+        self.more = {name: None if tensor is None else own(tensor) for name, tensor in more.items()}
         self.stats = stats.to(device)
-        self.bank = _C.Bank(self.axes, self.floors)
+        self.bank = _C.Bank(self.axes, self.floors, **self.more)
 
     def cap(self, hidden: Tensor, slots: Tensor | None) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
         if hidden.device != self.axes.device:
-            self.place(self.axes, self.floors, self.stats, hidden.device)
+            self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
         rows = hidden.numel() // hidden.shape[-1]
         if self.projections is None or self.projections.shape[0] != rows or torch.compiler.is_compiling():
             self.projections = self.floors.new_empty((rows, self.floors.shape[1]))
         self.shape = hidden.shape[:-1]
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
-            hidden = ops.cap(hidden.contiguous(), self.axes, self.floors, slots, projections=self.projections)
+            hidden = ops.cap(
+                hidden.contiguous(), self.axes, self.floors, slots, **self.more, projections=self.projections
+            )
         elif torch.compiler.is_compiling():
-            ops.cap_(hidden, self.axes, self.floors, slots, projections=self.projections)
+            ops.cap_(hidden, self.axes, self.floors, slots, **self.more, projections=self.projections)
         else:
             self.bank.cap_(hidden, slots, self.projections)
         ops.accumulate_(self.stats, self.projections, self.floors, slots)
@@ -83,10 +118,11 @@ class Installation:
         self._generated_only = positions == "generated"
         self._selection: list[int] = [0]
         self._prompt_length = 0
-        # What generate() said of the coming forward pass: which tokens are real (None: all), and which generated (None:
-        # it does not matter).
-        self._announced: tuple[Tensor | None, Tensor | None] | None = None
-        self._tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+        # What generate() said of the coming forward pass.
+        self._announced: _Tokens | None = None
+        self._tokens = _Tokens()
+        # Profiles that say nothing of sinks, until it was seen once whether they lift one.
+        self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
         self._slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
 
         directions = max(profile.directions for profile in profiles.values())
@@ -175,12 +211,18 @@ class Installation:
         if self._announced is not None:
             self._tokens, self._announced = self._announced, None
         else:
-            mask = kwargs.get("attention_mask")
-            if mask is None and len(args) > 1:
-                mask = self._signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
-            # Other forms (prepared 4-d masks) do not say which tokens are padding; then all count as real.
-            real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            self._tokens = (real, None)
+            given = kwargs if len(args) < 2 else self._signature.bind_partial(*args, **kwargs).arguments
+            # Other forms of masks (prepared 4-d ones) do not say which tokens are padding; then all count as real.
+            real = _mask_of(given.get("attention_mask"))
+            ids = given.get("position_ids")
+            if isinstance(ids, Tensor):
+                positions: Tensor | None = ids[0] if ids.dim() == 3 else ids  # one for each part of a rotary embedding
+            elif real is not None:
+                positions = real.long().cumsum(-1) - 1
+            else:
+                length = getattr(given.get("past_key_values"), "get_seq_length", lambda: 0)()
+                positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length)
+            self._tokens = _Tokens(real, None, positions)
         self._slots = {}
 
     def _after_layer(self, layer: _CappedLayer) -> Any:
@@ -191,20 +233,47 @@ class Installation:
             key = (hidden.device, hidden.shape)
             if key not in self._slots:
                 self._slots[key] = self._make_slots(hidden)
+            looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
+            norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
             capped = layer.cap(hidden, self._slots[key])
+            if norms is not None:
+                self._look_for_sinks(layer, norms, self._slots[key])
             if capped is hidden:
                 return None
             return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
 
         return hook
 
+    def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None) -> None:
+        """Warns, in the first pass alone, where a profile that says nothing of sinks lifts one."""
+        assert layer.projections is not None
+        if layer.index == max(self._layers):
+            looked, self._unlooked = self._unlooked, set()
+        else:
+            looked = self._unlooked
+        index = torch.zeros(len(norms), dtype=torch.long) if slots is None else slots.long().cpu()
+        below = (layer.projections.cpu() < layer.floors.cpu()[index.clamp(min=0)]).any(-1) & (index >= 0)
+        lifted = (below & (norms > SINK_NORM * norms.median()).cpu()).nonzero().flatten().tolist()
+        mine = [row for row in lifted if int(index[row]) in looked]
+        if mine:
+            self._unlooked = set()
+            row = mine[0]
+            warnings.warn(
+                f"profile {self._names[int(index[row])]!r} says nothing of attention sinks, and lifts one: at layer "
+                f"{layer.index}, row {row} has {norms[row] / norms.median():.0f} times the median norm and a "
+                f"projection of {layer.projections[row, 0].item():.3g}, below its floor. To cap it, as published files "
+                "ask for, can harm ordinary text; a profile with sinks or limits leaves it alone",
+                stacklevel=2,
+            )
+
     def _make_slots(self, hidden: Tensor) -> Tensor | None:
         batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
-        real, generated = self._tokens
+        real, generated, positions = self._tokens
+        sinks = {at: profile.sinks for at, profile in enumerate(self._profiles.values()) if profile.sinks}
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if self._selection == [0] and real is None and generated is None:
+        if self._selection == [0] and real is None and generated is None and 0 not in sinks:
             return None
         if batch % len(self._selection) != 0:
             raise ValueError(f"profiles are selected for {len(self._selection)} sequences, but the batch has {batch}")
@@ -219,6 +288,14 @@ class Installation:
             slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
         if generated is not None:
             slots = torch.where(generated.to(hidden.device), slots, -1)
+        if sinks:
+            if positions is None or positions.dim() == 0:
+                start = 0 if positions is None else positions.to(hidden.device)
+                positions = (torch.arange(tokens, device=hidden.device) + start)[None]
+            positions = positions[:, -tokens:].to(hidden.device)
+            for at, where in sinks.items():
+                is_sink = torch.isin(positions, torch.tensor(where, device=hidden.device))
+                slots = torch.where((slots == at) & is_sink, -1, slots)
         return slots.expand(batch, tokens).reshape(-1).contiguous()
 
     def _listen_to_generate(self, model: nn.Module) -> None:
@@ -229,15 +306,17 @@ class Installation:
 
         def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs = original(input_ids, *args, **kwargs)
-            mask = kwargs.get("attention_mask")
-            mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            mask = _mask_of(kwargs.get("attention_mask"))
             total = input_ids.shape[1] if mask is None else mask.shape[1]
             ids = inputs.get("input_ids")
             tokens = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
             if kwargs.get("is_first_iteration"):
                 self._prompt_length = total
             generated = torch.arange(total - tokens, total) >= self._prompt_length if self._generated_only else None
-            self._announced = (None if mask is None else mask[:, -tokens:], generated)
+            if mask is None:
+                self._announced = _Tokens(None, generated, torch.arange(total - tokens, total)[None])
+            else:
+                self._announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
             return inputs
 
         own = model.__dict__.get("prepare_inputs_for_generation")

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +24,26 @@ UNIT_TOLERANCE = 1e-3
 MAX_FILE_BYTES = 4 << 30
 MAX_HEADER_BYTES = 8 << 20
 
-_DTYPES = {"layers": "I64", "axes": "F32", "floors": "F32", "axis_all": "F32", "quantiles": "F32", "populations": "F32"}
-_DIMS = {"layers": 1, "axes": 3, "floors": 2, "axis_all": 2, "quantiles": 2, "populations": 3}
+#: The tensors of a file: their dimensions; all are float32 but those in _INTEGERS.
+_DIMS = {
+    "layers": 1, "axes": 3, "floors": 2, "lifts": 3, "limits": 2, "sinks": 1, "axis_all": 2, "lift_all": 2,
+    "limit_all": 1, "quantiles": 2, "populations": 3,
+}  # fmt: skip
+_INTEGERS = {"layers", "sinks"}
+_OPTIONAL = ("lifts", "limits", "axis_all", "lift_all", "limit_all", "quantiles", "populations")
+#: Of profiles that do not state limits but know projections of single tokens: how far beyond those a row is none.
+_BEYOND_TOKENS = 8.0
+#: How many positions of a sequence may be sinks, and how far back the last one.
+_MAX_SINKS, _LAST_SINK = 16, 1024
+
+
+class Slot(NamedTuple):
+    """What a profile has for one layer, for a bank of K directions: axes and lifts (K, H), floors and limits (K,)."""
+
+    axes: Tensor
+    lifts: Tensor
+    floors: Tensor
+    limits: Tensor
 
 
 class ProfileError(ValueError):
@@ -133,10 +151,15 @@ class CapProfile:
         layers: the L capped layers (block outputs, counted from 0), ascending.
         axes: (L, K, H) float32, unit rows; larger projection = more Assistant-like.
         floors: (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+        lifts: (L, K, H) float32, what rows are corrected along, ``<axis, lift> = 1``; the axes without them (eq. 1).
+        limits: (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
+            ordinary norm can have one; an attention sink can.
+        sinks: positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.
         provenance: JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
             ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
             (``percentiles``, the columns of the tensor of that name).
-        axis_all: (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
+        axis_all: (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones; ``lift_all``
+            (n_layers, H) and ``limit_all`` (n_layers,) the same of lifts and limits.
         quantiles: (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
         populations: (P, n_layers, Q) float32, the same of every population that ``quantiles`` in the provenance names.
 
@@ -151,7 +174,12 @@ class CapProfile:
         floors: Tensor,
         provenance: Mapping[str, Any] | None = None,
         *,
+        lifts: Tensor | None = None,
+        limits: Tensor | None = None,
+        sinks: Sequence[int] | Tensor = (),
         axis_all: Tensor | None = None,
+        lift_all: Tensor | None = None,
+        limit_all: Tensor | None = None,
         quantiles: Tensor | None = None,
         populations: Tensor | None = None,
     ) -> None:
@@ -159,7 +187,12 @@ class CapProfile:
         self.axes = axes
         self.floors = floors
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self.lifts = lifts
+        self.limits = limits
+        self.sinks: tuple[int, ...] = tuple(int(position) for position in sinks)
         self.axis_all = axis_all
+        self.lift_all = lift_all
+        self.limit_all = limit_all
         self.quantiles = quantiles
         self.populations = populations
         self._check()
@@ -205,28 +238,54 @@ class CapProfile:
 
     @property
     def digest(self) -> str:
-        """Names what of this profile changes a model: its layers, axes and floors. Equal in equal profiles alone."""
+        """Names what of this profile changes a model: its layers, axes, floors, and what it says of lifts, limits and
+        sinks. Equal in equal profiles alone.
+        """
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
         for tensor in (self.axes, self.floors):
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for name, given in (("lifts", self.lifts), ("limits", self.limits)):
+            if given is not None:
+                content.update(name.encode() + given.detach().cpu().contiguous().numpy().tobytes())
+        if self.sinks:
+            content.update(repr(self.sinks).encode())
         return content.hexdigest()[:32]
 
-    def slot_at(self, layer: int, directions: int) -> tuple[Tensor, Tensor]:
-        """This profile's slot in the bank of one layer: axes (K, H) and floors (K,), for a bank of K directions.
+    @property
+    def knows_sinks(self) -> bool:
+        """Whether anything keeps the cap from lifting an attention sink: positions, limits, or what to take them of."""
+        return bool(self.sinks) or self.limits is not None or bool(self._token_tables)
 
-        Directions that it has not, and all of them at a layer that it does not cap, never fire.
+    @property
+    def _token_tables(self) -> list[Tensor]:
+        return [table for name, table in self.tables.items() if str(name).endswith(" tokens")]
+
+    def slot_at(self, layer: int, directions: int) -> Slot:
+        """This profile's slot in the bank of one layer, for a bank of K directions.
+
+        Directions that it has not, and all of them at a layer that it does not cap, never fire and limit nothing.
         """
         if layer in self.layers:
             at = self.layers.index(layer)
             axes, floors = self.axes[at], self.floors[at]
+            lifts = axes if self.lifts is None else self.lifts[at]
+            limits = self._limits(layer, len(axes)) if self.limits is None else self.limits[at]
         else:
-            axes = torch.eye(1, self.hidden_size)
-            floors = torch.tensor([-math.inf])
+            axes = lifts = torch.eye(1, self.hidden_size)
+            floors, limits = torch.tensor([-math.inf]), torch.tensor([math.inf])
         missing = directions - len(axes)
-        return (
+        return Slot(
             torch.cat([axes, axes[-1:].expand(missing, -1)]),
+            torch.cat([lifts, lifts[-1:].expand(missing, -1)]),
             torch.cat([floors, floors.new_full((missing,), -math.inf)]),
+            torch.cat([limits, limits.new_full((missing,), math.inf)]),
         )
+
+    def _limits(self, layer: int, directions: int) -> Tensor:
+        """For a file from before there were limits, by the projections of single tokens that it knows."""
+        known = [table[layer].abs().max().item() for table in self._token_tables]
+        limit = _BEYOND_TOKENS * max(known) if known else math.inf
+        return torch.full((directions,), limit or math.inf)
 
     @property
     def percentiles(self) -> tuple[float, ...]:
@@ -262,25 +321,23 @@ class CapProfile:
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
         """The same at some of its layers, ascending."""
         chosen = [self.layers.index(layer) for layer in layers]
-        return self._with(layers, self.axes[chosen], self.floors[chosen])
+        return self._with(layers, self.axes[chosen], self.floors[chosen], chosen)
 
-    def _with(self, layers: Sequence[int], axes: Tensor, floors: Tensor) -> CapProfile:
-        return CapProfile(
-            layers,
-            axes,
-            floors,
-            self.provenance,
-            axis_all=self.axis_all,
-            quantiles=self.quantiles,
-            populations=self.populations,
-        )
+    def _with(
+        self, layers: Sequence[int], axes: Tensor, floors: Tensor, chosen: Sequence[int] | None = None
+    ) -> CapProfile:
+        more = {name: getattr(self, name) for name in _OPTIONAL}
+        for name in ("lifts", "limits"):
+            if more[name] is not None and chosen is not None:
+                more[name] = more[name][list(chosen)]
+        return CapProfile(layers, axes, floors, self.provenance, sinks=self.sinks, **more)
 
     def measuring_only(self) -> CapProfile:
         """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
         return self.with_floors(torch.full_like(self.floors, -torch.inf))
 
     def _check(self) -> None:
-        for name in ("axes", "floors", "axis_all", "quantiles", "populations"):
+        for name in ("axes", "floors", *_OPTIONAL):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
@@ -303,11 +360,28 @@ class CapProfile:
         _require(off <= UNIT_TOLERANCE, f"axes must be of unit length within {UNIT_TOLERANCE}, one is off by {off:.3g}")
         bad = self.floors.isnan() | (self.floors == torch.inf)
         _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
-        if self.axis_all is not None:
+        for name, whole in (("lifts", True), ("limits", False)):
+            tensor, shape = getattr(self, name), self.axes.shape if whole else self.floors.shape
             _require(
-                self.axis_all.shape[1] == size, f"axis_all must have H = {size} columns, got {self.axis_all.shape[1]}"
+                tensor is None or tensor.shape == shape,
+                f"{name} must have shape {tuple(shape)}, got {None if tensor is None else tuple(tensor.shape)}",
             )
-            _require(bool(self.axis_all.isfinite().all()), "axis_all must be finite")
+        if self.lifts is not None:
+            _require(bool(self.lifts.isfinite().all()), "lifts must be finite")
+            off = ((self.axes * self.lifts).sum(-1) - 1).abs().max().item()
+            _require(off <= UNIT_TOLERANCE, f"lifts must be 1 along their axes, one is off by {off:.3g}")
+        for name in ("limits", "limit_all"):
+            tensor = getattr(self, name)
+            _require(tensor is None or bool((tensor > 0).all()), f"{name} must be positive, or inf for none")
+        _require(
+            len(self.sinks) <= _MAX_SINKS and all(0 <= position <= _LAST_SINK for position in self.sinks),
+            f"sinks must be at most {_MAX_SINKS} positions from 0 to {_LAST_SINK}, got {list(self.sinks)[:20]}",
+        )
+        for name in ("axis_all", "lift_all"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                _require(tensor.shape[1] == size, f"{name} must have H = {size} columns, got {tensor.shape[1]}")
+                _require(bool(tensor.isfinite().all()), f"{name} must be finite")
         for name in ("quantiles", "populations"):
             tensor = getattr(self, name)
             _require(tensor is None or bool(tensor.isfinite().all()), f"{name} must be finite")
@@ -316,10 +390,10 @@ class CapProfile:
             stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
         )
         last = self.num_layers
-        for name in ("axis_all", "quantiles", "populations"):
+        for name in ("axis_all", "lift_all", "limit_all", "quantiles", "populations"):
             tensor = getattr(self, name)
             _require(
-                tensor is None or last is None or tensor.shape[-2] == last,
+                tensor is None or last is None or tensor.shape[tensor.dim() == 3] == last,
                 f"{name} must have a row for each of the model's {last} layers",
             )
         _require(
@@ -335,12 +409,9 @@ class CapProfile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file in one step: whoever reads the path sees the old file or the whole new one."""
         tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
-        if self.axis_all is not None:
-            tensors["axis_all"] = self.axis_all
-        if self.quantiles is not None:
-            tensors["quantiles"] = self.quantiles
-        if self.populations is not None:
-            tensors["populations"] = self.populations
+        tensors |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
+        if self.sinks:
+            tensors["sinks"] = torch.tensor(self.sinks, dtype=torch.int64)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
         target = Path(path)
@@ -376,12 +447,12 @@ class CapProfile:
                 names = set(file.keys())
                 missing = {"layers", "axes", "floors"} - names
                 _require(not missing, f"tensors are missing: {', '.join(sorted(missing))}")
-                extra = names - set(_DTYPES)
+                extra = names - set(_DIMS)
                 _require(not extra, f"unknown tensors: {', '.join(sorted(extra)[:5])}")
                 for name in names:
                     entry = file.get_slice(name)
                     found = entry.get_dtype(), len(entry.get_shape())
-                    wanted = _DTYPES[name], _DIMS[name]
+                    wanted = "I64" if name in _INTEGERS else "F32", _DIMS[name]
                     _require(found == wanted, f"{name} must be {wanted[0]} of {wanted[1]} dimensions, got {found}")
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:

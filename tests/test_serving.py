@@ -237,7 +237,7 @@ def step(buffers: Buffers, telemetry: Telemetry, rows: dict[str, int], slots: di
     buffers.fill(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
     # The first step of a request is its prompt and, where it is longer than two rows, more.
     prompts = [0 if (name, buffers.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
-    telemetry.fill(list(rows), counts, np.array(prompts, np.int32))
+    telemetry.fill(list(rows), counts, np.array(prompts, np.int32), np.array([], np.int32))
     at = 0
     for (name, count), of_prompt in zip(rows.items(), prompts, strict=True):
         for number in range(len(buffers.layers)):
@@ -282,7 +282,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
         assert record["digest"] == made.digest
         for layer in buffers.layers:
             values = torch.cat(seen[name, layer])
-            floors = made.slot_at(layer, 2)[1]
+            floors = made.slot_at(layer, 2).floors
             below = values < floors
             counted = record["layers"][str(layer)]
             assert counted["rows"] == len(values)
@@ -317,7 +317,9 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     def run(*slots: int, **counts: int) -> None:
         rows = np.array(list(counts.values()), np.int32)
         # The checking mode holds the buffers against this.
-        worker.fill(list(counts), rows, np.zeros_like(rows), {name: worker._choices[name].digest for name in counts})
+        starts = np.full_like(rows, 9)
+        view = {name: worker._choices[name].digest for name in counts}
+        worker.fill(list(counts), rows, np.zeros_like(rows), starts, view)
         assert worker.buffers.rows.tolist() == [*slots] + [-1] * (12 - len(slots))
         worker.end()
 

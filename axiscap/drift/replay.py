@@ -59,16 +59,17 @@ def measuring(profile: CapProfile, layers: Sequence[int] | None = None, *, cappe
     if layers is not None:
         check_layers(profile, layers)
     wanted = sorted(set(profile.layers if layers is None else layers) | set(profile.layers if capped else ()))
-    axes, floors = [], []
+    slots = []
     for layer in wanted:
-        axis, floor = profile.slot_at(layer, profile.directions)
+        slot = profile.slot_at(layer, profile.directions)
         if layer not in profile.layers:
             assert profile.axis_all is not None
             axis = profile.axis_all[layer].expand(profile.directions, -1)
-        axes.append(axis)
-        floors.append(floor if capped else torch.full_like(floor, -math.inf))
+            slot = slot._replace(axes=axis, lifts=axis)
+        slots.append(slot if capped else slot._replace(floors=torch.full_like(slot.floors, -math.inf)))
+    axes, lifts, floors, limits = (torch.stack(part).contiguous() for part in zip(*slots, strict=True))
     model = {"model": dict(profile.model_facts)}
-    return CapProfile(wanted, torch.stack(axes).contiguous(), torch.stack(floors).contiguous(), model)
+    return CapProfile(wanted, axes, floors, model, lifts=lifts, limits=limits, sinks=profile.sinks)
 
 
 def replay(

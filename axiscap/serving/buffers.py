@@ -31,12 +31,16 @@ class Buffers:
         self.layers = list(layers)
         self.hidden_size = settings.hidden_size
         self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
+        self.lifts = self.axes.clone()
         self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
+        self.limits = torch.full_like(self.floors, math.inf)
         self.rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self.all_projections = torch.zeros(len(self.layers), max_rows, settings.directions, device=device)
         # The same memory by layer, each a storage of its own: a graph that writes several views of one copies them.
         self.projections = [from_dlpack(projections) for projections in self.all_projections]
         self.slot_of: dict[str, int] = {}
+        #: By content: the positions in a sequence that are left alone.
+        self.sinks: dict[str, tuple[int, ...]] = {}
         self._filled = 0
 
     def place(self, slot: int, profile: CapProfile) -> None:
@@ -48,11 +52,17 @@ class Buffers:
                 f"profile has hidden size {profile.hidden_size} and {profile.directions}"
             )
         for at, layer in enumerate(self.layers):
-            axes, floors = profile.slot_at(layer, directions)
-            self.axes[at, slot].copy_(axes)
-            self.floors[at, slot].copy_(floors)
+            made = profile.slot_at(layer, directions)
+            for name, tensor in made._asdict().items():
+                getattr(self, name)[at, slot].copy_(tensor)
         self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}
         self.slot_of[profile.digest] = slot
+        self.sinks = {digest: self.sinks[digest] for digest in self.slot_of if digest in self.sinks}
+        self.sinks[profile.digest] = profile.sinks
+
+    def tensors(self, at: int) -> tuple[Tensor, ...]:
+        """What the op ``.buffers`` takes of a layer, behind the streams."""
+        return self.axes[at], self.floors[at], self.rows, self.projections[at], self.lifts[at], self.limits[at]
 
     def fill(self, slots: Counts) -> None:
         """The slots of the step's rows; those behind them are left alone."""

@@ -227,15 +227,19 @@ def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, 
         if batch.forward_mode.is_decode_or_idle() or batch.extend_lens is None or batch.forward_mode.is_target_verify():
             each = rows // max(1, len(requests))
             counts, prompts = np.full(len(requests), each, np.int32), np.zeros(len(requests), np.int32)
+            lengths = getattr(batch, "seq_lens_cpu", None)  # with the row of a decoding step, without those of drafts
+            known = [len(r.origin_input_ids) for r in requests] if lengths is None else lengths.tolist()
+            starts = np.array(known, np.int32) - (lengths is not None and not batch.forward_mode.is_target_verify())
         else:
             counts = np.array(batch.extend_lens, np.int32)
             left = [len(r.origin_input_ids) - done for r, done in zip(requests, batch.prefix_lens, strict=True)]
             prompts = np.clip(np.array(left, np.int32), 0, counts)
+            starts = np.array(batch.prefix_lens, np.int32)
         if int(counts.sum()) != rows:
             raise RuntimeError(
                 f"axiscap: {rows} rows of a {batch.forward_mode.name} batch, but {counts.sum()} are known"
             )
-        forward.axiscap_rows = (list(requests), counts, prompts)
+        forward.axiscap_rows = (list(requests), counts, prompts, starts)
     return forward
 
 
@@ -250,14 +254,14 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     if known is None:  # a warm-up or a capture of the engine's own
         _worker.clear()
         return original(runner, batch, *args, **kwargs)
-    requests, counts, prompts = known
+    requests, counts, prompts, starts = known
     gone = _gone()
     new = [request for request in requests if request.rid not in _running]
     _worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
     _running.update((request.rid, weakref.ref(request)) for request in new)
     # The checking mode holds the rows against what the radix cache goes by.
     view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
-    _worker.fill([request.rid for request in requests], counts, prompts, view)
+    _worker.fill([request.rid for request in requests], counts, prompts, starts, view)
     kind = batch.forward_mode.name
     verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:
@@ -271,6 +275,8 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
                 raise RuntimeError(
                     f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
                 )
+        if starts[0] == 0:
+            _worker.look_for_sinks([projections[0, 0].item() for projections in buffers.projections])
     _worker.end()
     return result
 
@@ -287,7 +293,7 @@ def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int, ranks: i
     if "forward_batch" not in names:
         raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
     position = names.index("forward_batch")
-    tensors = buffers.axes[at], buffers.floors[at], buffers.rows, buffers.projections[at]
+    tensors = buffers.tensors(at)
 
     def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]

@@ -186,12 +186,17 @@ class Telemetry:
         self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[choice.digest], None]
         self._running[request] = _Running(index, choice)
 
-    def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts) -> None:
-        """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt."""
+    def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, left: Counts) -> None:
+        """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
+
+        Args:
+            left: rows that are not counted.
+        """
         index = np.array([self._running[name].index if name in self._running else -1 for name in requests], np.int32)
         parts = np.stack([2 * index, 2 * index + 1], 1)
         parts[index < 0] = -1
         rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
+        rows[left] = -1
         copy_in(self._rows, rows)
         projections = self.buffers.all_projections[:, : len(rows)]
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]

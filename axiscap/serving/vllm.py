@@ -258,7 +258,7 @@ class VllmWorker:
         batch = self._runner.input_batch
         names = batch.req_ids
         done, prompts = (each[: len(names)] for each in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens))
-        self._fill(step, names, counts, prompts - done)
+        self._fill(step, names, counts, prompts - done, done)
         return result
 
     def _prepare_v2(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,12 +268,13 @@ class VllmWorker:
         if int(counts.sum()) != batch.num_tokens:
             raise RuntimeError(f"axiscap: {batch.num_tokens} rows in a step, but {counts.sum()} are known")
         prompts = self._runner.req_states.prompt_len.np[batch.idx_mapping_np]
-        self._fill(step, batch.req_ids, counts, prompts - batch.num_computed_tokens_np)
+        done = batch.num_computed_tokens_np
+        self._fill(step, batch.req_ids, counts, prompts - done, done)
         return batch
 
-    def _fill(self, step: Any, names: Sequence[str], counts: Any, prompts_left: Any) -> None:
+    def _fill(self, step: Any, names: Sequence[str], counts: Any, prompts_left: Any, starts: Any) -> None:
         prompts = np.minimum(np.maximum(prompts_left, 0), counts).astype(np.int32)
-        self._capped.fill(names, counts, prompts, getattr(step, "axiscap_view", None))
+        self._capped.fill(names, counts, prompts, starts, getattr(step, "axiscap_view", None))
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -290,8 +291,9 @@ class VllmWorker:
         buffers = self._capped.buffers
         if not buffers.layers:
             return
-        kept = buffers.floors.clone()
+        kept, limits = buffers.floors.clone(), buffers.limits.clone()
         buffers.rows.fill_(0)
+        buffers.limits.fill_(torch.inf)  # the one row of the probe is a sequence's first
         buffers.floors.fill_(-torch.inf)
         for projections in buffers.projections:
             projections.fill_(torch.nan)
@@ -307,6 +309,8 @@ class VllmWorker:
             if torch.equal(self._probe(), plain):
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
         buffers.floors.copy_(kept)
+        buffers.limits.copy_(limits)
+        self._capped.look_for_sinks(seen)
         self._capped.clear()
 
     def _probe(self) -> Tensor:
@@ -329,24 +333,19 @@ def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int) -> None:
     A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
     """
     pair = "residual" in inspect.signature(block.forward).parameters
-    block.register_buffer("axiscap_axes", buffers.axes[at], persistent=False)
-    block.register_buffer("axiscap_floors", buffers.floors[at], persistent=False)
-    block.register_buffer("axiscap_rows", buffers.rows, persistent=False)
-    block.register_buffer("axiscap_projections", buffers.projections[at], persistent=False)
+    names = [f"axiscap_{name}" for name in ("axes", "floors", "rows", "projections", "lifts", "limits")]
+    for name, tensor in zip(names, buffers.tensors(at), strict=True):
+        block.register_buffer(name, tensor, persistent=False)
     kind = type(block).__name__
 
     def cap_pair(module: Any, args: Any, output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 2 or output[1] is None or output[0].dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
-        torch.ops.axiscap.cap_residual_.buffers(
-            *output, module.axiscap_axes, module.axiscap_floors, module.axiscap_rows, module.axiscap_projections
-        )
+        torch.ops.axiscap.cap_residual_.buffers(*output, *[getattr(module, name) for name in names])
 
     def cap_one(module: Any, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() != 2:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
-        torch.ops.axiscap.cap_.buffers(
-            output, module.axiscap_axes, module.axiscap_floors, module.axiscap_rows, module.axiscap_projections
-        )
+        torch.ops.axiscap.cap_.buffers(output, *[getattr(module, name) for name in names])
 
     block.register_forward_hook(cap_pair if pair else cap_one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
 from axiscap.serving.settings import Choice, Settings, SettingsError
 from axiscap.serving.telemetry import Telemetry, Writer
+
+_LOGGER = logging.getLogger("axiscap")
 
 
 class Worker:
@@ -35,8 +38,9 @@ class Worker:
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
-        self._step: tuple[list[str], bytes, bytes] | None = None
+        self._step: tuple[list[str], bytes, bytes, bytes] | None = None
         self._to_count = False
+        self._warned: set[str] = set()
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
             self.place(slots.index(digest), digest, settings.profiles[name])
@@ -49,7 +53,35 @@ class Worker:
     def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
         """Puts a profile into a slot of every layer."""
         self.buffers.place(slot, read_profile(path, floors, digest))
+        self._last_sink = max((max(sinks, default=-1) for sinks in self.buffers.sinks.values()), default=-1)
         self._step = None
+
+    def look_for_sinks(self, first: Sequence[float]) -> None:
+        """Warns where a profile lifts the first token of a sequence, which in most models is an attention sink.
+
+        Args:
+            first: of each layer that this worker holds, the first token's projection before the cap.
+        """
+        for digest, slot in self.buffers.slot_of.items():
+            if 0 in self.buffers.sinks[digest] or digest in self._warned:
+                continue
+            floors, limits = self.buffers.floors[:, slot, 0].tolist(), self.buffers.limits[:, slot, 0].tolist()
+            lifted = [
+                (layer, value, floor)
+                for layer, value, floor, limit in zip(self.buffers.layers, first, floors, limits, strict=True)
+                if value < floor and abs(value) <= limit
+            ]
+            if lifted:
+                self._warned.add(digest)
+                layer, value, floor = lifted[0]
+                _LOGGER.warning(
+                    "axiscap: profile %s lifts the first token of every sequence, an attention sink in most models "
+                    "(layer %d: projection %.4g, floor %.4g); a profile with sinks or limits leaves it alone",
+                    digest,
+                    layer,
+                    value,
+                    floor,
+                )
 
     def clear(self) -> None:
         """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""
@@ -70,25 +102,44 @@ class Worker:
                 self._telemetry.start(name, choice)
 
     def fill(
-        self, names: Sequence[str], counts: Counts, prompts: Counts, view: Mapping[str, str | None] | None = None
+        self,
+        names: Sequence[str],
+        counts: Counts,
+        prompts: Counts,
+        starts: Counts,
+        view: Mapping[str, str | None] | None = None,
     ) -> None:
         """Before the model runs: whose rows the step computes, in order.
 
         Args:
             prompts: how many of each request's rows are of its prompt; the others the model wrote.
+            starts: the position in its sequence of each request's first row.
             view: for the checking mode, the digest of each request as the scheduler knows it.
         """
-        step = list(names), counts.tobytes(), prompts.tobytes()
+        sinks = self._sinks(names, counts, starts)
+        step = list(names), counts.tobytes(), prompts.tobytes(), sinks.tobytes()
         if step != self._step:
             digests = [self._choices[name].digest for name in names]
-            slots = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
-            self.buffers.fill(np.repeat(np.array(slots, np.int32), counts))
+            each = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
+            slots = np.repeat(np.array(each, np.int32), counts)
+            slots[sinks] = -1
+            self.buffers.fill(slots)
             if self._telemetry:
-                self._telemetry.fill(names, counts, prompts)
+                self._telemetry.fill(names, counts, prompts, sinks)
             self._step = step
         self._to_count = True
         if view is not None:
-            self._check(names, counts, view)
+            self._check(names, counts, sinks, view)
+
+    def _sinks(self, names: Sequence[str], counts: Counts, starts: Counts) -> Counts:
+        """The rows of the step that are sinks of the sequence that they are in, by its profile."""
+        found: list[int] = []
+        for at in np.flatnonzero(starts <= self._last_sink).tolist():
+            digest = self._choices[names[at]].digest
+            first, start, count = int(counts[:at].sum()), int(starts[at]), int(counts[at])
+            positions = () if digest is None else self.buffers.sinks[digest]
+            found += [first + position - start for position in positions if 0 <= position - start < count]
+        return np.array(found, np.int32)
 
     def end(self) -> None:
         """After a step, whether or not it had rows."""
@@ -98,14 +149,17 @@ class Worker:
             self._telemetry.settle(idle=not self._choices)
         self._to_count = False
 
-    def _check(self, names: Sequence[str], counts: Counts, view: Mapping[str, str | None]) -> None:
-        """Every row's slot holds what the scheduler says of its request, and no row behind them has one."""
+    def _check(self, names: Sequence[str], counts: Counts, sinks: Counts, view: Mapping[str, str | None]) -> None:
+        """Every row's slot holds what the scheduler says of its request, sinks and rows behind the step have none."""
         at = 0
         rows = self.buffers.rows.tolist()
+        left = set(sinks.tolist())
         content = {slot: digest for digest, slot in self.buffers.slot_of.items()}
+        if any(rows[sink] != -1 for sink in left):
+            raise RuntimeError(f"axiscap: sinks among the rows {sorted(left)} are capped")
         for name, count in zip(names, counts.tolist(), strict=True):
-            found = {content.get(slot) for slot in rows[at : at + count]}
-            if found != {view[name]}:
+            found = {content.get(rows[row]) for row in range(at, at + count) if row not in left}
+            if found - {view[name]}:
                 raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, not {view[name]}")
             at += count
         if set(rows[at:]) - {-1}:

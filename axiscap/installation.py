@@ -220,8 +220,12 @@ class Installation:
             elif real is not None:
                 positions = real.long().cumsum(-1) - 1
             else:
-                length = getattr(given.get("past_key_values"), "get_seq_length", lambda: 0)()
-                positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length)
+                # By what it can do: the argument's name differs between versions of transformers.
+                caches = (value for value in given.values() if hasattr(value, "get_seq_length"))
+                cache = next(caches, None)
+                length = 0 if cache is None else cache.get_seq_length()
+                # A copy, since a static cache counts on in the tensor that it gives.
+                positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
             self._tokens = _Tokens(real, None, positions)
         self._slots = {}
 

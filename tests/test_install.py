@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -323,6 +324,127 @@ def test_positions_generated(llama):
         assert cap.stats()["default"][1].rows == 2
     with pytest.raises(ValueError, match="positions must be 'all' or 'generated', got 'some'"):
         axiscap.install(llama, profile, positions="some")
+
+
+# Sinks: by their place in the sequence, however it comes, or by what they project to.
+
+
+def sunk(llama, *, sinks=(0,), floor=1e3, **more) -> CapProfile:
+    """Every row lies far below the floor, so that a row that is not capped shows."""
+    made = profile_for(llama, LAYERS, floor)
+    return CapProfile(made.layers, made.axes, made.floors, made.provenance, sinks=sinks, **more)
+
+
+def left_alone(cap) -> list[list[bool]]:
+    return cap.projections()[LAYERS[0]][..., 0].isnan().tolist()
+
+
+def test_sinks_of_plain_and_padded_sequences(llama):
+    with axiscap.install(llama, sunk(llama, sinks=(0, 2))) as cap, torch.no_grad():
+        llama(tokens(2, 5))
+        assert left_alone(cap) == [[True, False, True, False, False]] * 2
+        assert cap.stats()["default"][LAYERS[0]].rows == 6
+        for side in ("left", "right"):
+            mask = torch.ones(2, 5, dtype=torch.long)
+            mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+            llama(tokens(2, 5), attention_mask=mask)
+            second = [True, True, True, False, True] if side == "left" else [True, False, True, True, True]
+            assert left_alone(cap) == [[True, False, True, False, False], second]
+
+
+def test_sinks_of_packed_sequences(llama):
+    """Two sequences in one row, told apart by their positions, of which each begins anew."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with axiscap.install(llama, sunk(llama)) as cap, torch.no_grad():
+        llama(tokens(1, 7), position_ids=positions)
+        assert left_alone(cap) == [[position == 0 for position in positions[0].tolist()]]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_sinks_of_a_prompt_in_chunks(llama, static):
+    """What is in the cache was before: its length says where the chunk begins."""
+    config = llama.config
+    cache = transformers.StaticCache(config=config, max_cache_len=16) if static else transformers.DynamicCache()
+    with axiscap.install(llama, sunk(llama, sinks=(0, 4))) as cap, torch.no_grad():
+        found = []
+        for chunk in tokens(1, 7).split(3, dim=1):
+            llama(chunk, past_key_values=cache)
+            found += left_alone(cap)[0]
+        assert found == [True, False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static", "none", "beams"])
+def test_sinks_while_generating(name, llama):
+    """Those of the prompt alone, with padding on the left; with no cache they come again at each step."""
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    several = 3 if name == "beams" else 1
+    with axiscap.install(llama, sunk(llama)) as cap, torch.no_grad():
+        llama.generate(tokens(2, 6), attention_mask=mask, **GREEDY, **CACHES[name], disable_compile=True)
+        if name == "none":
+            assert left_alone(cap) == [[True] + [False] * 16, [True] * 4 + [False] * 13]
+        else:
+            assert left_alone(cap) == [[False]] * 2 * several
+        rows = cap.stats()["default"][LAYERS[0]].rows
+    if name in ("dynamic", "static"):
+        assert rows == (6 + 3 - 2) + 2 * 11
+
+
+def test_each_profile_has_its_own_sinks(llama):
+    both = {"all": sunk(llama, sinks=()), "first": sunk(llama), "third": sunk(llama, sinks=(2,))}
+    with axiscap.install(llama, both) as cap, torch.no_grad():
+        cap.select(["first", None, "all", "third"])
+        llama(tokens(4, 3))
+        assert left_alone(cap) == [[True, False, False], [True] * 3, [False] * 3, [False, False, True]]
+
+
+def test_rows_beyond_their_limit_are_left_alone(llama):
+    plain = profile_for(llama, LAYERS, 1e3)
+    with axiscap.install(llama, plain.measuring_only()) as cap, torch.no_grad():
+        llama(tokens(1, 9))
+        seen = {layer: values[0, :, 0] for layer, values in cap.projections().items()}
+    # The first capped layer alone: behind it the streams differ.
+    limit = seen[LAYERS[0]].abs().median()
+    limited = sunk(llama, sinks=(), limits=torch.full((len(LAYERS), 1), limit.item()))
+    with axiscap.install(llama, limited) as cap, torch.no_grad():
+        llama(tokens(1, 9))
+        assert left_alone(cap) == [(seen[LAYERS[0]].abs() > limit).tolist()]
+        stats = cap.stats()["default"][LAYERS[0]]
+        assert (stats.rows, stats.nonfinite, stats.fired) == (9, 4, 5)
+        within = seen[LAYERS[0]][seen[LAYERS[0]].abs() <= limit].double()
+        assert stats.mean[0] == pytest.approx(within.mean().item(), rel=1e-5)
+
+
+def test_an_old_profile_takes_its_limits_of_its_tables(shipped_profile):
+    assert shipped_profile.knows_sinks
+    for layer in shipped_profile.layers:
+        tables = [shipped_profile.tables[name][layer] for name in ("assistant tokens", "pooled tokens")]
+        limit = shipped_profile.slot_at(layer, 1).limits
+        if shipped_profile.limits is None:
+            assert limit.item() == pytest.approx(8 * max(table.abs().max().item() for table in tables))
+
+
+def test_a_profile_that_lifts_a_sink_warns_once(llama):
+    """One token of the vocabulary gets a huge embedding: a sink that every layer keeps."""
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[7] = 400 * nn.functional.normalize(torch.randn(32), dim=0)
+    ids = tokens(1, 9)
+    ids[0, 0] = 7
+    made = profile_for(llama, LAYERS, 0.0)
+    axes = made.axes.clone()
+    axes[:, 0] = -nn.functional.normalize(llama.get_input_embeddings().weight[7].detach(), dim=0)
+    every = CapProfile(made.layers, axes, made.floors, made.provenance)
+    with axiscap.install(llama, every), torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        llama(ids)
+        llama(ids)
+    (warning,) = [entry for entry in said if "attention sinks" in str(entry.message)]
+    assert "row 0" in str(warning.message)
+    for knows in ({"sinks": (0,)}, {"limits": torch.full((len(LAYERS), 1), 50.0)}):
+        quiet = CapProfile(made.layers, axes, made.floors, made.provenance, **knows)
+        with axiscap.install(llama, quiet), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            llama(ids)
 
 
 # Several profiles.

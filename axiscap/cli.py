@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,8 +184,17 @@ def _show_evidence(facts: Evidence) -> None:
 RolesOption = Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's own without it.")]
 QuestionsOption = Annotated[Path | None, typer.Option(help="Questions (JSONL); AxisCap's own without it.")]
 PopulationOption = Annotated[
-    str, typer.Option(help="Whose projections: assistant, pooled, 'assistant tokens' or 'pooled tokens'.")
+    str | None,
+    typer.Option(
+        help="Whose projections: assistant, pooled or work (means of answers), or 'assistant tokens' and so on. The "
+        "profile's own, or single tokens of ordinary work."
+    ),
 ]
+MethodOption = Annotated[
+    str,
+    typer.Option(help="discriminant: what tells roles from ordinary work; difference: the published mean difference."),
+]
+WorkOption = Annotated[Path | None, typer.Option(help="Ordinary requests (JSONL); AxisCap's own without it.")]
 PublishedOption = Annotated[
     bool, typer.Option("--published", help="The authors' convention: the 75th percentile of the pooled answers.")
 ]
@@ -202,7 +212,7 @@ def calibrate(
         int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
     ] = 16,
     percentile: Annotated[float, typer.Option(help="Of the population that the floors are at.")] = 25.0,
-    population: PopulationOption = "assistant",
+    population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
         int | None, typer.Option(help="How many layers to cap; 8, or a fifth where that is more.")
@@ -220,12 +230,14 @@ def calibrate(
         str, typer.Option(help="transformers, vllm or ray; or endpoint: the texts from OPENAI_BASE_URL.")
     ] = "transformers",
     workers: Annotated[int, typer.Option(help="Of Ray.")] = 2,
-    work: Annotated[
+    rollouts: Annotated[
         str | None,
         typer.Option(
-            help="Where rollouts are kept: a folder or a URL. Without it beside the profile, until it is done."
+            help="Where answers are kept: a folder or a URL; beside the profile, until it is done, without it."
         ),
     ] = None,
+    method: MethodOption = "discriminant",
+    work: WorkOption = None,
     vectors: Annotated[
         Path | None, typer.Option(help="A folder for the default's and the roles' vectors, in the published layout.")
     ] = None,
@@ -238,6 +250,8 @@ def calibrate(
 
     if engine not in ("transformers", "vllm", "endpoint", "ray"):
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
+    ordinary = _work(method, work)
+    population = population or ("assistant" if ordinary is None else "work tokens")
     if published:
         percentile, population = PUBLISHED
     plan = _plan(roles, questions, per_role, model)
@@ -246,7 +260,7 @@ def calibrate(
     loaded, tokenizer = models.load(model, dtype)
     who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
     settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
-    store = calibration.Store(work or str(folder), settings)
+    store = calibration.Store(rollouts or str(folder), settings)
     crew: calibration.Workers
     if engine != "ray":
         engines = {"vllm": calibration.VllmEngine, "endpoint": calibration.EndpointEngine}
@@ -254,11 +268,10 @@ def calibrate(
     else:
         crew = calibration.RayWorkers(model, workers, gpus=int(loaded.device.type == "cuda"))
     with _progress(rate=True) as progress:
-        task = progress.add_task("answers", total=len(plan.tasks))
-        advance = lambda count: progress.advance(task, count)  # noqa: E731
+        advance = _Stages(progress)
         keep = None
         if judge != "none":
-            crew.rollouts(store, calibration.batches(plan), advance)
+            crew.rollouts(store, calibration.batches(plan), lambda done: advance("answers", done, len(plan.tasks)))
             keep = _judged(judge, loaded, tokenizer, store, plan, folder, progress)
         profile = calibration.calibrate(
             loaded,
@@ -273,10 +286,11 @@ def calibrate(
             minimum=minimum,
             workers=crew,
             vectors=vectors,
-            progress=advance if keep is None else lambda count: None,
+            progress=advance,
+            work=ordinary,
         )
     profile.save(out)
-    if work is None:
+    if rollouts is None:
         shutil.rmtree(folder, ignore_errors=True)
     if profile.evidence is not None:
         _show_evidence(profile.evidence)
@@ -289,6 +303,44 @@ def _plan(roles: Path | None, questions: Path | None, per_role: int, model: str)
 
     found = calibration.load_roles(roles, model_name=Path(model).name)
     return calibration.plan(found, calibration.load_questions(questions), per_role or None)
+
+
+def _work(method: str, path: Path | None) -> Any:
+    """Ordinary work for the discriminant; None for the published method, which knows none."""
+    from axiscap import calibrate as calibration
+
+    if method not in ("discriminant", "difference"):
+        raise ValueError(f"--method must be discriminant or difference, got {method}")
+    if method == "difference":
+        if path is not None:
+            raise ValueError("--work is for --method discriminant; the published method knows no ordinary work")
+        return None
+    return calibration.load_work(path)
+
+
+class _Stages:
+    """Progress through stages that follow each other, each with a bar of its own. Where the output is no terminal, a
+    line every minute instead, with the rate and the time that is left.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+        self._said = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        number = self._tasks[what]
+        self._progress.advance(number, done)
+        now = time.monotonic()
+        if console.is_terminal or now - self._said < 60:
+            return
+        self._said = now
+        task = next(task for task in self._progress.tasks if task.id == number)
+        rate = f", {task.speed:.1f}/s" if task.speed else ""
+        left = f", {task.time_remaining / 60:.0f} min left" if task.time_remaining else ""
+        print(f"{what}: {task.completed:.0f} of {total}{rate}{left}", file=sys.stderr, flush=True)
 
 
 def _judged(judge: str, model: Any, tokenizer: Any, store: Any, plan: Any, folder: Path, progress: Progress) -> Any:
@@ -334,7 +386,7 @@ def floors(
     profile: ProfileArgument,
     out: Annotated[Path, typer.Argument(help="The profile to write.")],
     percentile: Annotated[float, typer.Option(help="Of the population, on the axis towards the Assistant.")] = 25.0,
-    population: PopulationOption = "assistant",
+    population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
 ) -> None:
@@ -343,7 +395,9 @@ def floors(
 
     if published:
         percentile, population = PUBLISHED
-    made = with_floors(CapProfile.load(profile), percentile, population, _layers(layers) if layers else None)
+    loaded = CapProfile.load(profile)
+    population = population or loaded.population or "assistant"
+    made = with_floors(loaded, percentile, population, _layers(layers) if layers else None)
     made.save(out)
     console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
 
@@ -352,14 +406,14 @@ def floors(
 def sweep(
     profile: ProfileArgument,
     out: Annotated[Path, typer.Argument(help="The profile of the chosen point.")],
-    work: Annotated[str, typer.Option(help="The rollouts that `axiscap calibrate --work` kept.")],
+    rollouts: Annotated[str, typer.Option(help="What `axiscap calibrate --rollouts` kept.")],
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
     questions: QuestionsOption = None,
     per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 16,
     bands: Annotated[str, typer.Option(help="Of layers, first to last.")] = "",
     percentiles: Annotated[str, typer.Option(help="Of the population.")] = "5,10,25,50",
-    population: PopulationOption = "assistant",
+    population: PopulationOption = None,
     most_perplexity: Annotated[float, typer.Option(help="That the chosen point may cost ordinary answers.")] = 1.02,
     ask: Annotated[int, typer.Option(help="Questions to each held-out role.")] = 4,
     picture: Annotated[Path, typer.Option(help="Where to draw uptake against perplexity.")] = Path("sweep.png"),
@@ -382,11 +436,12 @@ def sweep(
         levels = [float(p) for p in percentiles.split(",")]
     except ValueError:
         raise ValueError(f"--percentiles must be numbers, such as 5,10,25, got {percentiles}") from None
+    population = population or loaded_profile.population or "assistant"
     candidates = sweeps.candidates(loaded_profile, found, levels, population)
     plan = _plan(roles, questions, per_role, model)
     loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))
     settings = dataclasses.replace(sampling, dtype=str(loaded.dtype))
-    store = calibration.Store(work, settings)
+    store = calibration.Store(rollouts, settings)
     todo = calibration.batches(plan)
     with console.status("training the judge of texts"):
         judge = sweeps.UptakeJudge(store.shards(todo), plan)

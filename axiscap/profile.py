@@ -302,6 +302,13 @@ class CapProfile:
         fits = len(self.percentiles) == self.populations.shape[2]
         return dict(zip(names, self.populations, strict=True)) if fits else {}
 
+    @property
+    def population(self) -> str | None:
+        """Whose projections the floors are a percentile of; None where the provenance does not say, or has no table."""
+        facts = self.provenance.get("floors")
+        named = facts.get("population") if isinstance(facts, Mapping) else None
+        return named if isinstance(named, str) and named in self.tables else None
+
     def population_count(self, name: str) -> int | None:
         """Of how many projections a quantile table is; None where the provenance does not say."""
         known = self._quantile_facts.get("populations")

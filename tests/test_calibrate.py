@@ -565,7 +565,7 @@ def whole(tmp_path_factory, demo_model):
     """An undisturbed small calibration: its folder, its options and its profile."""
     folder = tmp_path_factory.mktemp("whole")
     options = small(folder)
-    process = run_command("calibrate", folder / "whole.safetensors", *options, "--work", folder / "work")
+    process = run_command("calibrate", folder / "whole.safetensors", *options, "--rollouts", folder / "work")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "36/36" in output.replace(" ", "")
@@ -752,8 +752,8 @@ def test_the_front_and_the_choice():
 def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     folder, options, _ = whole
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
-    arguments = [folder / "whole.safetensors", out, "--work", folder / "work", *options[:4], "--ask", "1", "--bands",
-                 "17-24", "--percentiles", "25", "--picture", picture]  # fmt: skip
+    arguments = [folder / "whole.safetensors", out, "--rollouts", folder / "work", *options[:4], "--ask", "1"]
+    arguments += ["--bands", "17-24", "--percentiles", "25", "--picture", picture]
     first = run_command("sweep", *arguments)
     output, _ = first.communicate()
     assert first.returncode == 0, output

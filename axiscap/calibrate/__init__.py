@@ -12,6 +12,7 @@ from axiscap.calibrate.pipeline import Keep, calibrate
 from axiscap.calibrate.rollouts import EndpointEngine, Here, TransformersEngine, VllmEngine, Workers
 from axiscap.calibrate.space import loadings_correlation
 from axiscap.calibrate.store import Settings, Shard, Store
+from axiscap.calibrate.work import Work, load_work
 
 __all__ = [
     "EndpointEngine",
@@ -26,11 +27,13 @@ __all__ = [
     "Task",
     "TransformersEngine",
     "VllmEngine",
+    "Work",
     "Workers",
     "batches",
     "calibrate",
     "load_questions",
     "load_roles",
+    "load_work",
     "loadings_correlation",
     "plan",
     "with_floors",

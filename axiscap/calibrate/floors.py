@@ -105,7 +105,7 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
     Args:
         profile: one that has quantile tables and the axis at every layer.
         percentile: of the projections, on the axis that points towards the Assistant.
-        population: ``assistant``, ``pooled``, ``assistant tokens`` or ``pooled tokens``.
+        population: ``assistant``, ``pooled`` or ``work``, or the same of single ``... tokens``.
         layers: to cap; the profile's own without them.
 
     Raises:
@@ -129,12 +129,24 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
             "sign": "towards the Assistant",
         },
     }
+
+    def at(whole: Tensor | None) -> Tensor | None:
+        return None if whole is None else whole[chosen][:, None].contiguous()
+
+    axes, made = at(profile.axis_all), at(floors)
+    assert axes is not None
+    assert made is not None
     return CapProfile(
         chosen,
-        profile.axis_all[chosen][:, None].contiguous(),
-        floors[chosen][:, None].contiguous(),
+        axes,
+        made,
         facts,
+        lifts=at(profile.lift_all),
+        limits=at(profile.limit_all),
+        sinks=profile.sinks,
         axis_all=profile.axis_all,
+        lift_all=profile.lift_all,
+        limit_all=profile.limit_all,
         quantiles=tables[population].clone(),
         populations=profile.populations,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,22 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
-from axiscap.calibrate.space import Projections, Space, Sums, evidence, project
-from axiscap.calibrate.store import Shard, Store
-from axiscap.models import decoder_layers, watched_layers
+from axiscap.calibrate.space import Directions, Projections, Space, Sums, discriminant, evidence, project
+from axiscap.calibrate.store import Store
+from axiscap.calibrate.tokens import Scatter, Sinks, Text, read
+from axiscap.calibrate.work import Work, answer
+from axiscap.calibrate.work import shards as work_shards
+from axiscap.models import decoder_layers, text_config
 from axiscap.profile import CapProfile
 
-#: Rollouts of a population whose single tokens are looked at; they take a second pass of the model.
-TOKEN_SAMPLE = 256
+#: Texts of the default, and half of those of roles, whose single tokens are looked at.
+TEXTS = 512
+#: How far the discriminant's covariance is shrunk towards a multiple of the identity.
+SHRINK = 0.1
+#: A row with a projection of more than this many times the largest norm of an ordinary row is left alone.
+LIMIT = 1.5
+#: Groups of texts: of one role, of one domain.
+ROLE, WORK = "role ", "work "
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,12 @@ class CollectSums:
 class CollectProjections:
     plan: Plan
     keep: Keep
-    space: Space
+    axis: Tensor
+    null: Tensor
 
     def __call__(self, store: Store, todo: Sequence[Sequence[Task]]) -> tuple[Projections, dict[str, Sketch]]:
-        depth = len(self.space.axis)
-        found = Projections(depth).add(store.shards(todo), self.space, self.plan, self.keep)
+        depth = len(self.axis)
+        found = Projections(depth).add(store.shards(todo), self.axis, self.null, self.plan, self.keep)
         assistant = Sketch(depth).add(found.of(lambda task: task.role == DEFAULT_ROLE))
         return found, {"assistant": assistant, "pooled": Sketch(depth).add(found.values.tensor())}
 
@@ -75,30 +85,62 @@ def choose_layers(separation: Tensor, count: int) -> list[int]:
     return list(range(best, best + count))
 
 
-@torch.inference_mode()
-def token_sketch(model: Any, shards: Iterable[Shard], axis: Tensor, pick: Callable[[Task], bool]) -> Sketch:
-    """Projections of single answer tokens, from a second pass over the finished texts.
+class Read:
+    """What single tokens say, in two passes over finished texts: how they scatter, and how far they project.
 
     Args:
         model: a causal LM.
-        shards: where the texts are.
-        axis: (n_layers, H) unit rows.
-        pick: which rollouts are looked at.
+        texts: of groups ``default``, ``role NAME`` and ``work DOMAIN``.
     """
-    sketch = Sketch(len(axis))
-    for shard in shards:
-        for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-            if not pick(task):
-                continue
-            seen: list[Tensor] = []
 
-            def look(layer: int, hidden: Tensor, seen: list[Tensor] = seen, start: int = len(prompt)) -> None:
-                seen.append(hidden[0, start:].float().cpu())
+    def __init__(self, model: Any, texts: Sequence[Text]) -> None:
+        self.model, self.texts = model, texts
+        self.depth = len(decoder_layers(model))
+        self.sinks = Sinks()
+        self.groups = list(dict.fromkeys(text.group for text in texts))
 
-            with watched_layers(model, look):
-                model(torch.tensor([[*prompt, *answer]], device=model.device), use_cache=False, logits_to_keep=1)
-            sketch.add(project(torch.stack(seen, dim=1), axis[:, None])[..., 0])
-    return sketch
+    def scatter(self, progress: Callable[[int], None]) -> list[Scatter]:
+        """Of the answers' tokens, by layer; sinks are noted, and no part of it."""
+        size = text_config(self.model).hidden_size
+        found = [Scatter(size) for _ in range(self.depth)]
+        number = {group: at for at, group in enumerate(self.groups)}
+        group_of = torch.tensor([number[text.group] for text in self.texts])
+
+        def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
+            use = self.sinks.ordinary(layer, rows, owner, place) & of_answer
+            groups = group_of[owner]
+            for at in sorted(set(groups[use].tolist())):
+                name = self.groups[at]
+                found[layer].add(name, rows[use & (groups == at)], scatters=not name.startswith(ROLE))
+
+        read(self.model, self.texts, see, progress)
+        return found
+
+    def sketches(self, axis: Tensor, progress: Callable[[int], None]) -> dict[str, Sketch]:
+        """Distributions of single tokens' projections on an axis (n_layers, H): of the default's answers, of those and
+        everybody's in a role, and of the answers to ordinary work. Sinks are no part of them.
+        """
+        axes = axis.float()
+        kinds = {DEFAULT_ROLE: 0, "role": 1, "work": 2}
+        kind_of = torch.tensor([kinds[text.group.split(" ")[0]] for text in self.texts])
+        populations = {"assistant tokens": [0], "pooled tokens": [0, 1], "work tokens": [2]}
+        found = {name: Sketch(self.depth) for name in populations}
+        columns: list[Tensor] = []
+
+        def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
+            use = self.sinks.ordinary(layer, rows, owner, place) & of_answer
+            columns.append(torch.where(use, rows.float() @ axes[layer], torch.nan))
+            if layer < self.depth - 1:
+                return
+            whole = torch.stack(columns)
+            columns.clear()
+            usable = ~whole.isnan().any(0)
+            for name, members in populations.items():
+                mine = usable & torch.isin(kind_of[owner], torch.tensor(members))
+                found[name].add(whole[:, mine].T)
+
+        read(self.model, self.texts, see, progress)
+        return {name: sketch for name, sketch in found.items() if sketch.count}
 
 
 def calibrate(
@@ -107,6 +149,8 @@ def calibrate(
     plan: Plan,
     store: Store,
     *,
+    work: Work | None = None,
+    shrink: float = SHRINK,
     percentile: float = 25.0,
     population: str = "assistant",
     count: int | None = None,
@@ -115,7 +159,7 @@ def calibrate(
     minimum: int = 1,
     workers: Workers | None = None,
     vectors: Path | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CapProfile:
     """Makes a profile for a model.
 
@@ -124,15 +168,19 @@ def calibrate(
         tokenizer: its tokenizer (see :func:`axiscap.models.load`).
         plan: who is asked what.
         store: where the rollouts are kept; its settings name the model and the sampling.
+        work: ordinary work, which with the default's answers stands for the Assistant: the axis is then a discriminant
+            (:func:`axiscap.calibrate.space.discriminant`). Without it the axis is the published mean difference.
+        shrink: of the discriminant.
         percentile: of the population's projections that the floors are at.
-        population: ``assistant`` (the default's answer means), ``pooled`` (everybody's), or either with `` tokens``.
+        population: ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
+            ``work`` (of ordinary work), or the same of single ``... tokens``.
         count: how many layers to cap; a fifth of them, or 8 where that is more.
         keep: which rollouts count; all without it.
         judge: what chose them, for the provenance.
         minimum: of kept answers, for a role to take part.
         workers: who runs the rollouts; this process without them.
         vectors: a folder for the default's and the roles' mean activations, in the published layout.
-        progress: called with each number of rollouts finished.
+        progress: called with what is done, how much of it was finished since the last call, and how much there is.
 
     Returns:
         The profile, with the evidence for it in its provenance.
@@ -143,7 +191,9 @@ def calibrate(
     keep = keep or Keep()
     workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
     todo = batches(plan)
-    workers.rollouts(store, todo, progress)
+    workers.rollouts(store, todo, lambda done: progress("answers", done, len(plan.tasks)))
+    if work is not None:
+        answer(work, workers, store, lambda done: progress("answers to ordinary work", done, work.answers))
 
     sums = Sums()
     for part in workers.over_shards(CollectSums(plan, keep), store, todo):
@@ -152,20 +202,47 @@ def calibrate(
     if vectors:
         roles = dict(zip(space.names, space.roles.float(), strict=True))
         interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
+
+    texts = _texts(plan, keep, store, todo, work)
+    tokens = Read(model, texts)
+    scatters = tokens.scatter(lambda done: progress("texts read", done, len(texts)))
+    directions = Directions(space.axis)
+    if work is not None:
+        ordinary = [group for group in tokens.groups if not group.startswith(ROLE)]
+        directions = discriminant(scatters, ordinary, [f"{ROLE}{name}" for name in space.names], shrink)
+
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
-    for more, parts in workers.over_shards(CollectProjections(plan, keep, space), store, todo):
+    for more, parts in workers.over_shards(CollectProjections(plan, keep, directions.axis, space.null), store, todo):
         found.merge(more)
         for name, sketch in parts.items():
             sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
-    for name in ("assistant", "pooled"):
-        sketches[f"{name} tokens"] = _tokens(model, name, store, todo, found, space.axis)
+    if work is not None:
+        sketches["work"] = Sketch(depth)
+        for shard in work_shards(work, store):
+            made = [at for at, task in enumerate(shard.tasks) if not work.is_held_out(task)]
+            sketches["work"].add(project(shard.means[made], directions.axis[:, None])[..., 0])
+    sketches |= tokens.sketches(directions.axis, lambda done: progress("texts projected", done, len(texts)))
 
     facts = evidence(space, found, plan)
     layers = choose_layers(torch.tensor(facts.auc), count)
-    unit = space.axis.float()
+    unit = directions.axis.float()
     tables = {name: sketch.table() for name, sketch in sketches.items()}
     settings = store.settings
+    axis_facts: dict[str, Any] = {
+        "method": "mean(default) - mean(roles), unit length",
+        "roles": space.names,
+        "questions": len(set(plan.asked) - plan.held_questions),
+        "rollouts": sum(sums.counts.values()),
+        "judge": judge,
+        "digest": plan.digest,
+    }
+    if work is not None:
+        axis_facts |= {
+            "method": "read along the discriminant of ordinary and role tokens, corrected along their mean difference",
+            "shrink": shrink,
+            "work": {"domains": work.domains, "held_out": work.held_domains, "digest": work.digest},
+        }
     provenance = {
         "model": {
             "id": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
@@ -173,14 +250,8 @@ def calibrate(
             "hidden_size": unit.shape[1],
             "num_layers": depth,
         },
-        "axis": {
-            "method": "mean(default) - mean(roles), unit length",
-            "roles": space.names,
-            "questions": len(set(plan.asked) - plan.held_questions),
-            "rollouts": sum(sums.counts.values()),
-            "judge": judge,
-            "digest": plan.digest,
-        },
+        "axis": axis_facts,
+        "sinks": tokens.sinks.describe(texts, tokenizer, range(depth)),
         "quantiles": floors_module.describe(sketches),
         "evidence": dataclasses.asdict(facts),
         "sampling": {
@@ -195,21 +266,47 @@ def calibrate(
         "axiscap": axiscap.__version__,
     }
     off = torch.full((len(layers), 1), -torch.inf)
+    lift = None if directions.lift is None else directions.lift.float()
+    limits = torch.tensor([LIMIT * tokens.sinks.largest[layer] for layer in range(depth)])
     bare = CapProfile(
         layers,
         unit[layers][:, None].contiguous(),
         off,
         provenance,
+        lifts=None if lift is None else lift[layers][:, None].contiguous(),
+        limits=limits[layers][:, None].contiguous(),
+        sinks=tokens.sinks.usual(range(depth)),
         axis_all=unit,
+        lift_all=lift,
+        limit_all=limits,
         populations=torch.stack(list(tables.values())),
     )
     return floors_module.with_floors(bare, percentile, population)
 
 
-def _tokens(
-    model: Any, name: str, store: Store, todo: Sequence[Sequence[Task]], found: Projections, axis: Tensor
-) -> Sketch:
-    kept = sorted(task.id for task in found.tasks if name == "pooled" or task.role == DEFAULT_ROLE)
-    sample = set(kept[:: -(-len(kept) // TOKEN_SAMPLE)])
-    wanted = [batch for batch in todo if any(task.id in sample for task in batch)]
-    return token_sketch(model, store.shards(wanted), axis, lambda task: task.id in sample)
+def _texts(plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]], work: Work | None) -> list[Text]:
+    """What is read token by token: an even sample of what makes the axis, the default's answers, and ordinary work."""
+
+    def sample(texts: list[Text], most: int) -> list[Text]:
+        return texts[:: -(-len(texts) // most)] if texts else []
+
+    default, roles = [], []
+    for shard in store.shards(todo):
+        for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
+            if task.role == DEFAULT_ROLE:
+                default.append((task.id, Text(DEFAULT_ROLE, prompt, said)))
+            elif plan.makes_the_axis(task) and keep(task):
+                roles.append((task.id, Text(f"{ROLE}{task.role}", prompt, said)))
+    ordered = [[text for _, text in sorted(part, key=lambda entry: entry[0])] for part in (default, roles)]
+    by_role: dict[str, list[Text]] = {}
+    for text in ordered[1]:
+        by_role.setdefault(text.group, []).append(text)
+    found = sample(ordered[0], TEXTS)
+    for texts in by_role.values():
+        found += sample(texts, max(1, 2 * TEXTS // len(by_role)))
+    if work is not None:
+        for shard in work_shards(work, store):
+            for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
+                if not work.is_held_out(task):
+                    found.append(Text(f"{WORK}{work.domain(task)}", prompt, said))
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from axiscap import ops
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task
 from axiscap.calibrate.store import Shard
+from axiscap.calibrate.tokens import Scatter
 from axiscap.profile import Evidence
 
 #: The default's answers are also summed in this many groups, whose labels can be exchanged.
@@ -94,6 +95,45 @@ def d_prime(low: Tensor, high: Tensor) -> Tensor:
     """Difference of means over the root of the mean variance: (n, L), (m, L) -> (L,)."""
     spread = ((low.double().var(0) + high.double().var(0)) / 2).sqrt()
     return (high.double().mean(0) - low.double().mean(0)) / spread
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What rows are read along and corrected along, float64: axis (n_layers, H), unit rows, + = Assistant, and lift
+    (n_layers, H) with <axis, lift> = 1, or None where that is the axis.
+    """
+
+    axis: Tensor
+    lift: Tensor | None = None
+
+
+def discriminant(
+    scatters: Sequence[Scatter], ordinary: Sequence[str], roles: Sequence[str], shrink: float
+) -> Directions:
+    """Reads along the direction that best tells roles' tokens from ordinary ones, corrects along their mean difference.
+
+    At each layer, with m the mean over ordinary groups less the mean over roles (each group counts alike) and S the
+    covariance of ordinary tokens within their groups: ``axis ~ ((1 - shrink) S + shrink tr(S)/H I)^-1 m``, Fisher's
+    discriminant with the covariance shrunk towards a multiple of the identity (Ledoit and Wolf 2004), and
+    ``lift = m / <m, axis>``. At shrink 1 the axis is the mean difference, and the lift the axis.
+
+    Args:
+        scatters: one for each layer; those of `ordinary` groups made its outer products.
+        ordinary: groups of ordinary tokens.
+        roles: groups of roles' tokens.
+        shrink: from 0 (excluded) to 1.
+    """
+    axes, lifts = [], []
+    for scatter in scatters:
+        mean = torch.stack([scatter.mean(group) for group in ordinary]).mean(0)
+        difference = mean - torch.stack([scatter.mean(group) for group in roles]).mean(0)
+        within = scatter.within(ordinary)
+        size = len(within)
+        shrunk = (1 - shrink) * within + shrink * within.trace() / size * torch.eye(size, dtype=torch.float64)
+        axis = unit(torch.linalg.solve(shrunk, difference))
+        axes.append(axis)
+        lifts.append(difference / (difference @ axis))
+    return Directions(torch.stack(axes), torch.stack(lifts))
 
 
 @dataclass
@@ -188,9 +228,11 @@ class Projections:
         self.null_tasks: list[Task] = []  # held-out rollouts alone
         self.null = Values(depth, PERMUTATIONS)
 
-    def add(self, shards: Iterable[Shard], space: Space, plan: Plan, keep: Keep) -> Projections:
-        """Adds what `keep` says of the shards' rollouts; returns itself."""
-        axes = torch.cat([space.axis[:, None], space.null], dim=1).float()
+    def add(self, shards: Iterable[Shard], axis: Tensor, null: Tensor, plan: Plan, keep: Keep) -> Projections:
+        """Adds what `keep` says of the shards' rollouts, on an axis (n_layers, H) and the null's (n_layers, P, H);
+        returns itself.
+        """
+        axes = torch.cat([axis[:, None], null], dim=1).float()
         for shard in shards:
             found = project(shard.means, axes)
             chosen = [i for i, task in enumerate(shard.tasks) if keep(task)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,18 @@ class Work:
     @property
     def domains(self) -> list[str]:
         return list(dict.fromkeys(request.domain for request in self.requests))
+
+    @property
+    def answers(self) -> int:
+        """How many turns are answered."""
+        return sum(len(request.turns) for request in self.requests)
+
+    @property
+    def digest(self) -> str:
+        """Of the requests."""
+        return hashlib.sha256(
+            json.dumps([dataclasses.astuple(request) for request in self.requests]).encode()
+        ).hexdigest()
 
     @property
     def held_domains(self) -> list[str]:

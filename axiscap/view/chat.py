@@ -287,13 +287,7 @@ def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int
     layers = sorted(layers)
     if percentile is None or percentile == _percentile(profile):
         return profile.at_layers(layers)
-    return with_floors(profile, percentile, _population(profile), layers)
-
-
-def _population(profile: CapProfile) -> str:
-    facts = profile.provenance.get("floors")
-    named = facts.get("population") if isinstance(facts, Mapping) else None
-    return named if isinstance(named, str) and named in populations(profile) else _NORMAL
+    return with_floors(profile, percentile, profile.population or _NORMAL, layers)
 
 
 def _percentile(profile: CapProfile) -> float | None:

@@ -1,0 +1,195 @@
+"""Ordinary work: its requests, the model's answers to them, and what single tokens say of the model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from axiscap import calibrate, models
+from axiscap.calibrate import data, pipeline, space, tokens, work
+
+
+def test_the_shipped_requests():
+    found = calibrate.load_work()
+    assert len(found.domains) >= 20
+    for domain in found.domains:
+        mine = [request for request in found.requests if request.domain == domain]
+        assert len(mine) == 30, domain
+    assert len({request.turns for request in found.requests}) == len(found.requests)
+    assert {"json", "python", "number"} == {request.check.split()[0] for request in found.requests if request.check}
+    assert max(request.tokens for request in found.requests) >= 400
+    assert max(len(request.turns) for request in found.requests) >= 3
+    assert not any(turn.lower().startswith(("you are", "act as")) for r in found.requests for turn in r.turns)
+
+
+def test_a_quarter_is_held_out():
+    found = calibrate.load_work()
+    tasks = [data.Task("work", 0, number, "", request.turns[0]) for number, request in enumerate(found.requests)]
+    held = [found.is_held_out(task) for task in tasks]
+    assert len(found.held_domains) == len(found.domains) // 4
+    for domain in found.domains:
+        mine = [out for task, out in zip(tasks, held, strict=True) if found.domain(task) == domain]
+        assert all(mine) if domain in found.held_domains else sum(mine) == 7
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["no json", "[]", '{"domain": "d"}', '{"domain": "d", "turns": []}', '{"domain": "d", "turns": [3]}',
+     '{"domain": 3, "turns": ["x"]}', '{"domain": "d", "turns": ["x"], "check": "poetry"}',
+     '{"domain": "d", "turns": ["x"], "tokens": 0}'],
+)  # fmt: skip
+def test_lines_that_are_no_request(tmp_path, line):
+    path = tmp_path / "work.jsonl"
+    path.write_text('{"domain": "d", "turns": ["x"]}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"work.jsonl, line 3: must be"):
+        calibrate.load_work(path)
+
+
+def test_too_few_domains(tmp_path):
+    path = tmp_path / "work.jsonl"
+    path.write_text('{"domain": "d", "turns": ["x"]}\n' * 9)
+    with pytest.raises(ValueError, match="at least 4 domains are needed, got 1"):
+        calibrate.load_work(path)
+
+
+class Echo:
+    """An engine whose answers say what was asked, and how it was asked."""
+
+    def __init__(self) -> None:
+        self.settings = calibrate.Settings("m", "f", 3)
+        self.asked: list[tuple[int, calibrate.Task]] = []
+
+    def stream(self, todo):
+        for batch in todo:
+            self.asked += [(self.settings.max_new_tokens, task) for task in batch]
+            texts = [f"re: {task.text}" for task in batch]
+            means = torch.zeros(len(batch), 1, 1)
+            yield calibrate.Shard(list(batch), [[1]] * len(batch), [[2]] * len(batch), texts, means)
+
+
+def test_turns_are_answered_in_order_and_only_once(tmp_path):
+    requests = [("a", ["one", "two", "three"]), ("b", ["only"]), ("c", ["first", "second"]), ("d", ["x"])]
+    path = tmp_path / "work.jsonl"
+    more = {"b": {"tokens": 7}}
+    path.write_text(
+        "".join(json.dumps({"domain": d, "turns": turns, **more.get(d, {})}) + "\n" for d, turns in requests)
+    )
+    found, engine = calibrate.load_work(path), Echo()
+    store = calibrate.Store(str(tmp_path / "s"), calibrate.Settings("m", "f", 3))
+    counted = []
+    work.answer(found, calibrate.Here(engine), store, counted.append)
+    assert sum(counted) == found.answers == 7
+    assert {tokens for tokens, task in engine.asked if task.text == "only"} == {7}
+    assert {tokens for tokens, task in engine.asked if task.text != "only"} == {work.TOKENS}
+    (third,) = (task for _, task in engine.asked if task.text == "three")
+    assert third.history == ("one", "re: one", "two", "re: two")
+    assert [message["role"] for message in third.messages(True)] == ["user", "assistant"] * 2 + ["user"]
+    assert third.completion().endswith("Answer: re: two\nQuestion: three\nAnswer:")
+    again = Echo()
+    work.answer(found, calibrate.Here(again), store, lambda n: None)
+    assert again.asked == []
+    shards = list(work.shards(found, store))
+    assert sum(len(shard.tasks) for shard in shards) == 7
+    assert all(isinstance(task.history, tuple) for shard in shards for task in shard.tasks)
+
+
+@pytest.fixture(scope="module")
+def texts(demo_model):
+    _, tokenizer = demo_model
+    said = ["The sea is wide.", "Iron rusts where it is wet, and so do nails.", "No.", "A hat is worn on the head " * 9]
+    return [
+        tokens.Text(("default", "role ghost")[n % 2], tokenizer("What is it?")["input_ids"], tokenizer(s)["input_ids"])
+        for n, s in enumerate(said)
+    ]
+
+
+def test_texts_read_together_are_those_read_alone(demo_model, texts, monkeypatch):
+    model, _ = demo_model
+    monkeypatch.setattr(tokens, "BATCH_TOKENS", 64)
+    found: dict[tuple[int, int], list] = {}
+
+    def see(layer, rows, owner, place, of_answer):
+        for row, text, position, answer in zip(rows, owner.tolist(), place.tolist(), of_answer.tolist(), strict=True):
+            found.setdefault((layer, text), []).append((position, answer, row))
+
+    tokens.read(model, texts, see)
+    for number, text in enumerate(texts):
+        ids = torch.tensor([[*text.prompt, *text.answer]])
+        with torch.inference_mode():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for layer in (0, 13, 28):
+            mine = found[layer, number]
+            assert [position for position, _, _ in mine] == list(range(ids.shape[1]))
+            assert [answer for _, answer, _ in mine] == [at >= len(text.prompt) for at in range(ids.shape[1])]
+            torch.testing.assert_close(
+                torch.stack([row for _, _, row in mine]), states[layer + 1][0], atol=2e-2, rtol=1e-3
+            )
+
+
+def test_the_first_token_is_the_sink_of_the_demos_model(demo_model, texts):
+    model, tokenizer = demo_model
+    reading = pipeline.Read(model, texts)
+    reading.scatter(lambda n: None)
+    assert reading.sinks.usual(range(30)) == (0,)
+    facts = reading.sinks.describe(texts, tokenizer, range(30))
+    assert facts["positions"] == [0]
+    assert max(facts["times_the_median_norm"]) > 50
+    assert all(size < 1000 for size in facts["largest_ordinary_norm"][:28])
+
+
+def test_scatters_add_up_and_are_covariances():
+    generator = torch.Generator().manual_seed(0)
+    groups = {name: torch.randn(40 + 10 * n, 5, generator=generator) + n for n, name in enumerate("abc")}
+    whole, first, second = (tokens.Scatter(5) for _ in range(3))
+    for name, rows in groups.items():
+        whole.add(name, rows, scatters=name != "c")
+        first.add(name, rows[:7], scatters=name != "c")
+        second.add(name, rows[7:], scatters=name != "c")
+    first.merge(second)
+    wanted = torch.cat([groups[name].double() - groups[name].double().mean(0) for name in "ab"])
+    for found in (whole, first):
+        torch.testing.assert_close(found.within(["a", "b"]), wanted.T @ wanted / len(wanted))
+        torch.testing.assert_close(found.mean("c"), groups["c"].double().mean(0))
+
+
+def test_the_discriminant_reads_where_ordinary_tokens_do_not_scatter():
+    """Roles differ along one direction; ordinary tokens scatter along another that leans on it."""
+    generator = torch.Generator().manual_seed(1)
+    size = 12
+    difference = torch.nn.functional.normalize(torch.randn(size, generator=generator), dim=0)
+    aside = torch.randn(size, generator=generator)
+    aside = torch.nn.functional.normalize(aside - (aside @ difference) * difference, dim=0)
+    noise = (difference + aside) / 2**0.5
+
+    def rows(count, lean):
+        along = 6 * torch.randn(count, 1, generator=generator) * noise
+        return along + 0.3 * torch.randn(count, size, generator=generator) + lean * difference
+
+    scatter = tokens.Scatter(size)
+    ordinary, roles = rows(4000, 0.0), rows(4000, -2.0)
+    scatter.add("work a", ordinary, scatters=True)
+    scatter.add("role b", roles, scatters=False)
+    separation = {}
+    for shrink in (0.01, 1.0):
+        found = space.discriminant([scatter], ["work a"], ["role b"], shrink)
+        assert found.lift is not None
+        assert (found.axis * found.lift).sum().item() == pytest.approx(1)
+        moved = torch.nn.functional.cosine_similarity(found.lift[0], difference.double(), dim=0)
+        assert moved > 0.9
+        values = [part.double() @ found.axis[0] for part in (roles, ordinary)]
+        separation[shrink] = space.auc(*(value[:, None] for value in values)).item()
+    assert separation[0.01] > 0.99
+    assert separation[1.0] < 0.9
+    plain = space.discriminant([scatter], ["work a"], ["role b"], 1.0)
+    torch.testing.assert_close(plain.axis, plain.lift)
+
+
+def test_the_pairs_are_of_personas_that_no_role_is():
+    lines = (models.Path(calibrate.__file__).parent.parent / "data" / "pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    assert len(pairs) >= 60
+    assert len({pair["persona"] for pair in pairs}) >= 10
+    prompts = {prompt for role in calibrate.load_roles().values() for prompt in role.prompts}
+    assert not {pair["persona"] for pair in pairs} & prompts

@@ -186,8 +186,8 @@ QuestionsOption = Annotated[Path | None, typer.Option(help="Questions (JSONL); A
 PopulationOption = Annotated[
     str | None,
     typer.Option(
-        help="Whose projections: assistant, pooled or work (means of answers), or 'assistant tokens' and so on. The "
-        "profile's own, or single tokens of ordinary work."
+        help="Whose projections: means of answers (assistant, pooled, work), or single tokens ('assistant tokens', "
+        "'pooled tokens', 'ordinary tokens'). The profile's own, or ordinary tokens."
     ),
 ]
 MethodOption = Annotated[
@@ -211,11 +211,16 @@ def calibrate(
     per_role: Annotated[
         int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
     ] = 16,
-    percentile: Annotated[float, typer.Option(help="Of the population that the floors are at.")] = 25.0,
+    percentile: Annotated[
+        float | None, typer.Option(help="Of the population that the floors are at; 10, or 25 with --method difference.")
+    ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
-        int | None, typer.Option(help="How many layers to cap; 8, or a fifth where that is more.")
+        int | None,
+        typer.Option(
+            help="How many layers to cap; two thirds of them, or with --method difference a fifth, at least 8."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 40,
     dtype: Annotated[
@@ -251,7 +256,9 @@ def calibrate(
     if engine not in ("transformers", "vllm", "endpoint", "ray"):
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     ordinary = _work(method, work)
-    population = population or ("assistant" if ordinary is None else "work tokens")
+    if percentile is None:
+        percentile = 25.0 if ordinary is None else 10.0
+    population = population or ("assistant" if ordinary is None else "ordinary tokens")
     if published:
         percentile, population = PUBLISHED
     plan = _plan(roles, questions, per_role, model)
@@ -389,8 +396,20 @@ def floors(
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a percentile: how far perplexity may rise in any domain of ordinary work, as 0.01."
+        ),
+    ] = None,
+    fiction_budget: Annotated[float, typer.Option(help="The same of stories, poems and dialogue.")] = 0.05,
+    rollouts: Annotated[
+        str | None, typer.Option(help="For a budget: what `axiscap calibrate --rollouts` kept.")
+    ] = None,
+    model: ModelOption = models.DEFAULT_MODEL,
+    work: WorkOption = None,
 ) -> None:
-    """Make a profile with other floors or other layers, without running the model."""
+    """Make a profile with other floors or other layers. Only a budget needs the model, which says what they cost."""
     from axiscap.calibrate import with_floors
 
     if published:
@@ -398,8 +417,47 @@ def floors(
     loaded = CapProfile.load(profile)
     population = population or loaded.population or "assistant"
     made = with_floors(loaded, percentile, population, _layers(layers) if layers else None)
+    if budget is not None:
+        if rollouts is None:
+            raise ValueError("--budget needs --rollouts, where the answers to ordinary work are")
+        made = _within(made, population, budget, fiction_budget, rollouts, model, work)
+        percentile = made.provenance["floors"]["percentile"]
     made.save(out)
     console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
+
+
+def _within(
+    profile: CapProfile,
+    population: str,
+    budget: float,
+    fiction_budget: float,
+    rollouts: str,
+    model: str,
+    work: Path | None,
+) -> CapProfile:
+    """The highest floors within a budget, and a table of the steps that led there."""
+    from axiscap import calibrate as calibration
+    from axiscap.calibrate import effects
+
+    sampling = calibration.Settings.of(profile, model)
+    ordinary = calibration.load_work(work)
+    loaded, _ = models.load(model, sampling.dtype.removeprefix("torch."))
+    store = calibration.Store(rollouts, dataclasses.replace(sampling, dtype=str(loaded.dtype)))
+    table = Table()
+    for column in ("percentile", "worst domain", "worst fiction", "ordinary rows that fire"):
+        table.add_column(column, justify="right")
+
+    def step(percentile: float, found: Mapping[str, effects.DomainCost]) -> None:
+        domains = [effects.worst(found, fiction=fiction) for fiction in (False, True)]
+        fired = sum(cost.fired for cost in found.values()) / len(found)
+        cells = (f"{value:.3f} {escape(name)}" for name, value in domains)
+        table.add_row(f"{percentile:g}", *cells, f"{fired:.1%}")
+
+    with console.status("measuring what floors cost, domain by domain"):
+        costs = effects.Costs(loaded, ordinary, store)
+        made = effects.floors_for_budget(costs, profile, population, budget, fiction_budget, step)
+    _show("perplexity of ordinary answers over the uncapped model's", table)
+    return made
 
 
 @app.command()
@@ -414,7 +472,10 @@ def sweep(
     bands: Annotated[str, typer.Option(help="Of layers, first to last.")] = "",
     percentiles: Annotated[str, typer.Option(help="Of the population.")] = "5,10,25,50",
     population: PopulationOption = None,
-    most_perplexity: Annotated[float, typer.Option(help="That the chosen point may cost ordinary answers.")] = 1.02,
+    most_perplexity: Annotated[float, typer.Option(help="That the point may cost the default's answers.")] = 1.02,
+    most_worst: Annotated[float, typer.Option(help="That it may cost the worst domain of ordinary work.")] = 1.02,
+    most_fiction: Annotated[float, typer.Option(help="The same of fiction on request.")] = 1.05,
+    work: WorkOption = None,
     ask: Annotated[int, typer.Option(help="Questions to each held-out role.")] = 4,
     picture: Annotated[Path, typer.Option(help="Where to draw uptake against perplexity.")] = Path("sweep.png"),
 ) -> None:
@@ -445,16 +506,20 @@ def sweep(
     todo = calibration.batches(plan)
     with console.status("training the judge of texts"):
         judge = sweeps.UptakeJudge(store.shards(todo), plan)
-        bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store.shards(todo), ask)
+        knows_work = loaded_profile.lifts is not None or work is not None
+        ordinary = calibration.load_work(work) if knows_work else None
+        bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store, ask, ordinary)
     console.print(f"the judge of texts: held-out AUC {judge.auc:.3f}")
     with _progress() as progress:
         task = progress.add_task("points", total=1 + len(candidates))
         done = out.with_suffix(".points.jsonl")
         uncapped, points = sweeps.sweep(bench, candidates, done, lambda point: progress.advance(task))
-    chosen = sweeps.choose(points, most_perplexity)
+    bounds = sweeps.Bounds(most_perplexity, most_worst, most_fiction)
+    chosen = sweeps.choose(points, bounds)
     best = sweeps.front(points)
     table = Table()
-    for column in ("point", "uptake", "default", "fired", "perplexity", "plain", "agreement", "choices", ""):
+    columns = ("point", "uptake", "hold", "default", "fired", "perplexity", "plain", "worst domain", "worst fiction")
+    for column in (*columns, "agreement", "choices", "checks", ""):
         table.add_column(column, justify="left" if column == "point" else "right")
     for point in [uncapped, *points]:
         low, high = point.uptake_interval
@@ -463,16 +528,21 @@ def sweep(
         table.add_row(
             point.name,
             f"{point.uptake:.3f} ({low:.2f}-{high:.2f})",
+            f"{point.hold:.1f}",
             f"{point.default_uptake:.3f}",
             f"{point.fired:.1%}",
             f"{point.perplexity:.3f} ({least:.3f}-{most:.3f})",
             f"{point.plain_perplexity:.3f}",
+            *(f"{value:.3f} {escape(name)}" for name, value in (point.worst, point.worst_fiction)),
             f"{point.agreement:.3f}",
             f"{point.choices:.3f}",
+            f"{point.checks[0]}/{point.checks[1]}",
             mark,
             style="bold" if point is chosen else None,
         )
-    _show("held-out roles, held-out questions (95 % intervals)", table)
+    _show("held-out roles, questions, requests and domains (95 % intervals)", table)
+    if not bounds.admit(chosen):
+        console.print("no point is within the bounds; the least costly one was taken")
     layers = list(range(chosen.first, chosen.last + 1))
     made = calibration.with_floors(loaded_profile, chosen.percentile, population, layers)
     made.provenance["sweep"] = {

@@ -19,7 +19,17 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
-from axiscap.calibrate.space import Directions, Projections, Space, Sums, discriminant, evidence, project
+from axiscap.calibrate.space import (
+    PARTS,
+    Directions,
+    Projections,
+    Space,
+    Sums,
+    discriminant,
+    evidence,
+    group,
+    project,
+)
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Scatter, Sinks, Text, read
 from axiscap.calibrate.work import Work, answer
@@ -31,6 +41,8 @@ from axiscap.profile import CapProfile
 TEXTS = 512
 #: How far the discriminant's covariance is shrunk towards a multiple of the identity.
 SHRINK = 0.1
+#: The layers that are capped by default where ordinary work is known, from and to these shares of the depth.
+WIDE = (0.27, 0.93)
 #: A row with a projection of more than this many times the largest norm of an ordinary row is left alone.
 LIMIT = 1.5
 #: Groups of texts: of one role, of one domain.
@@ -100,35 +112,40 @@ class Read:
         self.groups = list(dict.fromkeys(text.group for text in texts))
 
     def scatter(self, progress: Callable[[int], None]) -> list[Scatter]:
-        """Of the answers' tokens, by layer; sinks are noted, and no part of it."""
+        """Of single tokens, by layer, in the groups of :func:`axiscap.calibrate.space.group`; sinks are noted, and no
+        part of it.
+        """
         size = text_config(self.model).hidden_size
         found = [Scatter(size) for _ in range(self.depth)]
-        number = {group: at for at, group in enumerate(self.groups)}
+        number = {name: at for at, name in enumerate(self.groups)}
         group_of = torch.tensor([number[text.group] for text in self.texts])
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = self.sinks.ordinary(layer, rows, owner, place) & of_answer
+            use = self.sinks.ordinary(layer, rows, owner, place)
             groups = group_of[owner]
-            for at in sorted(set(groups[use].tolist())):
+            for at in sorted(set(groups.tolist())):
                 name = self.groups[at]
-                found[layer].add(name, rows[use & (groups == at)], scatters=not name.startswith(ROLE))
+                for part, mine in zip(PARTS, (of_answer, ~of_answer), strict=True):
+                    chosen = rows[use & mine & (groups == at)]
+                    if len(chosen):
+                        found[layer].add(group(name, part), chosen, scatters=not name.startswith(ROLE))
 
         read(self.model, self.texts, see, progress)
         return found
 
     def sketches(self, axis: Tensor, progress: Callable[[int], None]) -> dict[str, Sketch]:
         """Distributions of single tokens' projections on an axis (n_layers, H): of the default's answers, of those and
-        everybody's in a role, and of the answers to ordinary work. Sinks are no part of them.
+        everybody's in a role, and of all that is ordinary, prompts included. Sinks are no part of them.
         """
         axes = axis.float()
         kinds = {DEFAULT_ROLE: 0, "role": 1, "work": 2}
         kind_of = torch.tensor([kinds[text.group.split(" ")[0]] for text in self.texts])
-        populations = {"assistant tokens": [0], "pooled tokens": [0, 1], "work tokens": [2]}
+        populations = {"assistant tokens": [0], "pooled tokens": [0, 1], "ordinary tokens": [0, 2]}
         found = {name: Sketch(self.depth) for name in populations}
         columns: list[Tensor] = []
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = self.sinks.ordinary(layer, rows, owner, place) & of_answer
+            use = self.sinks.ordinary(layer, rows, owner, place)
             columns.append(torch.where(use, rows.float() @ axes[layer], torch.nan))
             if layer < self.depth - 1:
                 return
@@ -137,6 +154,8 @@ class Read:
             usable = ~whole.isnan().any(0)
             for name, members in populations.items():
                 mine = usable & torch.isin(kind_of[owner], torch.tensor(members))
+                if name != "ordinary tokens":
+                    mine &= of_answer
                 found[name].add(whole[:, mine].T)
 
         read(self.model, self.texts, see, progress)
@@ -173,8 +192,9 @@ def calibrate(
         shrink: of the discriminant.
         percentile: of the population's projections that the floors are at.
         population: ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
-            ``work`` (of ordinary work), or the same of single ``... tokens``.
-        count: how many layers to cap; a fifth of them, or 8 where that is more.
+            ``work`` (of ordinary work), or single tokens: ``assistant tokens``, ``pooled tokens``, ``ordinary tokens``.
+        count: how many layers to cap. Without it a fifth of them, or 8 where that is more; with ordinary work, those
+            from :data:`WIDE` of the depth: a reading that ordinary tokens seldom fire costs little at each of them.
         keep: which rollouts count; all without it.
         judge: what chose them, for the provenance.
         minimum: of kept answers, for a role to take part.
@@ -187,7 +207,8 @@ def calibrate(
     """
     floors_module.check_percentile(percentile)
     depth = len(decoder_layers(model))
-    count = min(max(8, depth // 5), depth) if count is None else count
+    if count is None and work is None:
+        count = min(max(8, depth // 5), depth)
     keep = keep or Keep()
     workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
     todo = batches(plan)
@@ -208,8 +229,7 @@ def calibrate(
     scatters = tokens.scatter(lambda done: progress("texts read", done, len(texts)))
     directions = Directions(space.axis)
     if work is not None:
-        ordinary = [group for group in tokens.groups if not group.startswith(ROLE)]
-        directions = discriminant(scatters, ordinary, [f"{ROLE}{name}" for name in space.names], shrink)
+        directions = discriminant(scatters, shrink)
 
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
@@ -225,7 +245,10 @@ def calibrate(
     sketches |= tokens.sketches(directions.axis, lambda done: progress("texts projected", done, len(texts)))
 
     facts = evidence(space, found, plan)
-    layers = choose_layers(torch.tensor(facts.auc), count)
+    if count is None:
+        layers = list(range(*(round(share * depth) for share in WIDE)))
+    else:
+        layers = choose_layers(torch.tensor(facts.auc), count)
     unit = directions.axis.float()
     tables = {name: sketch.table() for name, sketch in sketches.items()}
     settings = store.settings
@@ -239,7 +262,7 @@ def calibrate(
     }
     if work is not None:
         axis_facts |= {
-            "method": "read along the discriminant of ordinary and role tokens, corrected along their mean difference",
+            "method": "read along a discriminant of ordinary and role tokens, lifted along mean(default) - mean(roles)",
             "shrink": shrink,
             "work": {"domains": work.domains, "held_out": work.held_domains, "digest": work.digest},
         }
@@ -293,9 +316,9 @@ def _texts(plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]],
     default, roles = [], []
     for shard in store.shards(todo):
         for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-            if task.role == DEFAULT_ROLE:
+            if task.role == DEFAULT_ROLE and task.question not in plan.held_questions:
                 default.append((task.id, Text(DEFAULT_ROLE, prompt, said)))
-            elif plan.makes_the_axis(task) and keep(task):
+            elif task.role != DEFAULT_ROLE and plan.makes_the_axis(task) and keep(task):
                 roles.append((task.id, Text(f"{ROLE}{task.role}", prompt, said)))
     ordered = [[text for _, text in sorted(part, key=lambda entry: entry[0])] for part in (default, roles)]
     by_role: dict[str, list[Text]] = {}

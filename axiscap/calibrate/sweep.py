@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, in_batches
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches
+from axiscap.calibrate.effects import Costs, DomainCost, Holds, checks, losses, worst
 from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
-from axiscap.calibrate.store import Settings, Shard
+from axiscap.calibrate.store import Settings, Shard, Store
+from axiscap.calibrate.work import TOKENS, Work, settings_of
 from axiscap.installation import install
 from axiscap.profile import CapProfile
 
@@ -93,6 +95,24 @@ class Point:
     plain_perplexity: float  # of plain text, likewise
     agreement: float  # of the likeliest next token with the uncapped model's, on the same answers
     choices: float  # share of multiple-choice questions answered rightly
+    hold: (
+        float  # nats of log-odds that the cap gives back to the Assistant's answers; uncapped: that personas take away
+    )
+    hold_interval: tuple[float, float]
+    checks: tuple[
+        int, int
+    ]  # answers that can be checked exactly: right ones, of how many; (0, 0) without ordinary work
+    domains: dict[str, dict[str, Any]]  # DomainCost of each domain of ordinary work
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The domain of ordinary work, fiction left out, whose perplexity rises most, and how far."""
+        return worst({name: DomainCost(**cost) for name, cost in self.domains.items()}, fiction=False)
+
+    @property
+    def worst_fiction(self) -> tuple[str, float]:
+        """The same of fiction on request."""
+        return worst({name: DomainCost(**cost) for name, cost in self.domains.items()}, fiction=True)
 
     @property
     def name(self) -> str:
@@ -108,8 +128,9 @@ class Bench:
         plan: whose held-out roles and questions are asked.
         settings: of the answers.
         judge: of uptake.
-        shards: where the default's answers come from.
+        store: where the answers of the default and to ordinary work come from.
         questions: how many questions each held-out role is asked.
+        work: ordinary work; None leaves its measures out.
     """
 
     def __init__(
@@ -119,10 +140,11 @@ class Bench:
         plan: Plan,
         settings: Settings,
         judge: UptakeJudge,
-        shards: Iterable[Shard],
+        store: Store,
         questions: int = 4,
+        work: Work | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.plan, self.judge = model, tokenizer, plan, judge
+        self.model, self.tokenizer, self.plan, self.judge, self.work = model, tokenizer, plan, judge, work
         # Another seed: what is measured here chose nothing before.
         self.engine = TransformersEngine(model, tokenizer, replace(settings, seed=settings.seed + 1), capture=False)
         held = sorted(plan.held_questions)
@@ -131,7 +153,7 @@ class Bench:
         self.role_tasks = self._tasks(self.roles, chosen)
         self.default_tasks = self._tasks([DEFAULT_ROLE], held)
         self.answers: list[tuple[list[int], list[int]]] = []
-        for shard in shards:
+        for shard in store.shards(batches(plan)):
             for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
                 if task.role == DEFAULT_ROLE and task.question in plan.held_questions and task.prompt < 2:
                     self.answers.append((prompt, answer))
@@ -139,8 +161,11 @@ class Bench:
         self.plain = [([bos], ids) for bos, *ids in (self._tokens(json.loads(line)["text"]) for line in lines)]
         lines = (files("axiscap.data") / "choices.jsonl").read_text("utf-8").splitlines()
         self.choices = [json.loads(line) for line in lines]
-        self.base_losses, self.base_tokens = self._losses(self.answers)
-        self.base_plain, _ = self._losses(self.plain)
+        self.base_losses, self.base_tokens = losses(model, self.answers)
+        self.base_plain, _ = losses(model, self.plain)
+        self.holds = Holds(model, self.engine)
+        self.costs = None if work is None else Costs(model, work, store)
+        self.long_engine = TransformersEngine(model, tokenizer, settings_of(settings, TOKENS), capture=False)
 
     def _tasks(self, roles: Sequence[str], questions: Sequence[int]) -> list[Task]:
         pairs = [(name, i, q) for name in roles for i, q in enumerate(questions)]
@@ -154,25 +179,14 @@ class Bench:
         return list(self.tokenizer(text)["input_ids"])
 
     @torch.inference_mode()
-    def _losses(self, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, list[Tensor]]:
-        """Mean negative log-likelihood of each continuation (N,), and the likeliest token at each of its places."""
-        losses, likeliest = [], []
-        for prompt, answer in texts:
-            ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
-            logits = self.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu()
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
-            likeliest.append(logits.argmax(-1))
-        return torch.stack(losses).double(), likeliest
-
-    @torch.inference_mode()
     def _right_choices(self) -> float:
         right = 0
         for entry in self.choices:
             task = Task("", 0, 0, "", f"{entry['question']} Answer in as few words as possible.")
             prompt = self.engine.encode([task])["input_ids"][0].tolist()
             options = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in entry["choices"]]
-            losses = self._losses([(prompt, ids) for ids in options])[0]
-            right += int(losses.argmin()) == entry["answer"]
+            found = losses(self.model, [(prompt, ids) for ids in options])[0]
+            right += int(found.argmin()) == entry["answer"]
         return right / len(self.choices)
 
     def _uptake(self, tasks: Sequence[Task]) -> tuple[list[Task], Tensor]:
@@ -187,21 +201,23 @@ class Bench:
     def measure(self, profile: CapProfile | None, percentile: float = 0.0) -> Point:
         """The model under a profile, or as it is."""
         if profile is None:
-            point, fired = self._measure(), 0.0
+            point, fired = self._measure(self.holds.taken), 0.0
         else:
             with install(self.model, profile) as cap:
-                losses = self._losses(self.answers)  # before anything else, so that what fires on these is counted
+                seen = losses(self.model, self.answers)  # before anything else, so that what fires on these is counted
                 (stats,) = cap.stats().values()
                 fired = sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values()))
-                point = self._measure(losses)
+                point = self._measure(self.holds.measure(), seen)
+            if self.costs is not None:
+                point["domains"] = {name: asdict(cost) for name, cost in self.costs.measure(profile).items()}
         first, last = (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
         return Point(first, last, percentile, fired=fired, **point)
 
-    def _measure(self, on_answers: tuple[Tensor, list[Tensor]] | None = None) -> dict[str, Any]:
-        losses, tokens = on_answers or self._losses(self.answers)
+    def _measure(self, held: Tensor, on_answers: tuple[Tensor, list[Tensor]] | None = None) -> dict[str, Any]:
+        found, tokens = on_answers or losses(self.model, self.answers)
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
-        plain, _ = self._losses(self.plain)
+        plain, _ = losses(self.model, self.plain)
         agree = [(a == b).double().mean() for a, b in zip(tokens, self.base_tokens, strict=True)]
         generator = torch.Generator().manual_seed(0)
         by_role = torch.stack([taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.roles])
@@ -209,11 +225,15 @@ class Bench:
             "uptake": taken.mean().item(),
             "uptake_interval": _interval(by_role, generator),
             "default_uptake": default_taken.mean().item(),
-            "perplexity": (losses - self.base_losses).mean().exp().item(),
-            "perplexity_interval": _interval(losses - self.base_losses, generator, torch.exp),
+            "perplexity": (found - self.base_losses).mean().exp().item(),
+            "perplexity_interval": _interval(found - self.base_losses, generator, torch.exp),
             "plain_perplexity": (plain - self.base_plain).mean().exp().item(),
             "agreement": torch.stack(agree).mean().item(),
             "choices": self._right_choices(),
+            "hold": held.mean().item(),
+            "hold_interval": _interval(held, generator),
+            "checks": (0, 0) if self.work is None else checks(self.long_engine, self.work),
+            "domains": {},
         }
 
 
@@ -263,12 +283,30 @@ def front(points: Sequence[Point]) -> list[Point]:
     return sorted(best, key=lambda p: -p.uptake)
 
 
-def choose(points: Sequence[Point], most_perplexity: float) -> Point:
-    """The least uptake among those whose perplexity rises no further; the least perplexity where all rise further."""
-    allowed = [p for p in points if p.perplexity <= most_perplexity]
+@dataclass(frozen=True)
+class Bounds:
+    """What the chosen point may cost: perplexity over the uncapped model's, of the default's answers, of the worst
+    domain of ordinary work, and of the worst one of fiction on request.
+    """
+
+    perplexity: float = 1.02
+    worst: float = 1.02
+    fiction: float = 1.05
+
+    def admit(self, point: Point) -> bool:
+        return (
+            point.perplexity <= self.perplexity
+            and point.worst[1] <= self.worst
+            and point.worst_fiction[1] <= self.fiction
+        )
+
+
+def choose(points: Sequence[Point], bounds: Bounds) -> Point:
+    """The least uptake within the bounds, and of equals what holds most; the least costly where none is within them."""
+    allowed = [p for p in points if bounds.admit(p)]
     if not allowed:
-        return min(points, key=lambda p: p.perplexity)
-    return min(allowed, key=lambda p: (p.uptake, p.perplexity))
+        return min(points, key=lambda p: max(p.perplexity, p.worst[1], p.worst_fiction[1]))
+    return min(allowed, key=lambda p: (p.uptake, -p.hold))
 
 
 def sweep(

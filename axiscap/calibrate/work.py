@@ -26,13 +26,14 @@ class Request:
     """What is asked: the user's turns, which the model answers one after the other.
 
     ``check``: what an answer must be to be right, one of :data:`CHECKS`; empty where nothing can be said exactly.
-    ``tokens``: of an answer, at most.
+    ``tokens``: of an answer, at most. ``fiction``: stories, poems and dialogue, which may cost a little more.
     """
 
     domain: str
     turns: tuple[str, ...]
     check: str = ""
     tokens: int = TOKENS
+    fiction: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Work:
     @property
     def domains(self) -> list[str]:
         return list(dict.fromkeys(request.domain for request in self.requests))
+
+    @property
+    def fiction(self) -> set[str]:
+        """Domains of fiction on request."""
+        return {request.domain for request in self.requests if request.fiction}
 
     @property
     def answers(self) -> int:
@@ -78,7 +84,7 @@ class Work:
 def load_work(path: Path | None = None) -> Work:
     """The requests of a JSONL file ``{"domain": name, "turns": [text, ...]}``; AxisCap's own without one.
 
-    A line may have a ``check`` and ``tokens``; see :class:`Request`.
+    A line may have a ``check``, ``tokens`` and ``fiction``; see :class:`Request`.
 
     Raises:
         ValueError: naming the line that is none, or that there are too few domains to hold one out.
@@ -91,6 +97,7 @@ def load_work(path: Path | None = None) -> Work:
         try:
             entry = json.loads(line)
             turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)
+            fiction = entry.get("fiction", False)
             fits = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
             if not fits or not isinstance(entry["domain"], str) or type(tokens) is not int or tokens < 1:
                 raise TypeError
@@ -101,7 +108,7 @@ def load_work(path: Path | None = None) -> Work:
                 f'{source}, line {number}: must be {{"domain": name, "turns": [text, ...]}}, with a check of '
                 f"{', '.join(CHECKS)} and a number of tokens where it has them"
             ) from None
-        requests.append(Request(entry["domain"], tuple(turns), check, tokens))
+        requests.append(Request(entry["domain"], tuple(turns), check, tokens, bool(fiction)))
     work = Work(tuple(requests))
     if len(work.domains) < HOLD_OUT:
         raise ValueError(f"{source}: requests of at least {HOLD_OUT} domains are needed, got {len(work.domains)}")

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -398,14 +398,10 @@ def floors(
     layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of a percentile: how far perplexity may rise in any domain of ordinary work, as 0.01."
-        ),
+        typer.Option(help="Instead of a percentile: how far perplexity may rise in any domain of work, as 0.01."),
     ] = None,
     fiction_budget: Annotated[float, typer.Option(help="The same of stories, poems and dialogue.")] = 0.05,
-    rollouts: Annotated[
-        str | None, typer.Option(help="For a budget: what `axiscap calibrate --rollouts` kept.")
-    ] = None,
+    rollouts: Annotated[str | None, typer.Option(help="For a budget: what `calibrate --rollouts` kept.")] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     work: WorkOption = None,
 ) -> None:

@@ -548,7 +548,23 @@ def small(folder):
     things = "rain", "time", "bread", "night", "work", "music", "fear", "salt"
     questions = [f"What do you think of {thing}?" for thing in things]
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
-    return ["--roles", str(folder / "roles"), "--questions", str(folder / "questions.jsonl"), "--max-new-tokens", "4"]
+    requests = [
+        {"domain": domain, "turns": [f"{verb} {thing}.", "Go on."][: 1 + (thing == "rain")], "tokens": 4}
+        for domain, verb in (("code", "Program"), ("facts", "Explain"), ("letters", "Write of"), ("poems", "Rhyme on"))
+        for thing in things[:4]
+    ]
+    for request in requests:
+        request["fiction"] = request["domain"] == "poems"
+    (folder / "work.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    options = [
+        "--roles",
+        str(folder / "roles"),
+        "--questions",
+        str(folder / "questions.jsonl"),
+        "--max-new-tokens",
+        "4",
+    ]
+    return [*options, "--work", str(folder / "work.jsonl")]
 
 
 #: The command with batches of 3, so that there are many to be killed between.
@@ -575,7 +591,8 @@ def whole(tmp_path_factory, demo_model):
 
 def assert_same_profile(first, second):
     assert first.layers == second.layers
-    for name in ("axes", "floors", "axis_all", "quantiles", "populations"):
+    assert first.sinks == second.sinks
+    for name in ("axes", "floors", "lifts", "limits", "axis_all", "lift_all", "limit_all", "quantiles", "populations"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert first.provenance["evidence"] == second.provenance["evidence"]
 
@@ -613,16 +630,58 @@ def test_what_a_profile_says_of_its_making(whole):
     _, _, profile = whole
     facts = profile.provenance
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
-    assert facts["floors"]["population"] == "assistant"
-    assert facts["floors"]["count"] == 16
+    assert facts["floors"]["population"] == "ordinary tokens"
+    assert facts["floors"]["percentile"] == 10.0
+    assert facts["axis"]["work"]["domains"] == ["code", "facts", "letters", "poems"]
+    assert facts["axis"]["work"]["held_out"] == ["poems"]
+    assert facts["sinks"]["positions"] == list(profile.sinks) == [0]
+    assert profile.layers == tuple(range(8, 28))
+    torch.testing.assert_close((profile.axes * profile.lifts).sum(-1), torch.ones(20, 1), atol=1e-5, rtol=0)
+    norms = torch.tensor(facts["sinks"]["largest_ordinary_norm"])
+    torch.testing.assert_close(profile.limits[:, 0], 1.5 * norms[8:28], atol=1e-2, rtol=1e-3)
     assert facts["axis"]["roles"] == ["ghost", "hermit", "oracle"]
     assert facts["axis"]["judge"] == "none"
     # 2 prompts x 6 questions of the default, 6 questions to each of three roles.
     assert facts["axis"]["rollouts"] == 12 + 18
     assert facts["evidence"]["held_roles"] == ["void"]
-    assert set(facts["quantiles"]["populations"]) == {"assistant", "pooled", "assistant tokens", "pooled tokens"}
+    of_answers, of_tokens = {"assistant", "pooled", "work"}, {"assistant tokens", "pooled tokens", "ordinary tokens"}
+    assert set(facts["quantiles"]["populations"]) == of_answers | of_tokens
     assert facts["quantiles"]["populations"]["pooled"]["count"] == 36
     torch.testing.assert_close(profile.axis_all[list(profile.layers)], profile.axes[:, 0])
+
+
+@pytest.mark.slow
+def test_the_published_method_is_one_option(whole, tmp_path, demo_model):
+    """The mean difference of answers' means, no lift, floors at the 25th percentile of the default's answers."""
+    folder, options, _ = whole
+    out = tmp_path / "difference.safetensors"
+    given = [*options[:6], "--method", "difference", "--rollouts", folder / "work"]
+    process = run_command("calibrate", out, *given)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    made = CapProfile.load(out)
+    assert made.lifts is None
+    assert made.lift_all is None
+    facts = made.provenance
+    assert (facts["floors"]["population"], facts["floors"]["percentile"]) == ("assistant", 25.0)
+    plan = calibrate.plan(
+        calibrate.load_roles(folder / "roles", models.DEFAULT_MODEL),
+        calibrate.load_questions(folder / "questions.jsonl"),
+        16,
+    )
+    store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(made, models.DEFAULT_MODEL))
+    means: dict[str, list] = {}
+    for path in (folder / "work").glob("*.safetensors"):
+        shard = store.read(path.stem)
+        for task, mean in zip(shard.tasks, shard.means, strict=True):
+            if task.role in plan.roles and plan.makes_the_axis(task):
+                means.setdefault(task.role, []).append(mean.double())
+    default = torch.stack(means.pop("default")).mean(0)
+    wanted = default - torch.stack([torch.stack(rows).mean(0) for rows in means.values()]).mean(0)
+    wanted = torch.nn.functional.normalize(wanted, dim=-1).float()
+    torch.testing.assert_close(made.axis_all, wanted, atol=1e-5, rtol=1e-5)
+    refused = run_command("calibrate", out, *options, "--method", "difference")
+    assert "the published method knows no ordinary work" in refused.communicate()[0]
 
 
 @pytest.mark.slow
@@ -739,13 +798,13 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 
 def test_the_front_and_the_choice():
     def point(uptake, perplexity):
-        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 1)
+        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 1, 5.0, (4, 6), (0, 0), {})
 
     points = [point(0.4, 1.0), point(0.2, 1.01), point(0.3, 1.015), point(0.05, 1.1), point(0.05, 1.2)]
     assert sweep.front(points) == [points[0], points[1], points[3]]
-    assert sweep.choose(points, 1.02) is points[1]
-    assert sweep.choose(points, 2.0) is points[3]
-    assert sweep.choose(points, 0.5) is points[0]
+    assert sweep.choose(points, sweep.Bounds(1.02)) is points[1]
+    assert sweep.choose(points, sweep.Bounds(2.0)) is points[3]
+    assert sweep.choose(points, sweep.Bounds(0.5)) is points[0]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, pipeline, space, tokens, work
+from axiscap.calibrate import data, effects, pipeline, space, tokens, work
 
 
 def test_the_shipped_requests():
@@ -193,3 +193,76 @@ def test_the_pairs_are_of_personas_that_no_role_is():
     assert len({pair["persona"] for pair in pairs}) >= 10
     prompts = {prompt for role in calibrate.load_roles().values() for prompt in role.prompts}
     assert not {pair["persona"] for pair in pairs} & prompts
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "right"),
+    [
+        ("json", 'Here it is:\n```json\n{"a": [1, 2]}\n```\nDone.', True),
+        ("json", '{"a": 1}', True),
+        ("json", "```json\n{'a': 1}\n```", False),
+        ("json", "I cannot do that.", False),
+        ("python", "Sure!\n```python\ndef f(x):\n    return x\n```", True),
+        ("python", "```python\ndef f(x)\n    return x\n```", False),
+        ("python", "```python\n", False),
+        ("python", "(" * 5000, False),
+        ("number 1275", "The sum is 1,275.", True),
+        ("number 1275", "The sum is 12750.", False),
+        ("number 0.5", "It is 1/2, or 0.50", True),
+    ],
+)
+def test_answers_are_checked(check, answer, right):
+    assert effects.passes(work.Request("d", ("x",), check), answer) == right
+
+
+def cost(perplexity: float, fiction: bool = False) -> effects.DomainCost:
+    return effects.DomainCost(perplexity, 0.1, 0.99, fiction)
+
+
+def test_the_worst_domain_is_told_apart_from_fiction():
+    found = {"code": cost(1.001), "letters": cost(1.013), "poems": cost(1.2, True)}
+    assert effects.worst(found, fiction=False) == ("letters", 1.013)
+    assert effects.worst(found, fiction=True) == ("poems", 1.2)
+    assert effects.worst({}, fiction=True) == ("", 1.0)
+
+
+@pytest.mark.parametrize(("budget", "percentile"), [(0.01, 10.0), (0.0305, 30.0), (1.0, 99.5), (0.00051, 0.5)])
+def test_floors_by_a_budget_are_the_highest_within_it(shipped_profile, budget, percentile):
+    """The cost of a percentile is a thousandth of it; the search finds the last one that is allowed."""
+
+    class Known:
+        measured = 0
+
+        def measure(self, profile):
+            self.measured += 1
+            at = profile.provenance["floors"]["percentile"]
+            return {"code": cost(1 + at / 1000), "poems": cost(1 + at / 500, True)}
+
+    costs = Known()
+    made = effects.floors_for_budget(costs, shipped_profile, "assistant", budget, 2 * budget)
+    assert made.provenance["floors"]["percentile"] == percentile
+    assert made.provenance["floors"]["budget"] == budget
+    assert costs.measured <= 8
+    with pytest.raises(ValueError, match=r"cost more than 0\.0001 in the worst domain"):
+        effects.floors_for_budget(costs, shipped_profile, "assistant", 0.0001, 0.5)
+
+
+def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profile, tmp_path):
+    """A profile that only measures costs nothing in any domain and holds nothing; a persona takes something away."""
+    model, tokenizer = demo_model
+    path = tmp_path / "work.jsonl"
+    lines = [{"domain": d, "turns": [f"Say something of {d} {n}."], "tokens": 6} for d in "abcd" for n in range(4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = calibrate.load_work(path)
+    settings = calibrate.Settings(models.DEFAULT_MODEL, str(model.dtype), 6)
+    engine, store = calibrate.TransformersEngine(model, tokenizer, settings), calibrate.Store(str(tmp_path), settings)
+    work.answer(found, calibrate.Here(engine), store, lambda n: None)
+    measured = effects.Costs(model, found, store, 1).measure(shipped_profile.measuring_only())
+    assert {name: (c.perplexity, c.fired, c.agreement) for name, c in measured.items()} == dict.fromkeys(
+        "abcd", (1, 0, 1)
+    )
+    holds = effects.Holds(model, engine)
+    assert len(holds.taken) >= 60
+    assert holds.taken.mean() > 5
+    assert float((holds.taken > 0).double().mean()) > 0.8
+    assert not holds.measure().any()

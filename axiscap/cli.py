@@ -99,7 +99,7 @@ def inspect(
     known = f"{model.get('id', 'unknown')} ({model.get('architecture', 'unknown architecture')})"
     summary.add_row("model", escape(known))
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
-    for key in ("axis", "floors", "sampling", "created", "axiscap", "source"):
+    for key in ("axis", "sinks", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:
             value = facts[key]
             text = value if isinstance(value, str) else json.dumps(value)

@@ -62,7 +62,7 @@ def make_profiles(folder: Path) -> dict[str, CapProfile]:
     shipped = CapProfile.load(SHIPPED_PROFILE)
     profiles = {
         "mild": shipped,
-        "strict": shipped.with_floors(shipped.floors + 8),
+        "strict": shipped.with_floors(shipped.floors + 3),
         "watch": shipped.measuring_only(),
     }
     for name, profile in profiles.items():

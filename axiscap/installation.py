@@ -200,6 +200,10 @@ class Installation:
             if layer.projections is not None and layer.shape is not None
         }
 
+    def real(self) -> Tensor | None:
+        """Which tokens of the last forward pass are no padding, (batch, tokens) bool; None: all of them."""
+        return self._tokens.real
+
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
         """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
         return self._decoder.register_forward_hook(lambda *_: see(self.projections())).remove

@@ -121,7 +121,15 @@ def read_capping_config(
 
 
 def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], experiment: str) -> None:
-    """Writes a profile as a capping config with one experiment. Directions that are off are left out."""
+    """Writes a profile as a capping config with one experiment. Directions that are off are left out.
+
+    Raises:
+        ProfileError: the profile corrects along other vectors than it reads along, which the published form cannot say.
+    """
+    if profile.lifts is not None and not torch.equal(profile.lifts, profile.axes):
+        raise ProfileError(
+            "the profile reads along its axes and corrects along its lifts; a published config has one vector for both"
+        )
     vectors: dict[str, dict[str, Any]] = {}
     interventions = []
     for index, layer in enumerate(profile.layers):

@@ -177,7 +177,7 @@ def test_replay_gives_what_each_conversation_gives_alone(demo_model, shipped_pro
             model(torch.tensor([trace.text.tokens]))
             seen = cap.projections()
         alone = torch.stack([seen[layer][0, :, 0] for layer in trace.layers])
-        torch.testing.assert_close(trace.projections, alone, atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(trace.projections, alone, atol=2e-3, rtol=1e-4, equal_nan=True)
     assert not torch.equal(traces[0].projections, traces[1].projections[:, : len(traces[0].text.tokens)])
 
 
@@ -199,7 +199,9 @@ def test_replay_equals_what_was_seen_while_it_was_generated(demo_model, shipped_
         real = inputs["attention_mask"][row].bool()
         assert trace.text.tokens[: int(real.sum())] == inputs["input_ids"][row][real].tolist()
         assert during[row].shape[1] == int(real.sum()) + 19  # the last is sampled, and not read
-        torch.testing.assert_close(trace.projections[:, : during[row].shape[1]], during[row], atol=5e-3, rtol=1e-4)
+        torch.testing.assert_close(
+            trace.projections[:, : during[row].shape[1]], during[row], atol=5e-3, rtol=1e-4, equal_nan=True
+        )
         turn = trace.text.turns[-1]
         assert trace.text.tokens[turn.start : turn.end] == made[row, prompt:].tolist()
 

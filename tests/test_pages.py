@@ -309,7 +309,8 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         visit.page.locator("#profile input").click()
         visit.page.get_by_role("option", name="three-layers").click()
         expect(visit.page.locator("#layers input[type=checkbox]")).to_have_count(3)
-        visit.page.wait_for_function(f"{plot}.layout.title.text == 'drift, layer 18'")
+        layer = Scale.of(with_floors(CapProfile.load(SHIPPED_PROFILE), 50.0, "assistant", [16, 17, 18])).layer
+        visit.page.wait_for_function(f"{plot}.layout.title.text == 'drift, layer {layer}'")
 
         visit.page.locator("#clear").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)

@@ -39,6 +39,9 @@ from axiscap.profile import CapProfile
 
 #: Texts of the default, and half of those of roles, whose single tokens are looked at.
 TEXTS = 512
+#: One answer to ordinary work in this many is also read as plain text, without a conversation around it, which on a
+#: model of conversations looks like nobody's words.
+PLAIN = 3
 #: How far the discriminant's covariance is shrunk towards a multiple of the identity.
 SHRINK = 0.1
 #: The layers that are capped by default where ordinary work is known, from and to these shares of the depth.
@@ -330,6 +333,9 @@ def _texts(plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]],
     if work is not None:
         for shard in work_shards(work, store):
             for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-                if not work.is_held_out(task):
-                    found.append(Text(f"{WORK}{work.domain(task)}", prompt, said))
+                if work.is_held_out(task):
+                    continue
+                found.append(Text(f"{WORK}{work.domain(task)}", prompt, said))
+                if task.question % PLAIN == 0 and len(said) > 1:
+                    found.append(Text(f"{WORK}plain text", said[:1], said[1:]))
     return found

@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
         self._parts: list[Tensor] = []
+        self._real: list[Tensor] = []
 
     def __enter__(self) -> Recorder:
         self._undo = self._installation.watch(self._see)
@@ -42,14 +43,19 @@ class Recorder:
         self._undo()
 
     def _see(self, found: dict[int, Tensor]) -> None:
-        self._parts.append(torch.stack([found[layer][..., 0].cpu() for layer in sorted(found)]))
+        part = torch.stack([found[layer][..., 0].cpu() for layer in sorted(found)])
+        real = self._installation.real()
+        self._parts.append(part)
+        self._real.append(
+            torch.ones(part.shape[1:], dtype=torch.bool) if real is None else real[:, -part.shape[2] :].cpu()
+        )
 
     def projections(self) -> list[Tensor]:
-        """By sequence, (layers, tokens) float32; tokens that were left alone (padding) are not in it."""
+        """By sequence, (layers, tokens) float32, without padding; NaN for sinks, which are left alone."""
         if not self._parts:
             return []
-        whole = torch.cat(self._parts, 2)
-        return [whole[:, row][:, ~whole[:, row].isnan().all(0)] for row in range(whole.shape[1])]
+        whole, real = torch.cat(self._parts, 2), torch.cat(self._real, 1)
+        return [whole[:, row, real[row]] for row in range(whole.shape[1])]
 
 
 @dataclass

@@ -121,7 +121,8 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def summed(projections: Tensor, floor: float) -> tuple[float, int, int]:
-    """Mean, number and number below the floor of a turn's projections, (tokens,)."""
+    """Mean, number and number below the floor of a turn's projections, (tokens,); NaN, a row left alone, is no part."""
+    projections = projections[projections.isfinite()]
     return projections.double().mean().item(), len(projections), int((projections < floor).sum())
 
 

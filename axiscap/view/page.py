@@ -352,8 +352,8 @@ def _transcript(trace: Trace, scale: Scale) -> str:
     parts = []
     for turn in trace.text.turns:
         tokens = [
-            f'<i class="{_band(row[at], *bounds)}" title="{row[at]:.3g}">{html.escape(trace.text.pieces[at])}</i>'
-            for at in range(turn.start, min(turn.end, TOKENS))
+            f'<i class="{_band(value, *bounds)}" title="{_measured(value)}">{html.escape(piece)}</i>'
+            for value, piece in list(zip(row, trace.text.pieces, strict=True))[turn.start : min(turn.end, TOKENS)]
         ]
         if tokens:
             kind = "model" if turn.role == "assistant" else "user"
@@ -362,10 +362,16 @@ def _transcript(trace: Trace, scale: Scale) -> str:
     return "".join(parts) + cut
 
 
+def _measured(value: float) -> str:
+    return "not measured: a sink" if math.isnan(value) else f"{value:.3g}"
+
+
 def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> str:
     """Layers by tokens. Layers differ in scale: each is shown less its floor or mean, over its own spread."""
     step = -(-len(trace.layers) // LAYERS)
     layers, values = trace.layers[::step], trace.projections[::step, :TOKENS]
+    # Sinks, which have no projection, are shown as the mean.
+    values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
     zero = values.mean(1, keepdim=True)
     for at, layer in enumerate(layers):
         floor = Scale.of(profile, layer).floor

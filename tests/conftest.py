@@ -123,6 +123,28 @@ def shipped_profile() -> CapProfile:
     return CapProfile.load(SHIPPED_PROFILE)
 
 
+def turned(model, tokenizer, profile: CapProfile, **knows) -> CapProfile:
+    """The profile's axes at layers 14 to 21, each turned so that the first token's sink lies far below its floor, which
+    is the 5th percentile of ordinary tokens; corrected along the axis itself, as published.
+    """
+    layers = list(range(14, 22))
+    first: dict[int, torch.Tensor] = {}
+    with (
+        models.watched_layers(model, lambda layer, hidden: first.update({layer: hidden[0, 0]})),
+        torch.inference_mode(),
+    ):
+        model(**tokenizer("The town lies on a bend of the river.", return_tensors="pt"))
+    axes, floors = [], []
+    low, high = (profile.percentiles.index(p) for p in (5.0, 95.0))
+    for layer in layers:
+        axis, table = profile.axis_all[layer], profile.tables["ordinary tokens"][layer]
+        lies_below = bool(first[layer] @ axis < 0)
+        axes.append(axis if lies_below else -axis)
+        floors.append(table[low] if lies_below else -table[high])
+    facts = {"model": dict(profile.model_facts)}
+    return CapProfile(layers, torch.stack(axes)[:, None], torch.stack(floors)[:, None], facts, **knows)
+
+
 @pytest.fixture(autouse=True)
 def _isolated_threads():
     threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ import re
 import httpx
 import pytest
 import torch
+from conftest import turned
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
@@ -237,6 +238,21 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
         assert rpc(server, "axiscap_load", "bad", str(folder / path)).status_code != 200
     assert rpc(server, "axiscap_retire", "mild").status_code != 200
     assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
+
+
+def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
+    """The same tokens as the capped transformers model, which leaves the sink alone; a long prompt in chunks, whose first
+    token may lie in the prefix cache, among them.
+    """
+    folder, made = profiles
+    knows = turned(*demo_model, made["mild"], sinks=(0,))
+    knows.save(folder / "turned.safetensors")
+    loaded = rpc(server, "axiscap_load", "turned", str(folder / "turned.safetensors"), allowed=True)
+    assert loaded.status_code == 200, loaded.text
+    prompts = [*PROMPTS[:6], LONG, LONG]
+    wanted = expected_texts(*demo_model, prompts, knows, 12)
+    assert [server.text(prompt, "turned", max_tokens=12) for prompt in prompts] == wanted
+    assert rpc(server, "axiscap_retire", "turned").status_code == 200
 
 
 def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):

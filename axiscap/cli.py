@@ -36,7 +36,7 @@ from axiscap.profile import CapProfile, Evidence, ProfileError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # In a file or a pipe there is no width to fit; tables then stay readable.
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 180)
 
 ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `axiscap calibrate` writes it.")]
@@ -212,7 +212,7 @@ def calibrate(
         int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
     ] = 16,
     percentile: Annotated[
-        float | None, typer.Option(help="Of the population that the floors are at; 10, or 25 with --method difference.")
+        float | None, typer.Option(help="Of the population that the floors are at; 6, or 25 with --method difference.")
     ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
@@ -257,7 +257,7 @@ def calibrate(
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     ordinary = _work(method, work)
     if percentile is None:
-        percentile = 25.0 if ordinary is None else 10.0
+        percentile = 25.0 if ordinary is None else 6.0
     population = population or ("assistant" if ordinary is None else "ordinary tokens")
     if published:
         percentile, population = PUBLISHED
@@ -788,7 +788,7 @@ def run(
     profile: ProfileArgument,
     model: ModelOption = models.DEFAULT_MODEL,
     conversations: Annotated[
-        Path | None, typer.Option(help='JSONL, {"name", "turns", "group"}; AxisCap\'s own two without it.')
+        Path | None, typer.Option(help='JSONL, {"name", "turns", "group"}; AxisCap\'s own three without it.')
     ] = None,
     picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.")] = Path("drift.png"),
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 48,

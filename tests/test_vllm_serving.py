@@ -241,8 +241,8 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
 
 
 def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
-    """The same tokens as the capped transformers model, which leaves the sink alone; a long prompt in chunks, whose first
-    token may lie in the prefix cache, among them.
+    """The same tokens as the capped transformers model, which leaves the sink alone, also for a long prompt whose first
+    token lies in the prefix cache.
     """
     folder, made = profiles
     knows = turned(*demo_model, made["mild"], sinks=(0,))

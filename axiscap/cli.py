@@ -36,7 +36,7 @@ from axiscap.profile import CapProfile, Evidence, ProfileError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # In a file or a pipe there is no width to fit; tables then stay readable.
-console = Console(width=None if sys.stdout.isatty() else 180)
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `axiscap calibrate` writes it.")]
@@ -536,6 +536,8 @@ def sweep(
             mark,
             style="bold" if point is chosen else None,
         )
+    if not console.is_terminal:
+        console.width = 180
     _show("held-out roles, questions, requests and domains (95 % intervals)", table)
     if not bounds.admit(chosen):
         console.print("no point is within the bounds; the least costly one was taken")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -124,23 +125,21 @@ def shipped_profile() -> CapProfile:
 
 
 def turned(model, tokenizer, profile: CapProfile, **knows) -> CapProfile:
-    """The profile's axes at layers 14 to 21, each turned so that the first token's sink lies far below its floor, which
-    is the 5th percentile of ordinary tokens; corrected along the axis itself, as published.
+    """The mean difference at layers 14 to 21, each turned so that the first token's sink lies below its floor, which is
+    the 5th percentile of the tokens of plain prose; read and corrected along it, as published.
     """
     layers = list(range(14, 22))
-    first: dict[int, torch.Tensor] = {}
-    with (
-        models.watched_layers(model, lambda layer, hidden: first.update({layer: hidden[0, 0]})),
-        torch.inference_mode(),
-    ):
-        model(**tokenizer("The town lies on a bend of the river.", return_tensors="pt"))
+    seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(30)}
+    lines = (REPOSITORY / "axiscap" / "data" / "plain.jsonl").read_text().splitlines()
+    with models.watched_layers(model, lambda layer, hidden: seen[layer].append(hidden[0])), torch.inference_mode():
+        for line in lines:
+            model(**tokenizer(json.loads(line)["text"], return_tensors="pt"))
     axes, floors = [], []
-    low, high = (profile.percentiles.index(p) for p in (5.0, 95.0))
     for layer in layers:
-        axis, table = profile.axis_all[layer], profile.tables["ordinary tokens"][layer]
-        lies_below = bool(first[layer] @ axis < 0)
-        axes.append(axis if lies_below else -axis)
-        floors.append(table[low] if lies_below else -table[high])
+        axis = torch.nn.functional.normalize(profile.lift_all[layer], dim=-1)
+        axis = axis if seen[layer][0][0] @ axis < 0 else -axis
+        axes.append(axis)
+        floors.append(torch.quantile(torch.cat([rows[1:] for rows in seen[layer]]) @ axis, 0.05))
     facts = {"model": dict(profile.model_facts)}
     return CapProfile(layers, torch.stack(axes)[:, None], torch.stack(floors)[:, None], facts, **knows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
-from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep
+from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep, tokens
 from axiscap.drift import compare
 
 
@@ -145,7 +146,7 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     wanted = means["default"] - torch.stack([means[name] for name in plan.train_roles]).mean(0)
     torch.testing.assert_close(found.axis, torch.nn.functional.normalize(wanted, dim=-1))
     assert bool(((found.axis * direction).sum(-1) > 0.95).all())
-    values = space.Projections(4).add(shards, found, plan, keep)
+    values = space.Projections(4).add(shards, found.axis, found.null, plan, keep)
     facts = space.evidence(found, values, plan)
     assert min(facts.auc) > 0.95
     assert all(0.2 < value < 0.8 for value in facts.null_auc)
@@ -154,11 +155,11 @@ def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
     assert set(facts.auc_by_role) == set(plan.held_roles)
     assert min(facts.pc1_cosine) > 0.5
     assert abs(sum(found.components()[0][0].tolist()) - 1) < 1e-9
-    json.dumps(facts)
+    json.dumps(dataclasses.asdict(facts))
     # Nothing to find: no separation.
     plan, shards, _ = synthetic(shift=0.0)
     blank = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
-    facts = space.evidence(blank, space.Projections(4).add(shards, blank, plan, keep), plan)
+    facts = space.evidence(blank, space.Projections(4).add(shards, blank.axis, blank.null, plan, keep), plan)
     assert all(0.25 < value < 0.75 for value in facts.auc)
 
 
@@ -725,7 +726,8 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
         data.BATCH = before
-    sketch = pipeline.token_sketch(model, [shard], profile.axis_all, lambda task: True)
+    texts = [tokens.Text("role x", *both) for both in zip(shard.prompts, shard.answers, strict=True)]
+    sketch = pipeline.Read(model, texts).sketches(profile.axis_all, lambda n: None)["pooled tokens"]
     count = sum(map(len, shard.answers))
     assert sketch.count == count
     off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))
@@ -811,7 +813,16 @@ def test_the_front_and_the_choice():
 def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     folder, options, _ = whole
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
-    arguments = [folder / "whole.safetensors", out, "--rollouts", folder / "work", *options[:4], "--ask", "1"]
+    arguments = [
+        folder / "whole.safetensors",
+        out,
+        "--rollouts",
+        folder / "work",
+        *options[:4],
+        *options[6:],
+        "--ask",
+        "1",
+    ]
     arguments += ["--bands", "17-24", "--percentiles", "25", "--picture", picture]
     first = run_command("sweep", *arguments)
     output, _ = first.communicate()
@@ -854,7 +865,7 @@ def test_the_axis_is_no_direction_between_questions():
         means = torch.stack([offsets[task.question] for task in batch])
         shards.append(shard_of(batch, means + 0.1 * torch.randn(means.shape, generator=noise)))
     made = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
-    found = space.Projections(1).add(shards, made, plan, pipeline.Keep())
+    found = space.Projections(1).add(shards, made.axis, made.null, plan, pipeline.Keep())
     tested = [task for task in found.tasks if plan.tests_the_axis(task)]
     assert {task.question for task in tested if task.role == "default"} == {
         task.question for task in tested if task.role != "default"

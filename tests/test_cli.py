@@ -40,7 +40,14 @@ def test_the_console_script_is_installed():
 def test_inspect(command):
     status, output, _ = command("inspect", SHIPPED_PROFILE)
     assert status == 0
-    for text in ("smollm2-135m-instruct", "of 30 capped; hidden size 576", "held-out AUC", "p25", "assistant"):
+    for text in (
+        "smollm2-135m-instruct",
+        "of 30 capped; hidden size 576",
+        "held-out AUC",
+        "p25",
+        "ordinary tokens",
+        "sinks",
+    ):
         assert text in output
     profile = CapProfile.load(SHIPPED_PROFILE)
     for index, layer in enumerate(profile.layers):
@@ -154,7 +161,7 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
         "compare": ("inspect", SHIPPED_PROFILE, path),
         "compared": ("inspect", path, SHIPPED_PROFILE),
         "floors": ("floors", path, out / "floors.safetensors"),
-        "sweep": ("sweep", path, out / "b.safetensors", "--work", out / "work", "--picture", out / "s.png", *model),
+        "sweep": ("sweep", path, out / "b.safetensors", "--rollouts", out / "work", "--picture", out / "s.png", *model),
         "report": ("report", path, out / "report.html"),
         "picture": ("report", path, out / "report.png"),
         "replay": ("replay", talks, "--profile", path, *model),

@@ -219,7 +219,7 @@ def test_a_conversation_that_is_too_long_is_named_and_stops_or_is_skipped(demo_m
 
 def test_a_layer_without_an_axis_is_named(shipped_profile):
     bare = CapProfile(shipped_profile.layers, shipped_profile.axes, shipped_profile.floors)
-    with pytest.raises(ValueError, match="no axis at layer 3; it has one at 14-21"):
+    with pytest.raises(ValueError, match="no axis at layer 3; it has one at 8-27"):
         drift.measuring(bare, [3])
     with pytest.raises(ValueError, match="no axis at layer 30; it has one at 0-29"):
         Scale.of(shipped_profile, 30)

@@ -274,10 +274,10 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         means = f"({plot}?.data ?? []).map(curve => [curve.name, curve.y])"
         answers = f"({means}).find(curve => curve[0] == 'capped')?.[1].length"
         visit.page.wait_for_function(f"{answers} == 1", timeout=60_000)
-        # The curve moves while the answers grow; in the end they lie on either side of the floor.
+        # The curve moves while the answers grow; in the end the capped one lies above.
         at = f"(name => ({means}).find(curve => curve[0] == name)[1][0])"
         visit.page.wait_for_function(
-            f"{at}('uncapped') < {at}('floor') && {at}('floor') < {at}('capped')", timeout=60_000
+            f"{at}('uncapped') < {at}('floor') && {at}('uncapped') < {at}('capped')", timeout=60_000
         )
         assert texts(visit, "uncapped") != texts(visit, "capped")
         floor = visit.page.evaluate(f"{at}('floor')")

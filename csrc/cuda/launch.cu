@@ -110,7 +110,8 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
     const int64_t some = std::min<int64_t>(count - begin, kMaxLayers);
     for (int64_t i = 0; i < some; ++i) {
       const CapParams& l = layers[begin + i];
-      call.layers[i] = {l.hidden, l.out, l.hidden_stride, l.out_stride, l.axes, l.lifts, l.floors, l.limits, l.projections};
+      call.layers[i] = {l.hidden, l.out,    l.hidden_stride, l.out_stride, l.axes,
+                        l.lifts,  l.floors, l.limits,        l.projections};
     }
     config.gridDim = dim3(unsigned(plan.grid), unsigned(some));
     if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call)) return error;

@@ -71,9 +71,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cap_residual_",
       [](const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors, Optional slots,
-         Optional projections, Optional lifts, Optional limits) {
-        cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections);
-      },
+         Optional projections, Optional lifts,
+         Optional limits) { cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections); },
       "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(),
       "lifts"_a = py::none(), "limits"_a = py::none());
   m.def(
@@ -89,9 +88,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cap_layers_",
       [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, Optional slots,
-         Optional projections, Optional lifts, Optional limits) {
-        cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections);
-      },
+         Optional projections, Optional lifts,
+         Optional limits) { cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections); },
       "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(), "lifts"_a = py::none(),
       "limits"_a = py::none());
   m.def("accumulate_", &accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());

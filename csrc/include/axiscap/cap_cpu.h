@@ -242,8 +242,8 @@ void finish_row(const CapParams& p, int64_t index, const Row& row, const Correct
   if (p.weight) norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
 }
 
-// Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false, with
-// nothing written, where a projection or a correction is not finite.
+// Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false,
+// with nothing written, where a projection or a correction is not finite.
 template <class T, class Row>
 bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* projections, Corrections& corrections,
              uint8_t* fired) {

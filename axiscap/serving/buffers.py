@@ -29,7 +29,7 @@ class Buffers:
     def __init__(self, settings: Settings, layers: Sequence[int], max_rows: int, device: torch.device) -> None:
         shape = (settings.slots, settings.directions)
         self.layers = list(layers)
-        self.hidden_size = settings.hidden_size
+        self._settings = settings
         self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
         self.lifts = self.axes.clone()
         self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
@@ -45,14 +45,9 @@ class Buffers:
 
     def place(self, slot: int, profile: CapProfile) -> None:
         """Puts a profile into a slot; what lay there is gone."""
-        directions = self.floors.shape[2]
-        if profile.directions > directions or profile.hidden_size != self.hidden_size:
-            raise ValueError(
-                f"this server was started for hidden size {self.hidden_size} and at most {directions} directions; the "
-                f"profile has hidden size {profile.hidden_size} and {profile.directions}"
-            )
+        self._settings.check_profile(profile)
         for at, layer in enumerate(self.layers):
-            made = profile.slot_at(layer, directions)
+            made = profile.slot_at(layer, self._settings.directions)
             for name, tensor in made._asdict().items():
                 getattr(self, name)[at, slot].copy_(tensor)
         self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}

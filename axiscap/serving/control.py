@@ -113,12 +113,7 @@ class Control:
                 f"the profile caps layers {extra}, and this server was started to cap {self._settings.layers}; start "
                 "it with a profile that caps them"
             )
-        self._settings.check_model(profile.hidden_size, profile.layers[-1] + 1)
-        if profile.directions > self._settings.directions:
-            raise ValueError(
-                f"the profile has {profile.directions} directions, and this server was started for at most "
-                f"{self._settings.directions}"
-            )
+        self._settings.check_profile(profile)
         with self.lock:
             in_use = {request.axiscap_digest for request in self._live if request.axiscap_digest}
             registry = copy.deepcopy(self._registry)

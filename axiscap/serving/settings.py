@@ -158,6 +158,14 @@ class Settings:
             f"the profiles cap layer {self.layers[-1]}, but the model has {num_layers} layers",
         )
 
+    def check_profile(self, profile: CapProfile) -> None:
+        """Raises SettingsError where the server's buffers have no room for a profile."""
+        _require(
+            profile.hidden_size == self.hidden_size and profile.directions <= self.directions,
+            f"this server was started for hidden size {self.hidden_size} and at most {self.directions} directions; the "
+            f"profile has hidden size {profile.hidden_size} and {profile.directions}",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""
         from axiscap import __version__

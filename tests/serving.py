@@ -197,7 +197,8 @@ def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> 
     model, tokenizer = demo_model
     with axiscap.install(model, profile) as cap, torch.inference_mode():
         inputs = tokenizer(PROMPTS[1], return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        # As with the server's ignore_eos: min_new_tokens would forbid the end token, which is another text.
+        tokens = model.generate(**inputs, max_new_tokens=8, eos_token_id=-1, do_sample=False)
         for layer, stats in cap.stats()["default"].items():
             counted = record["layers"][str(layer)]
             assert counted["rows"] == stats.rows == rows - len(profile.sinks)

@@ -18,7 +18,7 @@ from axiscap.calibrate.floors import PERCENTILES, with_floors
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Request, Work, shards
-from axiscap.installation import install
+from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
 
 #: Texts of each domain, and tokens of a text that are looked at.
@@ -35,6 +35,17 @@ def losses(model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
         likeliest.append(logits.argmax(-1))
     return torch.stack(found).double(), likeliest
+
+
+def agreement(found: Sequence[Tensor], base: Sequence[Tensor]) -> float:
+    """Share of likeliest tokens that are the uncapped model's, the mean over texts; both as :func:`losses` gives."""
+    return torch.stack([(a == b).double().mean() for a, b in zip(found, base, strict=True)]).mean().item()
+
+
+def share_fired(cap: Installation) -> float:
+    """Of the rows that the one installed profile has seen at its layers."""
+    (stats,) = cap.stats().values()
+    return sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values()))
 
 
 @dataclass(frozen=True)
@@ -76,13 +87,11 @@ class Costs:
             for domain, texts in self.texts.items():
                 cap.reset_stats()
                 values, tokens = losses(self.model, texts)
-                (stats,) = cap.stats().values()
                 base, likeliest = self.base[domain]
-                agree = [(a == b).double().mean() for a, b in zip(tokens, likeliest, strict=True)]
                 found[domain] = DomainCost(
                     (values - base).mean().exp().item(),
-                    sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values())),
-                    torch.stack(agree).mean().item(),
+                    share_fired(cap),
+                    agreement(tokens, likeliest),
                     domain in self.work.fiction,
                 )
         return found

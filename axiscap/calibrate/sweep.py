@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches
-from axiscap.calibrate.effects import Costs, DomainCost, Holds, checks, losses, worst
+from axiscap.calibrate.effects import Costs, DomainCost, Holds, agreement, checks, losses, share_fired, worst
 from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
@@ -205,8 +205,7 @@ class Bench:
         else:
             with install(self.model, profile) as cap:
                 seen = losses(self.model, self.answers)  # before anything else, so that what fires on these is counted
-                (stats,) = cap.stats().values()
-                fired = sum(s.fired for s in stats.values()) / max(1, sum(s.rows for s in stats.values()))
+                fired = share_fired(cap)
                 point = self._measure(self.holds.measure(), seen)
             if self.costs is not None:
                 point["domains"] = {name: asdict(cost) for name, cost in self.costs.measure(profile).items()}
@@ -218,7 +217,6 @@ class Bench:
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
         plain, _ = losses(self.model, self.plain)
-        agree = [(a == b).double().mean() for a, b in zip(tokens, self.base_tokens, strict=True)]
         generator = torch.Generator().manual_seed(0)
         by_role = torch.stack([taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.roles])
         return {
@@ -228,7 +226,7 @@ class Bench:
             "perplexity": (found - self.base_losses).mean().exp().item(),
             "perplexity_interval": _interval(found - self.base_losses, generator, torch.exp),
             "plain_perplexity": (plain - self.base_plain).mean().exp().item(),
-            "agreement": torch.stack(agree).mean().item(),
+            "agreement": agreement(tokens, self.base_tokens),
             "choices": self._right_choices(),
             "hold": held.mean().item(),
             "hold_interval": _interval(held, generator),

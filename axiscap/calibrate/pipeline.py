@@ -21,6 +21,8 @@ from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
 from axiscap.calibrate.space import (
     PARTS,
+    ROLE,
+    WORK,
     Directions,
     Projections,
     Space,
@@ -48,8 +50,6 @@ SHRINK = 0.1
 WIDE = (0.27, 0.93)
 #: A row with a projection of more than this many times the largest norm of an ordinary row is left alone.
 LIMIT = 1.5
-#: Groups of texts: of one role, of one domain.
-ROLE, WORK = "role ", "work "
 
 
 @dataclass(frozen=True)

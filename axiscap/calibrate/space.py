@@ -144,6 +144,8 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
     return Directions(torch.stack(axes), torch.stack(lifts))
 
 
+#: What the names of groups of texts begin with: of one role, of one domain.
+ROLE, WORK = "role ", "work "
 #: A text's tokens are of its answer or of its prompt.
 PARTS = ("answer", "prompt")
 #: Of the ordinary groups, the share that lies nearest to the roles; of :func:`discriminant`.
@@ -160,9 +162,9 @@ class _Parts:
 
     def __init__(self, scatter: Scatter, part: str) -> None:
         mine = [name for name in scatter.counts if name.endswith(f" {part}")]
-        self.ordinary_names = [name for name in mine if not name.startswith("role ")]
+        self.ordinary_names = [name for name in mine if not name.startswith(ROLE)]
         self.ordinary = torch.stack([scatter.mean(name) for name in self.ordinary_names])
-        self.roles = torch.stack([scatter.mean(name) for name in mine if name.startswith("role ")])
+        self.roles = torch.stack([scatter.mean(name) for name in mine if name.startswith(ROLE)])
 
     def weighted(self, axis: Tensor) -> Tensor:
         """The mean over ordinary groups, of which the nearest to the roles along an axis count as much as all."""

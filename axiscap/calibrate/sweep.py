@@ -161,7 +161,7 @@ class Bench:
         self.plain = [([bos], ids) for bos, *ids in (self._tokens(json.loads(line)["text"]) for line in lines)]
         lines = (files("axiscap.data") / "choices.jsonl").read_text("utf-8").splitlines()
         self.choices = [json.loads(line) for line in lines]
-        self.base_losses, self.base_tokens = losses(model, self.answers)
+        self.base = losses(model, self.answers)
         self.base_plain, _ = losses(model, self.plain)
         self.holds = Holds(model, self.engine)
         self.costs = None if work is None else Costs(model, work, store)
@@ -201,7 +201,7 @@ class Bench:
     def measure(self, profile: CapProfile | None, percentile: float = 0.0) -> Point:
         """The model under a profile, or as it is."""
         if profile is None:
-            point, fired = self._measure(self.holds.taken), 0.0
+            point, fired = self._measure(self.holds.taken, self.base), 0.0
         else:
             with install(self.model, profile) as cap:
                 seen = losses(self.model, self.answers)  # before anything else, so that what fires on these is counted
@@ -212,8 +212,8 @@ class Bench:
         first, last = (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
         return Point(first, last, percentile, fired=fired, **point)
 
-    def _measure(self, held: Tensor, on_answers: tuple[Tensor, list[Tensor]] | None = None) -> dict[str, Any]:
-        found, tokens = on_answers or losses(self.model, self.answers)
+    def _measure(self, held: Tensor, on_answers: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
+        (found, tokens), (base, base_tokens) = on_answers, self.base
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
         plain, _ = losses(self.model, self.plain)
@@ -223,10 +223,10 @@ class Bench:
             "uptake": taken.mean().item(),
             "uptake_interval": _interval(by_role, generator),
             "default_uptake": default_taken.mean().item(),
-            "perplexity": (found - self.base_losses).mean().exp().item(),
-            "perplexity_interval": _interval(found - self.base_losses, generator, torch.exp),
+            "perplexity": (found - base).mean().exp().item(),
+            "perplexity_interval": _interval(found - base, generator, torch.exp),
             "plain_perplexity": (plain - self.base_plain).mean().exp().item(),
-            "agreement": agreement(tokens, self.base_tokens),
+            "agreement": agreement(tokens, base_tokens),
             "choices": self._right_choices(),
             "hold": held.mean().item(),
             "hold_interval": _interval(held, generator),

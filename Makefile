@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick test-serving test-vllm test-sglang lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -17,6 +17,10 @@ test: .venv/built sanitize
 # What takes a second or so at most: no sanitizers, no engine, no long run. Two minutes on two cores.
 quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+
+# What takes an hour: the shipped profile from nothing, and what it does. What is finished is not done again.
+nightly: .venv/built
+	$(BIN)/python -m pytest -s tests/nightly.py
 
 # The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
 # thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.

@@ -121,6 +121,7 @@ class Installation:
         # What generate() said of the coming forward pass.
         self._announced: _Tokens | None = None
         self._tokens = _Tokens()
+        self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
         # Profiles that say nothing of sinks, until it was seen once whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
         self._slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
@@ -277,11 +278,10 @@ class Installation:
     def _make_slots(self, hidden: Tensor) -> Tensor | None:
         batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
         real, generated, positions = self._tokens
-        sinks = {at: profile.sinks for at, profile in enumerate(self._profiles.values()) if profile.sinks}
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if self._selection == [0] and real is None and generated is None and 0 not in sinks:
+        if self._selection == [0] and real is None and generated is None and 0 not in self._sinks:
             return None
         if batch % len(self._selection) != 0:
             raise ValueError(f"profiles are selected for {len(self._selection)} sequences, but the batch has {batch}")
@@ -296,14 +296,14 @@ class Installation:
             slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
         if generated is not None:
             slots = torch.where(generated.to(hidden.device), slots, -1)
-        if sinks:
+        if self._sinks:
             if positions is None or positions.dim() == 0:
                 start = 0 if positions is None else positions.to(hidden.device)
                 positions = (torch.arange(tokens, device=hidden.device) + start)[None]
             positions = positions[:, -tokens:].to(hidden.device)
-            for at, where in sinks.items():
-                is_sink = torch.isin(positions, torch.tensor(where, device=hidden.device))
-                slots = torch.where((slots == at) & is_sink, -1, slots)
+            for at, sinks in self._sinks.items():
+                for sink in sinks:  # a few; a tensor of them would be a copy to the device in each pass
+                    slots = torch.where((slots == at) & (positions == sink), -1, slots)
         return slots.expand(batch, tokens).reshape(-1).contiguous()
 
     def _listen_to_generate(self, model: nn.Module) -> None:

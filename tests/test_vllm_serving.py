@@ -19,6 +19,7 @@ from serving import (
     PROMPTS,
     assert_counted,
     assert_same_texts,
+    assert_the_sink_is_warned_of,
     configuration,
     expected_texts,
     find,
@@ -31,6 +32,7 @@ from serving import (
     stock_client,
     telemetry_in_trouble,
     wait_for,
+    with_a_sink_lifted,
 )
 
 from axiscap import CapProfile, models
@@ -48,13 +50,17 @@ def profiles(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(profiles):
+def lifting(demo_model, profiles):
+    """Lifts the first token of every sequence."""
+    return turned(*demo_model, profiles[1]["mild"])
+
+
+@pytest.fixture(scope="module")
+def server(profiles, lifting):
     """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
     folder, _ = profiles
-    options = [
-        "--additional-config",
-        json.dumps({"axiscap": configuration(folder, check=True, log=str(folder / "log.jsonl"))}),
-    ]
+    settings = configuration(folder, check=True, log=str(folder / "log.jsonl"))
+    options = ["--additional-config", json.dumps({"axiscap": with_a_sink_lifted(settings, folder, lifting)})]
     options += ["--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "16"]
     with running([*MODEL, *options], folder, "vllm_xargs", **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
         yield server
@@ -253,6 +259,10 @@ def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
     wanted = expected_texts(*demo_model, prompts, knows, 12)
     assert [server.text(prompt, "turned", max_tokens=12) for prompt in prompts] == wanted
     assert rpc(server, "axiscap_retire", "turned").status_code == 200
+
+
+def test_the_server_says_which_profile_lifts_a_sink(server, lifting):
+    assert_the_sink_is_warned_of(server, lifting)
 
 
 def test_a_thousand_mixed_requests_with_preemptions_and_cancellations(server):

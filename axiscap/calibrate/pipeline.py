@@ -34,7 +34,7 @@ from axiscap.calibrate.space import (
 )
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Scatter, Sinks, Text, read
-from axiscap.calibrate.work import Work, answer
+from axiscap.calibrate.work import Work, answer, load_prose
 from axiscap.calibrate.work import shards as work_shards
 from axiscap.models import decoder_layers, text_config
 from axiscap.profile import CapProfile
@@ -227,7 +227,7 @@ def calibrate(
         roles = dict(zip(space.names, space.roles.float(), strict=True))
         interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
 
-    texts = _texts(plan, keep, store, todo, work)
+    texts = _texts(plan, keep, store, todo, work, tokenizer)
     tokens = Read(model, texts)
     scatters = tokens.scatter(lambda done: progress("texts read", done, len(texts)))
     directions = Directions(space.axis)
@@ -268,6 +268,7 @@ def calibrate(
             "method": "read along a discriminant of ordinary and role tokens, lifted along mean(default) - mean(roles)",
             "shrink": shrink,
             "work": {"domains": work.domains, "held_out": work.held_domains, "digest": work.digest},
+            "prose": sorted({register for register, _ in load_prose()}),
         }
     provenance = {
         "model": {
@@ -310,8 +311,12 @@ def calibrate(
     return floors_module.with_floors(bare, percentile, population)
 
 
-def _texts(plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]], work: Work | None) -> list[Text]:
-    """What is read token by token: an even sample of what makes the axis, the default's answers, and ordinary work."""
+def _texts(
+    plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]], work: Work | None, tokenizer: Any
+) -> list[Text]:
+    """What is read token by token: an even sample of what makes the axis, the default's answers, and ordinary work with
+    AxisCap's own prose.
+    """
 
     def sample(texts: list[Text], most: int) -> list[Text]:
         return texts[:: -(-len(texts) // most)] if texts else []
@@ -338,4 +343,7 @@ def _texts(plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]],
                 found.append(Text(f"{WORK}{work.domain(task)}", prompt, said))
                 if task.question % PLAIN == 0 and len(said) > 1:
                     found.append(Text(f"{WORK}plain text", said[:1], said[1:]))
+        for register, paragraph in load_prose():
+            ids = tokenizer(paragraph)["input_ids"]
+            found.append(Text(f"{WORK}prose: {register}", ids[:1], ids[1:]))
     return found

@@ -209,8 +209,7 @@ class Bench:
                 point = self._measure(self.holds.measure(), seen)
             if self.costs is not None:
                 point["domains"] = {name: asdict(cost) for name, cost in self.costs.measure(profile).items()}
-        first, last = (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
-        return Point(first, last, percentile, fired=fired, **point)
+        return Point(*_band(profile), percentile, fired=fired, **point)
 
     def _measure(self, held: Tensor, on_answers: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
         (found, tokens), (base, base_tokens) = on_answers, self.base
@@ -233,6 +232,10 @@ class Bench:
             "checks": (0, 0) if self.work is None else checks(self.long_engine, self.work),
             "domains": {},
         }
+
+
+def _band(profile: CapProfile | None) -> tuple[int, int]:
+    return (profile.layers[0], profile.layers[-1]) if profile else (-1, -1)
 
 
 def _interval(
@@ -317,20 +320,18 @@ def sweep(
 
     Finished points are kept in `done`, JSONL, and not measured again.
     """
-    known: dict[str, Point] = {}
+    known: dict[tuple[int, int, float], Point] = {}
     if done.exists():
         for line in done.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 point = Point(**json.loads(line))
-                known[point.name] = point
+                known[point.first, point.last, point.percentile] = point
         done.write_text("".join(json.dumps(asdict(point)) + "\n" for point in known.values()))
     points = []
     for candidate, percentile in [(None, 0.0), *candidates]:
-        name = (
-            "uncapped" if candidate is None else f"layers {candidate.layers[0]}-{candidate.layers[-1]}, p{percentile:g}"
-        )
-        point = known.get(name) or bench.measure(candidate, percentile)
-        if name not in known:
+        setting = (*_band(candidate), percentile)
+        point = known.get(setting) or bench.measure(candidate, percentile)
+        if setting not in known:
             with done.open("a") as file:
                 file.write(json.dumps(asdict(point)) + "\n")
         points.append(point)

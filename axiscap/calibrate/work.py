@@ -115,6 +115,14 @@ def load_work(path: Path | None = None) -> Work:
     return work
 
 
+def load_prose() -> list[tuple[str, str]]:
+    """AxisCap's own paragraphs of prose, each with its register (story, diary, news, ...): what people write, and no
+    model of conversations does.
+    """
+    lines = (files("axiscap.data") / "prose.jsonl").read_text("utf-8").splitlines()
+    return [(entry["register"], entry["text"]) for entry in map(json.loads, lines)]
+
+
 def settings_of(settings: Settings, tokens: int) -> Settings:
     """Those of answers to ordinary work, which are longer than the roles'."""
     return dataclasses.replace(settings, max_new_tokens=tokens)

@@ -727,7 +727,8 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
     finally:
         data.BATCH = before
     texts = [tokens.Text("role x", *both) for both in zip(shard.prompts, shard.answers, strict=True)]
-    sketch = pipeline.Read(model, texts).sketches(profile.axis_all, lambda n: None)["pooled tokens"]
+    medians = tokens.Sinks.of(model, texts).medians
+    sketch = pipeline.CollectSketches(profile.axis_all, medians)(model, texts)["pooled tokens"]
     count = sum(map(len, shard.answers))
     assert sketch.count == count
     off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))

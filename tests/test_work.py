@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def test_a_quarter_is_held_out():
     for domain in found.domains:
         mine = [out for task, out in zip(tasks, held, strict=True) if found.domain(task) == domain]
         assert all(mine) if domain in found.held_domains else sum(mine) == 7
+
+
+def test_the_shipped_prose():
+    found = work.load_prose()
+    assert len({register for register, _ in found}) >= 10
+    paragraphs = [text for _, text in found]
+    assert len(set(paragraphs)) == len(paragraphs) >= 60
+    # What a sweep measures by makes nothing.
+    measured_by = (files("axiscap.data") / "plain.jsonl").read_text().splitlines()
+    assert not set(paragraphs) & {json.loads(line)["text"] for line in measured_by}
 
 
 @pytest.mark.parametrize(
@@ -130,11 +141,12 @@ def test_texts_read_together_are_those_read_alone(demo_model, texts, monkeypatch
 
 def test_the_first_token_is_the_sink_of_the_demos_model(demo_model, texts):
     model, tokenizer = demo_model
-    reading = pipeline.Read(model, texts)
-    reading.scatter(lambda n: None)
-    assert reading.sinks.usual(range(30)) == (0,)
-    facts = reading.sinks.describe(texts, tokenizer, range(30))
+    medians = tokens.Sinks.of(model, texts).medians
+    _, sinks = pipeline.CollectScatter(medians)(model, texts)
+    assert sinks.regular == (0,)
+    facts = sinks.describe(tokenizer)
     assert facts["positions"] == [0]
+    assert facts["texts"] == len(texts)
     assert max(facts["times_the_median_norm"]) > 50
     assert all(size < 1000 for size in facts["largest_ordinary_norm"][:28])
 

@@ -7,7 +7,8 @@ worker had not written is run again by another; what it had written is found the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from axiscap import models
 from axiscap.calibrate.data import Task
 from axiscap.calibrate.rollouts import TransformersEngine, run
 from axiscap.calibrate.store import Store
+from axiscap.calibrate.tokens import Text
 
 
 class RayWorkers:
@@ -44,22 +46,51 @@ class RayWorkers:
         self.cpus = cpus or max(1, int(ray.cluster_resources().get("CPU", workers)) // workers)
 
     def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
-        """Every batch by whichever worker is free; Ray starts a dead worker anew and gives it its batch again."""
+        for _ in self._spread(store, "answer", todo, progress):
+            pass
+
+    def over_texts(
+        self,
+        work: Callable[[Any, Sequence[Text]], Any],
+        store: Store,
+        parts: Sequence[Sequence[Text]],
+        progress: Callable[[int], None],
+    ) -> Iterator[Any]:
+        shared = self.ray.put(work)
+        return self._spread(store, "read", parts, progress, shared)
+
+    def _spread(
+        self, store: Store, method: str, parts: Sequence[Any], progress: Callable[[int], None], *arguments: Any
+    ) -> Iterator[Any]:
+        """A worker's method on every part, by whichever worker is free: the results, in the order of the parts. Ray
+        starts a dead worker anew and gives it its part again.
+        """
         ray = self.ray
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": -1}
         actors = [
             ray.remote(**options)(_Worker).remote(self.model, store.url, store.settings, self.cpus)
-            for _ in range(min(self.workers, max(1, len(todo))))
+            for _ in range(min(self.workers, max(1, len(parts))))
         ]
-        waiting = list(todo)
-        busy = {actor.run.remote(waiting.pop(0)): actor for actor in actors if waiting}
+        waiting = deque(enumerate(parts))
+        busy: dict[Any, tuple[Any, int]] = {}
+
+        def send(actor: Any) -> None:
+            if waiting:
+                at, part = waiting.popleft()
+                busy[getattr(actor, method).remote(part, *arguments)] = actor, at
+
+        finished: dict[int, Any] = {}
         try:
-            while busy:
-                (ready,), _ = ray.wait(list(busy), num_returns=1)
-                actor = busy.pop(ready)
-                progress(ray.get(ready))
-                if waiting:
-                    busy[actor.run.remote(waiting.pop(0))] = actor
+            for actor in actors:
+                send(actor)
+            for at in range(len(parts)):
+                while at not in finished:
+                    (ready,), _ = ray.wait(list(busy), num_returns=1)
+                    actor, done = busy.pop(ready)
+                    finished[done] = ray.get(ready)
+                    progress(len(parts[done]))
+                    send(actor)
+                yield finished.pop(at)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -80,9 +111,11 @@ class _Worker:
         self.store = Store(url, settings)
         self.engine = TransformersEngine(loaded, tokenizer, settings)
 
-    def run(self, batch: Sequence[Task]) -> int:
+    def answer(self, batch: Sequence[Task]) -> None:
         run(self.engine, self.store, [batch])
-        return len(batch)
+
+    def read(self, part: Sequence[Text], work: Callable[[Any, Sequence[Text]], Any]) -> Any:
+        return work(self.engine.model, part)
 
 
 def _work(work: Any, url: str, settings: Any, part: Any) -> Any:

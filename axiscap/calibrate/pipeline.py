@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from axiscap.profile import CapProfile
 
 #: Texts of the default, and half of those of roles, whose single tokens are looked at.
 TEXTS = 512
+#: How many parts the texts are read in, each by whichever worker is free.
+PARTS_OF_TEXTS = 32
 #: One answer to ordinary work in this many is also read as plain text, without a conversation around it, which on a
 #: model of conversations looks like nobody's words.
 PLAIN = 3
@@ -100,57 +102,57 @@ def choose_layers(separation: Tensor, count: int) -> list[int]:
     return list(range(best, best + count))
 
 
-class Read:
-    """What single tokens say, in two passes over finished texts: how they scatter, and how far they project.
-
-    Args:
-        model: a causal LM.
-        texts: of groups ``default``, ``role NAME`` and ``work DOMAIN``.
+@dataclass(frozen=True)
+class CollectScatter:
+    """How single tokens scatter, by layer, in the groups of :func:`axiscap.calibrate.space.group`. Sinks are counted,
+    and are no part of it.
     """
 
-    def __init__(self, model: Any, texts: Sequence[Text]) -> None:
-        self.model, self.texts = model, texts
-        self.depth = len(decoder_layers(model))
-        self.sinks = Sinks()
-        self.groups = list(dict.fromkeys(text.group for text in texts))
+    medians: list[float]  # of Sinks
 
-    def scatter(self, progress: Callable[[int], None]) -> list[Scatter]:
-        """Of single tokens, by layer, in the groups of :func:`axiscap.calibrate.space.group`; sinks are noted, and no
-        part of it.
-        """
-        size = text_config(self.model).hidden_size
-        found = [Scatter(size) for _ in range(self.depth)]
-        number = {name: at for at, name in enumerate(self.groups)}
-        group_of = torch.tensor([number[text.group] for text in self.texts])
+    def __call__(self, model: Any, texts: Sequence[Text]) -> tuple[list[Scatter], Sinks]:
+        size = text_config(model).hidden_size
+        found = [Scatter(size) for _ in self.medians]
+        sinks = Sinks(self.medians)
+        groups = list(dict.fromkeys(text.group for text in texts))
+        group_of = torch.tensor([groups.index(text.group) for text in texts])
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = self.sinks.ordinary(layer, rows, owner, place)
-            groups = group_of[owner]
-            for at in sorted(set(groups.tolist())):
-                name = self.groups[at]
-                for part, mine in zip(PARTS, (of_answer, ~of_answer), strict=True):
-                    chosen = rows[use & mine & (groups == at)]
+            use = sinks.ordinary(layer, rows, owner, place)
+            mine = group_of[owner]
+            for at in sorted(set(mine.tolist())):
+                for part, of_part in zip(PARTS, (of_answer, ~of_answer), strict=True):
+                    chosen = rows[use & of_part & (mine == at)]
                     if len(chosen):
-                        found[layer].add(group(name, part), chosen, scatters=not name.startswith(ROLE))
+                        found[layer].add(group(groups[at], part), chosen, scatters=not groups[at].startswith(ROLE))
 
-        read(self.model, self.texts, see, progress)
-        return found
+        read(model, texts, see)
+        return found, sinks.count(texts)
 
-    def sketches(self, axis: Tensor, progress: Callable[[int], None]) -> dict[str, Sketch]:
-        """Distributions of single tokens' projections on an axis (n_layers, H): of the default's answers, of those and
-        everybody's in a role, and of all that is ordinary, prompts included. Sinks are no part of them.
-        """
-        axes = axis.float()
+
+@dataclass(frozen=True)
+class CollectSketches:
+    """Distributions of single tokens' projections on an axis (n_layers, H): of the default's answers, of those and
+    everybody's in a role, and of all that is ordinary, prompts included. Sinks are no part of them.
+    """
+
+    axis: Tensor
+    medians: list[float]  # of Sinks
+
+    def __call__(self, model: Any, texts: Sequence[Text]) -> dict[str, Sketch]:
+        depth = len(self.axis)
+        axes = self.axis.float()
+        sinks = Sinks(self.medians)
         kinds = {DEFAULT_ROLE: 0, "role": 1, "work": 2}
-        kind_of = torch.tensor([kinds[text.group.split(" ")[0]] for text in self.texts])
+        kind_of = torch.tensor([kinds[text.group.split(" ")[0]] for text in texts])
         populations = {"assistant tokens": [0], "pooled tokens": [0, 1], "ordinary tokens": [0, 2]}
-        found = {name: Sketch(self.depth) for name in populations}
+        found = {name: Sketch(depth) for name in populations}
         columns: list[Tensor] = []
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = self.sinks.ordinary(layer, rows, owner, place)
+            use = sinks.ordinary(layer, rows, owner, place)
             columns.append(torch.where(use, rows.float() @ axes[layer], torch.nan))
-            if layer < self.depth - 1:
+            if layer < depth - 1:
                 return
             whole = torch.stack(columns)
             columns.clear()
@@ -161,8 +163,8 @@ class Read:
                     mine &= of_answer
                 found[name].add(whole[:, mine].T)
 
-        read(self.model, self.texts, see, progress)
-        return {name: sketch for name, sketch in found.items() if sketch.count}
+        read(model, texts, see)
+        return found
 
 
 def calibrate(
@@ -227,25 +229,41 @@ def calibrate(
         roles = dict(zip(space.names, space.roles.float(), strict=True))
         interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
 
+    # Parts whose number does not hang on who reads them, so that the sums are the same to the bit.
     texts = _texts(plan, keep, store, todo, work, tokenizer)
-    tokens = Read(model, texts)
-    scatters = tokens.scatter(lambda done: progress("texts read", done, len(texts)))
+    parts = [part for part in (texts[at::PARTS_OF_TEXTS] for at in range(PARTS_OF_TEXTS)) if part]
+    medians = Sinks.of(model, texts).medians
+    scatters, sinks = [Scatter(text_config(model).hidden_size) for _ in medians], Sinks(medians)
+    for more_scatters, more_sinks in workers.over_texts(
+        CollectScatter(medians), store, parts, lambda done: progress("texts read", done, len(texts))
+    ):
+        for scatter, more in zip(scatters, more_scatters, strict=True):
+            scatter.merge(more)
+        sinks.merge(more_sinks)
     directions = Directions(space.axis)
     if work is not None:
         directions = discriminant(scatters, shrink)
 
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
-    for more, parts in workers.over_shards(CollectProjections(plan, keep, directions.axis, space.null), store, todo):
-        found.merge(more)
-        for name, sketch in parts.items():
-            sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
+    for projections, their_sketches in workers.over_shards(
+        CollectProjections(plan, keep, directions.axis, space.null), store, todo
+    ):
+        found.merge(projections)
+        _merge(sketches, their_sketches)
     if work is not None:
         sketches["work"] = Sketch(depth)
         for shard in work_shards(work, store):
             made = [at for at, task in enumerate(shard.tasks) if not work.is_held_out(task)]
             sketches["work"].add(project(shard.means[made], directions.axis[:, None])[..., 0])
-    sketches |= tokens.sketches(directions.axis, lambda done: progress("texts projected", done, len(texts)))
+    for of_tokens in workers.over_texts(
+        CollectSketches(directions.axis, medians),
+        store,
+        parts,
+        lambda done: progress("texts projected", done, len(texts)),
+    ):
+        _merge(sketches, of_tokens)
+    sketches = {name: sketch for name, sketch in sketches.items() if sketch.count}
 
     facts = evidence(space, found, plan)
     if count is None:
@@ -278,7 +296,7 @@ def calibrate(
             "num_layers": depth,
         },
         "axis": axis_facts,
-        "sinks": tokens.sinks.describe(texts, tokenizer, range(depth)),
+        "sinks": sinks.describe(tokenizer),
         "quantiles": floors_module.describe(sketches),
         "evidence": dataclasses.asdict(facts),
         "sampling": {
@@ -294,7 +312,7 @@ def calibrate(
     }
     off = torch.full((len(layers), 1), -torch.inf)
     lift = None if directions.lift is None else directions.lift.float()
-    limits = torch.tensor([LIMIT * tokens.sinks.largest[layer] for layer in range(depth)])
+    limits = LIMIT * torch.tensor(sinks.usual)
     bare = CapProfile(
         layers,
         unit[layers][:, None].contiguous(),
@@ -302,13 +320,18 @@ def calibrate(
         provenance,
         lifts=None if lift is None else lift[layers][:, None].contiguous(),
         limits=limits[layers][:, None].contiguous(),
-        sinks=tokens.sinks.usual(range(depth)),
+        sinks=sinks.regular,
         axis_all=unit,
         lift_all=lift,
         limit_all=limits,
         populations=torch.stack(list(tables.values())),
     )
     return floors_module.with_floors(bare, percentile, population)
+
+
+def _merge(sketches: dict[str, Sketch], more: Mapping[str, Sketch]) -> None:
+    for name, sketch in more.items():
+        sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
 
 
 def _texts(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from axiscap.calibrate.data import Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Settings, Shard, Store
+from axiscap.calibrate.tokens import Text
 from axiscap.models import folder, watched_layers
 
 #: The published sampling.
@@ -26,6 +27,8 @@ class Engine(Protocol):
     """Who answers, by settings that may be others for other batches."""
 
     settings: Settings
+    #: The model in this process, which reads what was answered.
+    model: Any
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
         """The batches' shards, each when it is finished; `todo` is read no further ahead than the engine is wide."""
@@ -67,6 +70,15 @@ class Workers(Protocol):
     def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
         """`work` on parts of `todo`, whose results are to be merged."""
 
+    def over_texts(
+        self,
+        work: Callable[[Any, Sequence[Text]], Any],
+        store: Store,
+        parts: Sequence[Sequence[Text]],
+        progress: Callable[[int], None],
+    ) -> Iterator[Any]:
+        """`work` of the model and each part, in the order of the parts."""
+
 
 class Here:
     """This process, with an engine."""
@@ -80,6 +92,17 @@ class Here:
 
     def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
         return [work(store, todo)]
+
+    def over_texts(
+        self,
+        work: Callable[[Any, Sequence[Text]], Any],
+        store: Store,
+        parts: Sequence[Sequence[Text]],
+        progress: Callable[[int], None],
+    ) -> Iterator[Any]:
+        for part in parts:
+            yield work(self.engine.model, part)
+            progress(len(part))
 
 
 class TransformersEngine:
@@ -169,7 +192,8 @@ class EndpointEngine:
     def __init__(
         self, model: Any, tokenizer: Any, settings: Settings, base_url: str | None = None, name: str | None = None
     ) -> None:
-        self.settings, self.reader = settings, TransformersEngine(model, tokenizer, settings)
+        self.settings, self.model = settings, model
+        self.reader = TransformersEngine(model, tokenizer, settings)
         self.endpoint = Endpoint(base_url)
         self.name = name or self.endpoint.first_model()
 
@@ -198,7 +222,7 @@ class EndpointEngine:
         tasks, texts = [task for task, _ in done], [text for _, text in done]
         answers = [self.reader.tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
         prompts = _unpadded(self.reader.encode(tasks))
-        return Shard(tasks, prompts, answers, texts, read_means(self.reader.model, prompts, answers))
+        return Shard(tasks, prompts, answers, texts, read_means(self.model, prompts, answers))
 
 
 class VllmEngine:
@@ -219,7 +243,8 @@ class VllmEngine:
             import vllm
         except ModuleNotFoundError:
             raise ModuleNotFoundError("--engine vllm needs vLLM: pip install 'axiscap[vllm]'") from None
-        self.settings, self.vllm, self.reader = settings, vllm, TransformersEngine(model, tokenizer, settings)
+        self.settings, self.model, self.vllm = settings, model, vllm
+        self.reader = TransformersEngine(model, tokenizer, settings)
         self.engine = vllm.LLM(
             folder(settings.model),
             dtype=settings.dtype.removeprefix("torch."),
@@ -262,7 +287,7 @@ class VllmEngine:
 
     def _read(self, batch: Sequence[Task], prompts: list[list[int]], done: dict[int, list[int]]) -> Shard:
         answers = [self.reader.answer(done[row]) for row in range(len(batch))]
-        means = read_means(self.reader.model, prompts, answers)
+        means = read_means(self.model, prompts, answers)
         return Shard(list(batch), prompts, answers, self.reader.texts(answers), means)
 
 

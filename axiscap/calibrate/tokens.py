@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +32,8 @@ See = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @torch.inference_mode()
-def read(model: Any, texts: Sequence[Text], see: See, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Has a model read texts, many at a time, and shows every layer's rows, without padding.
-
-    Args:
-        progress: called with each number of texts read.
-    """
+def read(model: Any, texts: Sequence[Text], see: See) -> None:
+    """Has a model read texts, many at a time, and shows every layer's rows, without padding."""
     for batch in _batches(texts):
         longest = max(len(texts[at].prompt) + len(texts[at].answer) for at in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -69,7 +66,6 @@ def read(model: Any, texts: Sequence[Text], see: See, progress: Callable[[int], 
                 use_cache=False,
                 logits_to_keep=1,
             )
-        progress(len(batch))
 
 
 def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
@@ -126,55 +122,71 @@ class Scatter:
 
 @dataclass
 class Sinks:
-    """Rows of massive norm, by layer: where they stand, and how large ordinary rows are. Parts add up.
+    """Rows of massive norm, more than :data:`~axiscap.installation.SINK_NORM` times the median of their layer: where
+    they stand, and how large ordinary rows are. Parts add up.
 
-    ``bounds``: the norm from which a row of a layer is a sink, :data:`~axiscap.installation.SINK_NORM` times the median
-    of the first pass.
+    ``usual``, ``massive``: the largest norm of a layer's ordinary rows, and of its sinks (0 where there is none).
+    ``positions``: how many texts have a sink there at some layer. ``tokens``: the same of token numbers.
     """
 
-    bounds: dict[int, float] = field(default_factory=dict)
-    medians: dict[int, float] = field(default_factory=dict)
-    largest: dict[int, float] = field(default_factory=dict)  # norm of a row that is none
-    texts: set[int] = field(default_factory=set)
-    found: dict[int, dict[tuple[int, int], float]] = field(default_factory=dict)  # by layer: (text, position): norm
+    medians: list[float]
+    texts: int = 0
+    usual: list[float] = field(init=False)
+    massive: list[float] = field(init=False)
+    positions: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    _found: set[tuple[int, int]] = field(default_factory=set)  # (text, position), since the last count
+
+    def __post_init__(self) -> None:
+        self.usual, self.massive = [0.0] * len(self.medians), [0.0] * len(self.medians)
+
+    @classmethod
+    def of(cls, model: Any, texts: Sequence[Text]) -> Sinks:
+        """What is usual at each layer, from one pass over the longest texts; none of them is counted."""
+        medians: list[float] = []
+        few = [texts[at] for at in next(_batches(texts))]
+        read(model, few, lambda layer, rows, *_: medians.append(rows.float().norm(dim=-1).median().item()))
+        return cls(medians)
 
     def ordinary(self, layer: int, rows: Tensor, owner: Tensor, place: Tensor) -> Tensor:
         """Which rows (n,) are none, having noted those that are."""
         norms = rows.float().norm(dim=-1)
-        if layer not in self.bounds:
-            self.medians[layer] = norms.median().item()
-            self.bounds[layer] = SINK_NORM * self.medians[layer]
-        usual: Tensor = norms <= self.bounds[layer]
-        for at in (~usual).nonzero().flatten().tolist():
-            self.found.setdefault(layer, {})[int(owner[at]), int(place[at])] = norms[at].item()
-        self.texts |= set(owner.tolist())
-        self.largest[layer] = max(self.largest.get(layer, 0.0), norms[usual].max().item())
+        usual: Tensor = norms <= SINK_NORM * self.medians[layer]
+        self._found |= set(zip(owner[~usual].tolist(), place[~usual].tolist(), strict=True))
+        for largest, mine in ((self.usual, norms[usual]), (self.massive, norms[~usual])):
+            if len(mine):
+                largest[layer] = max(largest[layer], mine.max().item())
         return usual
 
-    def describe(self, texts: Sequence[Text], tokenizer: Any, layers: Sequence[int]) -> dict[str, Any]:
-        """What a profile's provenance says of them: where and which, and how much larger than the median row."""
-        tokens: dict[str, int] = {}
-        for text, position in {key for layer in layers for key in self.found.get(layer, {})}:
-            whole = [*texts[text].prompt, *texts[text].answer]
-            name = tokenizer.decode([whole[position]])
-            tokens[name] = tokens.get(name, 0) + 1
-        most = sorted(tokens.items(), key=lambda item: -item[1])[:8]
-        times = [
-            round(max(self.found[layer].values()) / self.medians[layer], 1) if self.found.get(layer) else 0.0
-            for layer in layers
-        ]
-        return {
-            "texts": len(self.texts),
-            "positions": list(self.usual(layers)),
-            "tokens": dict(most),
-            "times_the_median_norm": times,
-            "largest_ordinary_norm": [round(self.largest[layer], 3) for layer in layers],
-        }
+    def count(self, texts: Sequence[Text]) -> Sinks:
+        """Those that were noted in texts, each of which was read whole; returns itself."""
+        for text, position in self._found:
+            self.positions[position] += 1
+            self.tokens[[*texts[text].prompt, *texts[text].answer][position]] += 1
+        self._found.clear()
+        self.texts += len(texts)
+        return self
 
-    def usual(self, layers: Sequence[int]) -> tuple[int, ...]:
+    def merge(self, other: Sinks) -> Sinks:
+        """Adds another's; returns itself."""
+        self.texts += other.texts
+        self.positions += other.positions
+        self.tokens += other.tokens
+        self.usual = list(map(max, self.usual, other.usual))
+        self.massive = list(map(max, self.massive, other.massive))
+        return self
+
+    @property
+    def regular(self) -> tuple[int, ...]:
         """The positions at which half of the texts or more have a sink at one of the layers."""
-        counts: dict[int, set[int]] = {}
-        for layer in layers:
-            for text, position in self.found.get(layer, {}):
-                counts.setdefault(position, set()).add(text)
-        return tuple(sorted(position for position, texts in counts.items() if 2 * len(texts) >= len(self.texts)))
+        return tuple(sorted(position for position, count in self.positions.items() if 2 * count >= self.texts))
+
+    def describe(self, tokenizer: Any) -> dict[str, Any]:
+        """What a profile's provenance says of them: where and which, and how much larger than the median row."""
+        return {
+            "texts": self.texts,
+            "positions": list(self.regular),
+            "tokens": {tokenizer.decode([token]): count for token, count in self.tokens.most_common(8)},
+            "times_the_median_norm": [round(most / of, 1) for most, of in zip(self.massive, self.medians, strict=True)],
+            "largest_ordinary_norm": [round(norm, 3) for norm in self.usual],
+        }

@@ -110,12 +110,12 @@ class Directions:
 def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
     """Reads along what tells roles' tokens from ordinary ones, corrects along what moves a role towards the Assistant.
 
-    At each layer, with S the covariance of ordinary tokens within their groups and m the difference below,
-    ``axis ~ ((1 - shrink) S + shrink tr(S)/H I)^-1 m``: Fisher's discriminant with the covariance shrunk towards a
-    multiple of the identity (Ledoit and Wolf 2004). m is a sum over answers' tokens and over prompts': the mean over
-    ordinary groups less that over roles, each group counting alike. A role is told by its prompt as well, and what is
-    capped there is not taken up by the answer. Then once more, with half of the weight on the fifth of the ordinary
-    groups that lies nearest to the roles (poems, say): those are what a cap would harm. The lift is the mean difference
+    At each layer, with S the covariance of ordinary tokens, within their groups and of the groups' means, and m the
+    difference below, ``axis ~ ((1 - shrink) S + shrink tr(S)/H I)^-1 m``: Fisher's discriminant with the covariance
+    shrunk towards a multiple of the identity (Ledoit and Wolf 2004). m is a sum over answers' tokens and over prompts':
+    the mean over ordinary groups less that over roles, each group counting alike. A role is told by its prompt as well,
+    and what is capped there is not taken up by the answer. Then once more, with most of the weight (:data:`WEIGHT`) on
+    those ordinary groups that lie nearest to the roles (poems, say): those are what a cap would harm. The lift is the mean difference
     of the default's and the roles' answers, ``d / <d, axis>``, as published, which is what moves the persona.
 
     Args:
@@ -125,9 +125,10 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
     axes, lifts = [], []
     for scatter in scatters:
         parts = [_Parts(scatter, of) for of in PARTS]
-        within = scatter.within([name for part in parts for name in part.ordinary_names])
-        size = len(within)
-        shrunk = (1 - shrink) * within + shrink * within.trace() / size * torch.eye(size, dtype=torch.float64)
+        spread = scatter.within([name for part in parts for name in part.ordinary_names])
+        spread += torch.stack([part.ordinary.T.cov(correction=0) for part in parts]).mean(0)
+        size = len(spread)
+        shrunk = (1 - shrink) * spread + shrink * spread.trace() / size * torch.eye(size, dtype=torch.float64)
         root = torch.linalg.cholesky(shrunk)
 
         def solve(difference: Tensor, root: Tensor = root) -> Tensor:
@@ -148,8 +149,8 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
 ROLE, WORK = "role ", "work "
 #: A text's tokens are of its answer or of its prompt.
 PARTS = ("answer", "prompt")
-#: Of the ordinary groups, the share that lies nearest to the roles; of :func:`discriminant`.
-NEAREST = 0.2
+#: Of the ordinary groups, the share that lies nearest to the roles, and its weight; of :func:`discriminant`.
+NEAREST, WEIGHT = 0.35, 0.7
 
 
 def group(of: str, part: str) -> str:
@@ -167,10 +168,10 @@ class _Parts:
         self.roles = torch.stack([scatter.mean(name) for name in mine if name.startswith(ROLE)])
 
     def weighted(self, axis: Tensor) -> Tensor:
-        """The mean over ordinary groups, of which the nearest to the roles along an axis count as much as all."""
+        """The mean over ordinary groups, of which the nearest to the roles along an axis count for more."""
         count = max(1, round(NEAREST * len(self.ordinary)))
         nearest = self.ordinary[(self.ordinary @ axis).argsort()[:count]]
-        return (self.ordinary.mean(0) + nearest.mean(0)) / 2
+        return (1 - WEIGHT) * self.ordinary.mean(0) + WEIGHT * nearest.mean(0)
 
 
 @dataclass

@@ -115,8 +115,9 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
     shrunk towards a multiple of the identity (Ledoit and Wolf 2004). m is a sum over answers' tokens and over prompts':
     the mean over ordinary groups less that over roles, each group counting alike. A role is told by its prompt as well,
     and what is capped there is not taken up by the answer. Then once more, with most of the weight (:data:`WEIGHT`) on
-    those ordinary groups that lie nearest to the roles (poems, say): those are what a cap would harm. The lift is the mean difference
-    of the default's and the roles' answers, ``d / <d, axis>``, as published, which is what moves the persona.
+    those ordinary groups that lie nearest to the roles (poems, say): those are what a cap would harm. The lift is the
+    mean difference of the default's and the roles' answers, ``d / <d, axis>``, as published, which is what moves the
+    persona.
 
     Args:
         scatters: one for each layer, of the groups of :func:`group`.

@@ -590,11 +590,29 @@ def whole(tmp_path_factory, demo_model):
     return folder, options, CapProfile.load(folder / "whole.safetensors")
 
 
+def assert_same_tables(first, second, slack=0.0):
+    """The same quantiles, up to twice the error in rank that the profile states: a full sketch tosses coins."""
+    for name, facts in first.provenance["quantiles"]["populations"].items():
+        off = 200 * facts["rank_error"]
+        for at, percentile in enumerate(first.percentiles):
+            within = [min(max(percentile + by, 0), 100) for by in (-off, off)]
+            bounds = [
+                floors.at_percentile(second.tables[name], p)
+                if first.percentiles[0] <= p <= first.percentiles[-1]
+                else torch.full((30,), -math.inf if p < 50 else math.inf)
+                for p in within
+            ]
+            found = first.tables[name][:, at]
+            slacks = slack * (1 + 0.1 * found.abs())
+            assert ((found >= bounds[0] - slacks) & (found <= bounds[1] + slacks)).all(), (name, percentile)
+
+
 def assert_same_profile(first, second):
     assert first.layers == second.layers
     assert first.sinks == second.sinks
-    for name in ("axes", "floors", "lifts", "limits", "axis_all", "lift_all", "limit_all", "quantiles", "populations"):
+    for name in ("axes", "lifts", "limits", "axis_all", "lift_all", "limit_all"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert_same_tables(first, second)
     assert first.provenance["evidence"] == second.provenance["evidence"]
 
 
@@ -767,7 +785,7 @@ def test_ray_gives_the_same_profile_though_workers_die(whole, tmp_path):
     made = CapProfile.load(out)
     assert made.layers == wanted.layers
     torch.testing.assert_close(made.axis_all, wanted.axis_all, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made.populations, wanted.populations, atol=1e-2, rtol=1e-3)
+    assert_same_tables(made, wanted, slack=1e-2)
 
 
 @pytest.mark.slow

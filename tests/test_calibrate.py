@@ -591,9 +591,9 @@ def whole(tmp_path_factory, demo_model):
 
 
 def assert_same_tables(first, second, slack=0.0):
-    """The same quantiles, up to twice the error in rank that the profile states: a full sketch tosses coins."""
+    """The same quantiles, up to four times the error in rank that the profile states (a full sketch tosses coins)."""
     for name, facts in first.provenance["quantiles"]["populations"].items():
-        off = 200 * facts["rank_error"]
+        off = 400 * facts["rank_error"]
         for at, percentile in enumerate(first.percentiles):
             within = [min(max(percentile + by, 0), 100) for by in (-off, off)]
             bounds = [

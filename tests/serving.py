@@ -218,14 +218,15 @@ def configuration(folder: Path, **more: object) -> dict[str, object]:
 
 
 def with_a_sink_lifted(settings: dict[str, Any], folder: Path, profile: CapProfile) -> dict[str, Any]:
-    """A server's settings, with one more profile, for which nobody may ask."""
+    """A server's settings, with one more profile."""
     profile.save(folder / "lifting.safetensors")
-    return settings | {"profiles": settings["profiles"] | {"lifting": str(folder / "lifting.safetensors")}}
+    profiles = settings["profiles"] | {"lifting": str(folder / "lifting.safetensors")}
+    return settings | {"profiles": profiles, "allowed": [*settings["allowed"], "lifting"]}
 
 
 def assert_the_sink_is_warned_of(server: Server, lifting: CapProfile) -> None:
     """Once, and of the one profile that lifts it."""
-    server.text(PROMPTS[0])
+    server.text(PROMPTS[0], max_tokens=1)
     (said,) = (line for line in server.log.read_text().splitlines() if "lifts the first token" in line)
     assert f"profile {lifting.digest} " in said
 

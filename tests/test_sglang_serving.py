@@ -13,12 +13,14 @@ import torch
 pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 
 import sglang
+from conftest import turned
 from serving import (
     LONG,
     MIXED,
     PROMPTS,
     assert_counted,
     assert_same_texts,
+    assert_the_sink_is_warned_of,
     configuration,
     expected_mixed,
     expected_texts,
@@ -33,6 +35,7 @@ from serving import (
     stock_client,
     telemetry_in_trouble,
     wait_for,
+    with_a_sink_lifted,
 )
 
 from axiscap import CapProfile, models
@@ -53,10 +56,16 @@ def profiles(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(profiles):
+def lifting(demo_model, profiles):
+    """Lifts the first token of every sequence."""
+    return turned(*demo_model, profiles[1]["mild"])
+
+
+@pytest.fixture(scope="module")
+def server(profiles, lifting):
     """Capped, with its checking mode on."""
     folder, _ = profiles
-    settings = configuration(folder, check=True, log=str(folder / "log.jsonl"))
+    settings = with_a_sink_lifted(configuration(folder, check=True, log=str(folder / "log.jsonl")), folder, lifting)
     (folder / "config.json").write_text(json.dumps(settings))
     environment = {"AXISCAP_CONFIG": str(folder / "config.json"), **CPU, **RETRACT}
     with running(SERVER, folder, "custom_params", **environment) as server:
@@ -154,6 +163,12 @@ def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
         return SERVER, {"AXISCAP_CONFIG": str(tmp_path / "config.json"), **CPU}
 
     telemetry_in_trouble(command, tmp_path, "custom_params")
+
+
+def test_the_server_says_which_profile_lifts_a_sink(server, lifting):
+    """When a request first begins under it."""
+    server.text(PROMPTS[0], "lifting", max_tokens=1)
+    assert_the_sink_is_warned_of(server, lifting)
 
 
 def retractions(server) -> float:

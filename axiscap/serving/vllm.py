@@ -308,9 +308,16 @@ class VllmWorker:
             buffers.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
             if torch.equal(self._probe(), plain):
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
+        buffers.floors.fill_(-torch.inf)
+        first = {}
+        for slot in buffers.slot_of.values():
+            buffers.rows.fill_(slot)
+            self._probe()
+            first[slot] = buffers.all_projections[:, 0].clone()
         buffers.floors.copy_(kept)
         buffers.limits.copy_(limits)
-        self._capped.look_for_sinks(seen)
+        for slot, projections in first.items():
+            self._capped.look_for_sinks(slot, projections)
         self._capped.clear()
 
     def _probe(self) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
@@ -40,7 +40,7 @@ class Worker:
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None
         self._to_count = False
-        self._warned: set[str] = set()
+        self._looked_at: set[str] = set()
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
             self.place(slots.index(digest), digest, settings.profiles[name])
@@ -56,32 +56,36 @@ class Worker:
         self._last_sink = max((max(sinks, default=-1) for sinks in self.buffers.sinks.values()), default=-1)
         self._step = None
 
-    def look_for_sinks(self, first: Sequence[float]) -> None:
-        """Warns where a profile lifts the first token of a sequence, which in most models is an attention sink.
+    def look_for_sinks(self, slot: int, first: Tensor) -> None:
+        """Warns, once, where the profile in a slot lifts the first token of a sequence, which in most models is an
+        attention sink.
 
         Args:
-            first: of each layer that this worker holds, the first token's projection before the cap.
+            first: (layers, directions) of the layers that this worker holds: the first token's projections on that
+                profile's axes, before the cap.
         """
-        for digest, slot in self.buffers.slot_of.items():
-            if 0 in self.buffers.sinks[digest] or digest in self._warned:
-                continue
-            floors, limits = self.buffers.floors[:, slot, 0].tolist(), self.buffers.limits[:, slot, 0].tolist()
-            lifted = [
-                (layer, value, floor)
-                for layer, value, floor, limit in zip(self.buffers.layers, first, floors, limits, strict=True)
-                if value < floor and abs(value) <= limit
-            ]
-            if lifted:
-                self._warned.add(digest)
-                layer, value, floor = lifted[0]
-                _LOGGER.warning(
-                    "axiscap: profile %s lifts the first token of every sequence, an attention sink in most models "
-                    "(layer %d: projection %.4g, floor %.4g); a profile with sinks or limits leaves it alone",
-                    digest,
-                    layer,
-                    value,
-                    floor,
-                )
+        digest = next(digest for digest, its in self.buffers.slot_of.items() if its == slot)
+        if digest in self._looked_at:
+            return
+        self._looked_at.add(digest)
+        first = first.cpu()
+        floors, limits = self.buffers.floors[:, slot].cpu(), self.buffers.limits[:, slot].cpu()
+        lifted = ((first < floors) & (first.abs() <= limits)).nonzero().tolist()
+        if lifted and 0 not in self.buffers.sinks[digest]:
+            at, direction = lifted[0]
+            _LOGGER.warning(
+                "axiscap: profile %s lifts the first token of every sequence, an attention sink in most models "
+                "(layer %d: projection %.4g, floor %.4g); a profile with sinks or limits leaves it alone",
+                digest,
+                self.buffers.layers[at],
+                first[at, direction],
+                floors[at, direction],
+            )
+
+    def begins_unseen(self, name: str) -> int | None:
+        """The slot of a request whose profile :meth:`look_for_sinks` has not looked at yet."""
+        digest = self._choices[name].digest
+        return None if digest is None or digest in self._looked_at else self.buffers.slot_of[digest]
 
     def clear(self) -> None:
         """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""

@@ -401,6 +401,10 @@ def floors(
         typer.Option(help="Instead of a percentile: how far perplexity may rise in any domain of work, as 0.01."),
     ] = None,
     fiction_budget: Annotated[float, typer.Option(help="The same of stories, poems and dialogue.")] = 0.05,
+    changed: Annotated[
+        float | None,
+        typer.Option(help="Instead of or beside --budget: what share of likeliest tokens may change in any domain."),
+    ] = None,
     rollouts: Annotated[str | None, typer.Option(help="For a budget: what `calibrate --rollouts` kept.")] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     work: WorkOption = None,
@@ -413,10 +417,11 @@ def floors(
     loaded = CapProfile.load(profile)
     population = population or loaded.population or "assistant"
     made = with_floors(loaded, percentile, population, _layers(layers) if layers else None)
-    if budget is not None:
+    if budget is not None or changed is not None:
         if rollouts is None:
-            raise ValueError("--budget needs --rollouts, where the answers to ordinary work are")
-        made = _within(made, population, budget, fiction_budget, rollouts, model, work)
+            raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
+        limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
+        made = _within(made, population, limits, rollouts, model, work)
         percentile = made.provenance["floors"]["percentile"]
     made.save(out)
     console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
@@ -425,33 +430,39 @@ def floors(
 def _within(
     profile: CapProfile,
     population: str,
-    budget: float,
-    fiction_budget: float,
+    limits: list[float],
     rollouts: str,
     model: str,
     work: Path | None,
 ) -> CapProfile:
-    """The highest floors within a budget, and a table of the steps that led there."""
+    """The highest floors within the limits of a budget, and a table of the steps that led there."""
     from axiscap import calibrate as calibration
     from axiscap.calibrate import effects
 
     sampling = calibration.Settings.of(profile, model)
     ordinary = calibration.load_work(work)
-    loaded, _ = models.load(model, sampling.dtype.removeprefix("torch."))
+    loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))
     store = calibration.Store(rollouts, dataclasses.replace(sampling, dtype=str(loaded.dtype)))
     table = Table()
-    for column in ("percentile", "worst domain", "worst fiction", "ordinary rows that fire"):
+    for column in (
+        "percentile",
+        "worst domain",
+        "worst fiction",
+        "likeliest tokens changed",
+        "ordinary rows that fire",
+    ):
         table.add_column(column, justify="right")
 
     def step(percentile: float, found: Mapping[str, effects.DomainCost]) -> None:
         domains = [effects.worst(found, fiction=fiction) for fiction in (False, True)]
         fired = sum(cost.fired for cost in found.values()) / len(found)
-        cells = (f"{value:.3f} {escape(name)}" for name, value in domains)
-        table.add_row(f"{percentile:g}", *cells, f"{fired:.1%}")
+        changed, where = max((1 - cost.agreement, name) for name, cost in found.items() if not cost.fiction)
+        cells = [f"{value:.3f} {escape(name)}" for name, value in domains]
+        table.add_row(f"{percentile:g}", *cells, f"{changed:.1%} {escape(where)}", f"{fired:.1%}")
 
     with console.status("measuring what floors cost, domain by domain"):
-        costs = effects.Costs(loaded, ordinary, store)
-        made = effects.floors_for_budget(costs, profile, population, budget, fiction_budget, step)
+        costs = effects.Costs(loaded, tokenizer, ordinary, store)
+        made = effects.floors_for_budget(costs, profile, population, effects.Budget(*limits), step)
     _show("perplexity of ordinary answers over the uncapped model's", table)
     return made
 
@@ -465,8 +476,10 @@ def sweep(
     roles: RolesOption = None,
     questions: QuestionsOption = None,
     per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 16,
-    bands: Annotated[str, typer.Option(help="Of layers, first to last.")] = "",
-    percentiles: Annotated[str, typer.Option(help="Of the population.")] = "5,10,25,50",
+    bands: Annotated[str, typer.Option(help="Of layers, first to last; the profile's and others without it.")] = "",
+    percentiles: Annotated[
+        str, typer.Option(help="Of the population; without it 2,4,6 of tokens, 5,10,25,50 of means of answers.")
+    ] = "",
     population: PopulationOption = None,
     most_perplexity: Annotated[float, typer.Option(help="That the point may cost the default's answers.")] = 1.02,
     most_worst: Annotated[float, typer.Option(help="That it may cost the worst domain of ordinary work.")] = 1.02,
@@ -489,11 +502,11 @@ def sweep(
     loaded_profile = CapProfile.load(profile)
     sampling = calibration.Settings.of(loaded_profile, model)
     found = _bands(bands, "--bands") if bands else sweeps.bands(loaded_profile)
+    population = population or loaded_profile.population or "assistant"
     try:
-        levels = [float(p) for p in percentiles.split(",")]
+        levels = [float(p) for p in percentiles.split(",")] if percentiles else sweeps.percentiles(population)
     except ValueError:
         raise ValueError(f"--percentiles must be numbers, such as 5,10,25, got {percentiles}") from None
-    population = population or loaded_profile.population or "assistant"
     candidates = sweeps.candidates(loaded_profile, found, levels, population)
     plan = _plan(roles, questions, per_role, model)
     loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))

@@ -251,12 +251,21 @@ def test_floors_by_a_budget_are_the_highest_within_it(shipped_profile, budget, p
             return {"code": cost(1 + at / 1000), "poems": cost(1 + at / 500, True)}
 
     costs = Known()
-    made = effects.floors_for_budget(costs, shipped_profile, "assistant", budget, 2 * budget)
+    made = effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(budget, 2 * budget, 1.0))
     assert made.provenance["floors"]["percentile"] == percentile
-    assert made.provenance["floors"]["budget"] == budget
+    assert made.provenance["floors"]["budget"]["perplexity"] == budget
     assert costs.measured <= 8
-    with pytest.raises(ValueError, match=r"cost more than 0\.0001 in the worst domain"):
-        effects.floors_for_budget(costs, shipped_profile, "assistant", 0.0001, 0.5)
+    with pytest.raises(ValueError, match=r"cost more than Budget\(perplexity=0\.0001"):
+        effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(0.0001, 0.5, 1.0))
+
+
+def test_a_budget_of_changed_tokens_looks_at_the_worst_domain_but_at_no_fiction():
+    def admits(code: float, poems: float) -> bool:
+        costs = {"code": effects.DomainCost(9, 0, code, False), "poems": effects.DomainCost(1, 0, poems, True)}
+        return effects.Budget(float("inf"), 0.05, 0.01).admits(costs)
+
+    assert admits(0.991, 0.5)
+    assert not admits(0.98, 1.0)
 
 
 def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profile, tmp_path):
@@ -269,9 +278,9 @@ def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profi
     settings = calibrate.Settings(models.DEFAULT_MODEL, str(model.dtype), 6)
     engine, store = calibrate.TransformersEngine(model, tokenizer, settings), calibrate.Store(str(tmp_path), settings)
     work.answer(found, calibrate.Here(engine), store, lambda n: None)
-    measured = effects.Costs(model, found, store, 1).measure(shipped_profile.measuring_only())
+    measured = effects.Costs(model, tokenizer, found, store, 1).measure(shipped_profile.measuring_only())
     assert {name: (c.perplexity, c.fired, c.agreement) for name, c in measured.items()} == dict.fromkeys(
-        "abcd", (1, 0, 1)
+        [effects.PLAIN, *"abcd"], (1, 0, 1)
     )
     holds = effects.Holds(model, engine)
     assert len(holds.taken) >= 60

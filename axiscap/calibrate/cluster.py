@@ -17,7 +17,7 @@ from axiscap import models
 from axiscap.calibrate.data import Task
 from axiscap.calibrate.rollouts import TransformersEngine, run
 from axiscap.calibrate.store import Store
-from axiscap.calibrate.tokens import Text
+from axiscap.calibrate.tokens import Collect, Text
 
 
 class RayWorkers:
@@ -51,7 +51,7 @@ class RayWorkers:
 
     def over_texts(
         self,
-        work: Callable[[Any, Sequence[Text]], Any],
+        work: Collect,
         store: Store,
         parts: Sequence[Sequence[Text]],
         progress: Callable[[int], None],
@@ -114,7 +114,7 @@ class _Worker:
     def answer(self, batch: Sequence[Task]) -> None:
         run(self.engine, self.store, [batch])
 
-    def read(self, part: Sequence[Text], work: Callable[[Any, Sequence[Text]], Any]) -> Any:
+    def read(self, part: Sequence[Text], work: Collect) -> Any:
         return work(self.engine.model, part)
 
 

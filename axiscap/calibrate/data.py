@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
@@ -24,6 +25,11 @@ class Role:
     prompts: tuple[str, ...]
     kind: str = ""
     eval_prompt: str = ""
+
+
+def shipped(name: str) -> list[dict[str, Any]]:
+    """The entries of one of AxisCap's own JSONL files."""
+    return [json.loads(line) for line in (files("axiscap.data") / name).read_text("utf-8").splitlines()]
 
 
 def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import Task, in_batches
+from axiscap.calibrate.data import Task, in_batches, shipped
 from axiscap.calibrate.floors import PERCENTILES, with_floors
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
@@ -23,6 +23,17 @@ from axiscap.profile import CapProfile
 
 #: Texts of each domain, and tokens of a text that are looked at.
 PER_DOMAIN, LONGEST = 4, 256
+
+
+#: The name of plain prose among the domains.
+PLAIN = "plain prose"
+
+
+def plain_prose(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Paragraphs without a conversation around them, from which no calibration learns: first token, and the others."""
+    return [
+        ([first], rest) for first, *rest in (tokenizer(entry["text"])["input_ids"] for entry in shipped("plain.jsonl"))
+    ]
 
 
 @torch.inference_mode()
@@ -61,18 +72,20 @@ class DomainCost:
 
 
 class Costs:
-    """The model's own uncapped answers to held-out requests, and what a profile does to their perplexity.
+    """The model's own uncapped answers to held-out requests, and plain prose, and what a profile does to their
+    perplexity.
 
     Args:
         model: a causal LM.
+        tokenizer: its tokenizer.
         work: the requests.
         store: where their answers are.
         per_domain: texts of each domain.
     """
 
-    def __init__(self, model: Any, work: Work, store: Store, per_domain: int = PER_DOMAIN) -> None:
+    def __init__(self, model: Any, tokenizer: Any, work: Work, store: Store, per_domain: int = PER_DOMAIN) -> None:
         self.model, self.work = model, work
-        self.texts: dict[str, list[tuple[list[int], list[int]]]] = {}
+        self.texts = {PLAIN: plain_prose(tokenizer)}
         for shard in shards(work, store):
             for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
                 mine = self.texts.setdefault(work.domain(task), [])
@@ -115,8 +128,7 @@ class Holds:
     def __init__(self, model: Any, engine: TransformersEngine) -> None:
         self.model = model
         self.texts: dict[str, list[tuple[list[int], list[int]]]] = {}
-        lines = (files("axiscap.data") / "pairs.jsonl").read_text("utf-8").splitlines()
-        for pair in map(json.loads, lines):
+        for pair in shipped("pairs.jsonl"):
             as_user = f"{pair['persona'].replace('You are', 'For this conversation you are', 1)} {pair['question']}"
             asked = {
                 "none": Task("", 0, 0, "", pair["question"]),
@@ -180,21 +192,34 @@ def checks(engine: TransformersEngine, work: Work) -> tuple[int, int]:
     return right, len(tasks)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What floors may cost ordinary work, in its worst domain: how far the perplexity may rise (0.01 for one percent),
+    how far that of fiction on request, and what share of the likeliest tokens may be others, fiction left out.
+    """
+
+    perplexity: float
+    fiction: float
+    changed: float
+
+    def admits(self, costs: Mapping[str, DomainCost]) -> bool:
+        return (
+            worst(costs, fiction=False)[1] <= 1 + self.perplexity
+            and worst(costs, fiction=True)[1] <= 1 + self.fiction
+            and all(1 - cost.agreement <= self.changed for cost in costs.values() if not cost.fiction)
+        )
+
+
 def floors_for_budget(
     costs: Costs,
     profile: CapProfile,
     population: str,
-    budget: float,
-    fiction_budget: float,
+    budget: Budget,
     progress: Callable[[float, Mapping[str, DomainCost]], None] = lambda percentile, found: None,
 ) -> CapProfile:
     """The highest percentile of a population at which no domain costs more than the budget.
 
     Found by halving, since higher floors fire on more tokens; each step is a measurement by the model itself.
-
-    Args:
-        budget: how far the perplexity of any domain may rise: 0.01 for one percent.
-        fiction_budget: the same of stories, poems and dialogue on request.
 
     Raises:
         ValueError: even the lowest percentile costs more.
@@ -206,12 +231,11 @@ def floors_for_budget(
         made = with_floors(profile, PERCENTILES[middle], population)
         found = costs.measure(made)
         progress(PERCENTILES[middle], found)
-        fits = worst(found, fiction=False)[1] <= 1 + budget and worst(found, fiction=True)[1] <= 1 + fiction_budget
-        if fits:
+        if budget.admits(found):
             best, low = made, middle + 1
         else:
             high = middle - 1
     if best is None:
-        raise ValueError(f"even floors at percentile {PERCENTILES[0]:g} cost more than {budget:g} in the worst domain")
-    best.provenance["floors"] |= {"budget": budget, "fiction_budget": fiction_budget}
+        raise ValueError(f"even floors at percentile {PERCENTILES[0]:g} cost more than {budget}")
+    best.provenance["floors"]["budget"] = {name: most for name, most in asdict(budget).items() if math.isfinite(most)}
     return best

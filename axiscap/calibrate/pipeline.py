@@ -232,10 +232,10 @@ def calibrate(
     # Parts whose number does not hang on who reads them, so that the sums are the same to the bit.
     texts = _texts(plan, keep, store, todo, work, tokenizer)
     parts = [part for part in (texts[at::PARTS_OF_TEXTS] for at in range(PARTS_OF_TEXTS)) if part]
-    medians = Sinks.of(model, texts).medians
-    scatters, sinks = [Scatter(text_config(model).hidden_size) for _ in medians], Sinks(medians)
+    sinks = Sinks.of(model, texts)
+    scatters = [Scatter(text_config(model).hidden_size) for _ in sinks.medians]
     for more_scatters, more_sinks in workers.over_texts(
-        CollectScatter(medians), store, parts, lambda done: progress("texts read", done, len(texts))
+        CollectScatter(sinks.medians), store, parts, lambda done: progress("texts read", done, len(texts))
     ):
         for scatter, more in zip(scatters, more_scatters, strict=True):
             scatter.merge(more)
@@ -257,7 +257,7 @@ def calibrate(
             made = [at for at, task in enumerate(shard.tasks) if not work.is_held_out(task)]
             sketches["work"].add(project(shard.means[made], directions.axis[:, None])[..., 0])
     for of_tokens in workers.over_texts(
-        CollectSketches(directions.axis, medians),
+        CollectSketches(directions.axis, sinks.medians),
         store,
         parts,
         lambda done: progress("texts projected", done, len(texts)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from axiscap.calibrate.data import Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Settings, Shard, Store
-from axiscap.calibrate.tokens import Text
+from axiscap.calibrate.tokens import Collect, Text
 from axiscap.models import folder, watched_layers
 
 #: The published sampling.
@@ -72,7 +72,7 @@ class Workers(Protocol):
 
     def over_texts(
         self,
-        work: Callable[[Any, Sequence[Text]], Any],
+        work: Collect,
         store: Store,
         parts: Sequence[Sequence[Text]],
         progress: Callable[[int], None],
@@ -95,7 +95,7 @@ class Here:
 
     def over_texts(
         self,
-        work: Callable[[Any, Sequence[Text]], Any],
+        work: Collect,
         store: Store,
         parts: Sequence[Sequence[Text]],
         progress: Callable[[int], None],

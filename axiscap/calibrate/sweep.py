@@ -9,15 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches
-from axiscap.calibrate.effects import Costs, DomainCost, Holds, agreement, checks, losses, share_fired, worst
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches, shipped
+from axiscap.calibrate.effects import (
+    Costs,
+    DomainCost,
+    Holds,
+    agreement,
+    checks,
+    losses,
+    plain_prose,
+    share_fired,
+    worst,
+)
 from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
@@ -157,14 +166,12 @@ class Bench:
             for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
                 if task.role == DEFAULT_ROLE and task.question in plan.held_questions and task.prompt < 2:
                     self.answers.append((prompt, answer))
-        lines = (files("axiscap.data") / "plain.jsonl").read_text("utf-8").splitlines()
-        self.plain = [([bos], ids) for bos, *ids in (self._tokens(json.loads(line)["text"]) for line in lines)]
-        lines = (files("axiscap.data") / "choices.jsonl").read_text("utf-8").splitlines()
-        self.choices = [json.loads(line) for line in lines]
+        self.plain = plain_prose(tokenizer)
+        self.choices = shipped("choices.jsonl")
         self.base = losses(model, self.answers)
         self.base_plain, _ = losses(model, self.plain)
         self.holds = Holds(model, self.engine)
-        self.costs = None if work is None else Costs(model, work, store)
+        self.costs = None if work is None else Costs(model, tokenizer, work, store)
         self.long_engine = TransformersEngine(model, tokenizer, settings_of(settings, TOKENS), capture=False)
 
     def _tasks(self, roles: Sequence[str], questions: Sequence[int]) -> list[Task]:
@@ -174,9 +181,6 @@ class Bench:
             Task(name, i % len(prompts[name]), q, prompts[name][i % len(prompts[name])], self.plan.questions[q])
             for name, i, q in pairs
         ]
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
 
     @torch.inference_mode()
     def _right_choices(self) -> float:
@@ -247,11 +251,16 @@ def _interval(
 
 
 def bands(profile: CapProfile) -> list[tuple[int, int]]:
-    """To sweep: runs (first, last) of as many layers as the profile has, from two fifths of the depth on."""
+    """To sweep: the profile's layers, and other runs (first, last) of as many, from two fifths of the depth on."""
     depth, count = profile.num_layers or 0, len(profile.layers)
     last = max(0, depth - count)
-    starts = sorted({min(last, round(depth * share)) for share in (0.4, 0.5, 0.57, 0.63, 0.7)})
-    return [(start, start + count - 1) for start in starts]
+    starts = {min(last, round(depth * share)) for share in (0.4, 0.5, 0.57, 0.63, 0.7)}
+    return [(start, start + count - 1) for start in sorted(starts | {profile.layers[0]})]
+
+
+def percentiles(population: str) -> list[float]:
+    """To sweep: single tokens scatter far more than means of answers, so that the same effect lies at lower ones."""
+    return [2.0, 4.0, 6.0] if population.endswith("tokens") else [5.0, 10.0, 25.0, 50.0]
 
 
 def candidates(

@@ -30,6 +30,9 @@ class Text:
 #: that text (n,), and whether it is of the answer (n,).
 See = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
+#: What a worker makes of texts and the model that reads them; it travels to other processes.
+Collect = Callable[[Any, Sequence[Text]], Any]
+
 
 @torch.inference_mode()
 def read(model: Any, texts: Sequence[Text], see: See) -> None:

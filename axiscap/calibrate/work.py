@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from axiscap.calibrate.data import HOLD_OUT, Task, in_batches
+from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, shipped
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
 
@@ -119,8 +119,7 @@ def load_prose() -> list[tuple[str, str]]:
     """AxisCap's own paragraphs of prose, each with its register (story, diary, news, ...): what people write, and no
     model of conversations does.
     """
-    lines = (files("axiscap.data") / "prose.jsonl").read_text("utf-8").splitlines()
-    return [(entry["register"], entry["text"]) for entry in map(json.loads, lines)]
+    return [(entry["register"], entry["text"]) for entry in shipped("prose.jsonl")]
 
 
 def settings_of(settings: Settings, tokens: int) -> Settings:

@@ -18,18 +18,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from axiscap.profile import MAX_FILE_BYTES, CapProfile, ProfileError
+from axiscap.profile import MAX_DIRECTIONS, MAX_FILE_BYTES, MAX_LAYERS, CapProfile, ProfileError, check_file
+
+#: What a file that torch saved begins with: a ZIP archive, or, before 2020, a pickle of protocol 2.
+_MAGIC = (b"PK", b"\x80\x02")
+
+
+def _numpy_arrays() -> list[Any]:
+    """What an array of numbers is made of in a pickle, by NumPy 1 and 2; none of it runs code."""
+    rebuild = np.empty(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"]}
+    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+    return [*((rebuild, name) for name in names), np.ndarray, np.dtype, *dtypes]
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
-    size = Path(path).stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ProfileError(f"{os.fspath(path)}: {size} bytes, more than the {MAX_FILE_BYTES} allowed")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_file(Path(path))
+    except ProfileError as error:
+        raise ProfileError(f"{os.fspath(path)}: {error}") from None
+    try:
+        with torch.serialization.safe_globals(_numpy_arrays()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -38,20 +52,34 @@ def _load(path: str | os.PathLike[str]) -> Any:
         ValueError,
         KeyError,
         TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
     ) as error:
+        with Path(path).open("rb") as file:
+            is_torchs = file.read(2) in _MAGIC
         why = "it holds objects that only full unpickling, which executes code, could load"
-        if "Unsupported" not in str(error) and "weights_only" not in str(error):
+        if not is_torchs or ("Unsupported" not in str(error) and "weights_only" not in str(error)):
             why = "it is damaged or no torch file"
         raise ProfileError(f"{os.fspath(path)}: not loaded, because {why}") from None
 
 
 def _vector(value: Any, dim: int, what: str) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        raise ProfileError(f"{what} must be a dense floating-point tensor")
-    # A stored view can claim more elements than its file has bytes; float() would allocate them all.
-    if value.dim() != dim or value.numel() == 0 or value.numel() * 4 > MAX_FILE_BYTES:
+    """Of any numeric dtype, also of NumPy."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        value = torch.from_numpy(value.astype(np.float64))
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.dtype == torch.bool
+        or value.is_complex()
+        or value.is_quantized
+    ):
+        raise ProfileError(f"{what} must be a dense tensor of numbers")
+    # A stored view can claim more elements than its file has bytes; a copy would allocate them all.
+    if value.dim() != dim or value.numel() == 0 or value.numel() * 8 > MAX_FILE_BYTES:
         raise ProfileError(f"{what} must have {dim} dimensions and a sensible size, got shape {tuple(value.shape)}")
-    result = value.detach().float()
+    result = value.detach().double()
     if not bool(result.isfinite().all()):
         raise ProfileError(f"{what} must be finite")
     return result
@@ -95,22 +123,37 @@ def read_capping_config(
     for step in by_id[experiment]:
         try:
             entry = config["vectors"][step["vector"]]
+            if not isinstance(entry, Mapping):
+                raise TypeError
             layer, cap, stored = entry["layer"], float(step["cap"]), entry["vector"]
-        except (TypeError, KeyError, ValueError) as error:
+        except KeyError as error:
             raise ProfileError(f"{os.fspath(path)}: an intervention of {experiment!r} lacks {error}") from None
-        if not isinstance(layer, int) or layer < 0:
-            raise ProfileError(f"{os.fspath(path)}: layer must be a non-negative integer, got {layer!r}")
+        except (TypeError, ValueError, OverflowError):
+            raise ProfileError(
+                f"{os.fspath(path)}: an intervention of {experiment!r} must name a vector with 'vector' and 'layer', "
+                "and have a number as 'cap'"
+            ) from None
+        if type(layer) is not int or not 0 <= layer < MAX_LAYERS:
+            raise ProfileError(f"{os.fspath(path)}: layer must be an integer from 0 to {MAX_LAYERS - 1}, got {layer!r}")
+        if not abs(cap) <= torch.finfo(torch.float32).max:
+            raise ProfileError(f"{os.fspath(path)}: a cap at layer {layer} must be a finite float32, got {cap:g}")
         vector = _vector(stored, 1, f"{os.fspath(path)}: vector {step['vector']!r}")
-        norm = vector.norm()
-        if norm == 0:
+        largest = vector.abs().max()
+        if largest == 0:
             raise ProfileError(f"{os.fspath(path)}: vector {step['vector']!r} has length 0")
-        by_layer.setdefault(layer, []).append((-vector / norm, -cap))
+        vector = vector / largest  # first, since the square of a large or small number is none
+        by_layer.setdefault(layer, []).append(((-vector / vector.norm()).float(), -cap))
     if not by_layer:
         raise ProfileError(f"{os.fspath(path)}: experiment {experiment!r} has no interventions")
     sizes = {len(axis) for directions in by_layer.values() for axis, _ in directions}
     if len(sizes) > 1:
         raise ProfileError(f"{os.fspath(path)}: vectors must have one length, got {sorted(sizes)}")
     most = max(len(directions) for directions in by_layer.values())
+    if most > MAX_DIRECTIONS:
+        raise ProfileError(
+            f"{os.fspath(path)}: experiment {experiment!r} has {most} interventions at one layer, at most "
+            f"{MAX_DIRECTIONS} are allowed"
+        )
     for directions in by_layer.values():  # a layer with fewer directions gets one that is off
         directions += [(directions[-1][0], -torch.inf)] * (most - len(directions))
     layers = sorted(by_layer)
@@ -151,12 +194,12 @@ def read_axis(path: str | os.PathLike[str]) -> Tensor:
     value = _load(path)
     if isinstance(value, Mapping):
         value = value.get("axis")
-    return _vector(value, 2, f"{os.fspath(path)}: the axis")
+    return _vector(value, 2, f"{os.fspath(path)}: the axis").float()
 
 
 def write_axis(axis: Tensor, path: str | os.PathLike[str]) -> None:
     """Writes an axis (n_layers, H) in the published form."""
-    torch.save({"axis": _vector(axis, 2, "axis")}, path)
+    torch.save({"axis": _vector(axis, 2, "axis").float()}, path)
 
 
 @dataclass(frozen=True)
@@ -198,7 +241,7 @@ def _vector_file(path: Path) -> Tensor:
     value = _load(path)
     if isinstance(value, Mapping):
         value = value.get("vector")
-    return _vector(value, 2, f"{path}: the vector")
+    return _vector(value, 2, f"{path}: the vector").float()
 
 
 def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
+import stat
 import struct
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT_VERSION = 1
 #: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.
 UNIT_TOLERANCE = 1e-3
-#: Bounds for files from strangers: far above any real profile, far below what hurts a machine.
-MAX_FILE_BYTES = 4 << 30
+#: Bounds for files from strangers: far above any real profile, far below what hurts a machine. 512 MiB hold 64
+#: directions at 64 layers of 32768.
+MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 8 << 20
+#: Of layers that a model may have, and of directions of a layer, as the kernels do.
+MAX_LAYERS, MAX_DIRECTIONS = 1 << 16, 64
 
 #: The tensors of a file: their dimensions; all are float32 but those in _INTEGERS.
 _DIMS = {
@@ -57,6 +63,15 @@ def _require(condition: bool, message: str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _integers(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise ProfileError(f"{name} must be integers, got {values!r}") from None
 
 
 def _are_numbers(value: object, count: int | None = None) -> bool:
@@ -183,13 +198,13 @@ class CapProfile:
         quantiles: Tensor | None = None,
         populations: Tensor | None = None,
     ) -> None:
-        self.layers: tuple[int, ...] = tuple(int(layer) for layer in layers)
+        self.layers: tuple[int, ...] = _integers(layers, "layers")
         self.axes = axes
         self.floors = floors
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.lifts = lifts
         self.limits = limits
-        self.sinks: tuple[int, ...] = tuple(int(position) for position in sinks)
+        self.sinks: tuple[int, ...] = _integers(sinks, "sinks")
         self.axis_all = axis_all
         self.lift_all = lift_all
         self.limit_all = limit_all
@@ -326,7 +341,13 @@ class CapProfile:
         return self._with(self.layers, self.axes, floors)
 
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
-        """The same at some of its layers, ascending."""
+        """The same at some of its layers, ascending.
+
+        Raises:
+            ProfileError: naming the layer that is none of them.
+        """
+        missing = [layer for layer in layers if layer not in self.layers]
+        _require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
         chosen = [self.layers.index(layer) for layer in layers]
         return self._with(layers, self.axes[chosen], self.floors[chosen], chosen)
 
@@ -362,8 +383,11 @@ class CapProfile:
         )
         ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
         _require(ascending and self.layers[0] >= 0, f"layers must be ascending from 0, got {list(self.layers)}")
-        _require(bool(self.axes.isfinite().all()), "axes must be finite")
-        off = (self.axes.norm(dim=-1) - 1).abs().max().item()
+        _require(self.layers[-1] < MAX_LAYERS, f"layers must be below {MAX_LAYERS}, got {self.layers[-1]}")
+        _require(directions <= MAX_DIRECTIONS, f"axes must have at most {MAX_DIRECTIONS} directions, got {directions}")
+        # Layer by layer: a stranger's file may be large, and is to be refused without several copies of it.
+        _require(all(bool(axes.isfinite().all()) for axes in self.axes), "axes must be finite")
+        off = max((axes.norm(dim=-1) - 1).abs().max().item() for axes in self.axes)
         _require(off <= UNIT_TOLERANCE, f"axes must be of unit length within {UNIT_TOLERANCE}, one is off by {off:.3g}")
         bad = self.floors.isnan() | (self.floors == torch.inf)
         _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
@@ -414,17 +438,26 @@ class CapProfile:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file in one step: whoever reads the path sees the old file or the whole new one."""
+        """Writes the file in one step: whoever reads the path sees the old file or the whole new one.
+
+        Raises:
+            FileNotFoundError: its folder does not exist.
+        """
         tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
         tensors |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
         if self.sinks:
             tensors["sinks"] = torch.tensor(self.sinks, dtype=torch.int64)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # Copies, since safetensors refuses tensors that share memory.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
         target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target}: its folder does not exist")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            save_file(tensors, partial, metadata)
+            # Opened here, and not by safetensors, whose files nobody else may read.
+            with partial.open("xb") as file:
+                file.write(save(tensors, metadata))
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -473,10 +506,21 @@ class CapProfile:
         return cls(layers, tensors.pop("axes"), tensors.pop("floors"), provenance, **tensors)
 
 
+def check_file(path: Path) -> int:
+    """The size of a file that is to be read.
+
+    Raises:
+        ProfileError: it is none (a pipe would block for ever), or larger than :data:`MAX_FILE_BYTES`.
+    """
+    found = path.stat()
+    _require(not stat.S_ISDIR(found.st_mode), "is a folder")
+    _require(stat.S_ISREG(found.st_mode), "is no regular file")
+    _require(found.st_size <= MAX_FILE_BYTES, f"{found.st_size} bytes, more than the {MAX_FILE_BYTES} that it may have")
+    return found.st_size
+
+
 def _check_header_size(path: Path) -> None:
-    size = path.stat().st_size
-    _require(not path.is_dir(), "is a folder")
-    _require(size <= MAX_FILE_BYTES, f"{size} bytes, more than the {MAX_FILE_BYTES} that a profile may have")
+    size = check_file(path)
     with path.open("rb") as file:
         start = file.read(8)
     _require(len(start) == 8, "too short for a safetensors file")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import unit
@@ -105,6 +107,74 @@ def test_vectors_go_round_in_the_published_layout(tmp_path):
         interop.read_vectors(tmp_path)
 
 
+def one(path, vector, layer=3, cap=1.5):
+    """A config of one intervention; returns its profile."""
+    entry = {"vector": vector, "layer": layer}
+    steps = [{"vector": "a", "cap": cap}]
+    torch.save({"vectors": {"a": entry}, "experiments": [{"id": "x", "interventions": steps}]}, path)
+    return interop.read_capping_config(path, "x")
+
+
+@pytest.mark.parametrize("scale", [1e30, 1.0, 1e-30, 1e-40])
+def test_vectors_of_any_length_are_read(tmp_path, scale):
+    profile = one(tmp_path / "config.pt", torch.tensor([3.0, -4.0]) * scale)
+    torch.testing.assert_close(profile.axes, torch.tensor([[[-0.6, 0.8]]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vector", [np.array([3, -4]), np.array([3.0, -4.0], np.float32), torch.tensor([3, -4])])
+def test_vectors_of_numpy_and_of_integers_are_read(tmp_path, vector):
+    assert one(tmp_path / "config.pt", vector).axes.flatten().tolist() == pytest.approx([-0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cap": 10**400}, "have a number as 'cap'"),
+        ({"cap": "much"}, "have a number as 'cap'"),
+        ({"cap": 1e300}, r"a cap at layer 3 must be a finite float32, got 1e\+300"),
+        ({"cap": math.inf}, "a cap at layer 3 must be a finite float32, got inf"),
+        ({"cap": math.nan}, "a cap at layer 3 must be a finite float32, got nan"),
+        ({"layer": 2**70}, "layer must be an integer from 0 to 65535"),
+        ({"layer": True}, "layer must be an integer from 0 to 65535, got True"),
+        ({"layer": 1.0}, "layer must be an integer from 0 to 65535"),
+        ({"vector": torch.tensor([True, False])}, "must be a dense tensor of numbers"),
+        ({"vector": torch.ones(4, dtype=torch.complex64)}, "must be a dense tensor of numbers"),
+        ({"vector": np.array(["a", "b"])}, "full unpickling"),
+        ({"vector": np.array([None, 1])}, "full unpickling"),
+        ({"vector": torch.zeros(4)}, "has length 0"),
+        ({"vector": torch.ones(1).expand(1 << 30)}, "a sensible size"),
+    ],
+)
+def test_interventions_that_are_none_get_a_sentence(tmp_path, wrong, message):
+    with pytest.raises(ProfileError, match=message) as caught:
+        one(tmp_path / "config.pt", **({"vector": torch.ones(4)} | wrong))
+    assert "config.pt: " in str(caught.value)
+
+
+def test_a_bare_tensor_is_no_entry(tmp_path):
+    steps = [{"vector": "a", "cap": 1.0}]
+    torch.save(
+        {"vectors": {"a": torch.ones(4)}, "experiments": [{"id": "x", "interventions": steps}]}, tmp_path / "c.pt"
+    )
+    with pytest.raises(ProfileError, match="must name a vector with 'vector' and 'layer'"):
+        interop.read_capping_config(tmp_path / "c.pt", "x")
+
+
+def test_at_most_as_many_directions_as_the_kernels_have(tmp_path):
+    steps = [{"vector": "a", "cap": 1.0}] * 65
+    entry = {"vector": torch.ones(4), "layer": 3}
+    torch.save({"vectors": {"a": entry}, "experiments": [{"id": "x", "interventions": steps}]}, tmp_path / "c.pt")
+    with pytest.raises(ProfileError, match="has 65 interventions at one layer, at most 64 are allowed"):
+        interop.read_capping_config(tmp_path / "c.pt", "x")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_bytes_are_no_torch_file(tmp_path, seed):
+    (tmp_path / "noise.pt").write_bytes(random.Random(seed).randbytes(1000))
+    with pytest.raises(ProfileError, match="damaged or no torch file"):
+        interop.experiments(tmp_path / "noise.pt")
+
+
 class _Evil:
     def __init__(self, target):
         self.target = target
@@ -143,8 +213,8 @@ def _spoil(**changes):
         (_spoil(vectors={"layer_3/a": {"vector": torch.zeros(4), "layer": 3}}), "has length 0"),
         (_spoil(vectors={"layer_3/a": {"vector": torch.full((4,), math.nan), "layer": 3}}), "must be finite"),
         (_spoil(vectors={"layer_3/a": {"vector": torch.ones(2, 2), "layer": 3}}), "must have 1 dimensions"),
-        (_spoil(vectors={"layer_3/a": {"vector": torch.ones(4), "layer": -3}}), "layer must be a non-negative integer"),
-        (_spoil(vectors={"layer_3/a": {"vector": [1.0], "layer": 3}}), "must be a dense floating-point tensor"),
+        (_spoil(vectors={"layer_3/a": {"vector": torch.ones(4), "layer": -3}}), "layer must be an integer from 0"),
+        (_spoil(vectors={"layer_3/a": {"vector": [1.0], "layer": 3}}), "must be a dense tensor of numbers"),
         (_spoil(vectors={"layer_3/a": {"vector": torch.ones(1).expand(1 << 40), "layer": 3}}), "a sensible size"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
+import os
+import resource
 import struct
 
 import pytest
@@ -11,7 +14,8 @@ import torch
 from conftest import unit
 from safetensors.torch import save, save_file
 
-from axiscap import CapProfile, ProfileError
+from axiscap import _C, CapProfile, ProfileError, interop
+from axiscap import profile as profile_module
 
 
 def good(**changes):
@@ -73,11 +77,23 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         ({"layers": [5, 2]}, "layers must be ascending from 0"),
         ({"layers": [2, 2]}, "layers must be ascending from 0"),
         ({"layers": [-1, 2]}, "layers must be ascending from 0"),
+        ({"layers": [1.5, 2]}, r"layers must be integers, got \[1\.5, 2\]"),
+        ({"layers": [True, 2]}, "layers must be integers"),
+        ({"layers": torch.tensor([2.0, 5.0])}, "layers must be integers"),
+        (
+            {"layers": [2, 1 << 70], "provenance": None, "axis_all": None, "quantiles": None},
+            "layers must be below 65536",
+        ),
+        ({"sinks": [0.5]}, "sinks must be integers"),
+        ({"axes": unit(2, 65, 16), "floors": torch.zeros(2, 65)}, "axes must have at most 64 directions, got 65"),
+        ({"axes": unit(2, 3, 16) * torch.tensor([1.0, 0.0, 1.0])[:, None]}, "axes must be of unit length"),
         ({"layers": [2, 8]}, "layers must be below 8, the model's layer count, got 8"),
         ({"axis_all": torch.zeros(7, 16)}, "axis_all must have a row for each of the model's 8 layers"),
         ({"axis_all": torch.full((8, 16), math.inf)}, "axis_all must be finite"),
         ({"quantiles": torch.zeros(7, 2)}, "quantiles must have a row for each of the model's 8 layers"),
         ({"quantiles": torch.full((8, 2), math.nan)}, "quantiles must be finite"),
+        ({"populations": torch.full((1, 8, 2), math.nan)}, "populations must be finite"),
+        ({"axis_all": torch.full((8, 16), math.nan)}, "axis_all must be finite"),
         ({"provenance": {"model": {"num_layers": "8"}}}, "num_layers must be positive, got '8'"),
     ],
 )
@@ -156,6 +172,75 @@ def test_a_pickle_is_not_executed(tmp_path):
     with pytest.raises(ProfileError, match="truncated or no safetensors file"):
         CapProfile.load(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_most_directions_are_those_of_the_kernels():
+    assert profile_module.MAX_DIRECTIONS == _C.MAX_DIRECTIONS
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    path = tmp_path / "pipe.safetensors"
+    os.mkfifo(path)
+    for read in (CapProfile.load, interop.read_axis):
+        with pytest.raises(ProfileError, match="is no regular file"):
+            read(path)
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path):
+    """A sparse one, whose header is in order."""
+    shape = [64, 64, 128 << 10]
+    size = math.prod(shape) * 4
+    parts = {
+        "axes": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
+        "floors": {"dtype": "F32", "shape": [64, 64], "data_offsets": [size, size + 16384]},
+        "layers": {"dtype": "I64", "shape": [64], "data_offsets": [size + 16384, size + 16896]},
+        "__metadata__": METADATA,
+    }
+    path = tmp_path / "sparse.safetensors"
+    with path.open("wb") as file:
+        header = _header(json.dumps(parts).encode())
+        file.write(header)
+        file.truncate(len(header) + size + 16896)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ProfileError, match="more than the 536870912 that it may have"):
+        CapProfile.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_many_threads_save_to_one_path(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(good().save, path) for _ in range(100)]:
+            done.result()
+    assert CapProfile.load(path).layers == (2, 5)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_saved_file_can_be_read_by_whom_the_umask_allows(tmp_path):
+    path, other = tmp_path / "profile.safetensors", tmp_path / "other"
+    good().save(path)
+    other.write_text("")
+    assert path.stat().st_mode == other.stat().st_mode
+
+
+def test_saving_into_no_folder_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing/profile\.safetensors: its folder does not exist"):
+        good().save(tmp_path / "missing" / "profile.safetensors")
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    whole = unit(8, 16)
+    shared = CapProfile([0, 1], whole[:2, None], torch.zeros(2, 1), axis_all=whole)
+    shared.save(tmp_path / "profile.safetensors")
+    again = CapProfile.load(tmp_path / "profile.safetensors")
+    assert torch.equal(again.axis_all, whole)
+    assert torch.equal(again.axes, shared.axes)
+
+
+def test_layers_that_are_not_capped_cannot_be_chosen():
+    assert good().at_layers([5]).layers == (5,)
+    with pytest.raises(ProfileError, match=r"layers must be among those that are capped, \[2, 5\], got \[3\]"):
+        good().at_layers([2, 3])
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -42,6 +42,13 @@ ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `axiscap calibrate` writes it.")]
 
 
+def _with_folder(path: Path | None) -> Path | None:
+    """The path of what a command writes, whose folder is made: hours of work shall not end for want of one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.print(axiscap.__version__)
@@ -204,7 +211,7 @@ PUBLISHED = (75.0, "pooled")
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Argument(help="The profile to write.")],
+    out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
     questions: QuestionsOption = None,
@@ -262,7 +269,6 @@ def calibrate(
     if published:
         percentile, population = PUBLISHED
     plan = _plan(roles, questions, per_role, model)
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_suffix(".rollouts")
     loaded, tokenizer = models.load(model, dtype)
     who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
@@ -391,7 +397,7 @@ def _bands(text: str, option: str) -> list[tuple[int, int]]:
 @app.command()
 def floors(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The profile to write.")],
+    out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
     percentile: Annotated[float, typer.Option(help="Of the population, on the axis towards the Assistant.")] = 25.0,
     population: PopulationOption = None,
     published: PublishedOption = False,
@@ -470,7 +476,7 @@ def _within(
 @app.command()
 def sweep(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The profile of the chosen point.")],
+    out: Annotated[Path, typer.Argument(help="The profile of the chosen point.", callback=_with_folder)],
     rollouts: Annotated[str, typer.Option(help="What `axiscap calibrate --rollouts` kept.")],
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
@@ -486,7 +492,9 @@ def sweep(
     most_fiction: Annotated[float, typer.Option(help="The same of fiction on request.")] = 1.05,
     work: WorkOption = None,
     ask: Annotated[int, typer.Option(help="Questions to each held-out role.")] = 4,
-    picture: Annotated[Path, typer.Option(help="Where to draw uptake against perplexity.")] = Path("sweep.png"),
+    picture: Annotated[
+        Path, typer.Option(help="Where to draw uptake against perplexity.", callback=_with_folder)
+    ] = Path("sweep.png"),
 ) -> None:
     """Measure what capping does at bands of layers and percentiles, and write the profile of the best point.
 
@@ -498,7 +506,6 @@ def sweep(
     from axiscap.view import plots
 
     plots.pyplot()
-    picture.parent.mkdir(parents=True, exist_ok=True)
     loaded_profile = CapProfile.load(profile)
     sampling = calibration.Settings.of(loaded_profile, model)
     found = _bands(bands, "--bands") if bands else sweeps.bands(loaded_profile)
@@ -571,7 +578,8 @@ def sweep(
 def report(
     profile: ProfileArgument,
     out: Annotated[
-        Path, typer.Argument(help="A page (.html), or a picture (.png, .svg) of the evidence alone.")
+        Path,
+        typer.Argument(help="A page (.html), or a picture (.png, .svg) of the evidence alone.", callback=_with_folder),
     ] = Path("report.html"),
     talks: Annotated[
         Path | None, typer.Option(help="Stored conversations for the page, as `replay` reads them.")
@@ -581,7 +589,6 @@ def report(
 ) -> None:
     """Show a profile's evidence, and on a page also conversations: separation, persona space, floors, drift."""
     loaded_profile = CapProfile.load(profile)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
         from axiscap.view import page
 
@@ -633,8 +640,12 @@ def replay(
         bool | None,
         typer.Option(help="With the profile in force, or not; without it, where a conversation's side is 'capped'."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A record for each turn and layer: .jsonl or .parquet.")] = None,
-    report: Annotated[Path | None, typer.Option(help="An HTML page with curves and transcripts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A record for each turn and layer: .jsonl or .parquet.", callback=_with_folder)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="An HTML page with curves and transcripts.", callback=_with_folder)
+    ] = None,
     show: Annotated[int, typer.Option(help="Conversations whose turns are printed, the lowest first.")] = 10,
     fail_below: Annotated[
         float | None,
@@ -654,7 +665,6 @@ def replay(
     measured = sorted({*(loaded_profile.layers if layers is None else _layers(layers)), scale.layer})
     if report:
         page.plotly()
-        report.parent.mkdir(parents=True, exist_ok=True)
     bad: list[str] = []
 
     def leave_out(problem: str) -> None:
@@ -775,7 +785,7 @@ def _line() -> str:
 def import_(
     config: Annotated[Path, typer.Argument(help="A published capping config (.pt).")],
     experiment: Annotated[str, typer.Argument(help="Its setting, such as layers_46:54-p0.25.")],
-    out: Annotated[Path, typer.Argument(help="The profile to write.")],
+    out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
 ) -> None:
     """Make a profile of one setting of a published capping config."""
     from axiscap import interop
@@ -788,7 +798,7 @@ def import_(
 @app.command()
 def export(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The capping config (.pt) to write.")],
+    out: Annotated[Path, typer.Argument(help="The capping config (.pt) to write.", callback=_with_folder)],
     experiment: Annotated[str, typer.Option(help="The setting's id in it.")] = "axiscap",
 ) -> None:
     """Write a profile as a published capping config."""
@@ -805,10 +815,13 @@ def run(
     conversations: Annotated[
         Path | None, typer.Option(help='JSONL, {"name", "turns", "group"}; AxisCap\'s own three without it.')
     ] = None,
-    picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.")] = Path("drift.png"),
+    picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.", callback=_with_folder)] = Path(
+        "drift.png"
+    ),
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 48,
     transcripts: Annotated[
-        Path | None, typer.Option(help="Where to write both sides as JSONL, for `axiscap replay`.")
+        Path | None,
+        typer.Option(help="Where to write both sides as JSONL, for `axiscap replay`.", callback=_with_folder),
     ] = None,
 ) -> None:
     """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
@@ -817,9 +830,7 @@ def run(
 
     # What would fail at the end fails before the minutes of work.
     plots.pyplot()
-    picture.parent.mkdir(parents=True, exist_ok=True)
     if transcripts:
-        transcripts.parent.mkdir(parents=True, exist_ok=True)
         transcripts.write_text("")
     loaded_profile = CapProfile.load(profile)
     talks = compare.load_conversations(conversations)
@@ -892,8 +903,10 @@ def run(
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="JSON with every figure.")] = Path("bench.json"),
-    picture: Annotated[Path | None, typer.Option(help="Fraction of the memory bound against rows.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON with every figure.", callback=_with_folder)] = Path("bench.json"),
+    picture: Annotated[
+        Path | None, typer.Option(help="Fraction of the memory bound against rows.", callback=_with_folder)
+    ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     quick: Annotated[bool, typer.Option(help="One size and dtype, few repetitions.")] = False,
     decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model, on the CPU.")] = True,
@@ -905,12 +918,10 @@ def bench(
         raise ValueError(f"--device must be cpu or cuda, got {device}")
     if device == "cuda":
         bench_module.check_cuda()
-    out.parent.mkdir(parents=True, exist_ok=True)
     if picture:
         from axiscap.view import plots
 
         plots.pyplot()
-        picture.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         results = bench_module.measure(progress, quick=quick, model=model if decode else None, device=device)
     bench_module.print_tables(console, results)

@@ -185,6 +185,29 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
     assert refused == REFUSED[kind]
 
 
+def test_commands_make_the_folders_of_what_they_write(command, tmp_path):
+    out = tmp_path / "new"
+    calls = [
+        ("floors", SHIPPED_PROFILE, out / "a" / "floors.safetensors", "--percentile", 3),
+        ("report", SHIPPED_PROFILE, out / "b" / "report.png"),
+    ]
+    CapProfile([1], unit(1, 1, 8), torch.zeros(1, 1)).save(tmp_path / "small.safetensors")
+    config = out / "c" / "config.pt"
+    calls += [
+        ("export", tmp_path / "small.safetensors", config),
+        ("import", config, "axiscap", out / "d" / "again.safetensors"),
+    ]
+    for call in calls:
+        status, _, errors = command(*call)
+        assert (status, errors) == (0, ""), call
+    assert sorted(path.name for path in out.rglob("*.*")) == [
+        "again.safetensors",
+        "config.pt",
+        "floors.safetensors",
+        "report.png",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "No such file"), (b"no profile at all, but some bytes", "truncated or no safetensors file")],

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import copy
+import functools
 import inspect
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap import _C, ops
 from axiscap.models import decoder_layers, text_config
@@ -25,7 +31,7 @@ DEFAULT_NAME = "default"
 #: 20 to 150 times as much, and no other row 3 times.
 SINK_NORM = 8.0
 
-# The first decoder layer of every model with an installation.
+# The decoder layers of every model with an installation.
 _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -43,8 +49,90 @@ def _mask_of(given: object) -> Tensor | None:
     return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
+class _Pass:
+    """One thread's forward pass: what is known of it, and what it left behind."""
+
+    def __init__(self) -> None:
+        self.tokens = _Tokens()
+        self.announced: _Tokens | None = None  # what generate() said of the coming one
+        self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
+        self.slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
+        self.selection: list[int] | None = None
+        self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
+        # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
+        # where in the sequence the prompt ends.
+        self.generating = self.given = self.prompt_length = 0
+
+
+class _Passes(threading.local):
+    """Each thread's. An object of its own, since what torch.compile changes of a thread-local itself is lost."""
+
+    def __init__(self) -> None:
+        self.mine = _Pass()
+
+
+def _left_out(*_: object, **__: object) -> None:
+    """What stands in a copy of a model for a hook: the copy is not capped."""
+
+
+def _left_out_hook() -> Callable[..., None]:
+    return _left_out
+
+
+class _Hook:
+    """A hook that stays behind where its model is copied or pickled."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _left_out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _left_out_hook, ()
+
+
+class _Method:
+    """Stands in for a model's method, with its signature, which transformers looks at; a copy of the model has its own.
+
+    Args:
+        call: takes the method, and what it is called with.
+    """
+
+    def __init__(self, model: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        self.model, self.name, self.call = model, name, call
+        self.own = model.__dict__.get(name)
+        self.original = getattr(model, name)
+        functools.update_wrapper(self, self.original)
+        model.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return getattr(type(self.model), self.name).__get__(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.model, self.name))
+
+    def undo(self) -> None:
+        """The method as it was. Where somebody stands before it in turn, it only passes on what it is called with."""
+        self.call = lambda original, *args, **kwargs: original(*args, **kwargs)
+        if self.model.__dict__.get(self.name) is not self:
+            return
+        if self.own is None:
+            del self.model.__dict__[self.name]
+        else:
+            self.model.__dict__[self.name] = self.own
+
+
 class _CappedLayer:
-    """The bank of one layer, with a slot for each profile, and what was measured there."""
+    """The bank of one layer, with a slot for each profile, and what was counted there."""
 
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
@@ -54,8 +142,6 @@ class _CappedLayer:
         bounds = limits if bool(limits.isfinite().any()) else None
         more = {"lifts": given, "limits": bounds}
         self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
-        self.projections: Tensor | None = None
-        self.shape: torch.Size | None = None
 
     def place(
         self,
@@ -74,24 +160,33 @@ class _CappedLayer:
         self.stats = stats.to(device)
         self.bank = _C.Bank(self.axes, self.floors, **self.more)
 
-    def cap(self, hidden: Tensor, slots: Tensor | None) -> Tensor:
+    def cap(self, hidden: Tensor, slots: Tensor | None, seen: _Pass) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
-        rows = hidden.numel() // hidden.shape[-1]
-        if self.projections is None or self.projections.shape[0] != rows or torch.compiler.is_compiling():
-            self.projections = self.floors.new_empty((rows, self.floors.shape[1]))
-        self.shape = hidden.shape[:-1]
+        compiling = torch.compiler.is_compiling()
+        # An exported program is the cap alone: what it would leave behind here is no data, but a trace of it.
+        projections = (
+            None if compiling and torch.compiler.is_exporting() else self._projections(hidden, seen, compiling)
+        )
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
-            hidden = ops.cap(
-                hidden.contiguous(), self.axes, self.floors, slots, **self.more, projections=self.projections
-            )
-        elif torch.compiler.is_compiling():
-            ops.cap_(hidden, self.axes, self.floors, slots, **self.more, projections=self.projections)
+            hidden = ops.cap(hidden.contiguous(), self.axes, self.floors, slots, **self.more, projections=projections)
+        elif compiling:
+            ops.cap_(hidden, self.axes, self.floors, slots, **self.more, projections=projections)
         else:
-            self.bank.cap_(hidden, slots, self.projections)
-        ops.accumulate_(self.stats, self.projections, self.floors, slots)
+            self.bank.cap_(hidden, slots, projections)
+        if projections is not None:
+            ops.accumulate_(self.stats, projections, self.floors, slots)
         return hidden
+
+    def _projections(self, hidden: Tensor, seen: _Pass, compiling: bool) -> Tensor:
+        """Room for those of one pass: the last one's, where it fits."""
+        rows, known = hidden.numel() // hidden.shape[-1], seen.projections.get(self.index)
+        fits = not compiling and known is not None and known[0].shape[0] == rows
+        fits = fits and known is not None and known[0].device == hidden.device
+        room = known[0] if fits and known is not None else self.floors.new_empty((rows, self.floors.shape[1]))
+        seen.projections[self.index] = room, hidden.shape[:-1]
+        return room
 
 
 class Installation:
@@ -107,8 +202,9 @@ class Installation:
         blocks = decoder_layers(model, layers)
         if positions not in ("all", "generated"):
             raise ValueError(f"positions must be 'all' or 'generated', got {positions!r}")
-        if blocks[0] in _installed:
+        if any(block in _installed for block in blocks):
             raise RuntimeError("the model has an AxisCap installation already; remove it first")
+        _check_streams(model, blocks[0])
         hidden_size = getattr(text_config(model), "hidden_size", None)
         for name, profile in profiles.items():
             _check_fits(name, profile, len(blocks), hidden_size)
@@ -116,30 +212,35 @@ class Installation:
         self._names = tuple(profiles)
         self._profiles = dict(profiles)
         self._generated_only = positions == "generated"
+        self._passes = _Passes()
+        self._last = self._passes.mine  # of whichever thread
+        # What was chosen last, and by which thread and task; where there were several, it is nobody else's.
         self._selection: list[int] = [0]
-        self._prompt_length = 0
-        # What generate() said of the coming forward pass.
-        self._announced: _Tokens | None = None
-        self._tokens = _Tokens()
+        self._chooser: tuple[int, int] | None = None
+        self._several_choose = False
+        self._chosen_here: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("chosen", default=None)
         self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
         # Profiles that say nothing of sinks, until it was seen once whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
-        self._slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
 
         directions = max(profile.directions for profile in profiles.values())
         indices = sorted({layer for profile in profiles.values() for layer in profile.layers})
         self._layers = {i: _CappedLayer(i, list(profiles.values()), directions, _device(blocks[i])) for i in indices}
 
         self._undo: list[Any] = []
-        self._first_block = blocks[0]
+        self._blocks = blocks
         try:
             owner = self._decoder = _owner(model, blocks[0])
+            self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+            for around in _around(model, owner):
+                self._undo += self._listen_for_masks(around)
             self._signature = inspect.signature(owner.forward)
-            self._undo.append(owner.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            self._undo.append(owner.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True).remove)
             for index, layer in self._layers.items():
-                self._undo.append(blocks[index].register_forward_hook(self._after_layer(layer)).remove)
+                self._undo.append(blocks[index].register_forward_hook(_Hook(self._after_layer(layer))).remove)
+                _recorders_last(blocks[index])
             self._listen_to_generate(getattr(model, "_orig_mod", model))
-            _installed.add(blocks[0])
+            _installed.update(blocks)
         except BaseException:
             self.remove()
             raise
@@ -157,7 +258,7 @@ class Installation:
         """Takes the capping out: the model is as it was. The statistics stay. Once is enough, twice does no harm."""
         while self._undo:
             self._undo.pop()()
-        _installed.discard(self._first_block)
+        _installed.difference_update(self._blocks)
         _forget_compiled_code()
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
@@ -165,6 +266,10 @@ class Installation:
 
         None leaves a sequence uncapped. A list must have the batch's length; where ``generate`` runs several rows for a
         sequence (beams, ``num_return_sequences``), they follow their sequence.
+
+        The choice is that of the thread or the asynchronous task that makes it, and of tasks and threads that copy its
+        context. Others have it too while nobody else chooses; once there are several, one that has not chosen is
+        refused.
 
         Raises:
             KeyError: a name that is not installed; the selection stays as it was.
@@ -175,7 +280,25 @@ class Installation:
             raise KeyError(f"no profile {unknown[0]!r} is installed; there are {', '.join(self._names)}")
         if not wanted:
             raise ValueError("names must not be empty")
-        self._selection = [-1 if name is None else self._names.index(name) for name in wanted]
+        chosen = [-1 if name is None else self._names.index(name) for name in wanted]
+        chooser = threading.get_ident(), _task()
+        self._several_choose |= self._chooser is not None and chooser != self._chooser
+        self._chooser, self._selection = chooser, chosen
+        self._passes.mine.selection = chosen
+        self._chosen_here.set(chosen)
+
+    def _selected(self) -> list[int]:
+        """The selection of this thread and task."""
+        # torch.compile cannot look into a context; generate() does it for the pass.
+        own = self._passes.mine.selection if torch.compiler.is_compiling() else self._chosen_here.get()
+        if own is not None:
+            return own
+        if self._several_choose:
+            raise RuntimeError(
+                "several threads or tasks choose profiles with select(), and this one has not; nobody else's choice is "
+                "taken for it"
+            )
+        return self._selection
 
     def stats(self) -> dict[str, dict[int, LayerStats]]:
         """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
@@ -194,31 +317,54 @@ class Installation:
             layer.stats = ops.new_stats(slots, directions, layer.floors.device)
 
     def projections(self) -> dict[int, Tensor]:
-        """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone."""
+        """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone.
+
+        The last of this thread, if it had one.
+        """
+        seen = self._passes.mine if self._passes.mine.projections else self._last
         return {
-            index: layer.projections.reshape(*layer.shape, -1).clone()
-            for index, layer in self._layers.items()
-            if layer.projections is not None and layer.shape is not None
+            index: projections.reshape(*shape, -1).clone() for index, (projections, shape) in seen.projections.items()
         }
 
     def real(self) -> Tensor | None:
-        """Which tokens of the last forward pass are no padding, (batch, tokens) bool; None: all of them."""
-        return self._tokens.real
+        """Which tokens of that forward pass are no padding, (batch, tokens) bool; None: all of them."""
+        seen = self._passes.mine if self._passes.mine.projections else self._last
+        return seen.tokens.real
 
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
         """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
-        return self._decoder.register_forward_hook(lambda *_: see(self.projections())).remove
+        return self._decoder.register_forward_hook(_Hook(lambda *_: see(self.projections()))).remove
 
     # Hooks. The pre-hook of the decoder learns which tokens are real; the first capped layer on a device turns that and
     # the selection into slots, which the layers after it share.
 
+    def _listen_for_masks(self, around: nn.Module) -> list[Callable[[], None]]:
+        """A module around the decoder may be given the two-dimensional mask, and hand on one that it prepared of it."""
+        signature = inspect.signature(around.forward)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = kwargs if len(args) < 2 else signature.bind_partial(*args, **kwargs).arguments
+            mask = None if self._encoder_decoder else _mask_of(given.get("attention_mask"))
+            if mask is not None:
+                self._passes.mine.mask = mask
+
+        def after(*_: Any) -> None:
+            self._passes.mine.mask = None
+
+        return [
+            around.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove,
+            around.register_forward_hook(_Hook(after), always_call=True).remove,
+        ]
+
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._announced is not None:
-            self._tokens, self._announced = self._announced, None
+        this = self._passes.mine
+        if this.announced is not None:
+            this.tokens, this.announced = this.announced, None
         else:
             given = kwargs if len(args) < 2 else self._signature.bind_partial(*args, **kwargs).arguments
             # Other forms of masks (prepared 4-d ones) do not say which tokens are padding; then all count as real.
-            real = _mask_of(given.get("attention_mask"))
+            mask = _mask_of(given.get("attention_mask"))
+            real = this.mask if mask is None else mask
             ids = given.get("position_ids")
             if isinstance(ids, Tensor):
                 positions: Tensor | None = ids[0] if ids.dim() == 3 else ids  # one for each part of a rotary embedding
@@ -231,37 +377,51 @@ class Installation:
                 length = 0 if cache is None else cache.get_seq_length()
                 # A copy, since a static cache counts on in the tensor that it gives.
                 positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
-            self._tokens = _Tokens(real, None, positions)
-        self._slots = {}
+            this.tokens = _Tokens(real, None, positions)
+        this.slots = {}
+        if not torch.compiler.is_compiling():
+            self._last = this
 
     def _after_layer(self, layer: _CappedLayer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple | list) else output
-            if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3):
+            if not isinstance(hidden, Tensor):
                 raise TypeError(f"layer {layer.index} returned no hidden states (batch, tokens, H), but {type(output)}")
+            if hidden.dim() not in (2, 3):
+                raise TypeError(
+                    f"layer {layer.index} returned hidden states of shape {tuple(hidden.shape)}; (batch, tokens, H) or "
+                    "(tokens, H) can be capped"
+                )
+            if not torch.compiler.is_compiling() and _has_no_data(hidden):
+                return None  # of the shape that it would have capped
+            if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+                raise RuntimeError(
+                    "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
+                    "torch.export, or remove the installation first"
+                )
+            this = self._passes.mine
             key = (hidden.device, hidden.shape)
-            if key not in self._slots:
-                self._slots[key] = self._make_slots(hidden)
+            if key not in this.slots:
+                this.slots[key] = self._make_slots(hidden, this.tokens)
             looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
             norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
-            capped = layer.cap(hidden, self._slots[key])
+            capped = layer.cap(hidden, this.slots[key], this)
             if norms is not None:
-                self._look_for_sinks(layer, norms, self._slots[key])
+                self._look_for_sinks(layer, norms, this.slots[key], this.projections[layer.index][0])
             if capped is hidden:
                 return None
             return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
 
         return hook
 
-    def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None) -> None:
+    def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None, projections: Tensor) -> None:
         """Warns, in the first pass alone, where a profile that says nothing of sinks lifts one."""
-        assert layer.projections is not None
         if layer.index == max(self._layers):
             looked, self._unlooked = self._unlooked, set()
         else:
             looked = self._unlooked
         index = torch.zeros(len(norms), dtype=torch.long) if slots is None else slots.long().cpu()
-        below = (layer.projections.cpu() < layer.floors.cpu()[index.clamp(min=0)]).any(-1) & (index >= 0)
+        below = (projections.cpu() < layer.floors.cpu()[index.clamp(min=0)]).any(-1) & (index >= 0)
         lifted = (below & (norms > SINK_NORM * norms.median()).cpu()).nonzero().flatten().tolist()
         mine = [row for row in lifted if int(index[row]) in looked]
         if mine:
@@ -270,22 +430,23 @@ class Installation:
             warnings.warn(
                 f"profile {self._names[int(index[row])]!r} says nothing of attention sinks, and lifts one: at layer "
                 f"{layer.index}, row {row} has {norms[row] / norms.median():.0f} times the median norm and a "
-                f"projection of {layer.projections[row, 0].item():.3g}, below its floor. To cap it, as published files "
+                f"projection of {projections[row, 0].item():.3g}, below its floor. To cap it, as published files "
                 "ask for, can harm ordinary text; a profile with sinks or limits leaves it alone",
                 stacklevel=2,
             )
 
-    def _make_slots(self, hidden: Tensor) -> Tensor | None:
+    def _make_slots(self, hidden: Tensor, known: _Tokens) -> Tensor | None:
         batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
-        real, generated, positions = self._tokens
+        real, generated, positions = known
+        selection = self._selected()
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if self._selection == [0] and real is None and generated is None and 0 not in self._sinks:
+        if selection == [0] and real is None and generated is None and 0 not in self._sinks:
             return None
-        if batch % len(self._selection) != 0:
-            raise ValueError(f"profiles are selected for {len(self._selection)} sequences, but the batch has {batch}")
-        slots = torch.tensor(self._selection, dtype=torch.int32, device=hidden.device)[:, None]
+        if batch % len(selection) != 0:
+            raise ValueError(f"profiles are selected for {len(selection)} sequences, but the batch has {batch}")
+        slots = torch.tensor(selection, dtype=torch.int32, device=hidden.device)[:, None]
         if len(slots) > 1:
             slots = slots.repeat_interleave(batch // len(slots), 0)
         if real is not None:
@@ -295,6 +456,8 @@ class Installation:
                 )
             slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
         if generated is not None:
+            # Rows that generate() knows nothing of are virtual tokens, in front.
+            generated = nn.functional.pad(generated, (max(0, tokens - len(generated)), 0))
             slots = torch.where(generated.to(hidden.device), slots, -1)
         if self._sinks:
             if positions is None or positions.dim() == 0:
@@ -308,35 +471,57 @@ class Installation:
 
     def _listen_to_generate(self, model: nn.Module) -> None:
         """generate() knows what a forward pass does not see: the 2-d mask, and where the prompt ends."""
-        original = getattr(model, "prepare_inputs_for_generation", None)
-        if original is None:
+        if not hasattr(model, "prepare_inputs_for_generation"):
             return
+        mask_name = "decoder_attention_mask" if self._encoder_decoder else "attention_mask"
+        ids_name = "decoder_input_ids" if self._encoder_decoder else "input_ids"
 
-        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            this = self._passes.mine
+            this.generating += 1
+            before = this.selection
+            if this.generating == 1:
+                ids = kwargs.get(ids_name, args[0] if args else kwargs.get("inputs"))
+                embeds, mask = kwargs.get("inputs_embeds"), _mask_of(kwargs.get(mask_name))
+                this.given = (
+                    ids.shape[1] if isinstance(ids, Tensor) and ids.dim() > 1 else 0 if embeds is not None else 1
+                )
+                # Until the first pass says it: an assistant's come before it.
+                lengths = (given.shape[1] for given in (mask, ids, embeds) if isinstance(given, Tensor))
+                this.prompt_length = next(lengths, 1)
+            try:
+                this.selection = self._chosen_here.get() or before
+                return original(*args, **kwargs)
+            finally:
+                this.generating -= 1
+                this.selection, this.announced = before, None
+
+        def prepare(original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            this = self._passes.mine
             inputs = original(input_ids, *args, **kwargs)
-            mask = _mask_of(kwargs.get("attention_mask"))
+            # What goes to the model has the virtual tokens of prompt tuning in it.
+            found = (_mask_of(given.get(mask_name)) for given in (inputs, kwargs))
+            mask = next((mask for mask in found if mask is not None), None)
             total = input_ids.shape[1] if mask is None else mask.shape[1]
-            ids = inputs.get("input_ids")
+            ids = inputs.get(ids_name)
             tokens = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
-            if kwargs.get("is_first_iteration"):
-                self._prompt_length = total
-            generated = torch.arange(total - tokens, total) >= self._prompt_length if self._generated_only else None
+            if kwargs.get("is_first_iteration") and this.generating < 2:
+                # Drafted tokens come behind the prompt, and are the model's own.
+                drafted = max(0, input_ids.shape[1] - this.given) if this.generating else 0
+                this.prompt_length = total - drafted
+            generated = torch.arange(total - tokens, total) >= this.prompt_length if self._generated_only else None
+            given = _mask_of(kwargs.get(mask_name))
+            if generated is not None and ids is None and mask is not None and given is not None:
+                generated[: mask.shape[1] - given.shape[1]] = False  # PEFT feeds virtual tokens in every step
             if mask is None:
-                self._announced = _Tokens(None, generated, torch.arange(total - tokens, total)[None])
+                this.announced = _Tokens(None, generated, torch.arange(total - tokens, total)[None])
             else:
-                self._announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
+                this.announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
             return inputs
 
-        own = model.__dict__.get("prepare_inputs_for_generation")
-        model.__dict__["prepare_inputs_for_generation"] = prepare
-
-        def undo() -> None:
-            if own is None:
-                model.__dict__.pop("prepare_inputs_for_generation", None)
-            else:
-                model.__dict__["prepare_inputs_for_generation"] = own
-
-        self._undo.append(undo)
+        for name, call in (("prepare_inputs_for_generation", prepare), ("generate", generate)):
+            if hasattr(model, name):
+                self._undo.append(_Method(model, name, call).undo)
 
 
 def install(
@@ -355,7 +540,9 @@ def install(
         layers: where the decoder layers are, for a model whose structure does not tell; see
             :func:`axiscap.models.decoder_layers`.
         positions: which tokens are capped: ``"all"`` (as published), or ``"generated"``, those that the model itself
-            wrote, and not the prompt's. Padding is neither capped nor measured.
+            wrote, and not the prompt's; the virtual tokens of prompt tuning count as the prompt's. The last token that
+            is written is never fed back: of a single new token no row is capped. Padding is neither capped nor
+            measured.
 
     Returns:
         The handle, which is also a context manager::
@@ -390,10 +577,52 @@ def _check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: in
         raise ValueError(f"profile {name!r} caps layer {profile.layers[-1]}, but the model has {num_layers} layers")
     if profile.num_layers is not None and profile.num_layers != num_layers:
         raise ValueError(f"profile {name!r} is for a model of {profile.num_layers} layers, this one has {num_layers}")
-    if profile.directions > _C.MAX_DIRECTIONS:
-        raise ValueError(
-            f"profile {name!r} has {profile.directions} directions, at most {_C.MAX_DIRECTIONS} are allowed"
-        )
+
+
+def _check_streams(model: nn.Module, block: nn.Module) -> None:
+    """What the first forward pass would fail at.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    config = text_config(model)
+    for name in ("altup_num_inputs", "hc_mult"):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > 1:
+            raise ValueError(
+                f"the decoder layers of {type(model).__name__} hand on {count} streams ({name}), and it is not defined "
+                "which of them has the axis"
+            )
+    floating = (parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())
+    if next(floating, torch.float32) == torch.float64:
+        raise ValueError("the model is float64; float32, bfloat16 and float16 can be capped")
+
+
+def _has_no_data(hidden: Tensor) -> bool:
+    return hidden.is_meta or isinstance(hidden, FakeTensor)
+
+
+def _task() -> int:
+    """A number for the asynchronous task that runs, 0 outside any."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return 0
+    return 0 if task is None else id(task)
+
+
+def _recorders_last(block: nn.Module) -> None:
+    """What transformers records for ``output_hidden_states`` is what goes on, behind the cap."""
+    hooks = block._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook.__module__ == "transformers.utils.output_capturing"]:
+        hooks[key] = hooks.pop(key)
+
+
+def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
+    """The modules that hold the decoder, outermost first, without itself."""
+    return [
+        module for module in model.modules() if module is not owner and any(part is owner for part in module.modules())
+    ]
 
 
 def _owner(model: nn.Module, block: nn.Module) -> nn.Module:

@@ -672,7 +672,6 @@ def test_a_failing_installation_leaves_nothing_behind(llama, monkeypatch):
             ValueError,
             "is for a model of 12 layers, this one has 4",
         ),
-        (CapProfile([0], unit(1, 65, 32), torch.zeros(1, 65)), ValueError, "has 65 directions, at most 64"),
         ({}, ValueError, "profile must be a CapProfile or a mapping with at least one"),
         ({"a": "file.safetensors"}, TypeError, "profile 'a' must be a CapProfile, got str"),
         ("file.safetensors", TypeError, "profile must be a CapProfile or a mapping of names to them, got str"),

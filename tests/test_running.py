@@ -1,0 +1,501 @@
+"""Every way that people run a model: an installation survives it, with the right rows capped, or says why not."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import assert_same_bits, profile_for
+from test_install import FLOOR, GREEDY, LAYERS, SMALL, build, gemma3_multimodal, plain_cap, tokens
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import axiscap
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    return build("Llama")
+
+
+def rows(cap, name="default") -> int:
+    return cap.stats()[name][LAYERS[0]].rows
+
+
+# generate()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_generate_from_embeddings(name):
+    model = build(name)
+    profile, embeds = profile_for(model, LAYERS, FLOOR), model.get_input_embeddings()(tokens(2, 6)).detach()
+    plain = model.generate(inputs_embeds=embeds, **GREEDY)
+    with plain_cap(model, profile):
+        wanted = model.generate(inputs_embeds=embeds, **GREEDY)
+    with axiscap.install(model, profile) as cap:
+        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), wanted)
+        assert rows(cap) == 2 * (6 + 11)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), plain)
+    with axiscap.install(model, profile, positions="generated") as cap:
+        model.generate(inputs_embeds=embeds, **GREEDY)
+        assert rows(cap) == 2 * 11
+
+
+def test_what_stands_before_generate_stays_there(llama):
+    """Somebody wraps the method of a model that is capped, and takes the cap out later."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    called = []
+    plain = llama.generate(tokens(1, 4), **GREEDY)
+    cap = axiscap.install(llama, profile)
+    inner = llama.prepare_inputs_for_generation
+
+    def outer(*args, **kwargs):
+        called.append(1)
+        return inner(*args, **kwargs)
+
+    llama.prepare_inputs_for_generation = outer
+    llama.generate(tokens(1, 4), **GREEDY)
+    assert rows(cap) == 4 + 11
+    cap.remove()
+    called.clear()
+    assert torch.equal(llama.generate(tokens(1, 4), **GREEDY), plain)
+    assert len(called) == 12
+    assert rows(cap) == 4 + 11
+
+
+def draft_model() -> nn.Module:
+    """Guesses what the model says now and then."""
+    model = build("Llama")
+    with torch.no_grad():
+        for parameter in model.model.layers[3].parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "another model", "the model itself"])
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_drafted_tokens_are_capped_as_written_ones(way, positions, llama):
+    """Speculative decoding gives the texts that decoding token by token gives."""
+    # A prompt that repeats itself, so that there is something to look up.
+    ids = tokens(1, 6).repeat(1, 3)
+    profile = profile_for(llama, LAYERS, 0.8)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "another model": {"assistant_model": draft_model()},
+        "the model itself": {"assistant_model": llama},
+    }[way]
+    with axiscap.install(llama, profile, positions=positions) as cap:
+        wanted = llama.generate(ids, **GREEDY)
+        fired = cap.stats()["default"][LAYERS[0]]
+        assert fired.rows == 11 + (18 if positions == "all" else 0)
+        cap.reset_stats()
+        seen = []
+        stop = cap.watch(lambda projections: seen.append(projections[LAYERS[0]][0, :, 0].isnan().tolist()))
+        found = llama.generate(ids, **GREEDY, **options)
+        stop()
+        again = llama.generate(ids, **GREEDY)
+    assert torch.equal(found, wanted)
+    assert torch.equal(again, wanted)
+    if positions == "generated":
+        prompts = [alone for alone in seen if len(alone) >= 18]
+        assert prompts
+        assert all(all(alone[:18]) for alone in prompts), "a prompt's row was capped"
+        assert not any(any(alone[18:]) for alone in prompts), "a drafted row was left alone"
+        assert not any(any(alone) for alone in seen if len(alone) < 18), "a written or drafted row was left alone"
+
+
+# Threads and tasks
+
+
+def in_threads(*calls):
+    """Runs calls at once, each starting when all have; returns what they gave."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call):
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [done.result() for done in [pool.submit(run, call) for call in calls]]
+
+
+def test_threads_choose_for_themselves(llama):
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
+    ids = tokens(2, 8)
+    wanted = {}
+    for name, profile in names.items():
+        with plain_cap(llama, profile), torch.no_grad():
+            wanted[name] = llama(ids).logits
+    with torch.no_grad():
+        wanted[None] = llama(ids).logits
+    with axiscap.install(llama, names) as cap:
+
+        def ask(name):
+            cap.select(name)
+            with torch.no_grad():
+                return [llama(ids).logits for _ in range(40)]
+
+        chosen = ("low", "high", None)
+        for name, found in zip(chosen, in_threads(*(lambda n=n: ask(n) for n in chosen)), strict=True):
+            for logits in found:
+                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
+        assert rows(cap, "low") == rows(cap, "high") == 40 * ids.numel()
+        # This thread has chosen nothing, and several others have.
+        with pytest.raises(RuntimeError, match="several threads or tasks choose profiles"):
+            llama(ids)
+        cap.select("high")
+        with torch.no_grad():
+            torch.testing.assert_close(llama(ids).logits, wanted["high"], atol=2e-5, rtol=2e-5)
+
+
+def test_a_thread_without_a_choice_has_the_only_one(llama):
+    """As where generate() runs in a thread of its own, and its caller chose."""
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+        cap.select("high")
+        (_,) = in_threads(lambda: llama(tokens(1, 4)))
+        assert (rows(cap, "low"), rows(cap, "high")) == (0, 4)
+        # What a thread has not run itself, it sees of the others.
+        assert cap.projections()[LAYERS[0]].shape == (1, 4, 1)
+
+
+def test_threads_have_masks_and_batches_of_their_own(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    masks = [torch.ones(2, 6, dtype=torch.long), torch.ones(3, 9, dtype=torch.long), None]
+    masks[0][1, :3] = 0
+    masks[1][2, :5] = 0
+    shapes = [(2, 6), (3, 9), (4, 5)]
+    wanted = []
+    for mask, shape in zip(masks, shapes, strict=True):
+        with plain_cap(llama, profile, mask), torch.no_grad():
+            wanted.append(llama(tokens(*shape), attention_mask=mask).logits)
+
+    def ask(mask, shape):
+        with torch.no_grad():
+            return [llama(tokens(*shape), attention_mask=mask).logits for _ in range(30)]
+
+    with axiscap.install(llama, profile) as cap:
+        calls = [lambda m=m, s=s: ask(m, s) for m, s in zip(masks, shapes, strict=True)]
+        for found, right in zip(in_threads(*calls), wanted, strict=True):
+            for logits in found:
+                torch.testing.assert_close(logits, right, atol=2e-5, rtol=2e-5)
+        assert rows(cap) == 30 * (9 + 22 + 20)
+
+
+def test_generating_threads_do_not_mix(llama):
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 20.0)}
+    ids = tokens(2, 8)
+
+    def last_scores():
+        return llama.generate(ids, **GREEDY, output_scores=True, return_dict_in_generate=True).scores[-1][:, 3:]
+
+    with axiscap.install(llama, names, positions="generated") as cap:
+        wanted = {}
+        for name in names:
+            cap.select(name)
+            wanted[name] = last_scores()
+        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
+
+        def ask(name):
+            cap.select(name)
+            return [last_scores() for _ in range(4)]
+
+        for name, found in zip(names, in_threads(*(lambda n=n: ask(n) for n in names)), strict=True):
+            for scores in found:
+                torch.testing.assert_close(scores, wanted[name], atol=2e-5, rtol=2e-5)
+
+
+def test_tasks_choose_for_themselves(llama):
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+
+        async def ask(name, other):
+            cap.select(name)
+            other.set_result(None)
+            await asyncio.gather(*waiting.values())  # until both have chosen
+            llama(tokens(1, 4))  # in the event loop's thread
+            await asyncio.to_thread(llama, tokens(1, 3))  # in another, with this task's context
+
+        async def both():
+            for name in names:
+                waiting[name] = asyncio.get_running_loop().create_future()
+            await asyncio.gather(*(ask(name, waiting[name]) for name in names))
+
+        waiting = {}
+        asyncio.run(both())
+        assert rows(cap, "low") == rows(cap, "high") == 7
+
+
+@pytest.mark.slow
+def test_threads_choose_for_themselves_in_compiled_code(llama):
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
+    ids = tokens(2, 8)
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+        wanted = {}
+        for name in names:
+            cap.select(name)
+            wanted[name] = llama(ids).logits
+        compiled = torch.compile(llama, backend="eager")
+
+        def ask(name):
+            cap.select(name)
+            return [compiled(ids).logits for _ in range(5)]
+
+        for name in ("low", "high", "low"):  # compiled in one thread, run in another
+            (found,) = in_threads(lambda name=name: ask(name))
+            for logits in found:
+                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
+
+
+# Traces: nothing of them outlives them.
+
+
+def still_right(model, cap, wanted) -> None:
+    before = rows(cap)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens(2, 5)).logits, wanted, atol=2e-5, rtol=2e-5)
+    assert rows(cap) == before + 10
+    assert cap.projections()[LAYERS[0]].shape == (2, 5, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_leaves_nothing_behind(strict, llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    with plain_cap(llama, profile), torch.no_grad():
+        wanted = llama(tokens(2, 5)).logits
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        still_right(llama, cap, wanted)
+        program = torch.export.export(Logits().eval(), (tokens(2, 5),), strict=strict)
+        torch.testing.assert_close(program.module()(tokens(2, 5)), wanted, atol=2e-5, rtol=2e-5)
+        still_right(llama, cap, wanted)
+
+
+def test_fake_and_meta_passes_leave_nothing_behind(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    with plain_cap(llama, profile), torch.no_grad():
+        wanted = llama(tokens(2, 5)).logits
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        still_right(llama, cap, wanted)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            assert llama(mode.from_tensor(tokens(2, 7))).logits.shape == (2, 7, 97)
+        still_right(llama, cap, wanted)
+    shell = build("Llama").to("meta")
+    with axiscap.install(shell, profile) as cap, torch.no_grad():
+        assert shell(tokens(2, 7).to("meta")).logits.shape == (2, 7, 97)
+        shell.to_empty(device="cpu")
+        shell.load_state_dict(llama.state_dict())
+        shell.model.rotary_emb.load_state_dict(llama.model.rotary_emb.state_dict())
+        shell.model.rotary_emb.inv_freq.copy_(llama.model.rotary_emb.inv_freq)
+        still_right(shell, cap, wanted)
+
+
+def test_a_trace_by_jit_is_refused(llama):
+    llama.requires_grad_(False)
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)), torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"use torch\.compile or torch\.export"):
+            torch.jit.trace(lambda ids: llama(ids, use_cache=False).logits, tokens(1, 4))
+        llama(tokens(1, 4))
+
+
+# Copies: plainly uncapped, and alive on their own.
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
+def test_a_copy_is_not_capped(copied, llama):
+    profile, ids = profile_for(llama, LAYERS, FLOOR), tokens(2, 6)
+    plain = llama.generate(ids, **GREEDY)
+    with axiscap.install(llama, profile) as cap:
+        capped = llama.generate(ids, **GREEDY)
+        again = copied(llama)
+        assert not torch.equal(capped, plain)
+        seen = rows(cap)
+        with torch.no_grad():
+            again.model.embed_tokens.weight.mul_(1)  # its own
+        assert torch.equal(again.generate(ids, **GREEDY), plain)
+        assert rows(cap) == seen
+        with axiscap.install(again, profile) as own:
+            assert torch.equal(again.generate(ids, **GREEDY), capped)
+            assert rows(own) == seen
+        assert torch.equal(llama.generate(ids, **GREEDY), capped)
+
+
+# Wrappers, and what models may be like
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning"])
+def test_virtual_tokens_count_as_the_prompts(kind, llama):
+    configs = {
+        "prompt": peft.PromptTuningConfig,
+        "prefix": peft.PrefixTuningConfig,
+        "p-tuning": peft.PromptEncoderConfig,
+    }
+    extra = {"encoder_hidden_size": 16} if kind == "p-tuning" else {}
+    config = configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3, **extra)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(llama, config).eval()
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    profile = profile_for(llama, LAYERS, FLOOR)
+    fed = 0 if kind == "prefix" else 3 * 3  # a prefix stands in the cache, and has no rows
+    seen = []
+    handle = llama.model.layers[LAYERS[0]].register_forward_hook(
+        lambda m, a, output: seen.append(output[..., 0].numel())
+    )
+    with torch.no_grad():
+        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
+    handle.remove()
+    with axiscap.install(model, profile) as cap, torch.no_grad():
+        model(input_ids=tokens(3, 9), attention_mask=mask)
+        assert rows(cap) == 27 - 4 + fed
+        cap.reset_stats()
+        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
+        assert rows(cap) == sum(seen) - 4
+    with axiscap.install(model, profile, positions="generated") as cap, torch.no_grad():
+        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
+        assert rows(cap) == 3 * 11
+
+
+def test_padding_of_a_wrapper_that_prepares_the_mask():
+    model = gemma3_multimodal()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    profile = profile_for(model, LAYERS, FLOOR)
+    with axiscap.install(model, profile) as cap, torch.no_grad():
+        for part in (model, model.model):
+            cap.reset_stats()
+            part(input_ids=tokens(2, 9), attention_mask=mask)
+            assert rows(cap) == 15
+        cap.reset_stats()
+        model(input_ids=tokens(2, 9))  # no mask of the pass before
+        assert rows(cap) == 18
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_hidden_states_are_what_went_on(before, grad, llama):
+    """Also where transformers' recorder was there first."""
+    profile = profile_for(llama, LAYERS, 3.0)
+    with torch.set_grad_enabled(grad):
+        if before:
+            llama(tokens(1, 4), output_hidden_states=True)
+        with axiscap.install(llama, profile):
+            states = llama(tokens(1, 4), output_hidden_states=True).hidden_states
+    for at, layer in enumerate(LAYERS):
+        assert (states[layer + 1] @ profile.axes[at, 0]).min() > 2.999
+
+
+def test_a_steering_hook_comes_before_the_cap(llama):
+    """Whatever another hook did to a layer's output is lifted as well."""
+    profile = profile_for(llama, LAYERS, 3.0)
+    axis = profile.axes[0, 0]
+    llama.model.layers[LAYERS[0]].register_forward_hook(lambda m, a, output: output - 50 * axis)
+    with axiscap.install(llama, profile), torch.no_grad():
+        states = llama(tokens(1, 4), output_hidden_states=True).hidden_states
+    assert (states[LAYERS[0] + 1] @ axis).min() > 2.999
+
+
+def test_any_layer_in_common_is_a_second_installation(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    with axiscap.install(llama, profile, layers=[*llama.model.layers[1:], llama.model.layers[0]]) as cap:
+        for more in ({}, {"layers": "model.layers"}):
+            with pytest.raises(RuntimeError, match="has an AxisCap installation already"):
+                axiscap.install(llama, profile, **more)
+        cap.remove()
+        axiscap.install(llama, profile).remove()
+
+
+def test_float64_is_refused_when_it_is_installed(llama):
+    with pytest.raises(ValueError, match="the model is float64; float32, bfloat16 and float16 can be capped"):
+        axiscap.install(llama.double(), profile_for(llama, LAYERS, FLOOR))
+
+
+def test_several_streams_are_refused_when_it_is_installed():
+    config = transformers.Gemma3nTextConfig(
+        **SMALL | {"head_dim": 8, "num_kv_shared_layers": 0},
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        layer_types=["full_attention"] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    model = transformers.Gemma3nForCausalLM(config)
+    with pytest.raises(ValueError, match=r"hand on 2 streams \(altup_num_inputs\)"):
+        axiscap.install(model, profile_for(model, LAYERS, FLOOR))
+
+
+def test_streams_of_four_dimensions_are_told_by_their_shape(llama):
+    llama.model.layers[LAYERS[0]].register_forward_hook(lambda m, a, output: output[None])
+    with (
+        axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)),
+        pytest.raises(TypeError, match=r"layer 1 returned hidden states of shape \(1, 1, 4, 32\)"),
+    ):
+        llama(tokens(1, 4))
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_the_decoder_of_an_encoder_decoder_model_generates(kind):
+    torch.manual_seed(0)
+    sizes = {
+        "T5": {"d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 4},
+        "Bart": {
+            "encoder_layers": 2, "decoder_layers": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
+        },
+    }[kind]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, d_model=32, decoder_start_token_id=0, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    layers = "decoder.block" if kind == "T5" else "model.decoder.layers"
+    profile = profile_for(build("Llama"), LAYERS, FLOOR)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    options = {"attention_mask": mask, **GREEDY}
+    with axiscap.install(model, profile, layers=layers) as cap:
+        model.generate(tokens(2, 7), **options)
+        assert rows(cap) == 2 * 12
+    with axiscap.install(model, profile, layers=layers, positions="generated") as cap:
+        model.generate(tokens(2, 7), **options)
+        assert rows(cap) == 2 * 11
+
+
+def test_the_model_is_as_it_was(llama):
+    """Whatever was done with it in between."""
+    names = [(name, sorted(part.__dict__)) for name, part in llama.named_modules()]
+    plain = llama.generate(tokens(2, 5), **GREEDY)
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)):
+        copy.deepcopy(llama)
+        llama.generate(tokens(2, 5), **GREEDY)
+    assert [(name, sorted(part.__dict__)) for name, part in llama.named_modules()] == names
+    assert_same_bits(llama.generate(tokens(2, 5), **GREEDY), plain)

@@ -27,8 +27,9 @@ _DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
     """The decoder layers of a causal language model, in order.
 
-    They are the module list whose owner also holds the input embedding: that is what a decoder is in every transformers
-    architecture, whatever its parts are called, and it tells the language model from a vision tower beside it.
+    They are the module list whose owner also holds the input embedding: that is what a decoder is in nearly every
+    transformers architecture, whatever its parts are called, and it tells the language model from a vision tower beside
+    it. In the others it is the list nearest to the embedding that has as many entries as the configuration says.
 
     Args:
         model: any transformers causal LM, also inside a multimodal wrapper, PEFT or torch.compile.
@@ -54,27 +55,39 @@ def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = 
         embedding = get_embedding() if get_embedding else None
     except (NotImplementedError, AttributeError):
         embedding = None
-    lists = []
-    for name, owner in model.named_modules():
-        children = dict(owner.named_children())
-        if embedding is None or not any(child is embedding for child in children.values()):
-            continue
-        for key, child in children.items():
-            if isinstance(child, nn.ModuleList) and len(child) > 0 and list(child.parameters()):
-                lists.append((f"{name}.{key}".lstrip("."), list(child)))
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    every = _module_lists(model)
+    beside = {name for name, part in model.named_modules() if any(child is embedding for child in part.children())}
+    lists = [(name, blocks) for name, blocks in every.items() if name.rpartition(".")[0] in beside]
+    if not lists and embedding is not None:
+        # It has a module of its own. Those that hold it are names that begin its name, the longest last.
+        name = next((name for name, part in model.named_modules() if part is embedding), "")
+        while name and not lists:
+            name = name.rpartition(".")[0]
+            within = {key: blocks for key, blocks in every.items() if key.startswith(f"{name}." if name else "")}
+            lists = [(key, blocks) for key, blocks in within.items() if len(blocks) == expected]
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; say which stack to cap with layers=")
-    expected = getattr(text_config(model), "num_hidden_layers", None)
     if len(lists) > 1 and expected is not None:
         lists = [entry for entry in lists if len(entry[1]) == expected]
     if len(lists) != 1:
-        found_names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists) or "none"
+        found_names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists or every.items()) or "none"
         raise ValueError(
-            f"cannot tell the decoder layers of {type(model).__name__}: module lists beside the input embedding: "
-            f"{found_names}; name the list with layers="
+            f"cannot tell the decoder layers of {type(model).__name__}, whose configuration says "
+            f"{expected or 'no number of them'}, among its module lists: {found_names}; name the list with layers="
         )
     return lists[0][1]
+
+
+def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """By dotted name, those that have parameters and lie in no other."""
+    found: dict[str, list[nn.Module]] = {}
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(part, nn.ModuleList) and not inside and next(part.parameters(), None) is not None:
+            found[name] = list(part)
+    return found
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ ARCHITECTURES = {
     "StableLm": ("StableLmConfig", SMALL),
     "Olmo2": ("Olmo2Config", SMALL),
     "Cohere": ("CohereConfig", SMALL),
+    "ModernBertDecoder": ("ModernBertDecoderConfig", SMALL | {"cls_token_id": 1, "sep_token_id": 2}),
 }
 VISION = {
     "hidden_size": 16,

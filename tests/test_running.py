@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import axiscap
+from axiscap import models
 
 
 @pytest.fixture
@@ -437,6 +438,19 @@ def test_any_layer_in_common_is_a_second_installation(llama):
 def test_float64_is_refused_when_it_is_installed(llama):
     with pytest.raises(ValueError, match="the model is float64; float32, bfloat16 and float16 can be capped"):
         axiscap.install(llama.double(), profile_for(llama, LAYERS, FLOOR))
+
+
+def test_layers_that_do_not_stand_beside_the_embedding():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
+    model = transformers.CpmAntForCausalLM(transformers.CpmAntConfig(**sizes, dim_head=8, dim_ff=48)).eval()
+    assert models.decoder_layers(model) == list(model.cpmant.encoder.layers)
+    with axiscap.install(model, profile_for(model, LAYERS, FLOOR)) as cap, torch.no_grad():
+        model(tokens(1, 6))
+        assert cap.projections()[LAYERS[0]].shape[1] >= 6
+    # Two stacks, which run in cycles.
+    model = transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**sizes, intermediate_size=48))
+    with pytest.raises(ValueError, match=r"its module lists: model\.L_module\.layers \(4\), model\.H_module\.layers"):
+        models.decoder_layers(model)
 
 
 def test_several_streams_are_refused_when_it_is_installed():

@@ -519,7 +519,22 @@ class Installation:
                 this.announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
             return inputs
 
-        for name, call in (("prepare_inputs_for_generation", prepare), ("generate", generate)):
+        def batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # Here, where the caller hears of it: it runs in a thread of transformers' own, whose errors end in empty
+            # answers, and whose passes do not say which rows are prompts, nor whose.
+            if self._generated_only:
+                raise RuntimeError("continuous batching does not say which tokens the model wrote; install with 'all'")
+            if len(self._selected()) > 1 or self._several_choose:
+                raise RuntimeError("continuous batching runs under one selected profile for all sequences and threads")
+            return original(*args, **kwargs)
+
+        calls = {
+            "prepare_inputs_for_generation": prepare,
+            "generate": generate,
+            "generate_batch": batch,
+            "init_continuous_batching": batch,
+        }
+        for name, call in calls.items():
             if hasattr(model, name):
                 self._undo.append(_Method(model, name, call).undo)
 

@@ -113,6 +113,34 @@ def test_drafted_tokens_are_capped_as_written_ones(way, positions, llama):
         assert not any(any(alone) for alone in seen if len(alone) < 18), "a written or drafted row was left alone"
 
 
+def test_continuous_batching(llama):
+    """Every row is capped, in a thread of transformers' own; what cannot be told there is refused to the caller."""
+    profile, ids = profile_for(llama, LAYERS, FLOOR), [tokens(1, n, seed=n)[0].tolist() for n in (5, 9, 7)]
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
+
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+
+    def batched():
+        found = llama.generate_batch(ids, config, small, warmup=False)
+        return [found[key].generated_tokens for key in sorted(found)]
+
+    with plain_cap(llama, profile):
+        wanted = batched()
+    assert [len(answer) for answer in wanted] == [6, 6, 6]
+    with axiscap.install(llama, profile) as cap:
+        assert batched() == wanted
+        assert rows(cap) == 5 + 9 + 7 + 3 * 5
+    with (
+        axiscap.install(llama, profile, positions="generated"),
+        pytest.raises(RuntimeError, match="does not say which tokens the model wrote"),
+    ):
+        batched()
+    with axiscap.install(llama, {"a": profile, "b": profile}) as cap:
+        cap.select(["a", "b", None])
+        with pytest.raises(RuntimeError, match="under one selected profile"):
+            batched()
+
+
 # Threads and tasks
 
 

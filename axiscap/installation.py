@@ -399,6 +399,9 @@ class Installation:
                     "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
                     "torch.export, or remove the installation first"
                 )
+            if hasattr(hidden, "to_local"):
+                capped = self._cap_replicated(layer, hidden)
+                return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
             this = self._passes.mine
             key = (hidden.device, hidden.shape)
             if key not in this.slots:
@@ -413,6 +416,18 @@ class Installation:
             return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
 
         return hook
+
+    def _cap_replicated(self, layer: _CappedLayer, hidden: Any) -> Tensor:
+        """A DTensor of which each process has all rows."""
+        if not all(placement.is_replicate() for placement in hidden.placements):
+            raise ValueError(
+                f"layer {layer.index} returns a DTensor with placements {hidden.placements}; it can be capped where it "
+                "is replicated"
+            )
+        this, local = self._passes.mine, hidden.to_local()
+        capped = layer.cap(local, self._make_slots(local, this.tokens), this)
+        made: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
+        return made
 
     def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None, projections: Tensor) -> None:
         """Warns, in the first pass alone, where a profile that says nothing of sinks lifts one."""

@@ -36,6 +36,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from axiscap import _C, fake  # noqa: F401 (registers)
 
@@ -196,46 +199,141 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     return stats
 
 
-# The backward of the functional ops.
+# The derivatives of the functional ops: backward, forward mode, and vmap.
 
 
 def _axes_of_rows(axes: Tensor, slots: Tensor | None, rows: int) -> Tensor:
     """(rows, K, H); a row without a slot gets some slot's, which its caller leaves unused."""
-    return axes[:1].expand(rows, -1, -1) if slots is None else axes[slots.clamp(0, len(axes) - 1)]
+    return axes[:1].expand(rows, -1, -1) if slots is None else axes[slots.clamp(0, len(axes) - 1).long()]
 
 
-def _cap_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, axes, _, slots, lifts, _ = inputs
-    ctx.save_for_backward(axes, slots, lifts, output[2])
+def _in_rows(info: Any, in_dims: tuple[int | None, ...], hidden: Tensor, slots: Tensor | None) -> tuple[Any, ...]:
+    """hidden (B, ..., H) and slots (B * rows,) of a vmapped call, in which only those two may be batched."""
+    at, *others = in_dims
+    if any(dim is not None for dim in others):
+        raise NotImplementedError("vmap over axes, floors, slots, lifts or limits; give each row its slot instead")
+    hidden = hidden.movedim(at, 0) if at is not None else hidden.expand(info.batch_size, *hidden.shape)
+    return hidden.contiguous(), None if slots is None else slots.repeat(info.batch_size)
 
 
-def _cap_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    axes, slots, lifts, fired = ctx.saved_tensors
-    g = grad.reshape(-1, grad.shape[-1]).float()
-    v = _axes_of_rows(axes, slots, len(g))
-    u = v if lifts is None else _axes_of_rows(lifts, slots, len(g))
-    # Where direction k fired, x -> x + (tau - <x, v>) u has the Jacobian I - u v^T.
-    for k in reversed(range(axes.shape[1])):
-        along = (g * u[:, k]).sum(-1, keepdim=True) * v[:, k]
-        g = torch.where(fired[:, k, None], g - along, g)
-    return g.to(grad.dtype).reshape(grad.shape), None, None, None, None, None
+def _below(op: Any, *inputs: Any) -> Any:
+    """A Function's op below autograd; the last of the inputs is the set of keys that it was called with."""
+    *given, keyset = inputs
+    # Enabled again, since a Function runs without: what lies below may be another level of functorch's.
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *given)
 
 
-def _project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, axes, slots = inputs
-    ctx.save_for_backward(axes, slots, output)
-    ctx.hidden_dtype = hidden.dtype
+class _Cap(_SingleLevelFunction):
+    """Where direction k fired, x -> x + (tau - <x, v>) u has the Jacobian I - u v^T."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _below(torch.ops.axiscap.cap.default, *inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, axes, _, slots, lifts, *_ = inputs
+        _, projections, fired = output
+        ctx.mark_non_differentiable(projections, fired)
+        ctx.save_for_backward(axes, slots, lifts, fired)
+        ctx.save_for_forward(axes, slots, lifts, fired)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        axes, slots, lifts, fired = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1]).float()
+        v = _axes_of_rows(axes, slots, len(g))
+        u = v if lifts is None else _axes_of_rows(lifts, slots, len(g))
+        for k in reversed(range(axes.shape[1])):
+            along = (g * u[:, k]).sum(-1, keepdim=True) * v[:, k]
+            g = torch.where(fired[:, k, None], g - along, g)
+        return g.to(grad.dtype).reshape(grad.shape), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        axes, slots, lifts, fired = ctx.saved_tensors
+        t = tangent.reshape(-1, tangent.shape[-1]).float()
+        v = _axes_of_rows(axes, slots, len(t))
+        u = v if lifts is None else _axes_of_rows(lifts, slots, len(t))
+        for k in range(axes.shape[1]):
+            along = (t * v[:, k]).sum(-1, keepdim=True) * u[:, k]
+            t = torch.where(fired[:, k, None], t - along, t)
+        return t.to(tangent.dtype).reshape(tangent.shape), None, None
 
 
-def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    axes, slots, projections = ctx.saved_tensors
-    rows = grad.reshape(-1, grad.shape[-1])
-    v = _axes_of_rows(axes, slots, len(rows))
-    # A row that was left alone has projections NaN, which nothing flows back through.
-    rows = torch.where(projections.reshape(rows.shape).isnan(), 0, rows)
-    g = torch.einsum("nk,nkh->nh", rows, v)
-    return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
+class _Project(_SingleLevelFunction):
+    """A row that was left alone has projections NaN, which nothing flows through."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _below(torch.ops.axiscap.project.default, *inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, axes, slots, _ = inputs
+        ctx.save_for_backward(axes, slots, output)
+        ctx.save_for_forward(axes, slots, output)
+        ctx.hidden_dtype = hidden.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        axes, slots, projections = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        rows = torch.where(projections.reshape(rows.shape).isnan(), 0, rows)
+        g = torch.einsum("nk,nkh->nh", rows, _axes_of_rows(axes, slots, len(rows)))
+        return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        axes, slots, projections = ctx.saved_tensors
+        t = tangent.reshape(-1, tangent.shape[-1]).float()
+        found = torch.einsum("nh,nkh->nk", t, _axes_of_rows(axes, slots, len(t))).reshape(projections.shape)
+        return torch.where(projections.isnan(), 0, found)
 
 
-torch.library.register_autograd("axiscap::cap", _cap_backward, setup_context=_cap_context)
-torch.library.register_autograd("axiscap::project", _project_backward, setup_context=_project_context)
+def _vmap_cap(
+    info: Any,
+    in_dims: Any,
+    hidden: Tensor,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> tuple[Any, Any]:
+    hidden, slots = _in_rows(info, in_dims, hidden, slots)
+    out, *per_row = torch.ops.axiscap.cap(hidden, axes, floors, slots, lifts, limits)
+    return (out, *(part.reshape(info.batch_size, -1, part.shape[-1]) for part in per_row)), (0, 0, 0)
+
+
+def _vmap_project(
+    info: Any, in_dims: Any, hidden: Tensor, axes: Tensor, slots: Tensor | None = None
+) -> tuple[Any, Any]:
+    hidden, slots = _in_rows(info, in_dims, hidden, slots)
+    return torch.ops.axiscap.project(hidden, axes, slots), 0
+
+
+def _derived(op: Any, function: Any) -> Any:
+    """The op's kernel for autograd. What functorch leaves to it is one level of derivatives."""
+    arguments = op._schema.arguments
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        inputs += (None,) * (
+            len(arguments) - len(inputs)
+        )  # the dispatcher leaves out the last ones where they are None
+        hidden = inputs[0]
+        if not (hidden.requires_grad and torch.is_grad_enabled()) and forward_ad._current_level < 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        with enable_single_level_autograd_function():
+            return function.apply(*inputs, keyset)
+
+    return kernel
+
+
+_autograd = torch.library.Library("axiscap", "IMPL")  # type: ignore[no-untyped-call]  # what it registered goes with it
+for _name, _function, _vmap in (("cap", _Cap, _vmap_cap), ("project", _Project, _vmap_project)):
+    _kernel = _derived(getattr(torch.ops.axiscap, _name).default, _function)
+    _autograd.impl(_name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    torch.library.register_vmap(f"axiscap::{_name}", _vmap)

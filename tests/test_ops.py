@@ -1026,3 +1026,193 @@ def test_the_stub_is_that_of_the_module():
     assert {name for name, value in vars(_C.Bank).items() if isinstance(value, property)} == properties
     assert {type(getattr(_C, name)).__name__ for name in attributes} == {"tuple", "int"}
     assert len(_C.plan("float32", 64, 8, 4)) == 4
+
+
+# Transforms: forward mode, torch.func, and vmap.
+
+
+def _differentiable(
+    hidden: torch.Tensor, axes: torch.Tensor, floors: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """Equation 1, direction by direction, in what torch can differentiate any way."""
+    index = slots.clamp(0).long()
+    for k in range(axes.shape[1]):
+        v, floor = axes[index, k], floors[index, k]
+        short = floor - (hidden * v).sum(-1)
+        hidden = torch.where(((short > 0) & (slots >= 0))[:, None], hidden + short[:, None] * v, hidden)
+    return hidden
+
+
+TRANSFORMS = {
+    "jvp": lambda f, h, t: torch.func.jvp(f, (h,), (t,))[1],
+    "vjp": lambda f, h, t: torch.func.vjp(f, h)[1](f(t))[0],
+    "grad": lambda f, h, t: torch.func.grad(lambda x: f(x).square().sum())(h),
+    "jacrev": lambda f, h, t: torch.func.jacrev(f)(h),
+    "jacfwd": lambda f, h, t: torch.func.jacfwd(f)(h),
+    "hessian": lambda f, h, t: torch.func.hessian(lambda x: f(x).pow(3).sum())(h),
+    "vmap": lambda f, h, t: torch.vmap(f)(torch.stack([h, t])),
+    "vmap of grad": lambda f, h, t: torch.vmap(torch.func.grad(lambda x: f(x).square().sum()))(torch.stack([h, t])),
+}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMS))
+def test_transforms_of_the_functional_ops(name):
+    generator = torch.Generator().manual_seed(2)
+    axes, floors = unit(2, 2, 12), torch.tensor([[0.5, -0.2], [1.0, 0.0]])
+    hidden, tangent = torch.randn(2, 6, 12, generator=generator)
+    slots = torch.tensor([0, 1, -1, 1, 0, 0], dtype=torch.int32)
+    transform = TRANSFORMS[name]
+    found = transform(lambda x: ops.cap(x, axes, floors, slots), hidden, tangent)
+    wanted = transform(lambda x: _differentiable(x, axes, floors, slots), hidden, tangent)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    index = slots.clamp(0).long()
+    found = transform(lambda x: ops.project(x, axes, slots).nan_to_num(), hidden, tangent)
+    wanted = transform(lambda x: torch.einsum("nh,nkh->nk", x, axes[index]) * (slots >= 0)[:, None], hidden, tangent)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_mode_without_torch_func():
+    axes, floors = unit(1, 1, 8), torch.full((1, 1), 5.0)
+    hidden, tangent = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(ops.cap(dual, axes, floors)).tangent
+    v = axes[0, 0]
+    torch.testing.assert_close(found, tangent - (tangent @ v)[:, None] * v, atol=1e-6, rtol=1e-6)
+
+
+def test_vmap_over_a_bank_says_what_to_do():
+    axes, floors, hidden = unit(3, 1, 1, 8), torch.zeros(3, 1, 1), torch.randn(4, 8)
+    with pytest.raises(NotImplementedError, match="give each row its slot instead"):
+        torch.vmap(ops.cap, (None, 0, 0))(hidden, axes, floors)
+
+
+# Tensors whose memory is not what their sizes and strides say.
+
+
+def _calls(hidden):
+    """Every door that takes a stream, with all else in order for (4, 8)."""
+    axes, floors = unit(1, 1, 8), torch.full((1, 1), 1e3)
+    bank = _C.Bank(axes, floors)
+    return {
+        "cap_": lambda: ops.cap_(hidden, axes, floors),
+        "cap": lambda: ops.cap(hidden, axes, floors),
+        "project": lambda: ops.project(hidden, axes),
+        "cap_residual_": lambda: ops.cap_residual_(hidden, torch.zeros(4, 8), axes, floors),
+        "residual": lambda: ops.cap_residual_(torch.zeros(4, 8), hidden, axes, floors),
+        "add_rms_norm_cap_": lambda: ops.add_rms_norm_cap_(
+            hidden, torch.zeros(4, 8), torch.ones(8), 1e-6, axes, floors
+        ),
+        "cap_layers_": lambda: ops.cap_layers_([hidden], axes[None], floors[None]),
+        "bank": lambda: bank.cap_(hidden),
+        "op": lambda: torch.ops.axiscap.cap_(hidden, axes, floors),
+    }
+
+
+def _freed():
+    tensor = torch.ones(4, 8)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+STRANGE = {
+    "sparse": lambda: torch.ones(4, 8).to_sparse(),
+    "compressed": lambda: torch.ones(4, 8).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(2, 8)]),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(4, 8), 0.1, 0, torch.qint8),
+    "freed": _freed,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(STRANGE))
+def test_what_has_no_rows_in_memory_is_refused(name):
+    """With a sentence, and without a look at memory that is not there."""
+    for door, call in _calls(STRANGE[name]()).items():
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError, TypeError)) as caught:
+            call()
+        assert len(str(caught.value)) > 20, door
+
+
+@pytest.mark.parametrize("argument", ["axes", "floors", "lifts", "limits", "slots", "projections"])
+def test_freed_arguments_are_named(argument):
+    given = {
+        "axes": unit(1, 1, 8), "floors": torch.zeros(1, 1), "lifts": unit(1, 1, 8), "limits": torch.ones(1, 1),
+        "slots": torch.zeros(4, dtype=torch.int32), "projections": torch.zeros(4, 1),
+    }  # fmt: skip
+    given[argument].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{argument} has less memory than its shape"):
+        ops.cap_(torch.ones(4, 8), **given)
+
+
+def test_meta_and_fake_tensors_go_through_every_door():
+    for door, call in _calls(torch.ones(4, 8, device="meta")).items():
+        with pytest.raises(ValueError, match="must be on the device of"):
+            call()
+        assert door
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for call in _calls(torch.ones(4, 8)).values():
+            call()
+
+
+def test_negated_views_are_read_as_they_are():
+    axes, floors = unit(1, 1, 8), torch.full((1, 1), 2.0)
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    wanted = ops.cap(-hidden, axes, floors)
+    torch.testing.assert_close(ops.cap(torch._neg_view(hidden), axes, floors), wanted)
+    torch.testing.assert_close(ops.project(torch._neg_view(hidden), axes), ops.project(-hidden, axes))
+    for cap in (ops.cap_, lambda h, *bank: _C.Bank(*bank).cap_(h)):
+        view = torch._neg_view(hidden.clone())
+        cap(view, axes, floors)
+        torch.testing.assert_close(view.resolve_neg(), wanted)
+
+
+# What is changed shares memory with nothing else.
+
+
+def test_memory_that_is_shared_is_refused():
+    axes, floors = unit(1, 1, 8), torch.zeros(1, 1)
+    buffer = torch.zeros(6, 8)
+    flat = torch.zeros(64)
+    shared = {
+        "residual is changed, and shares memory with hidden": [
+            lambda: ops.cap_residual_(buffer, buffer, axes, floors),
+            lambda: ops.cap_residual_(buffer[:4], buffer[1:5], axes, floors),
+            lambda: ops.add_rms_norm_cap_(buffer, buffer, torch.ones(8), 1e-6, axes, floors),
+        ],
+        "hidden is changed, and shares memory with axes": [
+            lambda: ops.cap_(axes[0], axes, floors),
+            lambda: _C.Bank(axes, floors).cap_(axes[0]),
+        ],
+        "hidden is changed, and shares memory with floors": [
+            lambda: ops.cap_(flat[:8].view(1, 8), axes, flat[4:5].view(1, 1))
+        ],
+        "hidden is changed, and shares memory with projections": [
+            lambda: ops.cap_(flat[:8].view(1, 8), axes, floors, projections=flat[7:8].view(1, 1))
+        ],
+        "hidden is changed, and shares memory with weight": [
+            lambda: ops.add_rms_norm_cap_(flat[:16].view(2, 8), buffer[:2], flat[8:16], 1e-6, axes, floors)
+        ],
+        "hiddens is changed, and shares memory with another of them": [
+            lambda: ops.cap_layers_([buffer[:3], buffer[2:5]], unit(2, 1, 1, 8), torch.zeros(2, 1, 1))
+        ],
+        "stats is changed, and shares memory with projections": [
+            lambda: ops.accumulate_(
+                (room := torch.zeros(64)).view(torch.float64)[:8].view(1, 1, 8), room[2:4].view(2, 1), floors
+            )
+        ],
+    }
+    for message, calls in shared.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_streams_side_by_side_in_one_buffer_are_two():
+    axes, floors = unit(1, 1, 8), torch.full((1, 1), 3.0)
+    both = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    hidden, residual = both[:, :8], both[:, 8:]
+    wanted = ops.cap_residual_(hidden.clone(), residual.clone(), axes, floors)
+    assert_same_bits(ops.cap_residual_(hidden, residual, axes, floors), wanted)
+    layers = torch.randn(4, 3, 8)
+    ops.cap_layers_([layers[:, at] for at in (2, 0, 1)], unit(3, 1, 1, 8), torch.zeros(3, 1, 1))

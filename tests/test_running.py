@@ -17,6 +17,7 @@ from conftest import assert_same_bits, profile_for
 from test_install import FLOOR, GREEDY, LAYERS, SMALL, build, gemma3_multimodal, plain_cap, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import axiscap
 from axiscap import models
@@ -453,6 +454,41 @@ def test_a_steering_hook_comes_before_the_cap(llama):
     assert (states[LAYERS[0] + 1] @ axis).min() > 2.999
 
 
+@pytest.fixture
+def mesh():
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_streams_that_are_distributed_tensors(grad, mesh, llama):
+    """As where a model is sharded, or runs by a tensor-parallel plan."""
+    profile, ids = profile_for(llama, LAYERS, FLOOR), tokens(2, 5)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, :2] = 0
+    with plain_cap(llama, profile, mask), torch.no_grad():
+        wanted = llama(ids, attention_mask=mask).logits
+    placement = Replicate()
+    for layer in LAYERS:
+        block = llama.model.layers[layer]
+        block.register_forward_hook(lambda m, a, output: DTensor.from_local(output, mesh, [placement]))
+    with axiscap.install(llama, profile) as cap, torch.set_grad_enabled(grad):
+        for layer in LAYERS:
+            block = llama.model.layers[layer]
+            block.register_forward_hook(lambda m, a, output: output.to_local())
+        found = llama(ids, attention_mask=mask).logits
+        assert rows(cap) == 8
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+        if grad:
+            found.sum().backward()
+            assert llama.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+        placement = Shard(0)
+        with pytest.raises(ValueError, match=r"a DTensor with placements \(Shard\(dim=0\),\); it can be capped where"):
+            llama(ids)
+
+
 def test_any_layer_in_common_is_a_second_installation(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     with axiscap.install(llama, profile, layers=[*llama.model.layers[1:], llama.model.layers[0]]) as cap:
@@ -530,6 +566,28 @@ def test_the_decoder_of_an_encoder_decoder_model_generates(kind):
     with axiscap.install(model, profile, layers=layers, positions="generated") as cap:
         model.generate(tokens(2, 7), **options)
         assert rows(cap) == 2 * 11
+
+
+def test_a_recurrent_model_generates():
+    sizes = {
+        "attention_hidden_size": 32,
+        "intermediate_size": 48,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, **sizes)
+    model = transformers.RwkvForCausalLM(config).eval()
+    profile, options = (
+        profile_for(model, LAYERS, FLOOR),
+        {"attention_mask": torch.ones(2, 6, dtype=torch.long), **GREEDY},
+    )
+    with plain_cap(model, profile):
+        wanted = model.generate(tokens(2, 6), **options)
+    with axiscap.install(model, profile) as cap:
+        assert torch.equal(model.generate(tokens(2, 6), **options), wanted)
+        assert rows(cap) == 2 * (6 + 11 * 2)  # it is fed two tokens a step
 
 
 def test_the_model_is_as_it_was(llama):

@@ -1,5 +1,6 @@
 // The pybind11 door: the same ops, called without the dispatcher.
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "axiscap/accelerator.h"
@@ -31,6 +32,80 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
+// Whether a tensor's memory is what its sizes and strides say. Another one belongs to a mode, a transform, a layout or
+// a subclass (a fake one, a DTensor, a vmapped one, a sparse one): it goes through the dispatcher, where its owner does
+// his part, or there is no kernel for it.
+bool is_plain(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kOwned({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
+                                        DispatchKey::FuncTorchGradWrapper, DispatchKey::BatchedNestedTensor,
+                                        DispatchKey::Negative, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
+  return tensor.defined() && !tensor.key_set().has_any(kOwned) && tensor.layout() == at::kStrided &&
+         !tensor.is_nested() && !tensor.is_quantized() && !tensor.is_meta();
+}
+
+bool is_plain(Optional tensor) { return !tensor || is_plain(*tensor); }
+
+template <class... Tensors>
+bool are_plain(const Tensors&... tensors) {
+  return (is_plain(tensors) && ...);
+}
+
+void door_cap_(const Tensor& hidden, const Tensor& axes, const Tensor& floors, Optional slots, Optional projections,
+               Optional lifts, Optional limits) {
+  if (are_plain(hidden, axes, floors, slots, projections, lifts, limits))
+    return cap_(hidden, Bank(axes, floors, lifts, limits), slots, projections);
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("axiscap::cap_", "")
+          .typed<void(const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional)>();
+  op.call(hidden, axes, floors, slots, lifts, limits, projections);
+}
+
+void door_cap_residual_(const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
+                        Optional slots, Optional projections, Optional lifts, Optional limits) {
+  if (are_plain(hidden, residual, axes, floors, slots, projections, lifts, limits))
+    return cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("axiscap::cap_residual_", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, Optional,
+                                         Optional, Optional)>();
+  op.call(hidden, residual, axes, floors, slots, lifts, limits, projections);
+}
+
+void door_add_rms_norm_cap_(const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps,
+                            const Tensor& axes, const Tensor& floors, Optional slots, double weight_bias,
+                            Optional projections, Optional lifts, Optional limits) {
+  if (are_plain(hidden, residual, weight, axes, floors, slots, projections, lifts, limits))
+    return add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors, lifts, limits), slots, weight_bias,
+                             projections);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("axiscap::add_rms_norm_cap_", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
+                                         const Tensor&, Optional, double, Optional, Optional, Optional)>();
+  op.call(hidden, residual, weight, eps, axes, floors, slots, weight_bias, lifts, limits, projections);
+}
+
+void door_cap_layers_(const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, Optional slots,
+                      Optional projections, Optional lifts, Optional limits) {
+  bool plain = are_plain(axes, floors, slots, projections, lifts, limits);
+  for (const Tensor& hidden : hiddens) plain = plain && is_plain(hidden);
+  if (plain) return cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections);
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("axiscap::cap_layers_", "")
+          .typed<void(at::TensorList, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional)>();
+  op.call(hiddens, axes, floors, slots, lifts, limits, projections);
+}
+
+void door_accumulate_(const Tensor& stats, const Tensor& projections, const Tensor& floors, Optional slots) {
+  if (are_plain(stats, projections, floors, slots)) return accumulate_(stats, projections, floors, slots);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("axiscap::accumulate_", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, Optional)>();
+  op.call(stats, projections, floors, slots);
+}
+
 // The memory bound over a tensor's bytes, with the threads that the ops would use.
 template <class Pass>
 void over_bytes(const Tensor& tensor, Pass pass) {
@@ -45,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Bank>(m, "Bank")
       .def(py::init([](const Tensor& axes, const Tensor& floors, Optional lifts, Optional limits) {
+             TORCH_CHECK_VALUE(are_plain(axes, floors, lifts, limits), "a bank is made of dense tensors with data");
              Bank bank(axes, floors, lifts, limits);
              check_values(bank);
              return bank;
@@ -57,42 +133,21 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "cap_",
           [](const Bank& bank, const Tensor& hidden, Optional slots, Optional projections) {
-            cap_(hidden, bank, slots, projections);
+            if (are_plain(hidden, slots, projections)) return cap_(hidden, bank, slots, projections);
+            door_cap_(hidden, bank.axes, bank.floors, slots, projections, bank.lifts, bank.limits);
           },
           "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
 
-  m.def(
-      "cap_",
-      [](const Tensor& hidden, const Tensor& axes, const Tensor& floors, Optional slots, Optional projections,
-         Optional lifts, Optional limits) { cap_(hidden, Bank(axes, floors, lifts, limits), slots, projections); },
-      "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(), "lifts"_a = py::none(),
-      "limits"_a = py::none());
-  m.def("project", &project, "hidden"_a, "axes"_a, "slots"_a = py::none());
-  m.def(
-      "cap_residual_",
-      [](const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors, Optional slots,
-         Optional projections, Optional lifts,
-         Optional limits) { cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections); },
-      "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(),
-      "lifts"_a = py::none(), "limits"_a = py::none());
-  m.def(
-      "add_rms_norm_cap_",
-      [](const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps, const Tensor& axes,
-         const Tensor& floors, Optional slots, double weight_bias, Optional projections, Optional lifts,
-         Optional limits) {
-        add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors, lifts, limits), slots, weight_bias,
-                          projections);
-      },
-      "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
-      "weight_bias"_a = 0.0, "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
-  m.def(
-      "cap_layers_",
-      [](const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, Optional slots,
-         Optional projections, Optional lifts,
-         Optional limits) { cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections); },
-      "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(), "lifts"_a = py::none(),
-      "limits"_a = py::none());
-  m.def("accumulate_", &accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
+  m.def("cap_", &door_cap_, "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(),
+        "lifts"_a = py::none(), "limits"_a = py::none());
+  m.def("cap_residual_", &door_cap_residual_, "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
+        "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
+  m.def("add_rms_norm_cap_", &door_add_rms_norm_cap_, "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a,
+        "floors"_a, "slots"_a = py::none(), "weight_bias"_a = 0.0, "projections"_a = py::none(), "lifts"_a = py::none(),
+        "limits"_a = py::none());
+  m.def("cap_layers_", &door_cap_layers_, "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
+        "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
+  m.def("accumulate_", &door_accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
 
   m.def(
       "read_pass",

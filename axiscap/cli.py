@@ -264,7 +264,7 @@ def calibrate(
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     ordinary = _work(method, work)
     if percentile is None:
-        percentile = 25.0 if ordinary is None else 4.0
+        percentile = 25.0 if ordinary is None else 6.0
     population = population or ("assistant" if ordinary is None else "ordinary tokens")
     if published:
         percentile, population = PUBLISHED

@@ -11,6 +11,7 @@ from conftest import REPOSITORY, assert_same_bits, turned
 
 import axiscap
 from axiscap import CapProfile, interop, models
+from axiscap.calibrate.effects import DomainCost, worst
 from axiscap.drift import compare
 
 PROMPTS = [
@@ -96,7 +97,11 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     assert not set(evidence["held_roles"]) & set(facts["axis"]["roles"])
     uncapped, chosen = facts["sweep"]["uncapped"], facts["sweep"]["chosen"]
     assert chosen["uptake"] < 0.2 * uncapped["uptake"]
-    assert chosen["perplexity"] <= 1.02
+    assert chosen["perplexity"] <= 1.03
+    assert chosen["hold"] >= 10 / 19 * uncapped["hold"]
+    costs = {name: DomainCost(**cost) for name, cost in chosen["domains"].items()}
+    assert worst(costs, fiction=False)[1] <= 1.02
+    assert worst(costs, fiction=True)[1] <= 1.05
 
 
 @pytest.mark.slow

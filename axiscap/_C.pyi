@@ -26,7 +26,6 @@ def cap_(
     lifts: Tensor | None = None,
     limits: Tensor | None = None,
 ) -> None: ...
-def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor: ...
 def cap_residual_(
     hidden: Tensor,
     residual: Tensor,

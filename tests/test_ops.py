@@ -1154,6 +1154,13 @@ def test_meta_and_fake_tensors_go_through_every_door():
         call()
 
 
+def test_a_bank_without_data_is_refused():
+    fake = FakeTensorMode().from_tensor
+    for made in (fake, lambda tensor: tensor.to("meta")):
+        with pytest.raises(ValueError, match="a bank is made of dense tensors with data"):
+            _C.Bank(made(unit(1, 1, 8)), made(torch.zeros(1, 1)))
+
+
 def test_negated_views_are_read_as_they_are():
     axes, floors = unit(1, 1, 8), torch.full((1, 1), 2.0)
     hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -120,8 +120,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Bank>(m, "Bank")
       .def(py::init([](const Tensor& axes, const Tensor& floors, Optional lifts, Optional limits) {
-             TORCH_CHECK_VALUE(are_plain(axes, floors, lifts, limits), "a bank is made of dense tensors with data");
              Bank bank(axes, floors, lifts, limits);
+             TORCH_CHECK_VALUE(are_plain(axes, floors, lifts, limits), "a bank is made of dense tensors with data");
              check_values(bank);
              return bank;
            }),

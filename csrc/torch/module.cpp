@@ -37,11 +37,12 @@ void translate(std::exception_ptr pointer) {
 // his part, or there is no kernel for it.
 bool is_plain(const Tensor& tensor) {
   using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kDense(DispatchKey::Dense);
   constexpr c10::DispatchKeySet kOwned({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
                                         DispatchKey::FuncTorchGradWrapper, DispatchKey::BatchedNestedTensor,
                                         DispatchKey::Negative, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
-  return tensor.defined() && !tensor.key_set().has_any(kOwned) && tensor.layout() == at::kStrided &&
-         !tensor.is_nested() && !tensor.is_quantized() && !tensor.is_meta();
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys.has_all(kDense) && !keys.has_any(kOwned) && !keys.has_backend(c10::BackendComponent::MetaBit);
 }
 
 bool is_plain(Optional tensor) { return !tensor || is_plain(*tensor); }

@@ -54,61 +54,66 @@ Rows writable_rows_of(const at::Tensor& tensor, const char* name) {
   return rows;
 }
 
-// From a tensor's first byte to the one behind its last.
-struct Span {
-  const char* begin;
-  const char* end;
+// The memory of what a call is given. Each has as much as its shape says, and what is changed shares none with the
+// rest.
+class Memory {
+ public:
+  Memory& read(const at::Tensor& tensor, const char* name) { return add(tensor, name, false); }
+  Memory& read(const OptionalTensor& tensor, const char* name) { return tensor ? add(*tensor, name, false) : *this; }
+  Memory& change(const at::Tensor& tensor, const char* name) { return add(tensor, name, true); }
+  Memory& change(const OptionalTensor& tensor, const char* name) { return tensor ? add(*tensor, name, true) : *this; }
+  Memory& read(const Bank& bank) {
+    return read(bank.axes, "axes").read(bank.floors, "floors").read(bank.lifts, "lifts").read(bank.limits, "limits");
+  }
+
+  void check() const {
+    for (int i = 0; i < changed_; ++i)
+      for (int j = i + 1; j < count_; ++j)
+        if (parts_[i].begin < parts_[j].end && parts_[j].begin < parts_[i].end) check_apart(parts_[i], parts_[j]);
+  }
+
+ private:
+  struct Part {
+    const char* begin;
+    const char* end;
+    const at::Tensor* tensor;
+    const char* name;
+  };
+
+  Memory& add(const at::Tensor& tensor, const char* name, bool changed) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    int64_t last = impl.numel() - 1;
+    if (last < 0) return *this;
+    if (!impl.is_contiguous()) {
+      last = 0;
+      for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    }
+    const int64_t bytes = impl.itemsize(), begin = impl.storage_offset() * bytes, end = begin + (last + 1) * bytes;
+    const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+    // A storage that was resized, or freed by a parameter's owner, has less than its tensor says.
+    TORCH_CHECK_VALUE(end <= int64_t(storage.nbytes()), name, " has less memory than its shape ", tensor.sizes(),
+                      " needs");
+    const char* data = static_cast<const char*>(storage.data());
+    parts_[count_++] = {data + begin, data + end, &tensor, name};
+    if (changed) std::swap(parts_[changed_++], parts_[count_ - 1]);
+    return *this;
+  }
+
+  // Rows that lie side by side in one buffer, with one stride, share nothing.
+  static void check_apart(const Part& a, const Part& b) {
+    bool apart = false;
+    if (a.tensor->dim() >= 2 && b.tensor->dim() >= 2 && a.tensor->stride(-2) == b.tensor->stride(-2) &&
+        a.tensor->stride(-2) > 0 && a.tensor->element_size() == b.tensor->element_size()) {
+      const int64_t bytes = a.tensor->element_size(), stride = a.tensor->stride(-2) * bytes;
+      const int64_t shift = ((b.begin - a.begin) % stride + stride) % stride;
+      apart = shift >= a.tensor->size(-1) * bytes && shift + b.tensor->size(-1) * bytes <= stride;
+    }
+    TORCH_CHECK_VALUE(apart, a.name, " is changed, and shares memory with ", b.name);
+  }
+
+  Part parts_[9];  // as many as the op with the most arguments has; those that are changed come first
+  int count_ = 0, changed_ = 0;
 };
-
-Span span_of(const at::Tensor& tensor) {
-  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return {begin, begin};
-    last += (tensor.size(d) - 1) * tensor.stride(d);
-  }
-  return {begin, begin + (last + 1) * int64_t(tensor.element_size())};
-}
-
-// A storage that was resized, or freed by a parameter's owner, has less than its tensor says.
-void check_memory(const at::Tensor& tensor, const char* name) {
-  if (tensor.is_meta() || tensor.key_set().has(c10::DispatchKey::Python)) return;  // has none, and is not for a kernel
-  const Span span = span_of(tensor);
-  const char* storage = static_cast<const char*>(tensor.storage().data());
-  TORCH_CHECK_VALUE(span.begin == span.end || (storage && span.end <= storage + tensor.storage().nbytes()), name,
-                    " has less memory than its shape ", tensor.sizes(), " needs");
-}
-
-// What is written must share no memory with anything else that a call is given. Rows that lie side by side in one
-// buffer, with one stride, do not.
-void check_apart(const at::Tensor& written, const char* name, const at::Tensor& other, const char* other_name) {
-  const Span a = span_of(written), b = span_of(other);
-  if (a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end) return;
-  bool apart = false;
-  if (written.dim() >= 2 && other.dim() >= 2 && written.element_size() == other.element_size()) {
-    const int64_t bytes = written.element_size(), stride = written.stride(-2) * bytes;
-    const int64_t shift = stride > 0 ? ((b.begin - a.begin) % stride + stride) % stride : 0;
-    apart = stride > 0 && written.stride(-2) == other.stride(-2) && shift >= written.size(-1) * bytes &&
-            shift + other.size(-1) * bytes <= stride;
-  }
-  TORCH_CHECK_VALUE(apart, name, " is changed, and shares memory with ", other_name);
-}
-
-void check_apart(const at::Tensor& written, const char* name, const OptionalTensor& other, const char* other_name) {
-  if (other) check_apart(written, name, *other, other_name);
-}
-
-void check_apart(const at::Tensor& written, const char* name, const Bank& bank, const OptionalTensor& slots) {
-  check_apart(written, name, bank.axes, "axes");
-  check_apart(written, name, bank.floors, "floors");
-  check_apart(written, name, bank.lifts, "lifts");
-  check_apart(written, name, bank.limits, "limits");
-  check_apart(written, name, slots, "slots");
-}
-
-void check_apart(const OptionalTensor& written, const char* name, const Bank& bank, const OptionalTensor& slots) {
-  if (written) check_apart(*written, name, bank, slots);
-}
 
 DType dtype_of(const at::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -140,7 +145,6 @@ void check_axes(const at::Tensor& axes, int64_t dim) {
   TORCH_CHECK_VALUE(axes.size(-2) <= kMaxDirections, "axes must have at most ", kMaxDirections,
                     " directions (dimension -2), got ", axes.size(-2));
   TORCH_CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides());
-  check_memory(axes, "axes");
 }
 
 // What lies in a bank beside its axes: of their shape, or of that less H.
@@ -152,7 +156,6 @@ void check_beside(const at::Tensor& tensor, const char* name, const at::Tensor& 
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
   TORCH_CHECK_VALUE(tensor.device() == axes.device(), name, " must be on the device of axes, ", axes.device(), ", got ",
                     tensor.device());
-  check_memory(tensor, name);
 }
 
 const float* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
@@ -164,7 +167,6 @@ const int32_t* check_slots(const OptionalTensor& slots, const at::Tensor& beside
                     slots->sizes());
   TORCH_CHECK_VALUE(slots->is_contiguous(), "slots must be contiguous, got strides ", slots->strides());
   check_device(*slots, "slots", beside);
-  check_memory(*slots, "slots");
   const int32_t* data = slots->const_data_ptr<int32_t>();
   // On an accelerator reading them would wait for the device; its kernels leave such rows alone and report NaN.
   if (slots->is_cpu())
@@ -182,7 +184,6 @@ float* check_projections(const OptionalTensor& projections, const at::Tensor& hi
   TORCH_CHECK_VALUE(projections->is_contiguous(), "projections must be contiguous, got strides ",
                     projections->strides());
   check_device(*projections, "projections", hidden);
-  check_memory(*projections, "projections");
   return projections->mutable_data_ptr<float>();
 }
 
@@ -190,7 +191,6 @@ float* check_projections(const OptionalTensor& projections, const at::Tensor& hi
 CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes, const OptionalTensor& slots) {
   CapParams p;
   p.dtype = dtype_of(hidden, "hidden");
-  check_memory(hidden, "hidden");
   p.rows = rows.count;
   p.hidden_size = hidden.size(-1);
   p.hidden = hidden.const_data_ptr();
@@ -218,7 +218,6 @@ void use_residual(CapParams& p, const at::Tensor& hidden, const at::Tensor& resi
                     ", got ", residual.sizes());
   check_dtype(residual, "residual", hidden.scalar_type());
   check_device(residual, "residual", hidden);
-  check_memory(residual, "residual");
   p.residual = residual.const_data_ptr();
   p.residual_stride = writable_rows_of(residual, "residual").stride;
   p.out = residual.mutable_data_ptr();
@@ -246,6 +245,8 @@ void launch(const CapParams* layers, int64_t count, at::Device device) {
     return;
   }
   const int64_t row_bytes = p.hidden_size * (p.dtype == DType::kFloat32 ? 4 : 2) * (p.residual ? 2 : 1);
+  // A few rows take less time than to work out what each thread would do.
+  if (count == 1 && p.rows * row_bytes < 2 * kBytesPerThread) return cpu::cap(p, 0, p.rows);
   const int64_t threads = std::max<int64_t>(1, count * p.rows * row_bytes / kBytesPerThread);
   const int64_t grain = at::divup(count * p.rows, threads);
   at::parallel_for(0, count * p.rows, grain, [&](int64_t begin, int64_t end) {
@@ -301,9 +302,7 @@ void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slot
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  check_apart(hidden, "hidden", bank, slots);
-  check_apart(hidden, "hidden", projections, "projections");
-  check_apart(projections, "projections", bank, slots);
+  Memory().change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots").check();
   p.out = hidden.mutable_data_ptr();
   p.out_stride = p.hidden_stride;
   launch(&p, 1, hidden.device());
@@ -313,6 +312,7 @@ void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slot
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const Bank& bank,
                                                    const OptionalTensor& slots) {
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  Memory().read(hidden, "hidden").read(bank).read(slots, "slots");
   const at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   const at::Tensor projections = at::empty({p.rows, p.directions}, bank.axes.options());
   const at::Tensor fired = at::empty({p.rows, p.directions}, bank.axes.options().dtype(at::kBool));
@@ -328,6 +328,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, con
 at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots) {
   check_axes(axes, 3);
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), axes, slots);
+  Memory().read(hidden, "hidden").read(axes, "axes").read(slots, "slots");
   std::vector<int64_t> shape = hidden.sizes().vec();
   shape.back() = p.directions;
   const at::Tensor projections = at::empty(shape, axes.options());
@@ -342,11 +343,13 @@ void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const B
   use_residual(p, hidden, residual);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  check_apart(residual, "residual", hidden, "hidden");
-  check_apart(residual, "residual", bank, slots);
-  check_apart(residual, "residual", projections, "projections");
-  check_apart(hidden, "hidden", projections, "projections");
-  check_apart(projections, "projections", bank, slots);
+  Memory()
+      .change(residual, "residual")
+      .read(hidden, "hidden")
+      .read(bank)
+      .read(slots, "slots")
+      .change(projections, "projections")
+      .check();
   launch(&p, 1, hidden.device());
   mark_changed(residual);
 }
@@ -364,14 +367,14 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   TORCH_CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  check_memory(weight, "weight");
-  check_apart(residual, "residual", hidden, "hidden");
-  for (const auto& [stream, name] : {std::pair{&residual, "residual"}, std::pair{&hidden, "hidden"}}) {
-    check_apart(*stream, name, bank, slots);
-    check_apart(*stream, name, projections, "projections");
-    check_apart(*stream, name, weight, "weight");
-  }
-  check_apart(projections, "projections", bank, slots);
+  Memory()
+      .change(residual, "residual")
+      .change(hidden, "hidden")
+      .read(weight, "weight")
+      .read(bank)
+      .read(slots, "slots")
+      .change(projections, "projections")
+      .check();
   p.weight = weight.const_data_ptr();
   p.normed = hidden.mutable_data_ptr();
   p.normed_stride = p.hidden_stride;
@@ -411,18 +414,15 @@ void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor&
       if (p.limits) p.limits += directions;
       if (p.projections) p.projections += p.rows * p.directions;
     }
-    check_memory(hidden, "hiddens");
-    check_apart(hidden, "hiddens", bank, slots);
-    check_apart(hidden, "hiddens", projections, "projections");
+    Memory().change(hidden, "hiddens").read(bank).read(slots, "slots").change(projections, "projections").check();
     p.out = hidden.mutable_data_ptr();
     p.out_stride = p.hidden_stride;
   }
-  check_apart(projections, "projections", bank, slots);
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return layers[a].hidden < layers[b].hidden; });
   for (int64_t i = 1; i < count; ++i)
-    check_apart(hiddens[order[i]], "hiddens", hiddens[order[i - 1]], "another of them");
+    Memory().change(hiddens[order[i]], "hiddens").read(hiddens[order[i - 1]], "another of them").check();
   launch(layers.data(), count, first.device());
   for (const at::Tensor& hidden : hiddens) mark_changed(hidden);
 }
@@ -447,12 +447,7 @@ void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const a
                     projections.strides());
   check_device(floors, "floors", projections);
   check_device(stats, "stats", projections);
-  for (const auto& [tensor, name] :
-       {std::pair{&stats, "stats"}, std::pair{&projections, "projections"}, std::pair{&floors, "floors"}})
-    check_memory(*tensor, name);
-  check_apart(stats, "stats", projections, "projections");
-  check_apart(stats, "stats", floors, "floors");
-  check_apart(stats, "stats", slots, "slots");
+  Memory().change(stats, "stats").read(projections, "projections").read(floors, "floors").read(slots, "slots").check();
   StatsParams p;
   p.rows = projections.size(-2);
   p.num_slots = floors.size(-2);

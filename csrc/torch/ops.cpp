@@ -299,10 +299,12 @@ at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tens
 }
 
 void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {
+  const Memory memory =
+      Memory().change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots");
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  Memory().change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots").check();
+  memory.check();
   p.out = hidden.mutable_data_ptr();
   p.out_stride = p.hidden_stride;
   launch(&p, 1, hidden.device());
@@ -311,8 +313,8 @@ void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slot
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const Bank& bank,
                                                    const OptionalTensor& slots) {
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
   Memory().read(hidden, "hidden").read(bank).read(slots, "slots");
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
   const at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   const at::Tensor projections = at::empty({p.rows, p.directions}, bank.axes.options());
   const at::Tensor fired = at::empty({p.rows, p.directions}, bank.axes.options().dtype(at::kBool));
@@ -326,9 +328,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, con
 }
 
 at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots) {
+  Memory().read(hidden, "hidden").read(axes, "axes").read(slots, "slots");
   check_axes(axes, 3);
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), axes, slots);
-  Memory().read(hidden, "hidden").read(axes, "axes").read(slots, "slots");
   std::vector<int64_t> shape = hidden.sizes().vec();
   shape.back() = p.directions;
   const at::Tensor projections = at::empty(shape, axes.options());
@@ -339,17 +341,17 @@ at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const Optio
 
 void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
                    const OptionalTensor& projections) {
+  const Memory memory = Memory()
+                            .change(residual, "residual")
+                            .read(hidden, "hidden")
+                            .read(bank)
+                            .read(slots, "slots")
+                            .change(projections, "projections");
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
   use_residual(p, hidden, residual);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  Memory()
-      .change(residual, "residual")
-      .read(hidden, "hidden")
-      .read(bank)
-      .read(slots, "slots")
-      .change(projections, "projections")
-      .check();
+  memory.check();
   launch(&p, 1, hidden.device());
   mark_changed(residual);
 }
@@ -357,6 +359,13 @@ void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const B
 void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight, double eps,
                        const Bank& bank, const OptionalTensor& slots, double weight_bias,
                        const OptionalTensor& projections) {
+  const Memory memory = Memory()
+                            .change(residual, "residual")
+                            .change(hidden, "hidden")
+                            .read(weight, "weight")
+                            .read(bank)
+                            .read(slots, "slots")
+                            .change(projections, "projections");
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
   use_residual(p, hidden, residual);
   check_dtype(weight, "weight", hidden.scalar_type());
@@ -367,14 +376,7 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   TORCH_CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  Memory()
-      .change(residual, "residual")
-      .change(hidden, "hidden")
-      .read(weight, "weight")
-      .read(bank)
-      .read(slots, "slots")
-      .change(projections, "projections")
-      .check();
+  memory.check();
   p.weight = weight.const_data_ptr();
   p.normed = hidden.mutable_data_ptr();
   p.normed_stride = p.hidden_stride;
@@ -394,6 +396,8 @@ void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor&
   std::vector<CapParams> layers(count);
   for (int64_t layer = 0; layer < count; ++layer) {
     const at::Tensor& hidden = hiddens[layer];
+    const Memory memory =
+        Memory().change(hidden, "hiddens").read(bank).read(slots, "slots").change(projections, "projections");
     TORCH_CHECK_VALUE(hidden.sizes() == first.sizes(), "hiddens must have one shape, got ", first.sizes(), " and ",
                       hidden.sizes());
     check_dtype(hidden, "hiddens", first.scalar_type());
@@ -414,7 +418,7 @@ void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor&
       if (p.limits) p.limits += directions;
       if (p.projections) p.projections += p.rows * p.directions;
     }
-    Memory().change(hidden, "hiddens").read(bank).read(slots, "slots").change(projections, "projections").check();
+    memory.check();
     p.out = hidden.mutable_data_ptr();
     p.out_stride = p.hidden_stride;
   }
@@ -429,6 +433,8 @@ void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor&
 
 void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,
                  const OptionalTensor& slots) {
+  const Memory memory =
+      Memory().change(stats, "stats").read(projections, "projections").read(floors, "floors").read(slots, "slots");
   check_dtype(stats, "stats", at::kDouble);
   check_dtype(projections, "projections", at::kFloat);
   check_dtype(floors, "floors", at::kFloat);
@@ -447,7 +453,7 @@ void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const a
                     projections.strides());
   check_device(floors, "floors", projections);
   check_device(stats, "stats", projections);
-  Memory().change(stats, "stats").read(projections, "projections").read(floors, "floors").read(slots, "slots").check();
+  memory.check();
   StatsParams p;
   p.rows = projections.size(-2);
   p.num_slots = floors.size(-2);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import io
 import pickle
@@ -14,6 +15,9 @@ import pytest
 import torch
 import transformers
 from conftest import assert_same_bits, profile_for
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from test_install import FLOOR, GREEDY, LAYERS, SMALL, build, gemma3_multimodal, plain_cap, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -599,3 +603,131 @@ def test_the_model_is_as_it_was(llama):
         llama.generate(tokens(2, 5), **GREEDY)
     assert [(name, sorted(part.__dict__)) for name, part in llama.named_modules()] == names
     assert_same_bits(llama.generate(tokens(2, 5), **GREEDY), plain)
+
+
+# Any sequence of these, on one model.
+
+
+NAMED = {"low": 0.4, "high": 3.0}
+
+
+class Actions(RuleBasedStateMachine):
+    """A model with installations that come and go, beside a twin that the simplest hooks cap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.twin = build("Llama"), build("Llama")
+        self.profiles = {name: profile_for(self.model, LAYERS, floor) for name, floor in NAMED.items()}
+        self.cap: axiscap.Installation | None = None
+        self.chosen: str | None = None
+
+    def teardown(self) -> None:
+        if self.cap:
+            self.cap.remove()
+
+    @contextlib.contextmanager
+    def twin_capped(self, mask=None):
+        if self.cap is None or self.chosen is None:
+            yield
+        else:
+            with plain_cap(self.twin, self.profiles[self.chosen], mask):
+                yield
+
+    @precondition(lambda self: self.cap is None)
+    @rule()
+    def install(self) -> None:
+        self.cap, self.chosen = axiscap.install(self.model, self.profiles), "low"
+
+    @precondition(lambda self: self.cap is not None)
+    @rule()
+    def remove(self) -> None:
+        self.cap.remove()
+        self.cap = None
+
+    @precondition(lambda self: self.cap is not None)
+    @rule(name=st.sampled_from([*NAMED, None]))
+    def select(self, name) -> None:
+        self.cap.select(name)
+        self.chosen = name
+
+    @rule(batch=st.integers(1, 3), length=st.integers(2, 9), padding=st.integers(0, 3), grad=st.booleans())
+    def forward(self, batch, length, padding, grad) -> None:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[0, : min(padding, length - 1)] = 0
+        with torch.set_grad_enabled(grad):
+            found = self.model(tokens(batch, length), attention_mask=mask).logits
+            with self.twin_capped(mask):
+                wanted = self.twin(tokens(batch, length), attention_mask=mask).logits
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        if self.cap is not None:
+            assert self.cap.projections()[LAYERS[0]].shape == (batch, length, 1)
+
+    @rule(way=st.sampled_from(["greedy", "beams", "static", "no cache", "lookup", "embeddings"]))
+    def generate(self, way) -> None:
+        ids = tokens(1, 4).repeat(1, 2)
+        options = {
+            "greedy": {"input_ids": ids},
+            "beams": {"input_ids": ids, "num_beams": 2},
+            "static": {"input_ids": ids, "cache_implementation": "static", "disable_compile": True},
+            "no cache": {"input_ids": ids, "use_cache": False},
+            "lookup": {"input_ids": ids, "prompt_lookup_num_tokens": 2},
+            "embeddings": {},
+        }[way]
+        found = []
+        for model in (self.model, self.twin):
+            given = options or {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+            with self.twin_capped() if model is self.twin else contextlib.nullcontext():
+                made = model.generate(
+                    **given, do_sample=False, max_new_tokens=5, output_scores=True, return_dict_in_generate=True
+                )
+            found.append((made.sequences, made.scores[-1][..., 3:]))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+
+    @rule()
+    def train(self) -> None:
+        for model in (self.model, self.twin):
+            with self.twin_capped() if model is self.twin else contextlib.nullcontext():
+                model(tokens(2, 6), labels=tokens(2, 6)).loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+                    parameter.grad = None
+        for mine, twins in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, twins, atol=1e-4, rtol=1e-4)
+            twins.data.copy_(mine.data)  # so that what is left does not add up
+
+    @rule(dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+    def cast(self, dtype) -> None:
+        """There, where it runs, and back, with the same rounding in both."""
+        for model in (self.model, self.twin):
+            model.to(dtype)
+        with torch.no_grad():
+            assert bool(self.model(tokens(1, 5)).logits.isfinite().all())
+        for model in (self.model, self.twin):
+            model.float()
+
+    @rule(copied=st.sampled_from([copy.deepcopy, through_pickle]))
+    def copies(self, copied) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(copied(self.model)(tokens(1, 5)).logits, self.twin(tokens(1, 5)).logits)
+
+    @rule()
+    def fake(self) -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad():
+            assert self.model(mode.from_tensor(tokens(2, 4))).logits.shape == (2, 4, 97)
+
+    @rule()
+    def somebody_elses_error(self) -> None:
+        """A pass that ends in the middle leaves nothing for the next one."""
+        handle = self.model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, :4] = 0
+        with pytest.raises(ZeroDivisionError):
+            self.model.generate(tokens(2, 6), attention_mask=mask, max_new_tokens=3)
+        handle.remove()
+
+
+TestActions = Actions.TestCase
+TestActions.settings = settings(max_examples=12, stateful_step_count=10, deadline=None, derandomize=True)

@@ -57,7 +57,9 @@ class _Pass:
         self.announced: _Tokens | None = None  # what generate() said of the coming one
         self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
         self.slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
-        self.selection: list[int] | None = None
+        self.selection: list[int] | None = None  # as compiled code has to look it up
+        self.chooser: int | None = None  # the task that made it
+        self.several_tasks = False
         self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
         # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
         # where in the sequence the prompt ends.
@@ -281,16 +283,22 @@ class Installation:
         if not wanted:
             raise ValueError("names must not be empty")
         chosen = [-1 if name is None else self._names.index(name) for name in wanted]
-        chooser = threading.get_ident(), _task()
-        self._several_choose |= self._chooser is not None and chooser != self._chooser
-        self._chooser, self._selection = chooser, chosen
-        self._passes.mine.selection = chosen
+        task, this = _task(), self._passes.mine
+        this.several_tasks |= this.chooser not in (None, task)
+        chooser = threading.get_ident(), task
+        self._several_choose |= self._chooser not in (None, chooser)
+        self._chooser, self._selection, this.chooser, this.selection = chooser, chosen, task, chosen
         self._chosen_here.set(chosen)
 
     def _selected(self) -> list[int]:
         """The selection of this thread and task."""
-        # torch.compile cannot look into a context; generate() does it for the pass.
-        own = self._passes.mine.selection if torch.compiler.is_compiling() else self._chosen_here.get()
+        if torch.compiler.is_compiling():  # which cannot look into a context; generate() does it for its passes
+            this = self._passes.mine
+            own = this.selection
+            if this.several_tasks and not this.generating:
+                raise RuntimeError("several tasks of one thread choose profiles, which compiled code cannot tell apart")
+        else:
+            own = self._chosen_here.get()
         if own is not None:
             return own
         if self._several_choose:

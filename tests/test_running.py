@@ -289,6 +289,35 @@ def test_threads_choose_for_themselves_in_compiled_code(llama):
                 torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
+def test_tasks_choose_for_themselves_in_compiled_code(llama):
+    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
+    ids = tokens(2, 8)
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+        wanted = {}
+
+        async def alone(name):
+            cap.select(name)
+            wanted[name] = llama(ids).logits
+
+        for name in names:
+            asyncio.run(alone(name))
+        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
+        compiled = torch.compile(llama, backend="eager")
+        compiled(ids)
+
+        async def ask(name):
+            cap.select(name)
+            for _ in range(3):
+                await asyncio.sleep(0.01)  # the other one chooses, or runs
+                torch.testing.assert_close(compiled(ids).logits, wanted[name], atol=2e-5, rtol=2e-5)
+
+        async def both():
+            await asyncio.gather(*(ask(name) for name in names))
+
+        asyncio.run(both())
+
+
 # Traces: nothing of them outlives them.
 
 

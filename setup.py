@@ -1,5 +1,6 @@
 """Builds the extension: everything about the native build is in CMakeLists.txt, which this calls with Ninja."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", jobs], check=True)
         install = ["cmake", "--install", str(build), "--prefix", str(target.parent)]
         subprocess.run(install, check=True)
+        # The module is bound to this torch: an import under another one that fails says so.
+        (target / "built_for.txt").write_text(importlib.metadata.version("torch"))
 
 
 setup(ext_modules=[Extension("axiscap._C", [])], cmdclass={"build_ext": CMakeBuild})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -310,6 +313,20 @@ def test_the_figures_of_the_documentation_are_those_of_its_data():
     for row in rows:
         line = f"| {' | '.join(row)} |"
         assert line in readme, line
+
+
+@pytest.mark.parametrize(
+    ("built", "message"), [("2.6.0", "built for torch 2.6.0, and finds torch"), ("", "invalid ELF")]
+)
+def test_an_import_under_another_torch_says_so(tmp_path, built, message):
+    package = tmp_path / "axiscap"
+    shutil.copytree(REPOSITORY / "axiscap", package, ignore=shutil.ignore_patterns("*.so", "data", "__pycache__"))
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no module at all" * 100)
+    (package / "built_for.txt").write_text(built or importlib.metadata.version("torch"))
+    command = [sys.executable, "-c", "import axiscap"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert message in ended.stderr.splitlines()[-1]
 
 
 def test_imports_stay_light():

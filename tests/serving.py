@@ -298,7 +298,7 @@ def hostile(server: Server) -> None:
         assert response.status_code == 400, (asked, response.text[:500])
         assert len(response.text) < 2000
         if not isinstance(asked, dict):
-            assert "axiscap must be one of strict, watch, off" in response.text
+            assert "axiscap must be one of strict, watch, lifting, off" in response.text
     assert server.text("Hello.")
 
 

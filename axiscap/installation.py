@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -36,13 +36,15 @@ _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _Tokens(NamedTuple):
-    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter), and
-    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0).
+    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter),
+    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0), and, where the
+    tokens of many sequences stand in one row, the slot that was chosen for each, (1, tokens).
     """
 
     real: Tensor | None = None
     generated: Tensor | None = None
     positions: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 def _mask_of(given: object) -> Tensor | None:
@@ -104,7 +106,7 @@ class _Method:
         call: takes the method, and what it is called with.
     """
 
-    def __init__(self, model: nn.Module, name: str, call: Callable[..., Any]) -> None:
+    def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:
         self.model, self.name, self.call = model, name, call
         self.own = model.__dict__.get(name)
         self.original = getattr(model, name)
@@ -131,6 +133,103 @@ class _Method:
             del self.model.__dict__[self.name]
         else:
             self.model.__dict__[self.name] = self.own
+
+
+class _Batching:
+    """One of transformers' managers of continuous batching: requests come from many threads, and run in one of its own,
+    where the tokens of all of them stand in one row. A request has what was selected where it was added.
+    """
+
+    MOST = 1 << 16  # requests that are remembered: far more than are under way
+
+    def __init__(self, manager: Any, selected: Callable[[], list[int]]) -> None:
+        self.manager, self._selected = manager, selected
+        self._slots: dict[str, int] = {}
+        self._adding = threading.local()
+        self._methods = [
+            _Method(manager, "add_request", self._add),
+            _Method(manager, "add_requests", self._add_all),
+        ]
+
+    def undo(self) -> None:
+        for method in self._methods:
+            method.undo()
+
+    def _add(
+        self, original: Callable[..., Any], input_ids: Any, request_id: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        slot = getattr(self._adding, "slots", {}).get(id(input_ids))
+        if slot is None:
+            selection = self._selected()
+            if len(selection) > 1:
+                raise ValueError("a request is one sequence: select one profile for it, or add all with add_requests")
+            slot = selection[0]
+        if request_id is None:  # as the manager would name it: its profile is to be known before it runs
+            with self.manager._request_lock:
+                request_id = f"req_{self.manager._request_counter}"
+                self.manager._request_counter += 1
+        self._slots[request_id] = slot
+        if len(self._slots) > self.MOST:
+            del self._slots[next(iter(self._slots))]
+        return original(input_ids, request_id, *args, **kwargs)
+
+    def _add_all(self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        selection, inputs = self._selected(), [list(tokens) for tokens in inputs]
+        if len(selection) > 1 and len(inputs) != len(selection):
+            raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
+        self._adding.slots = {id(tokens): selection[at % len(selection)] for at, tokens in enumerate(inputs)}
+        try:
+            return original(inputs, *args, **kwargs)
+        finally:
+            self._adding.slots = {}
+
+    def tokens(self, positions: Tensor, generated_only: bool) -> _Tokens:
+        """Of the batch that is about to run, (1, tokens) each."""
+        io = self.manager.batch_processor.inputs_and_outputs
+        io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
+        count = positions.shape[-1]
+        chosen, written = torch.full((1, count), -1, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
+        at = 0
+        for request in io.requests_in_batch:
+            state, end = request.state, at + request.query_length
+            name = state.request_id.split("__child#")[0]
+            if name not in self._slots:
+                raise RuntimeError(f"request {name} was added before the installation, or too long ago")
+            chosen[0, at:end] = self._slots[name]
+            prompt = state._true_initial_tokens or len(state.initial_tokens)
+            written[at:end] = (
+                torch.arange(state.position_offset - request.query_length, state.position_offset) >= prompt
+            )
+            at = end
+        return _Tokens(None, written if generated_only else None, positions, chosen)
+
+
+def _no_sharing() -> Any:
+    from transformers import ContinuousBatchingConfig
+
+    return ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False)
+
+
+def _check_batching(config: Any) -> None:
+    """Requests under several profiles, or of which some rows are capped, must not take each other's keys, nor may a
+    captured graph keep one batch's rows for all others.
+    """
+    if config.allow_block_sharing:
+        raise ValueError(
+            "continuous batching shares the keys of a prefix between requests, which may be under other profiles: give "
+            "it a ContinuousBatchingConfig with allow_block_sharing=False"
+        )
+    if torch.cuda.is_available() and config.use_cuda_graph not in (False, (False, False)):
+        raise ValueError(
+            "a captured graph would keep one batch's rows for all others: give continuous batching a "
+            "ContinuousBatchingConfig with use_cuda_graph=False"
+        )
+
+
+def _batching_here(managers: Iterable[_Batching]) -> _Batching | None:
+    """The one whose thread this is."""
+    here = threading.current_thread()
+    return next((known for known in managers if known.manager._generation_thread is here), None)
 
 
 class _CappedLayer:
@@ -221,6 +320,8 @@ class Installation:
         self._chooser: tuple[int, int] | None = None
         self._several_choose = False
         self._chosen_here: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("chosen", default=None)
+        # Of managers that are still there: each lives as long as its manager.
+        self._batching: weakref.WeakSet[_Batching] = weakref.WeakSet()
         self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
         # Profiles that say nothing of sinks, until it was seen once whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
@@ -366,10 +467,12 @@ class Installation:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         this = self._passes.mine
+        given = kwargs if len(args) < 2 else self._signature.bind_partial(*args, **kwargs).arguments
         if this.announced is not None:
             this.tokens, this.announced = this.announced, None
+        elif "cu_seq_lens_q" in given and (batching := _batching_here(self._batching)) is not None:
+            this.tokens = batching.tokens(given["position_ids"], self._generated_only)
         else:
-            given = kwargs if len(args) < 2 else self._signature.bind_partial(*args, **kwargs).arguments
             # Other forms of masks (prepared 4-d ones) do not say which tokens are padding; then all count as real.
             mask = _mask_of(given.get("attention_mask"))
             real = this.mask if mask is None else mask
@@ -460,16 +563,18 @@ class Installation:
 
     def _make_slots(self, hidden: Tensor, known: _Tokens) -> Tensor | None:
         batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
-        real, generated, positions = known
-        selection = self._selected()
+        real, generated, positions, chosen = known
+        selection = [0] if chosen is not None else self._selected()
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if selection == [0] and real is None and generated is None and 0 not in self._sinks:
+        if selection == [0] and real is None and generated is None and chosen is None and 0 not in self._sinks:
             return None
         if batch % len(selection) != 0:
             raise ValueError(f"profiles are selected for {len(selection)} sequences, but the batch has {batch}")
         slots = torch.tensor(selection, dtype=torch.int32, device=hidden.device)[:, None]
+        if chosen is not None:
+            slots = chosen.to(hidden.device)
         if len(slots) > 1:
             slots = slots.repeat_interleave(batch // len(slots), 0)
         if real is not None:
@@ -491,6 +596,10 @@ class Installation:
                 for sink in sinks:  # a few; a tensor of them would be a copy to the device in each pass
                     slots = torch.where((slots == at) & (positions == sink), -1, slots)
         return slots.expand(batch, tokens).reshape(-1).contiguous()
+
+    def _leave_batching(self) -> None:
+        for batching in list(self._batching):
+            batching.undo()
 
     def _listen_to_generate(self, model: nn.Module) -> None:
         """generate() knows what a forward pass does not see: the 2-d mask, and where the prompt ends."""
@@ -542,24 +651,35 @@ class Installation:
                 this.announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
             return inputs
 
-        def batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # Here, where the caller hears of it: it runs in a thread of transformers' own, whose errors end in empty
-            # answers, and whose passes do not say which rows are prompts, nor whose.
-            if self._generated_only:
-                raise RuntimeError("continuous batching does not say which tokens the model wrote; install with 'all'")
-            if len(self._selected()) > 1 or self._several_choose:
-                raise RuntimeError("continuous batching runs under one selected profile for all sequences and threads")
-            return original(*args, **kwargs)
+        def batch(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            # Here, where the caller hears of it: what is raised further in ends in empty answers.
+            selection = self._selected()
+            if len(selection) > 1 and len(inputs) != len(selection):
+                raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
+            if len(args) < 2 and kwargs.get("continuous_batching_config") is None:
+                kwargs["continuous_batching_config"] = _no_sharing()
+            _check_batching(kwargs.get("continuous_batching_config") or args[1])
+            return original(inputs, *args, **kwargs)
+
+        def batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if len(args) < 2 and kwargs.get("continuous_batching_config") is None:
+                kwargs["continuous_batching_config"] = _no_sharing()
+            manager = original(*args, **kwargs)
+            _check_batching(manager.continuous_batching_config)
+            if not any(known.manager is manager for known in self._batching):
+                self._batching.add(_Batching(manager, self._selected))
+            return manager
 
         calls = {
             "prepare_inputs_for_generation": prepare,
             "generate": generate,
             "generate_batch": batch,
-            "init_continuous_batching": batch,
+            "init_continuous_batching": batching,
         }
         for name, call in calls.items():
             if hasattr(model, name):
                 self._undo.append(_Method(model, name, call).undo)
+        self._undo.append(self._leave_batching)
 
 
 def install(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
-import functools
 import inspect
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap import _C, ops
 from axiscap.models import decoder_layers, text_config
+from axiscap.passes import (
+    Batching,
+    Hook,
+    Method,
+    Pass,
+    Passes,
+    Tokens,
+    batching_here,
+    check_batching,
+    mask_of,
+    no_sharing,
+)
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats, layer_stats
 
@@ -33,203 +43,6 @@ SINK_NORM = 8.0
 
 # The decoder layers of every model with an installation.
 _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-class _Tokens(NamedTuple):
-    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter),
-    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0), and, where the
-    tokens of many sequences stand in one row, the slot that was chosen for each, (1, tokens).
-    """
-
-    real: Tensor | None = None
-    generated: Tensor | None = None
-    positions: Tensor | None = None
-    chosen: Tensor | None = None
-
-
-def _mask_of(given: object) -> Tensor | None:
-    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
-
-
-class _Pass:
-    """One thread's forward pass: what is known of it, and what it left behind."""
-
-    def __init__(self) -> None:
-        self.tokens = _Tokens()
-        self.announced: _Tokens | None = None  # what generate() said of the coming one
-        self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
-        self.slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
-        self.selection: list[int] | None = None  # as compiled code has to look it up
-        self.chooser: int | None = None  # the task that made it
-        self.several_tasks = False
-        self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
-        # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
-        # where in the sequence the prompt ends.
-        self.generating = self.given = self.prompt_length = 0
-
-
-class _Passes(threading.local):
-    """Each thread's. An object of its own, since what torch.compile changes of a thread-local itself is lost."""
-
-    def __init__(self) -> None:
-        self.mine = _Pass()
-
-
-def _left_out(*_: object, **__: object) -> None:
-    """What stands in a copy of a model for a hook: the copy is not capped."""
-
-
-def _left_out_hook() -> Callable[..., None]:
-    return _left_out
-
-
-class _Hook:
-    """A hook that stays behind where its model is copied or pickled."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _left_out
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _left_out_hook, ()
-
-
-class _Method:
-    """Stands in for a model's method, with its signature, which transformers looks at; a copy of the model has its own.
-
-    Args:
-        call: takes the method, and what it is called with.
-    """
-
-    def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:
-        self.model, self.name, self.call = model, name, call
-        self.own = model.__dict__.get(name)
-        self.original = getattr(model, name)
-        functools.update_wrapper(self, self.original)
-        model.__dict__[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.original, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
-        return getattr(type(self.model), self.name).__get__(memo.get(id(self.model), self.model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.model, self.name))
-
-    def undo(self) -> None:
-        """The method as it was. Where somebody stands before it in turn, it only passes on what it is called with."""
-        self.call = lambda original, *args, **kwargs: original(*args, **kwargs)
-        if self.model.__dict__.get(self.name) is not self:
-            return
-        if self.own is None:
-            del self.model.__dict__[self.name]
-        else:
-            self.model.__dict__[self.name] = self.own
-
-
-class _Batching:
-    """One of transformers' managers of continuous batching: requests come from many threads, and run in one of its own,
-    where the tokens of all of them stand in one row. A request has what was selected where it was added.
-    """
-
-    MOST = 1 << 16  # requests that are remembered: far more than are under way
-
-    def __init__(self, manager: Any, selected: Callable[[], list[int]]) -> None:
-        self.manager, self._selected = manager, selected
-        self._slots: dict[str, int] = {}
-        self._adding = threading.local()
-        self._methods = [
-            _Method(manager, "add_request", self._add),
-            _Method(manager, "add_requests", self._add_all),
-        ]
-
-    def undo(self) -> None:
-        for method in self._methods:
-            method.undo()
-
-    def _add(
-        self, original: Callable[..., Any], input_ids: Any, request_id: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        slot = getattr(self._adding, "slots", {}).get(id(input_ids))
-        if slot is None:
-            selection = self._selected()
-            if len(selection) > 1:
-                raise ValueError("a request is one sequence: select one profile for it, or add all with add_requests")
-            slot = selection[0]
-        if request_id is None:  # as the manager would name it: its profile is to be known before it runs
-            with self.manager._request_lock:
-                request_id = f"req_{self.manager._request_counter}"
-                self.manager._request_counter += 1
-        self._slots[request_id] = slot
-        if len(self._slots) > self.MOST:
-            del self._slots[next(iter(self._slots))]
-        return original(input_ids, request_id, *args, **kwargs)
-
-    def _add_all(self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        selection, inputs = self._selected(), [list(tokens) for tokens in inputs]
-        if len(selection) > 1 and len(inputs) != len(selection):
-            raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
-        self._adding.slots = {id(tokens): selection[at % len(selection)] for at, tokens in enumerate(inputs)}
-        try:
-            return original(inputs, *args, **kwargs)
-        finally:
-            self._adding.slots = {}
-
-    def tokens(self, positions: Tensor, generated_only: bool) -> _Tokens:
-        """Of the batch that is about to run, (1, tokens) each."""
-        io = self.manager.batch_processor.inputs_and_outputs
-        io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
-        count = positions.shape[-1]
-        chosen, written = torch.full((1, count), -1, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
-        at = 0
-        for request in io.requests_in_batch:
-            state, end = request.state, at + request.query_length
-            name = state.request_id.split("__child#")[0]
-            if name not in self._slots:
-                raise RuntimeError(f"request {name} was added before the installation, or too long ago")
-            chosen[0, at:end] = self._slots[name]
-            prompt = state._true_initial_tokens or len(state.initial_tokens)
-            written[at:end] = (
-                torch.arange(state.position_offset - request.query_length, state.position_offset) >= prompt
-            )
-            at = end
-        return _Tokens(None, written if generated_only else None, positions, chosen)
-
-
-def _no_sharing() -> Any:
-    from transformers import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False)
-
-
-def _check_batching(config: Any) -> None:
-    """Requests under several profiles, or of which some rows are capped, must not take each other's keys, nor may a
-    captured graph keep one batch's rows for all others.
-    """
-    if config.allow_block_sharing:
-        raise ValueError(
-            "continuous batching shares the keys of a prefix between requests, which may be under other profiles: give "
-            "it a ContinuousBatchingConfig with allow_block_sharing=False"
-        )
-    if torch.cuda.is_available() and config.use_cuda_graph not in (False, (False, False)):
-        raise ValueError(
-            "a captured graph would keep one batch's rows for all others: give continuous batching a "
-            "ContinuousBatchingConfig with use_cuda_graph=False"
-        )
-
-
-def _batching_here(managers: Iterable[_Batching]) -> _Batching | None:
-    """The one whose thread this is."""
-    here = threading.current_thread()
-    return next((known for known in managers if known.manager._generation_thread is here), None)
 
 
 class _CappedLayer:
@@ -261,7 +74,7 @@ class _CappedLayer:
         self.stats = stats.to(device)
         self.bank = _C.Bank(self.axes, self.floors, **self.more)
 
-    def cap(self, hidden: Tensor, slots: Tensor | None, seen: _Pass) -> Tensor:
+    def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
@@ -280,7 +93,7 @@ class _CappedLayer:
             ops.accumulate_(self.stats, projections, self.floors, slots)
         return hidden
 
-    def _projections(self, hidden: Tensor, seen: _Pass, compiling: bool) -> Tensor:
+    def _projections(self, hidden: Tensor, seen: Pass, compiling: bool) -> Tensor:
         """Room for those of one pass: the last one's, where it fits."""
         rows, known = hidden.numel() // hidden.shape[-1], seen.projections.get(self.index)
         fits = not compiling and known is not None and known[0].shape[0] == rows
@@ -313,7 +126,7 @@ class Installation:
         self._names = tuple(profiles)
         self._profiles = dict(profiles)
         self._generated_only = positions == "generated"
-        self._passes = _Passes()
+        self._passes = Passes()
         self._last = self._passes.mine  # of whichever thread
         # What was chosen last, and by which thread and task; where there were several, it is nobody else's.
         self._selection: list[int] = [0]
@@ -321,7 +134,7 @@ class Installation:
         self._several_choose = False
         self._chosen_here: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("chosen", default=None)
         # Of managers that are still there: each lives as long as its manager.
-        self._batching: weakref.WeakSet[_Batching] = weakref.WeakSet()
+        self._batching: weakref.WeakSet[Batching] = weakref.WeakSet()
         self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
         # Profiles that say nothing of sinks, until it was seen once whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
@@ -338,9 +151,9 @@ class Installation:
             for around in _around(model, owner):
                 self._undo += self._listen_for_masks(around)
             self._signature = inspect.signature(owner.forward)
-            self._undo.append(owner.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True).remove)
+            self._undo.append(owner.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True).remove)
             for index, layer in self._layers.items():
-                self._undo.append(blocks[index].register_forward_hook(_Hook(self._after_layer(layer))).remove)
+                self._undo.append(blocks[index].register_forward_hook(Hook(self._after_layer(layer))).remove)
                 _recorders_last(blocks[index])
             self._listen_to_generate(getattr(model, "_orig_mod", model))
             _installed.update(blocks)
@@ -442,7 +255,7 @@ class Installation:
 
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
         """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
-        return self._decoder.register_forward_hook(_Hook(lambda *_: see(self.projections()))).remove
+        return self._decoder.register_forward_hook(Hook(lambda *_: see(self.projections()))).remove
 
     # Hooks. The pre-hook of the decoder learns which tokens are real; the first capped layer on a device turns that and
     # the selection into slots, which the layers after it share.
@@ -453,7 +266,7 @@ class Installation:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = kwargs if len(args) < 2 else signature.bind_partial(*args, **kwargs).arguments
-            mask = None if self._encoder_decoder else _mask_of(given.get("attention_mask"))
+            mask = None if self._encoder_decoder else mask_of(given.get("attention_mask"))
             if mask is not None:
                 self._passes.mine.mask = mask
 
@@ -461,8 +274,8 @@ class Installation:
             self._passes.mine.mask = None
 
         return [
-            around.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove,
-            around.register_forward_hook(_Hook(after), always_call=True).remove,
+            around.register_forward_pre_hook(Hook(before), with_kwargs=True).remove,
+            around.register_forward_hook(Hook(after), always_call=True).remove,
         ]
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -470,11 +283,11 @@ class Installation:
         given = kwargs if len(args) < 2 else self._signature.bind_partial(*args, **kwargs).arguments
         if this.announced is not None:
             this.tokens, this.announced = this.announced, None
-        elif "cu_seq_lens_q" in given and (batching := _batching_here(self._batching)) is not None:
+        elif "cu_seq_lens_q" in given and (batching := batching_here(self._batching)) is not None:
             this.tokens = batching.tokens(given["position_ids"], self._generated_only)
         else:
             # Other forms of masks (prepared 4-d ones) do not say which tokens are padding; then all count as real.
-            mask = _mask_of(given.get("attention_mask"))
+            mask = mask_of(given.get("attention_mask"))
             real = this.mask if mask is None else mask
             ids = given.get("position_ids")
             if isinstance(ids, Tensor):
@@ -488,7 +301,7 @@ class Installation:
                 length = 0 if cache is None else cache.get_seq_length()
                 # A copy, since a static cache counts on in the tensor that it gives.
                 positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
-            this.tokens = _Tokens(real, None, positions)
+            this.tokens = Tokens(real, None, positions)
         this.slots = {}
         if not torch.compiler.is_compiling():
             self._last = this
@@ -561,7 +374,7 @@ class Installation:
                 stacklevel=2,
             )
 
-    def _make_slots(self, hidden: Tensor, known: _Tokens) -> Tensor | None:
+    def _make_slots(self, hidden: Tensor, known: Tokens) -> Tensor | None:
         batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
         real, generated, positions, chosen = known
         selection = [0] if chosen is not None else self._selected()
@@ -614,7 +427,7 @@ class Installation:
             before = this.selection
             if this.generating == 1:
                 ids = kwargs.get(ids_name, args[0] if args else kwargs.get("inputs"))
-                embeds, mask = kwargs.get("inputs_embeds"), _mask_of(kwargs.get(mask_name))
+                embeds, mask = kwargs.get("inputs_embeds"), mask_of(kwargs.get(mask_name))
                 this.given = (
                     ids.shape[1] if isinstance(ids, Tensor) and ids.dim() > 1 else 0 if embeds is not None else 1
                 )
@@ -632,7 +445,7 @@ class Installation:
             this = self._passes.mine
             inputs = original(input_ids, *args, **kwargs)
             # What goes to the model has the virtual tokens of prompt tuning in it.
-            found = (_mask_of(given.get(mask_name)) for given in (inputs, kwargs))
+            found = (mask_of(given.get(mask_name)) for given in (inputs, kwargs))
             mask = next((mask for mask in found if mask is not None), None)
             total = input_ids.shape[1] if mask is None else mask.shape[1]
             ids = inputs.get(ids_name)
@@ -642,13 +455,13 @@ class Installation:
                 drafted = max(0, input_ids.shape[1] - this.given) if this.generating else 0
                 this.prompt_length = total - drafted
             generated = torch.arange(total - tokens, total) >= this.prompt_length if self._generated_only else None
-            given = _mask_of(kwargs.get(mask_name))
+            given = mask_of(kwargs.get(mask_name))
             if generated is not None and ids is None and mask is not None and given is not None:
                 generated[: mask.shape[1] - given.shape[1]] = False  # PEFT feeds virtual tokens in every step
             if mask is None:
-                this.announced = _Tokens(None, generated, torch.arange(total - tokens, total)[None])
+                this.announced = Tokens(None, generated, torch.arange(total - tokens, total)[None])
             else:
-                this.announced = _Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
+                this.announced = Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
             return inputs
 
         def batch(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -657,17 +470,17 @@ class Installation:
             if len(selection) > 1 and len(inputs) != len(selection):
                 raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
             if len(args) < 2 and kwargs.get("continuous_batching_config") is None:
-                kwargs["continuous_batching_config"] = _no_sharing()
-            _check_batching(kwargs.get("continuous_batching_config") or args[1])
+                kwargs["continuous_batching_config"] = no_sharing()
+            check_batching(kwargs.get("continuous_batching_config") or args[1])
             return original(inputs, *args, **kwargs)
 
         def batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if len(args) < 2 and kwargs.get("continuous_batching_config") is None:
-                kwargs["continuous_batching_config"] = _no_sharing()
+                kwargs["continuous_batching_config"] = no_sharing()
             manager = original(*args, **kwargs)
-            _check_batching(manager.continuous_batching_config)
+            check_batching(manager.continuous_batching_config)
             if not any(known.manager is manager for known in self._batching):
-                self._batching.add(_Batching(manager, self._selected))
+                self._batching.add(Batching(manager, self._selected))
             return manager
 
         calls = {
@@ -678,7 +491,7 @@ class Installation:
         }
         for name, call in calls.items():
             if hasattr(model, name):
-                self._undo.append(_Method(model, name, call).undo)
+                self._undo.append(Method(model, name, call).undo)
         self._undo.append(self._leave_batching)
 
 

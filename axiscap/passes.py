@@ -1,0 +1,211 @@
+"""What a forward pass is known by: its tokens, the thread that runs it, and the request that it is of; and what stands
+before a model's methods to learn that.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter),
+    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0), and, where the
+    tokens of many sequences stand in one row, the slot that was chosen for each, (1, tokens).
+    """
+
+    real: Tensor | None = None
+    generated: Tensor | None = None
+    positions: Tensor | None = None
+    chosen: Tensor | None = None
+
+
+def mask_of(given: object) -> Tensor | None:
+    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+
+
+class Pass:
+    """One thread's forward pass: what is known of it, and what it left behind."""
+
+    def __init__(self) -> None:
+        self.tokens = Tokens()
+        self.announced: Tokens | None = None  # what generate() said of the coming one
+        self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
+        self.slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
+        self.selection: list[int] | None = None  # as compiled code has to look it up
+        self.chooser: int | None = None  # the task that made it
+        self.several_tasks = False
+        self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
+        # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
+        # where in the sequence the prompt ends.
+        self.generating = self.given = self.prompt_length = 0
+
+
+class Passes(threading.local):
+    """Each thread's. An object of its own, since what torch.compile changes of a thread-local itself is lost."""
+
+    def __init__(self) -> None:
+        self.mine = Pass()
+
+
+def left_out(*_: object, **__: object) -> None:
+    """What stands in a copy of a model for a hook: the copy is not capped."""
+
+
+def left_out_hook() -> Callable[..., None]:
+    return left_out
+
+
+class Hook:
+    """A hook that stays behind where its model is copied or pickled."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return left_out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return left_out_hook, ()
+
+
+class Method:
+    """Stands in for a model's method, with its signature, which transformers looks at; a copy of the model has its own.
+
+    Args:
+        call: takes the method, and what it is called with.
+    """
+
+    def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:
+        self.model, self.name, self.call = model, name, call
+        self.own = model.__dict__.get(name)
+        self.original = getattr(model, name)
+        functools.update_wrapper(self, self.original)
+        model.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return getattr(type(self.model), self.name).__get__(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.model, self.name))
+
+    def undo(self) -> None:
+        """The method as it was. Where somebody stands before it in turn, it only passes on what it is called with."""
+        self.call = lambda original, *args, **kwargs: original(*args, **kwargs)
+        if self.model.__dict__.get(self.name) is not self:
+            return
+        if self.own is None:
+            del self.model.__dict__[self.name]
+        else:
+            self.model.__dict__[self.name] = self.own
+
+
+class Batching:
+    """One of transformers' managers of continuous batching: requests come from many threads, and run in one of its own,
+    where the tokens of all of them stand in one row. A request has what was selected where it was added.
+    """
+
+    MOST = 1 << 16  # requests that are remembered: far more than are under way
+
+    def __init__(self, manager: Any, selected: Callable[[], list[int]]) -> None:
+        self.manager, self._selected = manager, selected
+        self._slots: dict[str, int] = {}
+        self._adding = threading.local()
+        self._methods = [
+            Method(manager, "add_request", self._add),
+            Method(manager, "add_requests", self._add_all),
+        ]
+
+    def undo(self) -> None:
+        for method in self._methods:
+            method.undo()
+
+    def _add(
+        self, original: Callable[..., Any], input_ids: Any, request_id: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        slot = getattr(self._adding, "slots", {}).get(id(input_ids))
+        if slot is None:
+            selection = self._selected()
+            if len(selection) > 1:
+                raise ValueError("a request is one sequence: select one profile for it, or add all with add_requests")
+            slot = selection[0]
+        if request_id is None:  # as the manager would name it: its profile is to be known before it runs
+            with self.manager._request_lock:
+                request_id = f"req_{self.manager._request_counter}"
+                self.manager._request_counter += 1
+        self._slots[request_id] = slot
+        if len(self._slots) > self.MOST:
+            del self._slots[next(iter(self._slots))]
+        return original(input_ids, request_id, *args, **kwargs)
+
+    def _add_all(self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        selection, inputs = self._selected(), [list(tokens) for tokens in inputs]
+        if len(selection) > 1 and len(inputs) != len(selection):
+            raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
+        self._adding.slots = {id(tokens): selection[at % len(selection)] for at, tokens in enumerate(inputs)}
+        try:
+            return original(inputs, *args, **kwargs)
+        finally:
+            self._adding.slots = {}
+
+    def tokens(self, positions: Tensor, generated_only: bool) -> Tokens:
+        """Of the batch that is about to run, (1, tokens) each."""
+        io = self.manager.batch_processor.inputs_and_outputs
+        io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
+        count = positions.shape[-1]
+        chosen, written = torch.full((1, count), -1, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
+        at = 0
+        for request in io.requests_in_batch:
+            state, end = request.state, at + request.query_length
+            name = state.request_id.split("__child#")[0]
+            if name not in self._slots:
+                raise RuntimeError(f"request {name} was added before the installation, or too long ago")
+            chosen[0, at:end] = self._slots[name]
+            prompt = state._true_initial_tokens or len(state.initial_tokens)
+            written[at:end] = (
+                torch.arange(state.position_offset - request.query_length, state.position_offset) >= prompt
+            )
+            at = end
+        return Tokens(None, written if generated_only else None, positions, chosen)
+
+
+def no_sharing() -> Any:
+    from transformers import ContinuousBatchingConfig
+
+    return ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False)
+
+
+def check_batching(config: Any) -> None:
+    """Requests under several profiles, or of which some rows are capped, must not take each other's keys, nor may a
+    captured graph keep one batch's rows for all others.
+    """
+    if config.allow_block_sharing:
+        raise ValueError(
+            "continuous batching shares the keys of a prefix between requests, which may be under other profiles: give "
+            "it a ContinuousBatchingConfig with allow_block_sharing=False"
+        )
+    if torch.cuda.is_available() and config.use_cuda_graph not in (False, (False, False)):
+        raise ValueError(
+            "a captured graph would keep one batch's rows for all others: give continuous batching a "
+            "ContinuousBatchingConfig with use_cuda_graph=False"
+        )
+
+
+def batching_here(managers: Iterable[Batching]) -> Batching | None:
+    """The one whose thread this is."""
+    here = threading.current_thread()
+    return next((known for known in managers if known.manager._generation_thread is here), None)

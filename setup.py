@@ -32,7 +32,12 @@ class CMakeBuild(build_ext):
         install = ["cmake", "--install", str(build), "--prefix", str(target.parent)]
         subprocess.run(install, check=True)
         # The module is bound to this torch: an import under another one that fails says so.
-        (target / "built_for.txt").write_text(importlib.metadata.version("torch"))
+        self.built_for = target / "built_for.txt"
+        self.built_for.write_text(importlib.metadata.version("torch"))
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()  # of an editable installation
+        shutil.copy(self.built_for, ROOT / "axiscap")
 
 
 setup(ext_modules=[Extension("axiscap._C", [])], cmdclass={"build_ext": CMakeBuild})

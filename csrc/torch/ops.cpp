@@ -54,6 +54,23 @@ Rows writable_rows_of(const at::Tensor& tensor, const char* name) {
   return rows;
 }
 
+// The memory of a tensor. A storage that was resized, or freed by a parameter's owner, has less than its tensor says.
+Span span_of(const at::Tensor& tensor, const char* name) {
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  int64_t last = impl.numel() - 1;
+  if (last < 0) return {};
+  if (!impl.is_contiguous()) {
+    last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  const int64_t bytes = impl.itemsize(), begin = impl.storage_offset() * bytes, end = begin + (last + 1) * bytes;
+  const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+  TORCH_CHECK_VALUE(end <= int64_t(storage.nbytes()), name, " has less memory than its shape ", tensor.sizes(),
+                    " needs");
+  const char* data = static_cast<const char*>(storage.data());
+  return {data + begin, data + end};
+}
+
 // The memory of what a call is given. Each has as much as its shape says, and what is changed shares none with the
 // rest.
 class Memory {
@@ -63,7 +80,11 @@ class Memory {
   Memory& change(const at::Tensor& tensor, const char* name) { return add(tensor, name, true); }
   Memory& change(const OptionalTensor& tensor, const char* name) { return tensor ? add(*tensor, name, true) : *this; }
   Memory& read(const Bank& bank) {
-    return read(bank.axes, "axes").read(bank.floors, "floors").read(bank.lifts, "lifts").read(bank.limits, "limits");
+    put(bank.spans[0], bank.axes, "axes");
+    put(bank.spans[1], bank.floors, "floors");
+    if (bank.lifts) put(bank.spans[2], *bank.lifts, "lifts");
+    if (bank.limits) put(bank.spans[3], *bank.limits, "limits");
+    return *this;
   }
 
   void check() const {
@@ -81,22 +102,13 @@ class Memory {
   };
 
   Memory& add(const at::Tensor& tensor, const char* name, bool changed) {
-    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    int64_t last = impl.numel() - 1;
-    if (last < 0) return *this;
-    if (!impl.is_contiguous()) {
-      last = 0;
-      for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-    }
-    const int64_t bytes = impl.itemsize(), begin = impl.storage_offset() * bytes, end = begin + (last + 1) * bytes;
-    const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
-    // A storage that was resized, or freed by a parameter's owner, has less than its tensor says.
-    TORCH_CHECK_VALUE(end <= int64_t(storage.nbytes()), name, " has less memory than its shape ", tensor.sizes(),
-                      " needs");
-    const char* data = static_cast<const char*>(storage.data());
-    parts_[count_++] = {data + begin, data + end, &tensor, name};
+    put(span_of(tensor, name), tensor, name);
     if (changed) std::swap(parts_[changed_++], parts_[count_ - 1]);
     return *this;
+  }
+
+  void put(Span span, const at::Tensor& tensor, const char* name) {
+    parts_[count_++] = {span.begin, span.end, &tensor, name};
   }
 
   // Rows that lie side by side in one buffer, with one stride, share nothing.
@@ -273,6 +285,9 @@ Bank::Bank(at::Tensor axes_, at::Tensor floors_, OptionalTensor lifts_, Optional
   check_beside(floors, "floors", axes, false);
   if (lifts) check_beside(*lifts, "lifts", axes, true);
   if (limits) check_beside(*limits, "limits", axes, false);
+  if (axes.is_meta() || axes.key_set().has(c10::DispatchKey::Python)) return;  // no memory, and for no kernel
+  spans = {span_of(axes, "axes"), span_of(floors, "floors"), lifts ? span_of(*lifts, "lifts") : Span(),
+           limits ? span_of(*limits, "limits") : Span()};
 }
 
 void check_values(const Bank& bank) {

@@ -3,12 +3,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
 namespace axiscap {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// From a tensor's first byte to the one behind its last.
+struct Span {
+  const char* begin = nullptr;
+  const char* end = nullptr;
+};
 
 // Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given. Their
 // sizes, dtypes and layout have been checked.
@@ -17,6 +24,7 @@ struct Bank {
   at::Tensor floors;
   OptionalTensor lifts;
   OptionalTensor limits;
+  std::array<Span, 4> spans;  // of the four, in their order
 
   // Of one layer, or of several, each with an entry of dimension 0.
   Bank(at::Tensor axes, at::Tensor floors, OptionalTensor lifts, OptionalTensor limits, bool many_layers = false);

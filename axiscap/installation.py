@@ -30,6 +30,7 @@ from axiscap.passes import (
     check_batching,
     mask_of,
     no_sharing,
+    one_for_each,
 )
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats, layer_stats
@@ -95,10 +96,10 @@ class _CappedLayer:
 
     def _projections(self, hidden: Tensor, seen: Pass, compiling: bool) -> Tensor:
         """Room for those of one pass: the last one's, where it fits."""
-        rows, known = hidden.numel() // hidden.shape[-1], seen.projections.get(self.index)
-        fits = not compiling and known is not None and known[0].shape[0] == rows
-        fits = fits and known is not None and known[0].device == hidden.device
-        room = known[0] if fits and known is not None else self.floors.new_empty((rows, self.floors.shape[1]))
+        rows = hidden.numel() // hidden.shape[-1]
+        room, _ = seen.projections.get(self.index, (None, None))
+        if compiling or room is None or room.shape[0] != rows or room.device != hidden.device:
+            room = self.floors.new_empty((rows, self.floors.shape[1]))
         seen.projections[self.index] = room, hidden.shape[:-1]
         return room
 
@@ -243,15 +244,16 @@ class Installation:
 
         The last of this thread, if it had one.
         """
-        seen = self._passes.mine if self._passes.mine.projections else self._last
-        return {
-            index: projections.reshape(*shape, -1).clone() for index, (projections, shape) in seen.projections.items()
-        }
+        seen = self._last_pass().projections
+        return {index: projections.reshape(*shape, -1).clone() for index, (projections, shape) in seen.items()}
 
     def real(self) -> Tensor | None:
         """Which tokens of that forward pass are no padding, (batch, tokens) bool; None: all of them."""
-        seen = self._passes.mine if self._passes.mine.projections else self._last
-        return seen.tokens.real
+        return self._last_pass().tokens.real
+
+    def _last_pass(self) -> Pass:
+        """This thread's; another's where it had none."""
+        return self._passes.mine if self._passes.mine.projections else self._last
 
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
         """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
@@ -323,23 +325,25 @@ class Installation:
                     "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
                     "torch.export, or remove the installation first"
                 )
-            if hasattr(hidden, "to_local"):
-                capped = self._cap_replicated(layer, hidden)
-                return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
-            this = self._passes.mine
-            key = (hidden.device, hidden.shape)
-            if key not in this.slots:
-                this.slots[key] = self._make_slots(hidden, this.tokens)
-            looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
-            norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
-            capped = layer.cap(hidden, this.slots[key], this)
-            if norms is not None:
-                self._look_for_sinks(layer, norms, this.slots[key], this.projections[layer.index][0])
+            cap = self._cap_replicated if hasattr(hidden, "to_local") else self._cap
+            capped = cap(layer, hidden)
             if capped is hidden:
                 return None
             return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
 
         return hook
+
+    def _cap(self, layer: _CappedLayer, hidden: Tensor) -> Tensor:
+        this = self._passes.mine
+        key = (hidden.device, hidden.shape)
+        if key not in this.slots:
+            this.slots[key] = self._make_slots(hidden, this.tokens)
+        looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
+        norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
+        capped = layer.cap(hidden, this.slots[key], this)
+        if norms is not None:
+            self._look_for_sinks(layer, norms, this.slots[key], this.projections[layer.index][0])
+        return capped
 
     def _cap_replicated(self, layer: _CappedLayer, hidden: Any) -> Tensor:
         """A DTensor of which each process has all rows."""
@@ -466,12 +470,10 @@ class Installation:
 
         def batch(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # Here, where the caller hears of it: what is raised further in ends in empty answers.
-            selection = self._selected()
-            if len(selection) > 1 and len(inputs) != len(selection):
-                raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
-            if len(args) < 2 and kwargs.get("continuous_batching_config") is None:
-                kwargs["continuous_batching_config"] = no_sharing()
-            check_batching(kwargs.get("continuous_batching_config") or args[1])
+            one_for_each(self._selected(), len(inputs))
+            config = kwargs.get("continuous_batching_config", args[1] if len(args) > 1 else None)
+            if config is not None:
+                check_batching(config)
             return original(inputs, *args, **kwargs)
 
         def batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -299,11 +299,10 @@ def _vmap_cap(
     axes: Tensor,
     floors: Tensor,
     slots: Tensor | None = None,
-    lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    *more: Tensor | None,
 ) -> tuple[Any, Any]:
     hidden, slots = _in_rows(info, in_dims, hidden, slots)
-    out, *per_row = torch.ops.axiscap.cap(hidden, axes, floors, slots, lifts, limits)
+    out, *per_row = torch.ops.axiscap.cap(hidden, axes, floors, slots, *more)
     return (out, *(part.reshape(info.batch_size, -1, part.shape[-1]) for part in per_row)), (0, 0, 0)
 
 

@@ -153,10 +153,9 @@ class Batching:
         return original(input_ids, request_id, *args, **kwargs)
 
     def _add_all(self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        selection, inputs = self._selected(), [list(tokens) for tokens in inputs]
-        if len(selection) > 1 and len(inputs) != len(selection):
-            raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {len(inputs)}")
-        self._adding.slots = {id(tokens): selection[at % len(selection)] for at, tokens in enumerate(inputs)}
+        inputs = [list(tokens) for tokens in inputs]
+        slots = one_for_each(self._selected(), len(inputs))
+        self._adding.slots = {id(tokens): slot for tokens, slot in zip(inputs, slots, strict=True)}
         try:
             return original(inputs, *args, **kwargs)
         finally:
@@ -181,6 +180,13 @@ class Batching:
             )
             at = end
         return Tokens(None, written if generated_only else None, positions, chosen)
+
+
+def one_for_each(selection: list[int], count: int) -> list[int]:
+    """The slots of as many sequences, of a selection for all of them or for each."""
+    if len(selection) > 1 and len(selection) != count:
+        raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {count}")
+    return selection if len(selection) == count else selection * count
 
 
 def no_sharing() -> Any:

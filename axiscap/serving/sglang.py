@@ -275,8 +275,8 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
                 raise RuntimeError(
                     f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
                 )
-    if len(requests) and starts[0] == 0 and (slot := _worker.begins_unseen(requests[0].rid)) is not None:
-        _worker.look_for_sinks(slot, buffers.all_projections[:, 0])
+    if len(requests) and starts[0] == 0 and (digest := _worker.unseen(requests[0].rid)) is not None:
+        _worker.look_for_sinks(digest, buffers.all_projections[:, 0])
     _worker.end()
     return result
 

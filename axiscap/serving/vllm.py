@@ -310,14 +310,14 @@ class VllmWorker:
                 raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
         buffers.floors.fill_(-torch.inf)
         first = {}
-        for slot in buffers.slot_of.values():
+        for digest, slot in buffers.slot_of.items():
             buffers.rows.fill_(slot)
             self._probe()
-            first[slot] = buffers.all_projections[:, 0].clone()
+            first[digest] = buffers.all_projections[:, 0].clone()
         buffers.floors.copy_(kept)
         buffers.limits.copy_(limits)
-        for slot, projections in first.items():
-            self._capped.look_for_sinks(slot, projections)
+        for digest, projections in first.items():
+            self._capped.look_for_sinks(digest, projections)
         self._capped.clear()
 
     def _probe(self) -> Tensor:

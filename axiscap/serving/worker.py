@@ -56,19 +56,17 @@ class Worker:
         self._last_sink = max((max(sinks, default=-1) for sinks in self.buffers.sinks.values()), default=-1)
         self._step = None
 
-    def look_for_sinks(self, slot: int, first: Tensor) -> None:
-        """Warns, once, where the profile in a slot lifts the first token of a sequence, which in most models is an
-        attention sink.
+    def look_for_sinks(self, digest: str, first: Tensor) -> None:
+        """Warns, once, where a profile lifts the first token of a sequence, in most models an attention sink.
 
         Args:
             first: (layers, directions) of the layers that this worker holds: the first token's projections on that
                 profile's axes, before the cap.
         """
-        digest = next(digest for digest, its in self.buffers.slot_of.items() if its == slot)
         if digest in self._looked_at:
             return
         self._looked_at.add(digest)
-        first = first.cpu()
+        first, slot = first.cpu(), self.buffers.slot_of[digest]
         floors, limits = self.buffers.floors[:, slot].cpu(), self.buffers.limits[:, slot].cpu()
         lifted = ((first < floors) & (first.abs() <= limits)).nonzero().tolist()
         if lifted and 0 not in self.buffers.sinks[digest]:
@@ -82,10 +80,10 @@ class Worker:
                 floors[at, direction],
             )
 
-    def begins_unseen(self, name: str) -> int | None:
-        """The slot of a request whose profile :meth:`look_for_sinks` has not looked at yet."""
+    def unseen(self, name: str) -> str | None:
+        """The profile of a request, where :meth:`look_for_sinks` has not looked at it yet."""
         digest = self._choices[name].digest
-        return None if digest is None or digest in self._looked_at else self.buffers.slot_of[digest]
+        return None if digest in self._looked_at else digest
 
     def clear(self) -> None:
         """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""

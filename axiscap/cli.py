@@ -219,7 +219,7 @@ def calibrate(
         int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
     ] = 16,
     percentile: Annotated[
-        float | None, typer.Option(help="Of the population that the floors are at; 4, or 25 with --method difference.")
+        float | None, typer.Option(help="Of the population that the floors are at; 6, or 25 with --method difference.")
     ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,

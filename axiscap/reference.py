@@ -37,8 +37,18 @@ class _Directions:
         self.lifts = self.axes if lifts is None else lifts.to(work)[index]
         self.limits = torch.full_like(self.floors, torch.inf) if limits is None else limits.to(work)[index]
 
-    def cap(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Applies the directions in order: rows after the cap, projections before it (N, K), fired (N,)."""
+    def cap(self, x: Tensor, rows: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Applies the directions in order to x (N, H).
+
+        Args:
+            rows: of the same shape, in the streams' dtype: what becomes x where a row fired, and stays as it is
+                elsewhere.
+            apart: it is a part of x alone, to which the correction is added.
+
+        Returns:
+            Those rows, and the projections before the cap (N, K).
+        """
+        came = x
         incoming = torch.einsum("nh,nkh->nk", x, self.axes)
         fired = torch.zeros_like(self.active)
         admitted = self.active & (incoming.isfinite() & (incoming.abs() <= self.limits)).all(-1)
@@ -49,8 +59,11 @@ class _Directions:
             admitted = admitted & p.isfinite() & delta.isfinite()
             x = torch.where(fires[:, None], x + delta[:, None] * self.lifts[:, k], x)
             fired = fired | fires
+        capped = (rows.to(x.dtype) + (x - came) if apart else x).to(rows.dtype)
+        # Neither is a row that the correction takes out of its dtype's range.
+        admitted = admitted & (capped.isfinite().all(-1) | ~fired)
         incoming = torch.where(admitted[:, None], incoming, torch.nan)
-        return x, incoming, fired & admitted
+        return torch.where((fired & admitted)[:, None], capped, rows), incoming
 
 
 def cap(
@@ -65,11 +78,10 @@ def cap(
 ) -> Tensor:
     """The capped copy of hidden. Differentiable with respect to hidden."""
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
-    x, incoming, fired = directions.cap(directions.x)
+    capped, incoming = directions.cap(directions.x, hidden.reshape(directions.x.shape))
     if projections is not None:
         projections.copy_(incoming.detach())
-    rows = hidden.reshape(x.shape)
-    return torch.where(fired[:, None], x.to(hidden.dtype), rows).reshape(hidden.shape)
+    return capped.reshape(hidden.shape)
 
 
 def cap_(
@@ -90,7 +102,7 @@ def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor
     """<row, v_k>: shape hidden.shape[:-1] + (K,). NaN for a row that is not finite or has slot -1."""
     off = torch.full(axes.shape[:2], -torch.inf, dtype=axes.dtype, device=axes.device)
     directions = _Directions(hidden, axes, off, slots, None, None)
-    return directions.cap(directions.x)[1].reshape(*hidden.shape[:-1], axes.shape[1])
+    return directions.cap(directions.x, directions.x)[1].reshape(*hidden.shape[:-1], axes.shape[1])
 
 
 def cap_residual_(
@@ -106,13 +118,11 @@ def cap_residual_(
 ) -> Tensor:
     """Caps the sum hidden + residual by changing residual, in place; returns residual."""
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
-    h = directions.x
-    r = residual.reshape(h.shape).to(h.dtype)
-    capped, incoming, fired = directions.cap(h + r)
+    rows = residual.reshape(directions.x.shape)
+    capped, incoming = directions.cap(directions.x + rows.to(directions.x.dtype), rows, apart=True)
     if projections is not None:
         projections.copy_(incoming)
-    corrected = (r + (capped - (h + r))).to(residual.dtype)
-    return residual.copy_(torch.where(fired[:, None], corrected, residual.reshape(h.shape)).reshape(residual.shape))
+    return residual.copy_(capped.reshape(residual.shape))
 
 
 def add_rms_norm_cap_(
@@ -132,10 +142,10 @@ def add_rms_norm_cap_(
     """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias."""
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
     x = directions.x + residual.reshape(directions.x.shape).to(directions.x.dtype)
-    capped, incoming, fired = directions.cap(x)
+    capped, incoming = directions.cap(x, x.to(residual.dtype))
     if projections is not None:
         projections.copy_(incoming)
-    residual.copy_(torch.where(fired[:, None], capped, x).reshape(residual.shape))
+    residual.copy_(capped.reshape(residual.shape))
     y = residual.to(x.dtype)
     scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     return hidden.copy_(y * scale * (weight.to(x.dtype) + weight_bias)), residual

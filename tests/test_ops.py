@@ -77,7 +77,7 @@ def inputs(draw):
         slots=draw(st.integers(1, 3)),
         directions=draw(st.integers(1, 4)),
         padding=draw(st.sampled_from([0, 0, 1, 7, 32])),
-        scale=draw(st.sampled_from([1e-6, 1e-3, 1.0, 30.0, 1000.0])),
+        scale=draw(st.sampled_from([1e-6, 1e-3, 1.0, 30.0, 1000.0, 2e4])),
         choose=draw(st.booleans()),
         special=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -305,6 +305,70 @@ def test_a_correction_that_overflows_leaves_the_row(ops):
     ops.cap_(hidden, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3e38]]), projections=projections)
     assert hidden.tolist() == [[torch.tensor(-3e38).item(), 0.0]]
     assert projections.isnan().all()
+
+
+def at_the_edge(dtype, size, place):
+    """Rows, axes and floors of two slots: row 0 would leave the dtype's range at element ``place``, along one
+    direction; row 1 fires and stays within; row 2 does not fire; row 3 leaves it along the first of two directions and
+    is brought back by the second (in float16; elsewhere that is row 1 again).
+    """
+    large = 60000.0 if dtype == torch.float16 else 3e38
+    other = (place + size // 2) % size
+    rows = torch.zeros(4, size)
+    rows[0, place], rows[0, other] = large, -large
+    rows[1, place], rows[1, other] = large / 2, -large / 2
+    rows[2, place] = large
+    axes = torch.zeros(2, 2, size)
+    axes[0, :, [place, other]] = 0.5**0.5
+    floors = torch.tensor([[0.25 * large, -math.inf], [70000.0, -1000.0]])
+    slots = torch.zeros(4, dtype=torch.int32)
+    if dtype == torch.float16:
+        axes[1, 0, place], axes[1, 1, place] = 1.0, -1.0
+        slots[3] = 1
+    else:
+        rows[3] = rows[1]
+    return rows.to(dtype), axes, floors, slots
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "place"), [(2, 0), (2, 1), (37, 36), (64, 0), (576, 300), (1000, 999), (1001, 1000)])
+def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(ops, library, dtype, size, place):
+    rows, axes, floors, slots = at_the_edge(dtype, size, place)
+    for directions in (1, 2):
+        call = axes[:, :directions].contiguous(), floors[:, :directions].contiguous(), slots
+        some = slice(None) if directions == 2 else slice(3)
+        call = (*call[:2], slots[some])
+        before, nothing = rows[some], torch.zeros_like(rows[some])
+        projections = torch.empty(len(before), directions)
+        wanted = reference.cap(before, *call)
+        copy, incoming, fired = library.cap(before, *call)
+        out = ops.cap_(before.clone(), *call, projections=projections)
+        assert fired.any(-1).tolist() == [False, True, False, True][some]
+        assert projections.isfinite().all(-1).tolist() == [False, True, True, True][some]
+        assert_same_bits(out[[0, 2]], before[[0, 2]])
+        torch.testing.assert_close(out, wanted)
+        assert_same_bits(copy, out)
+        assert_same_bits(incoming.nan_to_num(), projections.nan_to_num())
+        # Where the correction goes into a stream of its own, that is what must stay within; but a second direction
+        # reads the sum, in float32.
+        torch.testing.assert_close(ops.cap_residual_(nothing, before.clone(), *call), wanted)
+        alone = ops.cap_residual_(before, nothing.clone(), *call)
+        assert bool(alone[0].any()) == (directions == 1 or dtype == torch.float16)
+        assert alone.isfinite().all()
+        # Under the norm the sum goes on as it is.
+        weight = torch.ones(size, dtype=dtype)
+        _, residual = ops.add_rms_norm_cap_(before.clone(), nothing.clone(), weight, 1e-6, *call)
+        torch.testing.assert_close(residual, wanted)
+        assert_same_bits(residual[[0, 2]], before[[0, 2]])
+
+
+def test_no_gradient_comes_of_a_correction_that_was_left_out(ops):
+    rows, axes, floors, slots = at_the_edge(torch.float16, 64, 5)
+    hidden = rows.requires_grad_()
+    (found,) = torch.autograd.grad(ops.cap(hidden, axes, floors, slots).float().sum(), hidden)
+    (wanted,) = torch.autograd.grad(reference.cap(hidden, axes, floors, slots).float().sum(), hidden)
+    assert bool((found[[0, 2]] == 1).all())
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("dtype", "storage"), [(torch.bfloat16, torch.int16), (torch.float16, torch.int16)])

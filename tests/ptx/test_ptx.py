@@ -13,7 +13,7 @@ from conftest import assert_same_bits, unit
 from emulated import OPS, TYPES, Device, kernel_name, kernels, raw
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
-from test_ops import DTYPES, Input, assert_admitted, assert_close_to_oracle, assert_normed, inputs
+from test_ops import DTYPES, Input, assert_admitted, assert_close_to_oracle, assert_normed, at_the_edge, inputs
 
 from axiscap import _C, ops, reference
 
@@ -178,6 +178,42 @@ def test_special_rows(dtype):
     assert bool(projections[0, left].isnan().all())
     assert fired.flatten().tolist()[0] == 1
     assert not fired[left].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "place"), [(7, 6), (40, 3), (1023, 1022), (1040, 700)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(dtype, size, place, directions):
+    rows, axes, floors, slots = at_the_edge(dtype, size, place)
+    some = slice(None) if directions == 2 else slice(3)
+    rows, slots = rows[some], slots[some]
+    axes, floors = axes[:, :directions].contiguous(), floors[:, :directions].contiguous()
+    wanted = reference.cap(rows, axes, floors, slots)
+    for op in OPS:
+        hidden, residual, weight = rows.clone(), rows.clone(), None
+        if op != "cap":
+            hidden.zero_()
+        if op == "norm":
+            weight = torch.ones(size, dtype=dtype)
+        projections, fired = (
+            torch.empty(1, len(rows), directions),
+            torch.empty(len(rows), directions, dtype=torch.uint8),
+        )
+        Device().call(
+            [hidden],
+            axes[None],
+            floors[None],
+            slots,
+            residual=None if op == "cap" else residual,
+            weight=weight,
+            projections=projections,
+            fired=fired,
+        )
+        out = hidden if op == "cap" else residual
+        assert fired.any(-1).tolist() == [False, True, False, True][some]
+        assert projections[0].isfinite().all(-1).tolist() == [False, True, True, True][some]
+        assert_same_bits(out[[0, 2]], rows[[0, 2]])
+        torch.testing.assert_close(out, wanted)
 
 
 def test_cap_layers_in_one_launch():

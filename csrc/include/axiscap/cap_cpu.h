@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #include "axiscap/params.h"
 #include "axiscap/simd.h"
@@ -164,6 +165,52 @@ inline float dot_corrected(const Row& row, const Corrections& corrections, const
   return fold(acc);
 }
 
+// base + corrections of a row's last n elements, n < 2 kWidth, and zeros behind them.
+template <class T, class Row>
+inline void corrected_tail(const Row& row, const Corrections& corrections, int64_t i, int64_t n, Vec (&x)[2]) {
+  T row_tail[2 * kLanes] = {};
+  const Row tail = row.tail(i, n, row_tail);
+  for (int u = 0; u < 2; ++u) x[u] = tail.base_at(u * kWidth);
+  for (int j = 0; j < corrections.count; ++j) {
+    float lift_tail[2 * kWidth] = {};
+    std::memcpy(lift_tail, corrections.lifts[j] + i, n * sizeof(float));
+    for (int u = 0; u < 2; ++u)
+      x[u] = multiply_add(load(lift_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
+  }
+}
+
+// Whether a correction by delta may take an element of a finite row out of T's range. Half of the last place of the
+// largest bfloat16 is 2^119 and of the largest float32 2^103: 64 corrections of 2^30 along lifts of elements up to 2^60
+// are none to them. The largest float16 is near what rows do hold, and always worth a look.
+template <class T>
+inline bool may_overflow(float delta) {
+  return std::is_same_v<T, float16> || delta > 0x1p30f;
+}
+
+// Whether base + corrections is finite once it is rounded to T. The smallest float that is not: 65520 as a float16,
+// halfway between the largest and what would follow it; the same as a bfloat16.
+template <class T, class Row>
+inline bool fits(const Row& row, const Corrections& corrections, int64_t size) {
+  const float least = std::is_same_v<T, float16>    ? 65520.f
+                      : std::is_same_v<T, bfloat16> ? bit_cast<float>(0x7f7f8000u)
+                                                    : std::numeric_limits<float>::infinity();
+  VecU32 within = ~VecU32{};
+  const auto look = [&](Vec x) {
+    within &= (VecU32)(bit_cast<Vec>(bit_cast<VecU32>(x) & 0x7fffffff) < broadcast(least));
+  };
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= size; i += 2 * kWidth)
+    for (int u = 0; u < 2; ++u) look(corrections.apply(row.base_at(i + u * kWidth), i + u * kWidth));
+  if (i < size) {
+    Vec x[2];
+    corrected_tail<T>(row, corrections, i, size - i, x);
+    for (int u = 0; u < 2; ++u) look(x[u]);
+  }
+  uint32_t all = ~0u;
+  for (int j = 0; j < kWidth; ++j) all &= within[j];
+  return all;
+}
+
 // out = round(base + corrections): the one store of a row that fired. `ahead`: how many elements further on a row lies
 // that will be wanted soon, or 0. The pass computes more than it moves, so that one can come in from memory meanwhile.
 template <class T, class Row>
@@ -184,19 +231,11 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
   for (; i + kStep <= size; i += kStep)
     store(out + i, corrections.apply(row.base_at(i), i), corrections.apply(row.base_at(i + kWidth), i + kWidth));
   if (i == size) return;
-  const int64_t n = size - i;
-  T row_tail[2 * kLanes] = {};
-  const Row tail = row.tail(i, n, row_tail);
-  Vec x[2] = {tail.base_at(0), tail.base_at(kWidth)};
-  for (int j = 0; j < corrections.count; ++j) {
-    float axis_tail[kStep] = {};
-    std::memcpy(axis_tail, corrections.lifts[j] + i, n * sizeof(float));
-    for (int u = 0; u < 2; ++u)
-      x[u] = multiply_add(load(axis_tail + u * kWidth), broadcast(corrections.delta[j]), x[u]);
-  }
+  Vec x[2];
+  corrected_tail<T>(row, corrections, i, size - i, x);
   T rounded[kStep];
   store(rounded, x[0], x[1]);
-  std::memcpy(out + i, rounded, n * sizeof(T));
+  std::memcpy(out + i, rounded, (size - i) * sizeof(T));
 }
 
 // normed = x / sqrt(mean(x^2) + eps) * (weight + weight_bias), of a row x as it was stored.
@@ -243,10 +282,11 @@ void finish_row(const CapParams& p, int64_t index, const Row& row, const Correct
 }
 
 // Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false,
-// with nothing written, where a projection or a correction is not finite.
+// with nothing written, where a projection, a correction or the corrected row is not finite.
 template <class T, class Row>
 bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* projections, Corrections& corrections,
              uint8_t* fired) {
+  bool large = false;
   for (int64_t k = 0; k < p.directions; ++k) {
     const float* axis = slot.axes + k * p.hidden_size;
     const float now = corrections.count == 0 ? projections[k] : dot_corrected<T>(row, corrections, axis, p.hidden_size);
@@ -256,8 +296,9 @@ bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* 
     const float delta = slot.floors[k] - now;
     if (!std::isfinite(delta)) return false;
     corrections.add(slot.lifts + k * p.hidden_size, delta);
+    large |= may_overflow<T>(delta);
   }
-  return true;
+  return !large || fits<T>(row, corrections, p.hidden_size);
 }
 
 // Rows [row, row + R) of a range that ends at `end`; they share a slot.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "axiscap/rows_cuda.cuh"
 
@@ -100,26 +101,62 @@ struct Direction {
   }
 };
 
-// The row at hand, corrected where it fired. A lone direction's correction is made here and now, so that the row takes
-// no registers while it is summed over.
+// What base becomes, a vector of what the correction goes into, in float32. A lone direction's correction is made here
+// and now, so that the row takes no registers while it is summed over.
+template <bool kMany, bool kAligned, class T, int kSources>
+__device__ inline void correct(const Rows<T, kSources, kAligned>& rows, const Pack& base, const Part<T>& x,
+                               const Direction<T, !kMany, kAligned>& direction, float correction, int v,
+                               float (&y)[kPer<T>]) {
+  const Pack other = kMany && kSources == 2 ? rows.get(0, v) : Pack{};
+  if (!kMany) direction.get_lift(rows, v, y);
+#pragma unroll
+  for (int e = 0; e < kPer<T>; ++e) {
+    const float was = element<T>(base, e);
+    y[e] = !kMany          ? fmaf(y[e], correction, was)
+           : kSources == 1 ? x[v][e]
+                           : was + (x[v][e] - (element<T>(other, e) + was));
+  }
+}
+
+// The row at hand, corrected where it fired.
 template <bool kMany, bool kAligned, class T, int kSources>
 __device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, const Part<T>& x,
                                     const Direction<T, !kMany, kAligned>& direction, float correction, bool fired) {
   T* out = static_cast<T*>(rows.layer.out) + rows.index * rows.layer.out_stride;
 #pragma unroll
   for (int v = 0; v < kVecsPerThread; ++v) {
-    const Pack base = rows.get(kSources - 1, v), other = kMany && kSources == 2 ? rows.get(0, v) : Pack{};
+    const Pack base = rows.get(kSources - 1, v);
     float y[kPer<T>];
-    if (!kMany) direction.get_lift(rows, v, y);
-#pragma unroll
-    for (int e = 0; e < kPer<T>; ++e) {
-      const float was = element<T>(base, e);
-      y[e] = !kMany          ? fmaf(y[e], correction, was)
-             : kSources == 1 ? x[v][e]
-                             : was + (x[v][e] - (element<T>(other, e) + was));
-    }
+    correct<kMany>(rows, base, x, direction, correction, v, y);
     store<T, kAligned>(out, rows.at(v), rows.size, fired ? rounded<T>(y) : base);
   }
+}
+
+// Whether a correction of so much may take an element of a finite row out of T's range: see cap_cpu.h.
+template <class T>
+__device__ inline bool may_overflow(float correction) {
+  return std::is_same_v<T, __half> || correction > 0x1p30f;
+}
+
+// Whether this thread's part of the row is finite once it is corrected and rounded to T.
+template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Direction>
+__device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Direction& direction,
+                            float correction) {
+  bool finite = true;
+#pragma unroll
+  for (int v = 0; v < kVecsPerThread; ++v) {
+    Pack sum;
+    if constexpr (kOp == Op::kNorm) {
+      sum = rounded<T>(x[v]);
+    } else {
+      float y[kPer<T>];
+      correct<kMany>(rows, rows.get(kSources - 1, v), x, direction, correction, v, y);
+      sum = rounded<T>(y);
+    }
+#pragma unroll
+    for (int e = 0; e < kPer<T>; ++e) finite = finite && fabsf(element<T>(sum, e)) <= FLT_MAX;
+  }
+  return finite;
 }
 
 // The row as it is now, and its norm.
@@ -182,7 +219,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
     rows.read(x);
 
     // The row as it came, on every axis.
-    bool finite = active, below = false, fired = false;
+    bool finite = active, below = false, fired = false, large = false;
     float projection, correction = 0;
 #pragma unroll 1
     for (int k = 0; k < directions; ++k) {
@@ -203,16 +240,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
         if (!active || !finite || !(shortfall > 0)) continue;
         if (kMany || kOp == Op::kNorm) direction.add(rows, shortfall, x);
         correction = shortfall;
+        large = large || may_overflow<T>(shortfall);
         fired = true;
         tell(p.fired, k, uint8_t(1));
       }
+    }
+    if (__any_sync(0xffffffffu, large)) {
+      const bool over = fired && !fits<kOp, kMany>(rows, x, direction, correction);
+      if (group.sum(over ? 1.f : 0.f, turn) > 0) finite = false;
     }
     if (!finite) {
       for (int k = 0; k < directions; ++k) {
         tell(layer.projections, k, NAN);
         tell(p.fired, k, uint8_t(0));
       }
-      if (kMany && fired) rows.read(x);
+      if ((kMany || kOp == Op::kNorm) && fired) rows.read(x);
       fired = false;
     }
 

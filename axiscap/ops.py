@@ -2,8 +2,8 @@
 
 For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * u_k``,
 with ``u = v`` (the paper's equation) unless lifts are given. A row in which nothing fires is not written. A row whose
-projection or correction is not finite, or whose projection lies beyond its limit, is left as it is, and its projections
-are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+projection is not finite or lies beyond its limit, or that its correction would take out of its dtype's range, is left as
+it is, and its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
 
 Common arguments:
 
@@ -11,7 +11,7 @@ Common arguments:
   product of the leading dimensions.
 - axes: (S, K, H) float32, contiguous, unit length. floors: (S, K) float32; ``-inf`` switches a direction off.
 - lifts: like axes; what a row is corrected along, where that is not the axis that it is read along. ``<axis, lift>`` is
-  1, so that the reading ends on the floor. None: the axes.
+  1, so that the reading ends on the floor; its elements are below 2^60. None: the axes.
 - limits: like floors, positive; a row with ``|<x, v_k>| > limit_k`` in any direction, as it came, is left alone: no row
   of ordinary norm can have such a projection, and an attention sink can. None, or inf: no limit.
 - slots: (rows,) int32, the bank's slot of each row; -1 leaves a row alone (its projections are NaN). None: slot 0.

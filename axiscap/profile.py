@@ -398,7 +398,7 @@ class CapProfile:
                 f"{name} must have shape {tuple(shape)}, got {None if tensor is None else tuple(tensor.shape)}",
             )
         if self.lifts is not None:
-            _require(bool(self.lifts.isfinite().all()), "lifts must be finite")
+            _require(bool((self.lifts.abs() < 2.0**60).all()), "lifts must be finite, with elements below 2^60")
             off = ((self.axes * self.lifts).sum(-1) - 1).abs().max().item()
             _require(off <= UNIT_TOLERANCE, f"lifts must be 1 along their axes, one is off by {off:.3g}")
         for name in ("limits", "limit_all"):

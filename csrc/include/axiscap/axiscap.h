@@ -1,7 +1,8 @@
 /* AxisCap for programs without Python or torch: activation capping on raw pointers, on a CPU or a CUDA GPU.
  *
  * For a row x and its slot's directions k, in order, in float32: p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k
- * (arXiv 2601.10387, eq. 1); with lifts, x += (tau_k - p) * u_k. A row in which nothing fires is not written. Every
+ * (arXiv 2601.10387, eq. 1); with lifts, x += (tau_k - p) * u_k. A row in which nothing fires is not written, nor is one
+ * that is not finite, or would not be once it is corrected and rounded to its dtype: its projections are NaN. Every
  * function checks sizes and pointers before anything is written, and no C++ exception leaves it.
  */
 #ifndef AXISCAP_H
@@ -48,7 +49,7 @@ typedef struct axiscap_call {
 
   const float* axes;    /* (num_slots, directions, hidden_size), contiguous, unit rows */
   const float* lifts;   /* NULL: the axes; or like axes: a row is read along its axis, and corrected along its lift, of
-                           which <axis, lift> must be 1 */
+                           which <axis, lift> must be 1, with elements below 2^60 */
   const float* floors;  /* (num_slots, directions); -INFINITY switches a direction off */
   const float* limits;  /* NULL, or (num_slots, directions): a row with a projection beyond +-limit is left alone */
   const int32_t* slots; /* (rows,): the bank's slot of each row, -1 for a row to leave alone; NULL: slot 0 */

@@ -65,10 +65,11 @@ struct Direction {
     }
   }
 
-  // What the row is corrected along: wanted only where it fired, and not kept.
-  template <class Rows>
+  // What the row is corrected along: wanted only where it fired, and not kept; nor is it taken from what is kept of the
+  // axis where v is no constant.
+  template <bool kConstant = true, class Rows>
   __device__ void get_lift(const Rows& rows, int v, float (&out)[kPer<T>]) const {
-    if (kKeeps && lift == axis) return get(rows, v, out);
+    if (kKeeps && kConstant && lift == axis) return get(rows, v, out);
     asm volatile("" ::: "memory");
     load_axis<kAligned>(lift, rows.at(v), until, out);
   }
@@ -103,12 +104,11 @@ struct Direction {
 
 // What base becomes, a vector of what the correction goes into, in float32. A lone direction's correction is made here
 // and now, so that the row takes no registers while it is summed over.
-template <bool kMany, bool kAligned, class T, int kSources>
+template <bool kMany, bool kConstant, bool kAligned, class T, int kSources, class Along>
 __device__ inline void correct(const Rows<T, kSources, kAligned>& rows, const Pack& base, const Part<T>& x,
-                               const Direction<T, !kMany, kAligned>& direction, float correction, int v,
-                               float (&y)[kPer<T>]) {
+                               const Along& direction, float correction, int v, float (&y)[kPer<T>]) {
   const Pack other = kMany && kSources == 2 ? rows.get(0, v) : Pack{};
-  if (!kMany) direction.get_lift(rows, v, y);
+  if constexpr (!kMany) direction.template get_lift<kConstant>(rows, v, y);
 #pragma unroll
   for (int e = 0; e < kPer<T>; ++e) {
     const float was = element<T>(base, e);
@@ -119,15 +119,15 @@ __device__ inline void correct(const Rows<T, kSources, kAligned>& rows, const Pa
 }
 
 // The row at hand, corrected where it fired.
-template <bool kMany, bool kAligned, class T, int kSources>
-__device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, const Part<T>& x,
-                                    const Direction<T, !kMany, kAligned>& direction, float correction, bool fired) {
+template <bool kMany, bool kAligned, class T, int kSources, class Along>
+__device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
+                                    float correction, bool fired) {
   T* out = static_cast<T*>(rows.layer.out) + rows.index * rows.layer.out_stride;
 #pragma unroll
   for (int v = 0; v < kVecsPerThread; ++v) {
     const Pack base = rows.get(kSources - 1, v);
     float y[kPer<T>];
-    correct<kMany>(rows, base, x, direction, correction, v, y);
+    correct<kMany, true>(rows, base, x, direction, correction, v, y);
     store<T, kAligned>(out, rows.at(v), rows.size, fired ? rounded<T>(y) : base);
   }
 }
@@ -138,19 +138,23 @@ __device__ inline bool may_overflow(float correction) {
   return std::is_same_v<T, __half> || correction > 0x1p30f;
 }
 
-// Whether this thread's part of the row is finite once it is corrected and rounded to T.
-template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Direction>
-__device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Direction& direction,
+// Whether this thread's part of the row is finite once it is corrected and rounded to T. Seldom asked: of a row that is
+// not in registers, a vector at a time.
+template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Along>
+__device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
                             float correction) {
+  constexpr bool kInRegisters = kMany || kOp == Op::kNorm;
+  constexpr int kUnroll = kInRegisters ? kVecsPerThread : 1;
   bool finite = true;
-#pragma unroll
+#pragma unroll kUnroll
   for (int v = 0; v < kVecsPerThread; ++v) {
+    if (!kInRegisters) asm volatile("" : "+r"(v));  // nothing of this is worth a register elsewhere
+    float y[kPer<T>];
     Pack sum;
     if constexpr (kOp == Op::kNorm) {
       sum = rounded<T>(x[v]);
     } else {
-      float y[kPer<T>];
-      correct<kMany>(rows, rows.get(kSources - 1, v), x, direction, correction, v, y);
+      correct<kMany, kInRegisters>(rows, rows.get(kSources - 1, v), x, direction, correction, v, y);
       sum = rounded<T>(y);
     }
 #pragma unroll
@@ -191,8 +195,8 @@ __device__ inline void store_normed(const Rows<T, kSources, kAligned>& rows, con
 // kMany: more than one direction.
 template <class T, Op kOp, bool kMany, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant__ Call call) {
-  // Of several directions each is read in its turn; a norm element by element needs the registers for itself.
-  constexpr bool kKeeps = !kMany && (kOp != Op::kNorm || kAligned);
+  // Of several directions each is read in its turn; two streams element by element need the registers for themselves.
+  constexpr bool kKeeps = !kMany && (kOp == Op::kCap || kAligned);
   const CapParams& p = call.shared;
   const Layer& layer = call.layers[blockIdx.y];
   const int directions = kMany ? int(p.directions) : 1;

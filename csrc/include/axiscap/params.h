@@ -54,7 +54,7 @@ enum StatField : int64_t {
   kSeen,       // rows of this slot
   kFired,      // rows that this direction was the first to fire in: summed over directions, the rows fired
   kBelow,      // rows whose incoming projection was below this direction's floor
-  kNonFinite,  // rows left alone because a projection or correction was not finite
+  kNonFinite,  // rows left alone because a projection or the corrected row was not finite
   kSum,        // of the projections, like the next two over the other rows
   kMin,
   kMax,

@@ -22,9 +22,9 @@ def cap_(
     axes: Tensor,
     floors: Tensor,
     slots: Tensor | None = None,
-    projections: Tensor | None = None,
     lifts: Tensor | None = None,
     limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> None: ...
 def cap_residual_(
     hidden: Tensor,
@@ -32,9 +32,9 @@ def cap_residual_(
     axes: Tensor,
     floors: Tensor,
     slots: Tensor | None = None,
-    projections: Tensor | None = None,
     lifts: Tensor | None = None,
     limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> None: ...
 def add_rms_norm_cap_(
     hidden: Tensor,
@@ -45,18 +45,18 @@ def add_rms_norm_cap_(
     floors: Tensor,
     slots: Tensor | None = None,
     weight_bias: float = 0.0,
-    projections: Tensor | None = None,
     lifts: Tensor | None = None,
     limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> None: ...
 def cap_layers_(
     hiddens: list[Tensor],
     axes: Tensor,
     floors: Tensor,
     slots: Tensor | None = None,
-    projections: Tensor | None = None,
     lifts: Tensor | None = None,
     limits: Tensor | None = None,
+    projections: Tensor | None = None,
 ) -> None: ...
 def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> None: ...
 def read_pass(tensor: Tensor) -> None: ...

@@ -57,7 +57,7 @@ def cap_(
     if torch.compiler.is_compiling():
         torch.ops.axiscap.cap_(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     else:
-        _C.cap_(hidden, axes, floors, slots, projections, lifts, limits)
+        _C.cap_(hidden, axes, floors, slots, lifts, limits, projections)
     return hidden
 
 
@@ -107,7 +107,7 @@ def cap_residual_(
             hidden, residual, axes, floors, slots, lifts=lifts, limits=limits, projections=projections
         )
     else:
-        _C.cap_residual_(hidden, residual, axes, floors, slots, projections, lifts, limits)
+        _C.cap_residual_(hidden, residual, axes, floors, slots, lifts, limits, projections)
     return residual
 
 
@@ -149,7 +149,7 @@ def add_rms_norm_cap_(
         )
     else:
         _C.add_rms_norm_cap_(
-            hidden, residual, weight, eps, axes, floors, slots, weight_bias, projections, lifts, limits
+            hidden, residual, weight, eps, axes, floors, slots, weight_bias, lifts, limits, projections
         )
     return hidden, residual
 
@@ -173,7 +173,7 @@ def cap_layers_(
     if torch.compiler.is_compiling():
         torch.ops.axiscap.cap_layers_(streams, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     else:
-        _C.cap_layers_(streams, axes, floors, slots, projections, lifts, limits)
+        _C.cap_layers_(streams, axes, floors, slots, lifts, limits, projections)
     return streams
 
 

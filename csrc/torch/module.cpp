@@ -3,6 +3,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "axiscap/accelerator.h"
 #include "axiscap/cpu.h"
 #include "axiscap/plan.h"
@@ -47,65 +51,42 @@ bool is_plain(const Tensor& tensor) {
 
 bool is_plain(Optional tensor) { return !tensor || is_plain(*tensor); }
 
-template <class... Tensors>
-bool are_plain(const Tensors&... tensors) {
-  return (is_plain(tensors) && ...);
+bool is_plain(at::TensorList tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return is_plain(tensor); });
 }
 
-void door_cap_(const Tensor& hidden, const Tensor& axes, const Tensor& floors, Optional slots, Optional projections,
-               Optional lifts, Optional limits) {
-  if (are_plain(hidden, axes, floors, slots, projections, lifts, limits))
-    return cap_(hidden, Bank(axes, floors, lifts, limits), slots, projections);
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("axiscap::cap_", "")
-          .typed<void(const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional)>();
-  op.call(hidden, axes, floors, slots, lifts, limits, projections);
+bool is_plain(double) { return true; }
+
+// An op's door: the op itself on plain tensors, and else the dispatcher, under the same name with the same arguments.
+template <class... Arguments>
+auto door(const char* name, void (*op)(Arguments...)) {
+  const auto dispatched = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<void(Arguments...)>();
+  return [op, dispatched](Arguments... arguments) {
+    if ((is_plain(arguments) && ...)) return op(arguments...);
+    dispatched.call(arguments...);
+  };
 }
 
-void door_cap_residual_(const Tensor& hidden, const Tensor& residual, const Tensor& axes, const Tensor& floors,
-                        Optional slots, Optional projections, Optional lifts, Optional limits) {
-  if (are_plain(hidden, residual, axes, floors, slots, projections, lifts, limits))
-    return cap_residual_(hidden, residual, Bank(axes, floors, lifts, limits), slots, projections);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("axiscap::cap_residual_", "")
-                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, Optional,
-                                         Optional, Optional)>();
-  op.call(hidden, residual, axes, floors, slots, lifts, limits, projections);
-}
+// A bank that holds its tensors, checked once.
+struct KeptBank {
+  Tensor axes;
+  Tensor floors;
+  OptionalTensor lifts;
+  OptionalTensor limits;
+  Bank bank;
 
-void door_add_rms_norm_cap_(const Tensor& hidden, const Tensor& residual, const Tensor& weight, double eps,
-                            const Tensor& axes, const Tensor& floors, Optional slots, double weight_bias,
-                            Optional projections, Optional lifts, Optional limits) {
-  if (are_plain(hidden, residual, weight, axes, floors, slots, projections, lifts, limits))
-    return add_rms_norm_cap_(hidden, residual, weight, eps, Bank(axes, floors, lifts, limits), slots, weight_bias,
-                             projections);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("axiscap::add_rms_norm_cap_", "")
-                             .typed<void(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
-                                         const Tensor&, Optional, double, Optional, Optional, Optional)>();
-  op.call(hidden, residual, weight, eps, axes, floors, slots, weight_bias, lifts, limits, projections);
-}
-
-void door_cap_layers_(const std::vector<Tensor>& hiddens, const Tensor& axes, const Tensor& floors, Optional slots,
-                      Optional projections, Optional lifts, Optional limits) {
-  bool plain = are_plain(axes, floors, slots, projections, lifts, limits);
-  for (const Tensor& hidden : hiddens) plain = plain && is_plain(hidden);
-  if (plain) return cap_layers_(hiddens, Bank(axes, floors, lifts, limits, true), slots, projections);
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("axiscap::cap_layers_", "")
-          .typed<void(at::TensorList, const Tensor&, const Tensor&, Optional, Optional, Optional, Optional)>();
-  op.call(hiddens, axes, floors, slots, lifts, limits, projections);
-}
-
-void door_accumulate_(const Tensor& stats, const Tensor& projections, const Tensor& floors, Optional slots) {
-  if (are_plain(stats, projections, floors, slots)) return accumulate_(stats, projections, floors, slots);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("axiscap::accumulate_", "")
-                             .typed<void(const Tensor&, const Tensor&, const Tensor&, Optional)>();
-  op.call(stats, projections, floors, slots);
-}
+  KeptBank(Tensor axes_, Tensor floors_, OptionalTensor lifts_, OptionalTensor limits_)
+      : axes(std::move(axes_)),
+        floors(std::move(floors_)),
+        lifts(std::move(lifts_)),
+        limits(std::move(limits_)),
+        bank(axes, floors, lifts, limits) {
+    TORCH_CHECK_VALUE(is_plain(axes) && is_plain(floors) && is_plain(lifts) && is_plain(limits),
+                      "a bank is made of dense tensors with data");
+    check_values(bank);
+  }
+  KeptBank(const KeptBank&) = delete;  // the bank refers to its neighbours
+};
 
 // The memory bound over a tensor's bytes, with the threads that the ops would use.
 template <class Pass>
@@ -119,36 +100,39 @@ void over_bytes(const Tensor& tensor, Pass pass) {
 PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(translate);
 
-  py::class_<Bank>(m, "Bank")
-      .def(py::init([](const Tensor& axes, const Tensor& floors, Optional lifts, Optional limits) {
-             Bank bank(axes, floors, lifts, limits);
-             TORCH_CHECK_VALUE(are_plain(axes, floors, lifts, limits), "a bank is made of dense tensors with data");
-             check_values(bank);
-             return bank;
-           }),
-           "axes"_a, "floors"_a, "lifts"_a = py::none(), "limits"_a = py::none())
-      .def_readonly("axes", &Bank::axes)
-      .def_readonly("floors", &Bank::floors)
-      .def_readonly("lifts", &Bank::lifts)
-      .def_readonly("limits", &Bank::limits)
+  const auto cap_door = door("axiscap::cap_", cap_);
+  py::class_<KeptBank>(m, "Bank")
+      .def(py::init<Tensor, Tensor, OptionalTensor, OptionalTensor>(), "axes"_a, "floors"_a, "lifts"_a = py::none(),
+           "limits"_a = py::none())
+      .def_readonly("axes", &KeptBank::axes)
+      .def_readonly("floors", &KeptBank::floors)
+      .def_readonly("lifts", &KeptBank::lifts)
+      .def_readonly("limits", &KeptBank::limits)
       .def(
           "cap_",
-          [](const Bank& bank, const Tensor& hidden, Optional slots, Optional projections) {
-            if (are_plain(hidden, slots, projections)) return cap_(hidden, bank, slots, projections);
-            door_cap_(hidden, bank.axes, bank.floors, slots, projections, bank.lifts, bank.limits);
+          [cap_door](const KeptBank& kept, const Tensor& hidden, Optional slots, Optional projections) {
+            if (is_plain(hidden) && is_plain(slots) && is_plain(projections))
+              return cap_bank_(hidden, kept.bank, slots, projections);
+            cap_door(hidden, kept.axes, kept.floors, slots, kept.lifts, kept.limits, projections);
           },
           "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
 
-  m.def("cap_", &door_cap_, "hidden"_a, "axes"_a, "floors"_a, "slots"_a = py::none(), "projections"_a = py::none(),
-        "lifts"_a = py::none(), "limits"_a = py::none());
-  m.def("cap_residual_", &door_cap_residual_, "hidden"_a, "residual"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
-        "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
-  m.def("add_rms_norm_cap_", &door_add_rms_norm_cap_, "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a,
-        "floors"_a, "slots"_a = py::none(), "weight_bias"_a = 0.0, "projections"_a = py::none(), "lifts"_a = py::none(),
-        "limits"_a = py::none());
-  m.def("cap_layers_", &door_cap_layers_, "hiddens"_a, "axes"_a, "floors"_a, "slots"_a = py::none(),
-        "projections"_a = py::none(), "lifts"_a = py::none(), "limits"_a = py::none());
-  m.def("accumulate_", &door_accumulate_, "stats"_a, "projections"_a, "floors"_a, "slots"_a = py::none());
+  const auto slots = "slots"_a = py::none(), lifts = "lifts"_a = py::none(), limits = "limits"_a = py::none(),
+             projections = "projections"_a = py::none();
+  m.def("cap_", cap_door, "hidden"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
+  m.def("cap_residual_", door("axiscap::cap_residual_", cap_residual_), "hidden"_a, "residual"_a, "axes"_a, "floors"_a,
+        slots, lifts, limits, projections);
+  m.def("add_rms_norm_cap_", door("axiscap::add_rms_norm_cap_", add_rms_norm_cap_), "hidden"_a, "residual"_a,
+        "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots, "weight_bias"_a = 0.0, lifts, limits, projections);
+  m.def(
+      "cap_layers_",
+      [cap_layers = door("axiscap::cap_layers_", cap_layers_)](const std::vector<Tensor>& hiddens, const Tensor& axes,
+                                                               const Tensor& floors, Optional slots, Optional lifts,
+                                                               Optional limits, Optional projections) {
+        cap_layers(hiddens, axes, floors, slots, lifts, limits, projections);
+      },
+      "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
+  m.def("accumulate_", door("axiscap::accumulate_", accumulate_), "stats"_a, "projections"_a, "floors"_a, slots);
 
   m.def(
       "read_pass",

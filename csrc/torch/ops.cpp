@@ -11,6 +11,7 @@
 #include <limits>
 #include <numeric>
 #include <utility>
+#include <vector>
 
 #include "axiscap/accelerator.h"
 #include "axiscap/cpu.h"
@@ -28,18 +29,18 @@ struct Rows {
 
 // The leading dimensions of (..., H) as one dimension of rows with one stride.
 Rows rows_of(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() >= 1 && tensor.size(-1) >= 1, name, " must have shape (..., H) with H >= 1, got ",
-                    tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) == 1, name,
-                    " must have stride 1 in its last dimension, got strides ", tensor.strides());
-  Rows rows{1, tensor.size(-1)};
-  for (int64_t d = tensor.dim() - 2; d >= 0; --d) {
-    if (tensor.size(d) == 1) continue;
-    if (rows.count == 1) rows.stride = tensor.stride(d);
-    TORCH_CHECK_VALUE(rows.count == 0 || tensor.size(d) == 0 || tensor.stride(d) == rows.stride * rows.count, name,
-                      " must have rows with one uniform stride, got shape ", tensor.sizes(), " with strides ",
-                      tensor.strides());
-    rows.count *= tensor.size(d);
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t dim = int64_t(sizes.size());
+  TORCH_CHECK_VALUE(dim >= 1 && sizes[dim - 1] >= 1, name, " must have shape (..., H) with H >= 1, got ", sizes);
+  TORCH_CHECK_VALUE(strides[dim - 1] == 1 || sizes[dim - 1] == 1, name,
+                    " must have stride 1 in its last dimension, got strides ", strides);
+  Rows rows{1, sizes[dim - 1]};
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (rows.count == 1) rows.stride = strides[d];
+    TORCH_CHECK_VALUE(rows.count == 0 || sizes[d] == 0 || strides[d] == rows.stride * rows.count, name,
+                      " must have rows with one uniform stride, got shape ", sizes, " with strides ", strides);
+    rows.count *= sizes[d];
   }
   return rows;
 }
@@ -151,11 +152,12 @@ void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& 
 
 void check_axes(const at::Tensor& axes, int64_t dim) {
   check_dtype(axes, "axes", at::kFloat);
-  TORCH_CHECK_VALUE(axes.dim() == dim, "axes must have shape ", dim == 3 ? "(S, K, H)" : "(L, S, K, H)", ", got ",
-                    axes.sizes());
-  TORCH_CHECK_VALUE(axes.numel() > 0, "axes must have no dimension of size 0, got shape ", axes.sizes());
-  TORCH_CHECK_VALUE(axes.size(-2) <= kMaxDirections, "axes must have at most ", kMaxDirections,
-                    " directions (dimension -2), got ", axes.size(-2));
+  const at::IntArrayRef sizes = axes.sizes();
+  TORCH_CHECK_VALUE(int64_t(sizes.size()) == dim, "axes must have shape ", dim == 3 ? "(S, K, H)" : "(L, S, K, H)",
+                    ", got ", sizes);
+  TORCH_CHECK_VALUE(axes.numel() > 0, "axes must have no dimension of size 0, got shape ", sizes);
+  TORCH_CHECK_VALUE(sizes[dim - 2] <= kMaxDirections, "axes must have at most ", kMaxDirections,
+                    " directions (dimension -2), got ", sizes[dim - 2]);
   TORCH_CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides());
 }
 
@@ -170,7 +172,7 @@ void check_beside(const at::Tensor& tensor, const char* name, const at::Tensor& 
                     tensor.device());
 }
 
-const float* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+const float* floats(Span span) { return reinterpret_cast<const float*>(span.begin); }
 
 const int32_t* check_slots(const OptionalTensor& slots, const at::Tensor& beside, int64_t rows, int64_t num_slots) {
   if (!slots) return nullptr;
@@ -199,29 +201,32 @@ float* check_projections(const OptionalTensor& projections, const at::Tensor& hi
   return projections->mutable_data_ptr<float>();
 }
 
-// What every op needs: a stream of rows and the axes that measure it.
-CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes, const OptionalTensor& slots) {
+// What every op needs: a stream of rows and the axes, with their memory, that measure it.
+CapParams params_for(const at::Tensor& hidden, Rows rows, const at::Tensor& axes, Span memory,
+                     const OptionalTensor& slots) {
   CapParams p;
   p.dtype = dtype_of(hidden, "hidden");
   p.rows = rows.count;
-  p.hidden_size = hidden.size(-1);
+  p.hidden_size = hidden.sizes().back();
   p.hidden = hidden.const_data_ptr();
   p.hidden_stride = rows.stride;
-  TORCH_CHECK_VALUE(axes.size(-1) == p.hidden_size, "axes must have the H of hidden, ", p.hidden_size, ", got ",
-                    axes.size(-1));
+  const at::IntArrayRef sizes = axes.sizes();
+  const int64_t dim = int64_t(sizes.size());
+  TORCH_CHECK_VALUE(sizes[dim - 1] == p.hidden_size, "axes must have the H of hidden, ", p.hidden_size, ", got ",
+                    sizes[dim - 1]);
   check_device(axes, "axes", hidden);
-  p.axes = axes.const_data_ptr<float>();
-  p.num_slots = axes.size(-3);
-  p.directions = axes.size(-2);
+  p.axes = floats(memory);
+  p.num_slots = sizes[dim - 3];
+  p.directions = sizes[dim - 2];
   p.slots = check_slots(slots, hidden, p.rows, p.num_slots);
   return p;
 }
 
 // What a cap needs beside them.
 void use_bank(CapParams& p, const Bank& bank) {
-  p.floors = bank.floors.const_data_ptr<float>();
-  p.lifts = data_or_null(bank.lifts);
-  p.limits = data_or_null(bank.limits);
+  p.floors = floats(bank.spans[1]);
+  p.lifts = floats(bank.spans[2]);
+  p.limits = floats(bank.spans[3]);
 }
 
 // The second stream, which the correction goes into.
@@ -271,6 +276,14 @@ void launch(const CapParams* layers, int64_t count, at::Device device) {
   });
 }
 
+// Of a buffer that is kept for the largest call: the part for the rows of hidden.
+at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tensor& hidden) {
+  const int64_t rows = rows_of(hidden, "hidden").count;
+  TORCH_CHECK_VALUE(buffer.dim() >= 1 && buffer.size(0) >= rows, name, " must have room for the ", rows,
+                    " rows, got shape ", buffer.sizes());
+  return buffer.narrow(0, 0, rows);
+}
+
 // The dispatcher does this for an op whose schema says (a!); a direct call has to say it itself, so that autograd
 // notices a saved tensor that was changed.
 void mark_changed(const at::Tensor& tensor) {
@@ -279,8 +292,9 @@ void mark_changed(const at::Tensor& tensor) {
 
 }  // namespace
 
-Bank::Bank(at::Tensor axes_, at::Tensor floors_, OptionalTensor lifts_, OptionalTensor limits_, bool many_layers)
-    : axes(std::move(axes_)), floors(std::move(floors_)), lifts(std::move(lifts_)), limits(std::move(limits_)) {
+Bank::Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& lifts, const OptionalTensor& limits,
+           bool many_layers)
+    : axes(axes), floors(floors), lifts(lifts), limits(limits) {
   check_axes(axes, many_layers ? 4 : 3);
   check_beside(floors, "floors", axes, false);
   if (lifts) check_beside(*lifts, "lifts", axes, true);
@@ -306,17 +320,11 @@ void check_values(const Bank& bank) {
   if (bank.limits) TORCH_CHECK_VALUE((*bank.limits > 0).all().item<bool>(), "limits must be positive, or inf for none");
 }
 
-at::Tensor first_rows(const at::Tensor& buffer, const char* name, const at::Tensor& hidden) {
-  const int64_t rows = rows_of(hidden, "hidden").count;
-  TORCH_CHECK_VALUE(buffer.dim() >= 1 && buffer.size(0) >= rows, name, " must have room for the ", rows,
-                    " rows, got shape ", buffer.sizes());
-  return buffer.narrow(0, 0, rows);
-}
-
-void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots, const OptionalTensor& projections) {
+void cap_bank_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots,
+               const OptionalTensor& projections) {
   const Memory memory =
       Memory().change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots");
-  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
+  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   memory.check();
@@ -326,13 +334,28 @@ void cap_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slot
   mark_changed(hidden);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const Bank& bank,
-                                                   const OptionalTensor& slots) {
+void cap_(const at::Tensor& hidden, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+          const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections) {
+  cap_bank_(hidden, Bank(axes, floors, lifts, limits), slots, projections);
+}
+
+// A slice that a graph itself takes of a buffer may be copied around the call: functionalisation does so where vLLM
+// compiles.
+void cap__buffers(const at::Tensor& hidden, const at::Tensor& axes, const at::Tensor& floors, const at::Tensor& slots,
+                  const at::Tensor& projections, const OptionalTensor& lifts, const OptionalTensor& limits) {
+  cap_(hidden, axes, floors, first_rows(slots, "slots", hidden), lifts, limits,
+       first_rows(projections, "projections", hidden));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const at::Tensor& axes,
+                                                   const at::Tensor& floors, const OptionalTensor& slots,
+                                                   const OptionalTensor& lifts, const OptionalTensor& limits) {
+  const Bank bank(axes, floors, lifts, limits);
   Memory().read(hidden, "hidden").read(bank).read(slots, "slots");
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   const at::Tensor out = at::empty(hidden.sizes(), hidden.options());
-  const at::Tensor projections = at::empty({p.rows, p.directions}, bank.axes.options());
-  const at::Tensor fired = at::empty({p.rows, p.directions}, bank.axes.options().dtype(at::kBool));
+  const at::Tensor projections = at::empty({p.rows, p.directions}, axes.options());
+  const at::Tensor fired = at::empty({p.rows, p.directions}, axes.options().dtype(at::kBool));
   use_bank(p, bank);
   p.projections = projections.mutable_data_ptr<float>();
   p.fired = static_cast<uint8_t*>(fired.mutable_data_ptr());
@@ -343,9 +366,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, con
 }
 
 at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots) {
-  Memory().read(hidden, "hidden").read(axes, "axes").read(slots, "slots");
+  Memory().read(hidden, "hidden").read(slots, "slots");
   check_axes(axes, 3);
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), axes, slots);
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), axes, span_of(axes, "axes"), slots);
   std::vector<int64_t> shape = hidden.sizes().vec();
   shape.back() = p.directions;
   const at::Tensor projections = at::empty(shape, axes.options());
@@ -354,15 +377,17 @@ at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const Optio
   return projections;
 }
 
-void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const Bank& bank, const OptionalTensor& slots,
-                   const OptionalTensor& projections) {
+void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& axes,
+                   const at::Tensor& floors, const OptionalTensor& slots, const OptionalTensor& lifts,
+                   const OptionalTensor& limits, const OptionalTensor& projections) {
+  const Bank bank(axes, floors, lifts, limits);
   const Memory memory = Memory()
                             .change(residual, "residual")
                             .read(hidden, "hidden")
                             .read(bank)
                             .read(slots, "slots")
                             .change(projections, "projections");
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, slots);
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_residual(p, hidden, residual);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
@@ -371,9 +396,18 @@ void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const B
   mark_changed(residual);
 }
 
+void cap_residual__buffers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& axes,
+                           const at::Tensor& floors, const at::Tensor& slots, const at::Tensor& projections,
+                           const OptionalTensor& lifts, const OptionalTensor& limits) {
+  cap_residual_(hidden, residual, axes, floors, first_rows(slots, "slots", hidden), lifts, limits,
+                first_rows(projections, "projections", hidden));
+}
+
 void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight, double eps,
-                       const Bank& bank, const OptionalTensor& slots, double weight_bias,
+                       const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+                       double weight_bias, const OptionalTensor& lifts, const OptionalTensor& limits,
                        const OptionalTensor& projections) {
+  const Bank bank(axes, floors, lifts, limits);
   const Memory memory = Memory()
                             .change(residual, "residual")
                             .change(hidden, "hidden")
@@ -381,7 +415,7 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
                             .read(bank)
                             .read(slots, "slots")
                             .change(projections, "projections");
-  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, slots);
+  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_residual(p, hidden, residual);
   check_dtype(weight, "weight", hidden.scalar_type());
   TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == p.hidden_size && weight.is_contiguous(),
@@ -402,24 +436,25 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   mark_changed(residual);
 }
 
-void cap_layers_(at::TensorList hiddens, const Bank& bank, const OptionalTensor& slots,
-                 const OptionalTensor& projections) {
+void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
+                 const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections) {
+  const Bank bank(axes, floors, lifts, limits, true);
   const int64_t count = hiddens.size();
-  TORCH_CHECK_VALUE(count == bank.axes.size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
-                    bank.axes.size(0));
+  TORCH_CHECK_VALUE(count == axes.size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
+                    axes.size(0));
   const at::Tensor& first = hiddens[0];
+  const Memory shared = Memory().change(projections, "projections").read(bank).read(slots, "slots");
   std::vector<CapParams> layers(count);
   for (int64_t layer = 0; layer < count; ++layer) {
     const at::Tensor& hidden = hiddens[layer];
-    const Memory memory =
-        Memory().change(hidden, "hiddens").read(bank).read(slots, "slots").change(projections, "projections");
+    const Memory memory = Memory(shared).change(hidden, "hiddens");
     TORCH_CHECK_VALUE(hidden.sizes() == first.sizes(), "hiddens must have one shape, got ", first.sizes(), " and ",
                       hidden.sizes());
     check_dtype(hidden, "hiddens", first.scalar_type());
     check_device(hidden, "hiddens", first);
     CapParams& p = layers[layer];
     if (layer == 0) {
-      p = params_for(hidden, writable_rows_of(hidden, "hiddens"), bank.axes, slots);
+      p = params_for(hidden, writable_rows_of(hidden, "hiddens"), axes, bank.spans[0], slots);
       use_bank(p, bank);
       p.projections = check_projections(projections, first, {count, p.rows, p.directions});
     } else {

@@ -2,8 +2,8 @@
 
 For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * u_k``,
 with ``u = v`` (the paper's equation) unless lifts are given. A row in which nothing fires is not written. A row whose
-projection is not finite or lies beyond its limit, or that its correction would take out of its dtype's range, is left as
-it is, and its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+projection is not finite or lies beyond its limit, or that its correction would take out of its dtype's range, is left
+as it is, and its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
 
 Common arguments:
 

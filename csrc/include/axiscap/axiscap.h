@@ -1,8 +1,8 @@
 /* AxisCap for programs without Python or torch: activation capping on raw pointers, on a CPU or a CUDA GPU.
  *
  * For a row x and its slot's directions k, in order, in float32: p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k
- * (arXiv 2601.10387, eq. 1); with lifts, x += (tau_k - p) * u_k. A row in which nothing fires is not written, nor is one
- * that is not finite, or would not be once it is corrected and rounded to its dtype: its projections are NaN. Every
+ * (arXiv 2601.10387, eq. 1); with lifts, x += (tau_k - p) * u_k. A row in which nothing fires is not written, nor is
+ * one that is not finite, or would not be once it is corrected and rounded to its dtype: its projections are NaN. Every
  * function checks sizes and pointers before anything is written, and no C++ exception leaves it.
  */
 #ifndef AXISCAP_H

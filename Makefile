@@ -18,10 +18,10 @@ test: .venv/built sanitize
 quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
-# What takes an hour: the shipped profile from nothing, and what it does; and every architecture of transformers. What is
-# finished of the first is not done again.
+# What takes an hour: the shipped profile from nothing, and what it does; every architecture of transformers, and every
+# way to generate. What is finished of the first is not done again.
 nightly: .venv/built
-	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py
+	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
 
 # The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
 # thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.

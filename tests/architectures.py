@@ -93,7 +93,7 @@ class _TooSlow(Exception):
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what transformers says of tiny configurations, and for a minute at most."""
 
     def stop(*_: object) -> None:
@@ -162,15 +162,15 @@ def _look_at(name: str, small: dict[str, int]) -> Finding:
     """The logits under an installation against those under hooks in plain torch."""
     ids = tokens(2, 9)
     try:
-        with _quietly():
+        with quietly():
             model = build(name, small)
             plain = model(input_ids=ids).logits
             if not bool(plain.isfinite().all()):
                 raise ValueError("logits that are not finite")
     except (Exception, _TooSlow) as error:
-        return Finding(name, "not built", _sentence(error))
+        return Finding(name, "not built", sentence(error))
     try:
-        with _quietly():
+        with quietly():
             layers = LAYERS[: len(models.decoder_layers(model)) - 1]
             size = getattr(models.text_config(model), "hidden_size", model.get_input_embeddings().weight.shape[-1])
             floors = torch.full((len(layers), 1), FLOOR)
@@ -179,19 +179,19 @@ def _look_at(name: str, small: dict[str, int]) -> Finding:
                 found = model(input_ids=ids).logits
                 counted = cap.stats()["default"][LAYERS[0]].rows
     except (ValueError, TypeError, RuntimeError) as error:
-        return Finding(name, "refused", _sentence(error))
+        return Finding(name, "refused", sentence(error))
     try:
-        with _quietly(), plain_cap(model, profile):
+        with quietly(), plain_cap(model, profile):
             wanted = model(input_ids=ids).logits
     except Exception as error:
-        return Finding(name, "not built", f"plain hooks fail: {_sentence(error)}")
+        return Finding(name, "not built", f"plain hooks fail: {sentence(error)}")
     scale = (wanted - plain).abs().max()
     if (found - wanted).abs().max() > 1e-3 * scale or scale == 0 or counted < ids.numel():
         return Finding(name, "wrong", f"off by {(found - wanted).abs().max():.2g} of {scale:.2g}, {counted} rows")
     return Finding(name, "right")
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 

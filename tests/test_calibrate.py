@@ -822,7 +822,7 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 
 def test_the_front_and_the_choice():
     def point(uptake, perplexity):
-        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 1, 5.0, (4, 6), (0, 0), {})
+        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 5.0, (4, 6), (0, 0), {})
 
     points = [point(0.4, 1.0), point(0.2, 1.01), point(0.3, 1.015), point(0.05, 1.1), point(0.05, 1.2)]
     assert sweep.front(points) == [points[0], points[1], points[3]]

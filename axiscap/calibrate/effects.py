@@ -72,26 +72,33 @@ class DomainCost:
 
 
 class Costs:
-    """The model's own uncapped answers to held-out requests, and plain prose, and what a profile does to their
+    """Plain prose and the model's own uncapped answers to held-out requests, and what a profile does to their
     perplexity.
 
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
-        work: the requests.
+        work: the requests; without them there is plain prose alone.
         store: where their answers are.
         per_domain: texts of each domain.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, work: Work, store: Store, per_domain: int = PER_DOMAIN) -> None:
-        self.model, self.work = model, work
+    def __init__(
+        self, model: Any, tokenizer: Any, work: Work | None, store: Store, per_domain: int = PER_DOMAIN
+    ) -> None:
+        self.model = model
+        self.fiction = work.fiction if work else set()
         self.texts = {PLAIN: plain_prose(tokenizer)}
+        if work:
+            self._add(work, store, per_domain)
+        self.base = {domain: losses(model, texts) for domain, texts in self.texts.items()}
+
+    def _add(self, work: Work, store: Store, per_domain: int) -> None:
         for shard in shards(work, store):
             for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
                 mine = self.texts.setdefault(work.domain(task), [])
                 if work.is_held_out(task) and len(mine) < per_domain and len(said) > 1:
                     mine.append((prompt, said[:LONGEST]))
-        self.base = {domain: losses(model, texts) for domain, texts in self.texts.items()}
 
     def measure(self, profile: CapProfile) -> dict[str, DomainCost]:
         """By domain."""
@@ -105,7 +112,7 @@ class Costs:
                     (values - base).mean().exp().item(),
                     share_fired(cap),
                     agreement(tokens, likeliest),
-                    domain in self.work.fiction,
+                    domain in self.fiction,
                 )
         return found
 

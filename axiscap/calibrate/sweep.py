@@ -17,13 +17,13 @@ from torch import Tensor
 
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches, shipped
 from axiscap.calibrate.effects import (
+    PLAIN,
     Costs,
     DomainCost,
     Holds,
     agreement,
     checks,
     losses,
-    plain_prose,
     share_fired,
     worst,
 )
@@ -101,7 +101,6 @@ class Point:
     fired: float
     perplexity: float  # of the default's held-out answers, over the uncapped model's
     perplexity_interval: tuple[float, float]
-    plain_perplexity: float  # of plain text, likewise
     agreement: float  # of the likeliest next token with the uncapped model's, on the same answers
     choices: float  # share of multiple-choice questions answered rightly
     hold: (
@@ -111,17 +110,26 @@ class Point:
     checks: tuple[
         int, int
     ]  # answers that can be checked exactly: right ones, of how many; (0, 0) without ordinary work
-    domains: dict[str, dict[str, Any]]  # DomainCost of each domain of ordinary work
+    domains: dict[str, dict[str, Any]]  # DomainCost of plain prose and of each domain of ordinary work; uncapped: none
+
+    @property
+    def plain_perplexity(self) -> float:
+        """Of plain prose, over the uncapped model's."""
+        return self._costs[PLAIN].perplexity if self.domains else 1.0
 
     @property
     def worst(self) -> tuple[str, float]:
         """The domain of ordinary work, fiction left out, whose perplexity rises most, and how far."""
-        return worst({name: DomainCost(**cost) for name, cost in self.domains.items()}, fiction=False)
+        return worst(self._costs, fiction=False)
 
     @property
     def worst_fiction(self) -> tuple[str, float]:
         """The same of fiction on request."""
-        return worst({name: DomainCost(**cost) for name, cost in self.domains.items()}, fiction=True)
+        return worst(self._costs, fiction=True)
+
+    @property
+    def _costs(self) -> dict[str, DomainCost]:
+        return {name: DomainCost(**cost) for name, cost in self.domains.items()}
 
     @property
     def name(self) -> str:
@@ -139,7 +147,7 @@ class Bench:
         judge: of uptake.
         store: where the answers of the default and to ordinary work come from.
         questions: how many questions each held-out role is asked.
-        work: ordinary work; None leaves its measures out.
+        work: ordinary work; without it plain prose alone says what a cap costs, and nothing is checked.
     """
 
     def __init__(
@@ -166,12 +174,10 @@ class Bench:
             for task, prompt, answer in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
                 if task.role == DEFAULT_ROLE and task.question in plan.held_questions and task.prompt < 2:
                     self.answers.append((prompt, answer))
-        self.plain = plain_prose(tokenizer)
         self.choices = shipped("choices.jsonl")
         self.base = losses(model, self.answers)
-        self.base_plain, _ = losses(model, self.plain)
         self.holds = Holds(model, self.engine)
-        self.costs = None if work is None else Costs(model, tokenizer, work, store)
+        self.costs = Costs(model, tokenizer, work, store)
         self.long_engine = TransformersEngine(model, tokenizer, settings_of(settings, TOKENS), capture=False)
 
     def _tasks(self, roles: Sequence[str], questions: Sequence[int]) -> list[Task]:
@@ -211,15 +217,13 @@ class Bench:
                 seen = losses(self.model, self.answers)  # before anything else, so that what fires on these is counted
                 fired = share_fired(cap)
                 point = self._measure(self.holds.measure(), seen)
-            if self.costs is not None:
-                point["domains"] = {name: asdict(cost) for name, cost in self.costs.measure(profile).items()}
+            point["domains"] = {name: asdict(cost) for name, cost in self.costs.measure(profile).items()}
         return Point(*_band(profile), percentile, fired=fired, **point)
 
     def _measure(self, held: Tensor, on_answers: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
         (found, tokens), (base, base_tokens) = on_answers, self.base
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
-        plain, _ = losses(self.model, self.plain)
         generator = torch.Generator().manual_seed(0)
         by_role = torch.stack([taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.roles])
         return {
@@ -228,7 +232,6 @@ class Bench:
             "default_uptake": default_taken.mean().item(),
             "perplexity": (found - base).mean().exp().item(),
             "perplexity_interval": _interval(found - base, generator, torch.exp),
-            "plain_perplexity": (plain - self.base_plain).mean().exp().item(),
             "agreement": agreement(tokens, base_tokens),
             "choices": self._right_choices(),
             "hold": held.mean().item(),

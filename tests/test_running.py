@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from test_install import FLOOR, GREEDY, LAYERS, SMALL, build, gemma3_multimodal, plain_cap, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import axiscap
@@ -557,6 +559,47 @@ def test_streams_that_are_distributed_tensors(grad, mesh, llama):
         placement = Shard(0)
         with pytest.raises(ValueError, match=r"a DTensor with placements \(Shard\(dim=0\),\); it can be capped where"):
             llama(ids)
+
+
+def sharded(rank: int, folder: str) -> None:
+    """One of two processes that share a model, by its parameters (FSDP) or by its matrices (a tensor-parallel plan)."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    whole, ids = build("Llama"), tokens(2, 9)
+    profile = profile_for(whole, LAYERS, FLOOR)
+    with plain_cap(whole, profile):
+        wanted = whole(ids).logits
+        written = whole.generate(ids, **GREEDY)
+        wanted.sum().backward()
+    gradient = whole.get_input_embeddings().weight.grad
+
+    parameters = build("Llama")
+    for layer in parameters.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(parameters, mesh=mesh)
+    matrices = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).eval()
+    for model in (parameters, matrices):
+        local = model.model.layers[0].mlp.up_proj.weight
+        assert (local.to_local() if isinstance(local, DTensor) else local).numel() == 48 * 32 / 2
+        with axiscap.install(model, profile) as cap:
+            found = model(ids).logits
+            assert rows(cap) == 18
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+            found.sum().backward()
+            mine = model.get_input_embeddings().weight.grad
+            mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            torch.testing.assert_close(mine, gradient, atol=1e-4, rtol=1e-4)
+            assert torch.equal(model.generate(ids, **GREEDY), written)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_models_that_two_processes_share(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(sharded, (str(tmp_path),), 2)
 
 
 def test_any_layer_in_common_is_a_second_installation(llama):

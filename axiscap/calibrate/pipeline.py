@@ -43,6 +43,10 @@ from axiscap.profile import CapProfile
 TEXTS = 512
 #: How many parts the texts are read in, each by whichever worker is free.
 PARTS_OF_TEXTS = 32
+#: The default counts as this many domains, each of the answers to some of the questions: conversation about oneself
+#: and the world is what roles are asked for as well, and as one domain among forty it would weigh too little. (Odd,
+#: since of the questions every fourth is held out.)
+DEFAULTS = 9
 #: One answer to ordinary work in this many is also read as plain text, without a conversation around it, which on a
 #: model of conversations looks like nobody's words.
 PLAIN = 3
@@ -348,7 +352,8 @@ def _texts(
     for shard in store.shards(todo):
         for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
             if task.role == DEFAULT_ROLE and task.question not in plan.held_questions:
-                default.append((task.id, Text(DEFAULT_ROLE, prompt, said)))
+                part = f"{DEFAULT_ROLE} {task.question % DEFAULTS}"
+                default.append((task.id, Text(part, prompt, said)))
             elif task.role != DEFAULT_ROLE and plan.makes_the_axis(task) and keep(task):
                 roles.append((task.id, Text(f"{ROLE}{task.role}", prompt, said)))
     ordered = [[text for _, text in sorted(part, key=lambda entry: entry[0])] for part in (default, roles)]

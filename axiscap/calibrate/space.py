@@ -138,7 +138,8 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
         plain = solve(torch.stack([part.ordinary.mean(0) - part.roles.mean(0) for part in parts]).sum(0))
         axis = solve(torch.stack([part.weighted(plain) - part.roles.mean(0) for part in parts]).sum(0))
         answers = parts[0]
-        difference = scatter.mean(group(DEFAULT_ROLE, PARTS[0])) - answers.roles.mean(0)
+        default = [name for name in answers.ordinary_names if name.startswith(DEFAULT_ROLE)]
+        difference = scatter.mean(*default) - answers.roles.mean(0)
         if difference @ axis <= 0:
             raise ValueError("ordinary tokens and roles do not differ; more roles or more ordinary work are needed")
         axes.append(axis)
@@ -155,7 +156,7 @@ NEAREST, WEIGHT = 0.35, 0.7
 
 
 def group(of: str, part: str) -> str:
-    """Tokens that count together: of the default, of ``role NAME`` or of ``work DOMAIN``, and one of :data:`PARTS`."""
+    """Tokens that count together: of ``default N``, ``role NAME`` or ``work DOMAIN``, and one of :data:`PARTS`."""
     return f"{of} {part}"
 
 

@@ -112,9 +112,10 @@ class Scatter:
         self.outer += other.outer
         return self
 
-    def mean(self, group: str) -> Tensor:
-        """(H,) float64."""
-        return self.sums[group] / self.counts[group]
+    def mean(self, *groups: str) -> Tensor:
+        """(H,) float64: of the rows of these groups together."""
+        total = torch.stack([self.sums[group] for group in groups]).sum(0)
+        return total / sum(self.counts[group] for group in groups)
 
     def within(self, groups: Sequence[str]) -> Tensor:
         """(H, H) float64: the covariance within groups, all of those that scattered, about each one's own mean."""

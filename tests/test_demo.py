@@ -104,6 +104,24 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     assert worst(costs, fiction=True)[1] <= 1.05
 
 
+def test_the_shipped_profile_of_qwen():
+    profile = CapProfile.load(REPOSITORY / "examples" / "profiles" / "qwen2.5-coder-0.5b-instruct.safetensors")
+    facts = profile.provenance
+    assert facts["model"]["id"] == "qwen2.5-coder-0.5b-instruct"
+    assert profile.axis_all is not None
+    assert profile.axis_all.shape == (24, 896)
+    assert profile.lifts is not None
+    assert max(facts["evidence"]["auc"]) > 0.85
+    uncapped, chosen = facts["sweep"]["uncapped"], facts["sweep"]["chosen"]
+    assert chosen["hold"] >= 10 / 19 * uncapped["hold"]
+    assert chosen["uptake"] < uncapped["uptake"]
+    assert chosen["perplexity"] <= 1.02
+    assert chosen["checks"][0] > uncapped["checks"][0] - 5
+    costs = {name: DomainCost(**cost) for name, cost in chosen["domains"].items()}
+    assert worst(costs, fiction=False)[1] <= 1.02
+    assert worst(costs, fiction=True)[1] <= 1.05
+
+
 @pytest.mark.slow
 def test_the_demo_conversations(demo_model, shipped_profile):
     """The persona pulls the uncapped model down the axis, but not the capped one; a plain talk hardly changes."""

@@ -1278,6 +1278,29 @@ def test_memory_that_is_shared_is_refused():
                 call()
 
 
+def test_a_bank_whose_memory_moved_is_looked_at_again():
+    hidden = torch.randn(2, 8)
+
+    def made():
+        axes, floors, lifts = unit(1, 1, 8), torch.full((1, 1), 3.0), unit(1, 1, 8)
+        return axes, floors, lifts, _C.Bank(axes, floors, lifts)
+
+    axes, floors, lifts, bank = made()
+    floors.set_(torch.full((1, 1), 5.0))
+    found = hidden.clone()
+    bank.cap_(found)
+    assert_same_bits(found, ops.cap(hidden, axes, floors, lifts=lifts))
+    for at, name in enumerate(("axes", "floors", "lifts")):
+        *tensors, bank = made()
+        tensors[at].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"{name} has less memory than its shape"):
+            bank.cap_(hidden)
+    axes, floors, lifts, bank = made()
+    axes.resize_(8, 1, 1)
+    with pytest.raises(ValueError, match="floors must have the shape of axes less H"):
+        bank.cap_(hidden)
+
+
 def test_streams_side_by_side_in_one_buffer_are_two():
     axes, floors = unit(1, 1, 8), torch.full((1, 1), 3.0)
     both = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))

@@ -67,7 +67,7 @@ auto door(const char* name, void (*op)(Arguments...)) {
   };
 }
 
-// A bank that holds its tensors, checked once.
+// A bank that holds its tensors, checked once; once more where somebody freed, moved or resized one since.
 struct KeptBank {
   Tensor axes;
   Tensor floors;
@@ -111,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "cap_",
           [cap_door](const KeptBank& kept, const Tensor& hidden, Optional slots, Optional projections) {
-            if (is_plain(hidden) && is_plain(slots) && is_plain(projections))
+            if (is_plain(hidden) && is_plain(slots) && is_plain(projections) && kept.bank.is_as_it_was())
               return cap_bank_(hidden, kept.bank, slots, projections);
             cap_door(hidden, kept.axes, kept.floors, slots, kept.lifts, kept.limits, projections);
           },

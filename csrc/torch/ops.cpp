@@ -304,6 +304,18 @@ Bank::Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTenso
            limits ? span_of(*limits, "limits") : Span()};
 }
 
+bool Bank::is_as_it_was() const {
+  const auto holds = [](const at::Tensor& tensor, const Span& span) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+    const int64_t offset = impl.storage_offset() * int64_t(sizeof(float)), bytes = span.end - span.begin;
+    return static_cast<const char*>(storage.data()) + offset == span.begin &&
+           int64_t(storage.nbytes()) >= offset + bytes && impl.numel() * int64_t(sizeof(float)) == bytes;
+  };
+  return holds(axes, spans[0]) && holds(floors, spans[1]) && (!lifts || holds(*lifts, spans[2])) &&
+         (!limits || holds(*limits, spans[3])) && floors.numel() * axes.sizes().back() == axes.numel();
+}
+
 void check_values(const Bank& bank) {
   const at::Tensor norms = at::linalg_vector_norm(bank.axes, 2, {-1});
   TORCH_CHECK_VALUE((norms - 1).abs().le(1e-3).all().item<bool>(),

@@ -29,6 +29,9 @@ struct Bank {
   // Of one layer, or of several, each with an entry of dimension 0.
   Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& lifts, const OptionalTensor& limits,
        bool many_layers = false);
+
+  // Whether the memory is where it was, and as large: whoever keeps a bank asks before each use.
+  bool is_as_it_was() const;
 };
 
 // Raises unless every axis is finite and of unit length, every floor finite or -inf, every lift finite and 1 along its

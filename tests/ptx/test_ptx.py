@@ -399,13 +399,14 @@ def first(code: list[Instruction], op: str, start: int = 0) -> int:
     return next(i for i in range(start, len(code)) if code[i].op.startswith(op))
 
 
-def last(code: list[Instruction], op: str) -> int:
-    return max(i for i, instruction in enumerate(code) if instruction.op.startswith(op))
+def last_shuffle(code: list[Instruction]) -> int:
+    """Of the projection's sum: behind the vote stands that over a row which may be out of range."""
+    return max(i for i in range(first(code, "vote")) if code[i].op.startswith("shfl"))
 
 
 def drop_a_lane(code):
     """The sum leaves out what the last shuffle brings."""
-    at = first(code, "add.f32", last(code, "shfl"))
+    at = first(code, "add.f32", last_shuffle(code))
     code[at] = dataclasses.replace(code[at], op="mov.f32", operands=code[at].operands[:2])
     return code
 
@@ -445,7 +446,7 @@ def shuffle_apart(code):
     """Half of a warp does not come to the shuffle."""
     spare = first(code, "griddepcontrol.launch_dependents")
     code[spare] = dataclasses.replace(code[spare], op="setp.lt.u32", operands=("%p9999", "%tid.x", "16"))
-    at = last(code, "shfl")
+    at = last_shuffle(code)
     code[at] = dataclasses.replace(code[at], guard="%p9999")
     return code
 

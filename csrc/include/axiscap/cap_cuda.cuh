@@ -138,12 +138,12 @@ __device__ inline bool may_overflow(float correction) {
   return std::is_same_v<T, __half> || correction > 0x1p30f;
 }
 
-// Whether this thread's part of the row is finite once it is corrected and rounded to T. Seldom asked: of a row that is
-// not in registers, a vector at a time.
+// Whether this thread's part of the row is finite once it is corrected and rounded to T. Element by element a vector at
+// a time, read again, since a row's registers are few there.
 template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Along>
 __device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
                             float correction) {
-  constexpr bool kInRegisters = kMany || kOp == Op::kNorm;
+  constexpr bool kInRegisters = kMany || kAligned || kOp == Op::kNorm;
   constexpr int kUnroll = kInRegisters ? kVecsPerThread : 1;
   bool finite = true;
 #pragma unroll kUnroll

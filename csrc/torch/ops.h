@@ -15,6 +15,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 struct Span {
   const char* begin = nullptr;
   const char* end = nullptr;
+
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
 };
 
 // Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given: the

@@ -112,6 +112,12 @@ def text_config(model: nn.Module) -> Any:
     return get(decoder=True) if get else config
 
 
+def stop_tokens(model: Any) -> list[int]:
+    """The tokens that end what a model generates; none where it names none."""
+    stops = model.generation_config.eos_token_id
+    return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+
+
 def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer (padding on the left, for generation).
 

@@ -17,7 +17,7 @@ from axiscap.calibrate.data import Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.tokens import Collect, Text
-from axiscap.models import folder, watched_layers
+from axiscap.models import folder, stop_tokens, watched_layers
 
 #: The published sampling.
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -120,7 +120,7 @@ class TransformersEngine:
         self.model, self.tokenizer, self.settings, self.capture = model, tokenizer, settings, capture
         self.has_template = tokenizer.chat_template is not None
         self.system_role = self.has_template and _accepts_system_role(tokenizer)
-        self.stops = _stops(model)
+        self.stops = stop_tokens(model)
         if not self.has_template:
             pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
             self.stops += [token for token, piece in enumerate(pieces) if "\n" in piece and token not in self.stops]
@@ -316,11 +316,6 @@ def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[S
 def _unpadded(inputs: Any) -> list[list[int]]:
     both = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     return [row[mask.bool()].tolist() for row, mask in both]
-
-
-def _stops(model: Any) -> list[int]:
-    stops = model.generation_config.eos_token_id
-    return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _accepts_system_role(tokenizer: Any) -> bool:

@@ -207,16 +207,13 @@ class CappedModel(HuggingFaceAPI):
             stop = transformers.StopStringCriteria(self.tokenizer, list(sampling.stops))
             options["stopping_criteria"] = [stop]
         passes: list[dict[int, Tensor]] = []
-        leave = (
-            self.cap.watch(lambda seen: passes.append({k: v.clone() for k, v in seen.items()})) if self.cap else None
-        )
+        leave = self.cap.watch(passes.append) if self.cap else None
         try:
             tokens = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         finally:
             if leave:
                 leave()
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = models.stop_tokens(self.model)
         answers = []
         for row, generated in enumerate(tokens.tolist()):
             length = next((at + 1 for at, token in enumerate(generated) if token in ends), len(generated))

@@ -30,7 +30,7 @@ from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
 from axiscap.drift import CAPPED, UNCAPPED, Recorder, Scale, Selection, Talk, known_layers, measuring, replay
 from axiscap.drift.compare import load_conversations
 from axiscap.installation import install
-from axiscap.models import text_config
+from axiscap.models import stop_tokens, text_config
 from axiscap.profile import CapProfile
 from axiscap.view import page
 
@@ -127,8 +127,7 @@ class _Row:
     """One side's answer, up to the token that ends it."""
 
     def __init__(self, model: Any) -> None:
-        stops = model.generation_config.eos_token_id
-        self._stops = {stops} if isinstance(stops, int) else set(stops or ())
+        self._stops = set(stop_tokens(model))
         self._ended = False
         self.tokens: list[int] = []
 

@@ -121,7 +121,9 @@ class Memory {
     TORCH_CHECK_VALUE(apart, a.name, " is changed, and shares memory with ", b.name);
   }
 
-  Part parts_[9];  // as many as the op with the most arguments has; those that are changed come first
+  // As many as the op with the most arguments has; those that are changed come first. (Not for copying: it costs what
+  // the checks themselves do.)
+  Part parts_[9];
   int count_ = 0, changed_ = 0;
 };
 
@@ -302,15 +304,13 @@ Bank::Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTenso
 }
 
 bool Bank::is_as_it_was() const {
-  const auto holds = [](const at::Tensor& tensor, const Span& span) {
-    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
-    const int64_t offset = impl.storage_offset() * int64_t(sizeof(float)), bytes = span.end - span.begin;
-    return static_cast<const char*>(storage.data()) + offset == span.begin &&
-           int64_t(storage.nbytes()) >= offset + bytes && impl.numel() * int64_t(sizeof(float)) == bytes;
+  const auto holds = [](const at::Tensor& tensor, const char* name, const Span& was) {
+    const Span now = span_of(tensor, name);
+    return now.begin == was.begin && now.end == was.end;
   };
-  return holds(axes, spans[0]) && holds(floors, spans[1]) && (!lifts || holds(*lifts, spans[2])) &&
-         (!limits || holds(*limits, spans[3])) && floors.numel() * axes.sizes().back() == axes.numel();
+  return holds(axes, "axes", spans[0]) && holds(floors, "floors", spans[1]) &&
+         (!lifts || holds(*lifts, "lifts", spans[2])) && (!limits || holds(*limits, "limits", spans[3])) &&
+         floors.numel() * axes.sizes().back() == axes.numel();
 }
 
 void check_values(const Bank& bank) {
@@ -331,17 +331,12 @@ void check_values(const Bank& bank) {
 
 void cap_bank_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots,
                const OptionalTensor& projections) {
-  const Span rows = span_of(hidden, "hidden"), told = projections ? span_of(*projections, "projections") : Span(),
-             chosen = slots ? span_of(*slots, "slots") : Span();
+  Memory memory;
+  memory.change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots");
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
-  // The call that a decoding step makes at each layer: what shares no memory, as nearly always, is told by a few
-  // comparisons.
-  bool meets = rows.meets(told) || rows.meets(chosen) || told.meets(chosen);
-  for (const Span& span : bank.spans) meets = meets || rows.meets(span) || told.meets(span);
-  if (meets)
-    Memory().change(hidden, "hidden").change(projections, "projections").read(bank).read(slots, "slots").check();
+  memory.check();
   p.out = hidden.mutable_data_ptr();
   p.out_stride = p.hidden_stride;
   launch(&p, 1, hidden.device());
@@ -395,12 +390,9 @@ void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const a
                    const at::Tensor& floors, const OptionalTensor& slots, const OptionalTensor& lifts,
                    const OptionalTensor& limits, const OptionalTensor& projections) {
   const Bank bank(axes, floors, lifts, limits);
-  const Memory memory = Memory()
-                            .change(residual, "residual")
-                            .read(hidden, "hidden")
-                            .read(bank)
-                            .read(slots, "slots")
-                            .change(projections, "projections");
+  Memory memory;
+  memory.change(residual, "residual").read(hidden, "hidden").read(bank).read(slots, "slots");
+  memory.change(projections, "projections");
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_residual(p, hidden, residual);
   use_bank(p, bank);
@@ -422,13 +414,9 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
                        double weight_bias, const OptionalTensor& lifts, const OptionalTensor& limits,
                        const OptionalTensor& projections) {
   const Bank bank(axes, floors, lifts, limits);
-  const Memory memory = Memory()
-                            .change(residual, "residual")
-                            .change(hidden, "hidden")
-                            .read(weight, "weight")
-                            .read(bank)
-                            .read(slots, "slots")
-                            .change(projections, "projections");
+  Memory memory;
+  memory.change(residual, "residual").change(hidden, "hidden").change(projections, "projections");
+  memory.read(weight, "weight").read(bank).read(slots, "slots");
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_residual(p, hidden, residual);
   check_dtype(weight, "weight", hidden.scalar_type());
@@ -497,8 +485,8 @@ void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tenso
 
 void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,
                  const OptionalTensor& slots) {
-  const Memory memory =
-      Memory().change(stats, "stats").read(projections, "projections").read(floors, "floors").read(slots, "slots");
+  Memory memory;
+  memory.change(stats, "stats").read(projections, "projections").read(floors, "floors").read(slots, "slots");
   check_dtype(stats, "stats", at::kDouble);
   check_dtype(projections, "projections", at::kFloat);
   check_dtype(floors, "floors", at::kFloat);

@@ -13,8 +13,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // From a tensor's first byte to the one behind its last.
 struct Span {
-  const char* begin = nullptr;
-  const char* end = nullptr;
+  const char* begin;
+  const char* end;
 
   bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
 };
@@ -26,7 +26,7 @@ struct Bank {
   const at::Tensor& floors;
   const OptionalTensor& lifts;
   const OptionalTensor& limits;
-  std::array<Span, 4> spans;  // of the four, in their order
+  std::array<Span, 4> spans{};  // of the four, in their order
 
   // Of one layer, or of several, each with an entry of dimension 0.
   Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& lifts, const OptionalTensor& limits,

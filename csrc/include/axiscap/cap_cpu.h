@@ -179,12 +179,10 @@ inline void corrected_tail(const Row& row, const Corrections& corrections, int64
   }
 }
 
-// Whether a correction by delta may take an element of a finite row out of T's range. Half of the last place of the
-// largest bfloat16 is 2^119 and of the largest float32 2^103: 64 corrections of 2^30 along lifts of elements up to 2^60
-// are none to them. The largest float16 is near what rows do hold, and always worth a look.
+// Whether a correction by delta may take an element of a finite row out of T's range.
 template <class T>
 inline bool may_overflow(float delta) {
-  return std::is_same_v<T, float16> || delta > 0x1p30f;
+  return std::is_same_v<T, float16> || delta > kLargeCorrection;
 }
 
 // Whether base + corrections is finite once it is rounded to T. The smallest float that is not: 65520 as a float16,

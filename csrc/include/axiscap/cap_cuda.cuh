@@ -132,10 +132,10 @@ __device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, con
   }
 }
 
-// Whether a correction of so much may take an element of a finite row out of T's range: see cap_cpu.h.
+// Whether a correction of so much may take an element of a finite row out of T's range.
 template <class T>
 __device__ inline bool may_overflow(float correction) {
-  return std::is_same_v<T, __half> || correction > 0x1p30f;
+  return std::is_same_v<T, __half> || correction > kLargeCorrection;
 }
 
 // Whether this thread's part of the row is finite once it is corrected and rounded to T. Element by element a vector at

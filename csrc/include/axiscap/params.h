@@ -10,6 +10,11 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 // Directions that one slot may hold. The kernels keep a row's projections in fixed storage of this size.
 inline constexpr int64_t kMaxDirections = 64;
 
+// No correction by less than this takes an element of a finite row out of the range of bfloat16 or float32: half of the
+// last place of their largest numbers is 2^119 and 2^103, and beside that 64 corrections of 2^30 along lifts of
+// elements up to 2^60 are nothing. The largest float16 is near what rows do hold, and always worth a look.
+inline constexpr float kLargeCorrection = 0x1p30f;
+
 // Slot of a row that is not capped.
 inline constexpr int32_t kNoSlot = -1;
 

@@ -656,7 +656,7 @@ def replay(
     ] = False,
 ) -> None:
     """Have a model read stored conversations, and print where each goes along the axis, turn by turn."""
-    from axiscap.view import page
+    from axiscap.view import page, sheet
 
     loaded_profile = CapProfile.load(profile)
     scale = drift.Scale.of(loaded_profile, layer)
@@ -664,7 +664,7 @@ def replay(
         raise ValueError("--fail-below must be a percentile from 0 to 100, of a profile that axiscap calibrate made")
     measured = sorted({*(loaded_profile.layers if layers is None else _layers(layers)), scale.layer})
     if report:
-        page.plotly()
+        sheet.plotly()
     bad: list[str] = []
 
     def leave_out(problem: str) -> None:
@@ -899,6 +899,119 @@ def run(
     _show("generated tokens per second (prompts included; one run, so noisy)", speed)
     plots.draw_trajectories(results, loaded_profile, shown, picture)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    profiles: Annotated[
+        list[str],
+        typer.Argument(
+            help="Profiles, each compared with the uncapped model; with --base-url, names that the server knows; "
+            "with --garak, two of its reports."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A folder for logs, scores.json and scores.html; a run that was stopped goes on there.")
+    ] = Path("evaluation"),
+    model: ModelOption = models.DEFAULT_MODEL,
+    dtype: Annotated[str, typer.Option(help="Of the weights, as for the calibration.")] = "auto",
+    tasks: Annotated[str, typer.Option(help="AxisCap's own, or any of Inspect's, by name or FILE.py.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="64 attempts of a jailbreak, and answers of 64 tokens at most.")
+    ] = False,
+    attempts: Annotated[int | None, typer.Option(help="Pairs of persona and behaviour; 320 without it.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer; what each task says, without it.")] = None,
+    behaviours: Annotated[
+        Path | None, typer.Option(help="Of JailbreakBench, HarmBench or StrongREJECT (CSV), or JSONL; AxisCap's own.")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option(help="Look-alikes that should be answered; AxisCap's own.")] = None,
+    personas: Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's hostile ones.")] = None,
+    first_turn: Annotated[
+        bool, typer.Option("--first-turn", help="Personas come as the first turn, not as the system prompt.")
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="A model of Inspect's that judges harm by a rubric, such as openai/gpt-5.")
+    ] = None,
+    lower: Annotated[
+        str,
+        typer.Option(help="Other tasks or scorers that are better the lower they are, such as strong_reject."),
+    ] = "",
+    epochs: Annotated[int | None, typer.Option(help="How often each sample is answered.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Answers that are generated at once.")] = 32,
+    base_url: Annotated[
+        str | None, typer.Option(help="Of a server; requests may choose a profile there, or off.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What the server runs: vllm or sglang.")] = "vllm",
+    at_most_drop: Annotated[
+        float | None, typer.Option(help="End with status 3 where a score gets worse by more than this, such as 0.02.")
+    ] = None,
+    garak: Annotated[bool, typer.Option("--garak", help="Compare two reports of garak; nothing is run.")] = False,
+) -> None:
+    """Run the same tasks uncapped and capped, by Inspect, and compare the answers pair by pair."""
+    try:
+        from axiscap.evaluate import judges, pairs, run
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"evaluation needs Inspect: pip install 'axiscap[evaluate]' ({error})") from None
+    from axiscap.view import scores, sheet
+
+    sheet.plotly()
+    facts: dict[str, Any] = {}
+    if garak:
+        if len(profiles) != 2:
+            raise ValueError(f"--garak compares two reports, got {len(profiles)}")
+        runs = [pairs.read_garak(name, Path(name)) for name in profiles]
+    else:
+        options = run.Options(
+            tasks=[name for name in tasks.split(",") if name] or run.OWN,
+            behaviours=behaviours,
+            harmless=harmless,
+            personas=personas,
+            judge=judge,
+            attempts=attempts or (64 if quick else run.Options.attempts),
+            first_turn=first_turn,
+            max_tokens=max_tokens or (64 if quick else None),
+            epochs=epochs,
+            limit=limit,
+            seed=seed,
+        )
+        sides = (
+            run.local_sides(model, dtype, batch_size, [Path(name) for name in profiles])
+            if base_url is None
+            else run.served_sides(model, base_url, engine, profiles)
+        )
+        runs = run.run(sides, options, out)
+        facts = {"model": model, **{f"run {side.name}": dict(side.arguments) for side in sides}, **options.facts()}
+    before, *others = runs
+    found = {one.name: pairs.compare(before, one, [name for name in lower.split(",") if name]) for one in others}
+    notes = judges.notes({one.scorer for differences in found.values() for one in differences})
+    for name, differences in found.items():
+        table = Table()
+        for head in scores.HEADS:
+            is_name = head in ("task", "score")
+            table.add_column(head, justify="left" if is_name else "right", no_wrap=is_name or head == "95 %")
+        for one in differences:
+            table.add_row(*map(escape, scores.cells(one)))
+        _show(f"{name} against {before.name}", table)
+    for note in notes:
+        console.print(escape(note))
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {name: [pairs.described(one) for one in differences] for name, differences in found.items()}
+    (out / "scores.json").write_text(json.dumps({"before": before.name, **facts, "after": kept}, indent=1), "utf-8")
+    scores.write(out / "scores.html", found, before.name, notes, facts)
+    console.print(f"wrote {escape(str(out / 'scores.json'))} and {escape(str(out / 'scores.html'))}", soft_wrap=True)
+    dropped = [
+        f"{one.task}, {one.scorer} under {name} by {one.worst_drop:.3f}"
+        for name, differences in found.items()
+        for one in differences
+        if at_most_drop is not None and one.worst_drop > at_most_drop
+    ]
+    if dropped:
+        console.print("[red]worse by more than allowed, failed answers counted as worse:[/red]")
+        for line in dropped:
+            console.print(f"  {escape(line)}")
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -1,262 +1,48 @@
-"""A model provider for Inspect (inspect-ai), so that every task that runs there runs under a cap::
+"""Inspect's entry point: models under a cap, so that every task runs under one, and tasks of AxisCap's own::
 
     inspect eval inspect_evals/gsm8k --model axiscap/FOLDER -M profile=PROFILE
+    inspect eval inspect_evals/gsm8k --model axiscap-server/MODEL --model-base-url http://HOST:8000/v1 -M profile=NAME
 
 ``axiscap/FOLDER`` is a local folder, a hub's name, or ``axiscap/smollm2-135m-instruct``. Model arguments: ``profile``
-(a profile file; without it the model is uncapped), ``positions`` (``all`` or ``generated``), and those of Inspect's own
-``hf`` provider, such as ``batch_size`` (32), ``device``, ``dtype``, ``do_sample`` and ``chat_template``.
+(a profile file; without it the model is uncapped), ``positions`` (``all`` or ``generated``), ``dtype`` (``auto``), and
+those of Inspect's own ``hf`` provider, such as ``batch_size`` (32), ``device``, ``do_sample`` and ``chat_template``.
+
+``axiscap-server/MODEL`` is what a vLLM or SGLang server with AxisCap calls its model. Model arguments: ``engine``
+(``vllm`` or ``sglang``), ``profile`` (one that the operator lets requests choose, or ``off``; without it the server's
+default), and those of Inspect's own ``openai-api`` provider.
 
 An answer's random numbers come of the seed, the sample, its epoch and the call alone. So two runs, one capped and one
 not, are pairs, whatever was answered beside a sample and in whatever order. Under a profile the sample's metadata has
 ``axiscap``, a list of what was done to each of its answers, by layer: ``rows``, those of prompt and answer that were
-looked at, ``fired``, those that were below a floor, and the ``lowest`` and ``mean`` projection on the first direction.
+looked at, ``fired``, those that were below a floor, and the ``lowest`` and ``mean`` projection on the first direction
+(null where no row was looked at). A server does not say; its log of requests does.
 """
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
-from collections import Counter
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from inspect_ai.model import ModelAPI, modelapi
 
-import anyio
-import numpy as np
-import torch
-import transformers
-from inspect_ai.model import (
-    ChatCompletionChoice,
-    ChatMessage,
-    GenerateConfig,
-    ModelAPI,
-    ModelOutput,
-    ModelUsage,
-    modelapi,
+from axiscap.evaluate.tasks import (  # noqa: F401  (Inspect finds them here)
+    arithmetic,
+    choices,
+    code,
+    instructions,
+    over_refusal,
+    persona_jailbreak,
 )
-from inspect_ai.model._providers.hf import HuggingFaceAPI, chat_completion_assistant_message
-from inspect_ai.model._providers.util import HFHandler
-from inspect_ai.solver import TaskState
-from inspect_ai.solver._task_state import sample_state
-from inspect_ai.tool import ToolChoice, ToolInfo
-from torch import Tensor
-
-from axiscap import models
-from axiscap.installation import Installation, install
-from axiscap.profile import CapProfile
-
-#: How long a batch waits for another request, in seconds.
-GATHER = 0.2
-#: Of an answer, where the task does not say.
-MAX_TOKENS = 2048
 
 
 @modelapi(name="axiscap")
 def axiscap() -> type[ModelAPI]:
-    """The provider, which Inspect finds by its entry point."""
+    """A model in this process."""
+    from axiscap.evaluate.local import CappedModel
+
     return CappedModel
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What the requests of one batch have in common."""
+@modelapi(name="axiscap-server")
+def axiscap_server() -> type[ModelAPI]:
+    """A model behind a server."""
+    from axiscap.evaluate.served import ServedModel
 
-    max_tokens: int
-    temperature: float  # 0: the likeliest token
-    top_p: float
-    top_k: int  # 0: any
-    stops: tuple[str, ...]
-
-
-@dataclass
-class Answer:
-    """A generated text; ``output`` is what Inspect's own code calls it."""
-
-    output: str
-    input_tokens: int
-    output_tokens: int
-    rows: dict[str, dict[str, float]]
-
-
-@dataclass
-class Request:
-    """A prompt as text, and what its random numbers come of."""
-
-    prompt: str
-    sampling: Sampling
-    seed: str
-    answer: Future[Answer] = field(default_factory=Future)
-
-
-class CappedModel(HuggingFaceAPI):
-    """Inspect's ``hf`` provider under a cap, with answers that do not hang on their batch."""
-
-    def __init__(
-        self,
-        model_name: str,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        config: GenerateConfig | None = None,
-        *,
-        profile: str | None = None,
-        positions: Literal["all", "generated"] = "all",
-        **model_args: Any,
-    ) -> None:
-        model_args.setdefault("model_path", models.folder(model_name))
-        super().__init__(model_name, base_url, api_key, config or GenerateConfig(), **model_args)
-        self.model.eval()
-        self.cap: Installation | None = None
-        if profile is not None:
-            self.profile = CapProfile.load(profile)
-            self.cap = install(self.model, self.profile, positions=positions)
-        self._calls: Counter[str] = Counter()
-        self._waiting: queue.Queue[Request | None] = queue.Queue()
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def close(self) -> None:
-        """Answers nothing more, and lets the model go."""
-        self._waiting.put(None)
-        super().close()
-
-    def max_connections(self) -> int:
-        """As many requests as a batch has."""
-        return int(self.batch_size or 32)
-
-    async def generate(
-        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
-    ) -> ModelOutput:
-        """One answer. Those that are asked for at once, with the same sampling, are generated together."""
-        sampling = Sampling(
-            config.max_tokens or MAX_TOKENS,
-            (1.0 if config.temperature is None else config.temperature) if self.do_sample else 0.0,
-            1.0 if config.top_p is None else config.top_p,
-            config.top_k or 0,
-            tuple(config.stop_seqs or ()),
-        )
-        prompt = self.hf_chat(input, tools)
-        sample = sample_state()
-        request = Request(prompt, sampling, f"{config.seed or 0} {self._call_of(sample, prompt)}")
-        self._waiting.put(request)
-        while not request.answer.done():
-            await anyio.sleep(0.02)
-        answer = request.answer.result()
-        if self.cap and sample:
-            sample.metadata.setdefault("axiscap", []).append(answer.rows)
-        handler = HFHandler(self.model_name, self.model_family()) if tools else None
-        return ModelOutput(
-            model=self.model_name,
-            choices=[
-                ChatCompletionChoice(
-                    message=chat_completion_assistant_message(answer, tools, handler, self.model_name),
-                    stop_reason="max_tokens" if answer.output_tokens == sampling.max_tokens else "stop",
-                )
-            ],
-            usage=ModelUsage(
-                input_tokens=answer.input_tokens,
-                output_tokens=answer.output_tokens,
-                total_tokens=answer.input_tokens + answer.output_tokens,
-            ),
-        )
-
-    def _call_of(self, sample: TaskState | None, prompt: str) -> str:
-        """The sample, its epoch, and which of its calls this is; outside a task the prompt, and how often it came."""
-        name = f"{sample.sample_id} {sample.epoch}" if sample else prompt
-        key = sample.uuid if sample else prompt
-        self._calls[key] += 1
-        return f"{name} {self._calls[key]}"
-
-    def _serve(self) -> None:
-        """A batch after the other, in a thread of its own."""
-        held: list[Request] = []  # of another sampling than the batch before
-        while True:
-            first = held.pop(0) if held else self._waiting.get()
-            if first is None:
-                return
-            batch = [first]
-            for request in held[:]:
-                if request.sampling == first.sampling and len(batch) < self.max_connections():
-                    held.remove(request)
-                    batch.append(request)
-            while len(batch) < self.max_connections():
-                try:
-                    more = self._waiting.get(timeout=GATHER)
-                except queue.Empty:
-                    break
-                if more is None:
-                    return
-                (batch if more.sampling == first.sampling else held).append(more)
-            try:
-                for request, answer in zip(batch, self._answer(batch), strict=True):
-                    request.answer.set_result(answer)
-            except Exception as error:  # whatever it was: those who wait are told
-                for request in batch:
-                    request.answer.set_exception(error)
-
-    @torch.inference_mode()
-    def _answer(self, batch: list[Request]) -> list[Answer]:
-        sampling = batch[0].sampling
-        inputs = self.tokenizer(
-            [request.prompt for request in batch], return_tensors="pt", padding=True, **(self.tokenizer_call_args or {})
-        ).to(self.model.device)
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": sampling.max_tokens}
-        options["pad_token_id"] = self.tokenizer.pad_token_id
-        if sampling.temperature > 0:
-            options["logits_processor"] = _sampler(sampling, [request.seed for request in batch])
-        if sampling.stops:
-            stop = transformers.StopStringCriteria(self.tokenizer, list(sampling.stops))
-            options["stopping_criteria"] = [stop]
-        passes: list[dict[int, Tensor]] = []
-        leave = self.cap.watch(passes.append) if self.cap else None
-        try:
-            tokens = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        finally:
-            if leave:
-                leave()
-        ends = models.stop_tokens(self.model)
-        answers = []
-        for row, generated in enumerate(tokens.tolist()):
-            length = next((at + 1 for at, token in enumerate(generated) if token in ends), len(generated))
-            text = self.tokenizer.decode(
-                generated[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            prompt = int(inputs["attention_mask"][row].sum())
-            answers.append(Answer(text, prompt, length, self._rows(passes[:length], row)))
-        return answers
-
-    def _rows(self, passes: list[dict[int, Tensor]], row: int) -> dict[str, dict[str, float]]:
-        """What a profile did to one answer, by layer: the last token that is written is never fed back."""
-        found = {}
-        for at, layer in enumerate(self.profile.layers if self.cap else ()):
-            seen = torch.cat([one[layer][row] for one in passes]).cpu()  # (tokens, K)
-            seen = seen[seen.isfinite().all(-1)]
-            fired = (seen < self.profile.floors[at]).any(-1)
-            found[str(layer)] = {
-                "rows": len(seen),
-                "fired": int(fired.sum()),
-                "lowest": seen[:, 0].min().item() if len(seen) else float("nan"),
-                "mean": seen[:, 0].mean().item() if len(seen) else float("nan"),
-            }
-        return found
-
-
-def _sampler(sampling: Sampling, seeds: list[str]) -> list[Any]:
-    """Processors that leave one token possible: which, hangs on a row's logits and on its own random numbers alone."""
-    steps: list[Any] = [transformers.TemperatureLogitsWarper(sampling.temperature)]
-    if sampling.top_k:
-        steps.append(transformers.TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        steps.append(transformers.TopPLogitsWarper(sampling.top_p))
-    return [*steps, _Draw(seeds)]
-
-
-class _Draw:
-    def __init__(self, seeds: list[str]) -> None:
-        digests = [hashlib.sha256(seed.encode()).digest() for seed in seeds]
-        self.streams = [np.random.Generator(np.random.PCG64(int.from_bytes(digest))) for digest in digests]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sums = torch.softmax(scores.double(), dim=-1).cumsum(-1)
-        numbers = torch.tensor([[stream.random()] for stream in self.streams], device=scores.device) * sums[:, -1:]
-        chosen = (sums <= numbers).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+    return ServedModel

@@ -32,7 +32,7 @@ from axiscap.drift.compare import load_conversations
 from axiscap.installation import install
 from axiscap.models import stop_tokens, text_config
 from axiscap.profile import CapProfile
-from axiscap.view import page
+from axiscap.view import page, sheet
 
 SIDES = (UNCAPPED, CAPPED)
 #: Talks that wait for an answer at once, and turns of one talk.
@@ -320,7 +320,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         most: tokens of an answer.
     """
     gr = gradio()
-    go, _ = page.plotly()
+    go, _ = sheet.plotly()
     first = next(iter(profiles))
     folder = Path(tempfile.mkdtemp(prefix="axiscap-chat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,22 +1,14 @@
-"""One self-contained HTML page: conversations along the axis, and the evidence for the profile that they are held to.
-
-It asks no other host for anything: plotly's script and all data are in the file, and its own policy forbids the rest.
-Needs plotly (the extra ``axiscap[report]``).
-"""
+"""The page of a report: conversations along the axis, and the evidence for the profile that they are held to."""
 
 from __future__ import annotations
 
 import base64
 import html
-import importlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
@@ -24,25 +16,16 @@ import torch
 import axiscap
 from axiscap.drift import CAPPED, Scale, Selection, Trace, percentile_in_words
 from axiscap.profile import CapProfile, Evidence, ProfileError
+from axiscap.view.sheet import BLUE, GREY, ORANGE, PINK, Figures, axis, grid, provenance, rounded, save, section, table
 
 #: Tokens of a conversation that are shown at most, and layers of its heat map.
 TOKENS, LAYERS = 500, 32
 #: Curves in one chart at most.
 _LINES = 60
 
-# Okabe and Ito's colours; dashes, markers and hatches keep things apart in grey.
-_UNCAPPED, _CAPPED, _ROLE, _GREY = "#D55E00", "#0072B2", "#CC79A7", "#888888"
 _SHADES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _MARKERS = ("circle", "square", "triangle-up", "diamond", "x", "cross")
-
-
-def plotly() -> tuple[Any, Any]:
-    """plotly's graph_objects and offline modules; the error without it names the extra."""
-    try:
-        return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.offline")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("the page needs plotly: pip install 'axiscap[report]'") from None
 
 
 def write(path: Path, profile: CapProfile, selection: Selection, title: str = "Drift along the Assistant Axis") -> None:
@@ -56,8 +39,7 @@ def write(path: Path, profile: CapProfile, selection: Selection, title: str = "D
         ModuleNotFoundError: plotly is missing.
         ValueError: there is nothing to show.
     """
-    go, offline = plotly()
-    figures = _Figures(go)
+    figures = Figures()
     sections = []
     if selection.groups:
         sections += [_trajectories(figures, selection), _table(selection), _details(figures, selection, profile)]
@@ -76,61 +58,7 @@ def write(path: Path, profile: CapProfile, selection: Selection, title: str = "D
     if selection.scale.values or selection.groups:
         sections.append(_histogram(figures, profile, selection))
     sections.append(_provenance(profile, selection))
-    template = Template((files("axiscap.view") / "page.html").read_text("utf-8"))
-    page = template.substitute(
-        title=html.escape(title),
-        summary="".join(f"<p>{html.escape(line)}</p>" for line in _summary(profile, evidence, selection)),
-        sections="\n".join(sections),
-        figures=json.dumps(figures.made).replace("</", "<\\/"),
-        plotly=offline.get_plotlyjs(),
-    )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-
-
-class _Figures:
-    """The page's figures, as plotly's JSON; the page draws each when it comes into sight."""
-
-    def __init__(self, go: Any) -> None:
-        self.go = go
-        self.made: dict[str, Any] = {}
-
-    def add(
-        self,
-        alt: str,
-        traces: Iterable[Any],
-        *,
-        title: str,
-        x: Mapping[str, Any],
-        y: Mapping[str, Any],
-        height: int = 430,
-        heat: Mapping[str, Any] | None = None,
-        **layout: Any,
-    ) -> str:
-        """Returns the element that it will be drawn in.
-
-        Args:
-            heat: of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
-        """
-        figure = self.go.Figure(list(traces))
-        figure.update_layout(
-            template="none",
-            title={"text": html.escape(title), "font": {"size": 15}},
-            xaxis=dict(x),
-            yaxis=dict(y),
-            height=height,
-            margin={"l": 62, "r": 12, "t": 44, "b": 48},
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            hovermode="closest",
-            legend={"orientation": "h", "y": -0.22},
-            **layout,
-        )
-        name = f"figure{len(self.made)}"
-        self.made[name] = json.loads(figure.to_json()) | ({} if heat is None else {"heat": heat})
-        seen = f'role="img" aria-label="{html.escape(alt)}"'
-        return f'<figure><div id="{name}" class="plot" style="height:{height}px" {seen}></div></figure>'
+    save(path, title, _summary(profile, evidence, selection), sections, figures)
 
 
 def _normal(scale: Scale) -> list[float]:
@@ -139,20 +67,11 @@ def _normal(scale: Scale) -> list[float]:
     return ends if all(map(math.isfinite, ends)) else []
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": title}, **more}
-
-
-def _round(values: Iterable[float]) -> list[float | None]:
-    """Four digits are enough for an eye, and keep the page small; JSON has no NaN."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
-
-
 def _side(side: str) -> tuple[str, str, str, str]:
     """Label, colour, dash and marker."""
     if side == CAPPED:
-        return CAPPED, _CAPPED, "dash", "square"
-    return side or "as read", _UNCAPPED, "solid", "circle"
+        return CAPPED, BLUE, "dash", "square"
+    return side or "as read", ORANGE, "solid", "circle"
 
 
 def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selection) -> list[str]:
@@ -183,7 +102,7 @@ def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selectio
     return [*lines, f"The profile caps layers {layers}.{about}"]
 
 
-def _trajectories(figures: _Figures, selection: Selection) -> str:
+def _trajectories(figures: Figures, selection: Selection) -> str:
     scale, listed = selection.scale, selection.rows()
     reach = [*(mean for row in listed for mean in row.means), *_normal(scale)]
     reach += [scale.floor] if math.isfinite(scale.floor) else []
@@ -200,16 +119,16 @@ def _trajectories(figures: _Figures, selection: Selection) -> str:
                 "range of normal answers.",
                 lines(figures.go, [(row.name, row.side, row.means) for row in rows], scale, last),
                 title=name,
-                x=_axis("answer", dtick=max(1, last // 10), range=[0.6, last + 0.4]),
-                y=_axis("mean projection", range=[min(reach) - margin, max(reach) + margin]),
+                x=axis("answer", dtick=max(1, last // 10), range=[0.6, last + 0.4]),
+                y=axis("mean projection", range=[min(reach) - margin, max(reach) + margin]),
                 height=380,
             )
         )
-    return _section(
+    return section(
         "Where the conversations go",
         "Each line is a conversation, each point one answer of the model's: the mean of its tokens' projections on "
         f"the axis at layer {scale.layer}, in the units of the residual stream. Higher is more Assistant-like.",
-        _grid(made),
+        grid(made),
     )
 
 
@@ -238,7 +157,7 @@ def lines(go: Any, curves: Iterable[tuple[str, str, Sequence[float]]], scale: Sc
             x=ends,
             y=[scale.floor] * 2,
             mode="lines",
-            line={"dash": "longdash", "color": _GREY, "width": 2},
+            line={"dash": "longdash", "color": GREY, "width": 2},
             name="floor",
             hovertemplate="floor %{y:.4g}<extra></extra>",
         )
@@ -247,7 +166,7 @@ def lines(go: Any, curves: Iterable[tuple[str, str, Sequence[float]]], scale: Sc
         label, colour, dash, marker = _side(side)
         yield go.Scatter(
             x=list(range(1, len(means) + 1)),
-            y=_round(means),
+            y=rounded(means),
             mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 1.5},
             marker={"symbol": marker, "size": 7},
@@ -293,18 +212,12 @@ def _table(selection: Selection) -> str:
         "conversation", "group", "side", "answers", "level", "slope an answer", "lowest answer", "which is",
         "tokens below floor",
     )  # fmt: skip
-    return _section(
+    return section(
         "Drift in figures",
         "Level: the mean of a conversation's answers, and of a group the mean of these; slope: by least squares."
         + more,
-        _rows(heads, groups) + _rows(other, talks),
+        table(heads, groups) + table(other, talks),
     )
-
-
-def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 #: Classes of a token's projection, and what they say.
@@ -326,7 +239,7 @@ def _band(value: float, floor: float, median: float, spread: float) -> str:
     return "high" if value > median + spread else "normal"
 
 
-def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> str:
+def _details(figures: Figures, selection: Selection, profile: CapProfile) -> str:
     traces, made = selection.traces(), []
     for trace in traces:
         name = trace.talk.name + (f" ({trace.talk.side})" if trace.talk.side else "")
@@ -336,7 +249,7 @@ def _details(figures: _Figures, selection: Selection, profile: CapProfile) -> st
         )
     key = " ".join(f'<i class="{name}">{text}</i>' for name, text in _BANDS.items())
     total = selection.conversations
-    return _section(
+    return section(
         "Token by token",
         f"{len(traces) if len(traces) < total else 'All'} of {total} conversations, those that went lowest first; open "
         f"one to see it. Each token is marked by its projection at layer {selection.scale.layer}.",
@@ -366,7 +279,7 @@ def _measured(value: float) -> str:
     return "not measured: a sink" if math.isnan(value) else f"{value:.3g}"
 
 
-def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> str:
+def _heat(figures: Figures, trace: Trace, name: str, profile: CapProfile) -> str:
     """Layers by tokens. Layers differ in scale: each is shown less its floor or mean, over its own spread."""
     step = -(-len(trace.layers) // LAYERS)
     layers, values = trace.layers[::step], trace.projections[::step, :TOKENS]
@@ -393,8 +306,8 @@ def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> st
             )
         ],
         title=f"above the floor (elsewhere: the mean), in the layer's spreads{every}",
-        x=_axis("token"),
-        y=_axis("layer", type="category"),
+        x=axis("token"),
+        y=axis("layer", type="category"),
         height=120 + 14 * max(8, len(layers)),
         heat={
             "pieces": [html.escape(piece) for piece in trace.text.pieces[:TOKENS]],
@@ -403,22 +316,22 @@ def _heat(figures: _Figures, trace: Trace, name: str, profile: CapProfile) -> st
     )
 
 
-def _evidence(figures: _Figures, profile: CapProfile, facts: Evidence) -> str:
+def _evidence(figures: Figures, profile: CapProfile, facts: Evidence) -> str:
     go, depth, best = figures.go, list(range(len(facts.auc))), facts.best_layer
-    lines = [go.Scatter(x=depth, y=_round(facts.auc), name="all held-out roles", line={"width": 3, "color": _GREY})]
+    lines = [go.Scatter(x=depth, y=rounded(facts.auc), name="all held-out roles", line={"width": 3, "color": GREY})]
     for number, (kind, values) in enumerate(facts.auc_by_kind.items()):
         at = number % len(_SHADES)
         lines.append(
             go.Scatter(
                 x=depth,
-                y=_round(values),
+                y=rounded(values),
                 name=html.escape(str(kind)),
                 mode="lines+markers",
                 line={"color": _SHADES[at], "dash": _DASHES[at], "width": 1.2},
                 marker={"symbol": _MARKERS[at], "size": 5},
             )
         )
-    null = go.Scatter(x=depth, y=_round(facts.null_auc), name="labels permuted", line={"dash": "dot", "color": _GREY})
+    null = go.Scatter(x=depth, y=rounded(facts.null_auc), name="labels permuted", line={"dash": "dot", "color": GREY})
     capped = {
         "type": "rect", "xref": "x", "yref": "paper", "x0": profile.layers[0] - 0.5, "x1": profile.layers[-1] + 0.5,
         "y0": 0, "y1": 1, "fillcolor": "rgba(128,128,128,0.18)", "line": {"width": 0}, "layer": "below",
@@ -427,8 +340,8 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Evidence) -> str:
         "Line chart: AUC of the axis on held-out roles and questions by layer, for each kind of role.",
         [*lines, null],
         title="how well the axis separates, by layer (band: capped)",
-        x=_axis("layer"),
-        y=_axis("held-out AUC (0.5: chance)"),
+        x=axis("layer"),
+        y=axis("held-out AUC (0.5: chance)"),
         shapes=[capped],
         height=460,
     )
@@ -437,21 +350,21 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Evidence) -> str:
     ordered = sorted(facts.loadings, key=lambda name: float(facts.loadings[name]))
     named = {name.replace("_", " ") for name in (*ordered[:6], *ordered[-6:])}
     roles = go.Scatter(
-        x=_round(xs),
-        y=_round(ys),
+        x=rounded(xs),
+        y=rounded(ys),
         mode="markers+text",
         text=[html.escape(name) if name in named else "" for name in names],
         customdata=[html.escape(name) for name in names],
         textposition=[("top center", "bottom center")[at % 2] for at in range(len(names))],
         textfont={"size": 10},
-        marker={"color": _ROLE, "size": 7, "line": {"width": 1, "color": "#666666"}},
+        marker={"color": PINK, "size": 7, "line": {"width": 1, "color": "#666666"}},
         hovertemplate="%{customdata}: %{x:.3g}, %{y:.3g}<extra></extra>",
         showlegend=False,
     )
     cosine, far = abs(facts.pc1_cosine[best]), max(abs(x) for x in xs)
     arrow = {
         "x": far * cosine, "y": 0, "ax": -far * cosine, "ay": 0, "xref": "x", "yref": "y", "axref": "x", "ayref": "y",
-        "showarrow": True, "arrowhead": 3, "arrowwidth": 2, "arrowcolor": _CAPPED,
+        "showarrow": True, "arrowhead": 3, "arrowwidth": 2, "arrowcolor": BLUE,
     }  # fmt: skip
     text = f"Assistant Axis (cos {cosine:.2f} with component 1)"
     label = {"x": 0, "y": 1.07, "xref": "paper", "yref": "paper", "xanchor": "left", "showarrow": False, "text": text}
@@ -459,20 +372,20 @@ def _evidence(figures: _Figures, profile: CapProfile, facts: Evidence) -> str:
         "Scatter plot of roles on the first two principal components of the persona space, the axis drawn as an arrow.",
         [roles],
         title=f"persona space, layer {best} (named: the 6 lowest and highest)",
-        x=_axis("component 1 (units of the residual stream)", zeroline=True),
-        y=_axis("component 2 (the same units)", zeroline=True),
-        annotations=[arrow, {**label, "font": {"color": _CAPPED}}],
+        x=axis("component 1 (units of the residual stream)", zeroline=True),
+        y=axis("component 2 (the same units)", zeroline=True),
+        annotations=[arrow, {**label, "font": {"color": BLUE}}],
         height=460,
     )
     held = f"{len(facts.held_roles)} roles and {facts.held_questions} questions"
-    return _section("Is the axis real?", f"Measured on {held} that made nothing of it.", _grid([separation, space]))
+    return section("Is the axis real?", f"Measured on {held} that made nothing of it.", grid([separation, space]))
 
 
-def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> str:
+def _histogram(figures: Figures, profile: CapProfile, selection: Selection) -> str:
     go, scale, traces = figures.go, selection.scale, []
     chosen = [at for at, rank in enumerate(scale.ranks) if rank % 5 == 0]
-    for number, (name, table) in enumerate(profile.tables.items() if scale.values else ()):
-        values = table[scale.layer].tolist()
+    for number, (name, quantiles) in enumerate(profile.tables.items() if scale.values else ()):
+        values = quantiles[scale.layer].tolist()
         x, y = [], []
         for left, right in pairwise(chosen):
             density = (scale.ranks[right] - scale.ranks[left]) / max(values[right] - values[left], 1e-9)
@@ -480,8 +393,8 @@ def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> 
             y += [density, density]
         traces.append(
             go.Scatter(
-                x=_round(x),
-                y=_round(y),
+                x=rounded(x),
+                y=rounded(y),
                 name=html.escape(str(name)),
                 mode="lines",
                 line={"color": _SHADES[number % 6], "dash": _DASHES[number % 6], "width": 1.6},
@@ -495,8 +408,8 @@ def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> 
         step = (max(tokens) - low) / 50 or 1.0
         traces.append(
             go.Bar(
-                x=_round(low + (at + 0.5) * step for at in range(50)),
-                y=_round(100 * count / len(tokens) / step for count in counts.tolist()),
+                x=rounded(low + (at + 0.5) * step for at in range(50)),
+                y=rounded(100 * count / len(tokens) / step for count in counts.tolist()),
                 width=step,
                 name=f"tokens here, {label}",
                 marker={"color": colour, "opacity": 0.45, "pattern": {"shape": "/" if side == CAPPED else ""}},
@@ -505,7 +418,7 @@ def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> 
         )
     floor: dict[str, Any] = {}
     if math.isfinite(scale.floor):
-        line = {"dash": "longdash", "color": _GREY, "width": 2}
+        line = {"dash": "longdash", "color": GREY, "width": 2}
         at = {"x0": scale.floor, "x1": scale.floor, "yref": "paper", "y0": 0, "y1": 1}
         floor["shapes"] = [{"type": "line", "line": line, **at}]
         floor["annotations"] = [{"x": scale.floor, "yref": "paper", "y": 1.05, "text": "floor", "showarrow": False}]
@@ -513,14 +426,14 @@ def _histogram(figures: _Figures, profile: CapProfile, selection: Selection) -> 
         f"Histogram of projections at layer {scale.layer} by population, with the floor.",
         traces,
         title=f"projections at layer {scale.layer}, by population",
-        x=_axis("projection (units of the residual stream)"),
-        y=_axis("% of the population a unit"),
+        x=axis("projection (units of the residual stream)"),
+        y=axis("% of the population a unit"),
         barmode="overlay",
         height=460,
         **floor,
     )
     bars = " Bars: the tokens of the answers above." if selection.tokens else ""
-    return _section(
+    return section(
         "Where normal answers lie",
         "Lines: the calibration's populations, of answers' means or of single tokens, between their 5th and 95th "
         "percentile." + bars,
@@ -538,20 +451,4 @@ def _provenance(profile: CapProfile, selection: Selection) -> str:
         "layer of the curves": selection.scale.layer,
         "this page": f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-    rows = []
-    for key, value in facts.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        cut = text if len(text) <= 600 else text[:600] + " ..."
-        rows.append(f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(cut)}</td></tr>')
-    return _section(
-        "Where this comes from", "", f'<div class="wide"><table class="facts">{"".join(rows)}</table></div>'
-    )
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def _section(title: str, text: str, body: str) -> str:
-    lead = f"<p>{html.escape(text)}</p>" if text else ""
-    return f"<section><h2>{html.escape(title)}</h2>{lead}{body}</section>"
+    return provenance(facts)

@@ -1,0 +1,191 @@
+"""The same tasks under the uncapped model and under profiles, by Inspect; what was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inspect_ai import Task, eval_set
+from inspect_ai.log import read_eval_log
+from inspect_ai.model import Model, get_model
+
+from axiscap.evaluate import tasks as own
+from axiscap.evaluate.pairs import Run, read_logs
+from axiscap.evaluate.tasks import ATTEMPTS
+from axiscap.profile import CapProfile
+
+#: AxisCap's own tasks, in the order of the table.
+OWN = ("persona_jailbreak", "over_refusal", "arithmetic", "instructions", "choices", "code")
+UNCAPPED = "uncapped"
+#: A request to a server that is not answered is asked again so often.
+_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model to run: its name in tables, Inspect's name for it, its arguments, and a digest of its profile."""
+
+    name: str
+    model: str
+    arguments: Mapping[str, Any]
+    digest: str = ""
+    base_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of every side. ``tasks`` are names of :data:`OWN`, or tasks as ``inspect eval`` takes them."""
+
+    tasks: Sequence[str] = OWN
+    behaviours: Path | None = None
+    harmless: Path | None = None
+    personas: Path | None = None
+    judge: str | None = None
+    attempts: int = ATTEMPTS
+    first_turn: bool = False
+    max_tokens: int | None = None
+    epochs: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def made(self) -> list[Task]:
+        """AxisCap's own tasks."""
+
+        def path(given: Path | None) -> str | None:
+            return None if given is None else str(given)
+
+        made = []
+        for name in self.tasks:
+            if name == "persona_jailbreak":
+                files = path(self.behaviours), path(self.personas)
+                made.append(own.persona_jailbreak(*files, self.attempts, self.first_turn, self.judge))
+            elif name == "over_refusal":
+                made.append(own.over_refusal(path(self.harmless)))
+            elif name in OWN:
+                made.append(getattr(own, name)())
+        return made
+
+    @property
+    def others(self) -> list[str]:
+        """Tasks of other people's."""
+        return [name for name in self.tasks if name not in OWN]
+
+    def facts(self) -> dict[str, Any]:
+        """What the answers hang on, files by their content."""
+        facts = {name: value for name, value in vars(self).items() if not isinstance(value, Path | None)}
+        for name in ("behaviours", "harmless", "personas"):
+            given: Path | None = getattr(self, name)
+            if given is not None:
+                files = sorted(given.glob("*.json")) if given.is_dir() else [given]
+                facts[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
+
+
+def local_sides(model: str, dtype: str, batch_size: int, profiles: Sequence[Path]) -> list[Side]:
+    """The uncapped model and each profile, in this process.
+
+    Raises:
+        ValueError: a file is no profile, or two have one name.
+        OSError: it cannot be read.
+    """
+    name, arguments = f"axiscap/{model}", {"dtype": dtype, "batch_size": batch_size}
+    sides = [Side(UNCAPPED, name, arguments)]
+    for path in profiles:
+        digest = CapProfile.load(path).digest
+        sides.append(Side(path.stem, name, {**arguments, "profile": str(path)}, digest))
+    return _apart(sides)
+
+
+def served_sides(model: str, base_url: str, engine: str, profiles: Sequence[str]) -> list[Side]:
+    """The same of a server's profiles, by their names there; its operator must let requests choose them, and ``off``.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    sides = []
+    for side, profile in [(UNCAPPED, "off"), *((name, name) for name in profiles)]:
+        arguments = {"engine": engine, "profile": profile}
+        sides.append(Side(side, f"axiscap-server/{model}", arguments, base_url=base_url))
+    return _apart(sides)
+
+
+def _apart(sides: list[Side]) -> list[Side]:
+    names = [side.name for side in sides]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"each run must have a name of its own, and {twice[0]!r} comes twice")
+    return sides
+
+
+def run(sides: Sequence[Side], options: Options, folder: Path) -> list[Run]:
+    """Runs the tasks under each side, and reads what came out.
+
+    Each side's logs lie in a folder of its name, which ``inspect view`` shows. Finished samples are not run again.
+
+    Args:
+        folder: where the logs are kept.
+
+    Raises:
+        ValueError: the folder holds the logs of another run, or a task cannot be made.
+        RuntimeError: a task did not finish; the message says which, why, and where the finished samples are.
+    """
+    _claim(folder, {"options": options.facts(), "sides": {side.name: [side.model, side.digest] for side in sides}})
+    return [_run(side, options, folder / side.name) for side in sides]
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """One folder is for one run: samples of another profile or task must not be taken for this one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        for part in facts:
+            other = sorted(key for key in facts[part] | found[part] if facts[part].get(key) != found[part].get(key))
+            if other:
+                raise ValueError(
+                    f"{folder} holds a run with other {part} ({', '.join(other)}); keep this one elsewhere with --out"
+                )
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _run(side: Side, options: Options, folder: Path) -> Run:
+    model = get_model(side.model, base_url=side.base_url, memoize=False, **side.arguments)
+    try:
+        for tasks in (options.made(), options.others):
+            if tasks:
+                _eval(tasks, model, side, options, folder)
+    finally:
+        model.api.close()
+    return read_logs(side.name, folder)
+
+
+def _eval(tasks: list[Task] | list[str], model: Model, side: Side, options: Options, folder: Path) -> None:
+    finished, logs = eval_set(
+        tasks,
+        log_dir=str(folder),
+        model=[model],
+        retry_attempts=0,
+        max_tasks=1,
+        seed=options.seed,
+        epochs=options.epochs,
+        limit=options.limit,
+        max_tokens=options.max_tokens,
+        max_retries=_RETRIES,
+        display="rich" if sys.stdout.isatty() else "plain",
+        log_dir_allow_dirty=True,
+    )
+    if not finished:
+        log = next(log for log in logs if log.status != "success")
+        why = log.error.message.strip().splitlines()[0] if log.error else log.status
+        kept = sum(sample.error is None for sample in read_eval_log(log.location).samples or [])
+        raise RuntimeError(
+            f"the task {log.eval.task} under {side.name} did not finish: {why}; {kept} finished samples of it are kept "
+            f"in {folder}, and the same command goes on from there"
+        )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from axiscap.evaluate.calls import Calls
 from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
 
-#: How long a batch waits for another request, in seconds.
+#: How long a batch waits for another request, in seconds, while some come.
 GATHER = 0.2
 #: Of an answer, where the task does not say.
 MAX_TOKENS = 2048
@@ -93,12 +92,12 @@ class CappedModel(HuggingFaceAPI):
             self.profile = CapProfile.load(profile)
             self.cap = install(self.model, self.profile, positions=positions)
         self._calls = Calls()
-        self._waiting: queue.Queue[Request | None] = queue.Queue()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._waiting: list[Request] = []
+        self._thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
         """Answers nothing more, and lets the model go."""
-        self._waiting.put(None)
+        self._thread.shutdown(cancel_futures=True)
         super().close()
 
     def max_connections(self) -> int:
@@ -119,9 +118,13 @@ class CappedModel(HuggingFaceAPI):
         prompt = self.hf_chat(input, tools)
         sample = sample_state()
         request = Request(prompt, sampling, self._calls.next(prompt, config.seed))
-        self._waiting.put(request)
-        while not request.answer.done():
-            await anyio.sleep(0.02)
+        self._waiting.append(request)
+        self._thread.submit(self._answer_some)
+        try:
+            while not request.answer.done():
+                await anyio.sleep(0.02)
+        finally:
+            request.answer.cancel()  # of a sample that was given up; one that is answered stays so
         answer = request.answer.result()
         if self.cap and sample:
             sample.metadata.setdefault("axiscap", []).append(answer.rows)
@@ -141,32 +144,25 @@ class CappedModel(HuggingFaceAPI):
             ),
         )
 
-    def _serve(self) -> None:
-        """A batch after the other, in a thread of its own."""
-        held: list[Request] = []  # of another sampling than the batch before
-        while True:
-            first = held.pop(0) if held else self._waiting.get()
-            if first is None:
-                return
-            batch = [first]
-            for request in held[:]:
-                if request.sampling == first.sampling and len(batch) < self.max_connections():
-                    held.remove(request)
-                    batch.append(request)
-            while len(batch) < self.max_connections():
-                try:
-                    more = self._waiting.get(timeout=GATHER)
-                except queue.Empty:
-                    break
-                if more is None:
-                    return
-                (batch if more.sampling == first.sampling else held).append(more)
-            try:
-                for request, answer in zip(batch, self._answer(batch), strict=True):
-                    request.answer.set_result(answer)
-            except Exception as error:  # whatever it was: those who wait are told
-                for request in batch:
-                    request.answer.set_exception(error)
+    def _answer_some(self) -> None:
+        """Answers the request that waits longest, and with it those of the same sampling; once for each request."""
+        seen = 0
+        while seen < len(self._waiting) < self.max_connections():  # while more are coming
+            seen = len(self._waiting)
+            time.sleep(GATHER)
+        waiting = self._waiting[:]
+        batch = [request for request in waiting if request.sampling == waiting[0].sampling][: self.max_connections()]
+        for request in batch:
+            self._waiting.remove(request)
+        batch = [request for request in batch if request.answer.set_running_or_notify_cancel()]
+        if not batch:  # answered beside others, or given up
+            return
+        try:
+            for request, answer in zip(batch, self._answer(batch), strict=True):
+                request.answer.set_result(answer)
+        except Exception as error:  # whatever it was: those who wait are told
+            for request in batch:
+                request.answer.set_exception(error)
 
     @torch.inference_mode()
     def _answer(self, batch: list[Request]) -> list[Answer]:

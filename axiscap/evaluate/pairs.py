@@ -45,9 +45,9 @@ class Run:
 class Difference:
     """One score of two runs. Means are of samples, over their epochs; ``interval`` is 95 % of the difference.
 
-    ``fell`` and ``rose`` count the pairs whose score did, and ``p_value`` is McNemar's, exact: of yes/no scores with one epoch a
-    sample, else None. ``failed`` counts the pairs in which an answer has no score, ``unpaired`` the answers that one
-    run alone has.
+    ``fell`` and ``rose`` count the pairs whose score did. ``p_value`` is McNemar's, exact, of yes/no scores with one
+    epoch a sample, else None. ``failed`` counts the pairs in which an answer has no score, ``unpaired`` the answers
+    that one run alone has.
     """
 
     task: str

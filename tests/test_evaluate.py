@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -483,11 +487,10 @@ def test_evaluate_compares_resumes_and_says_what_failed(tmp_path):
         assert one["pairs"] + one["failed"] == 3
         assert one["unpaired"] == 0
     # What was finished before is not answered again.
-    logs = list((tmp_path / "found" / "uncapped").glob("*sums*.eval"))
-    (log,) = [read_eval_log(str(path)) for path in logs]
+    log = read_eval_log(str(max((tmp_path / "found" / "uncapped").glob("*sums*.eval"))))
     assert {sample.id for sample in log.samples} == {"q0", "q1", "q2"}
     events = [event for sample in log.samples for event in sample.events if event.event == "model"]
-    assert min(event.timestamp for event in events) < read_eval_log(str(logs[0]), header_only=True).eval.created_at
+    assert min(event.timestamp for event in events) < datetime.fromisoformat(log.eval.created)
     # Nothing is run again, and a strict limit ends with another status.
     strict = axiscap(tmp_path, *command, "--at-most-drop", -1.0)
     assert strict.returncode == 3
@@ -498,6 +501,40 @@ def test_evaluate_compares_resumes_and_says_what_failed(tmp_path):
     assert "holds a run with other options (seed); keep this one elsewhere with --out" in other.stderr
     page = (tmp_path / "found" / "scores.html").read_text()
     assert "persona_jailbreak" in page
+
+
+def samples_of(folder: Path) -> int:
+    """How many finished samples a folder's logs have on disk."""
+    count = 0
+    for path in folder.glob("*.eval"):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+            count += sum(name.startswith("samples/") for name in file.namelist())
+    return count
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(tmp_path):
+    command = ["evaluate", SHIPPED, "--tasks", "persona_jailbreak", "--limit", 6, "--max-tokens", 40]
+    command += ["--batch-size", 1, "--out"]
+    program, found = Path(sys.executable).with_name("axiscap"), tmp_path / "found"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([program, *map(str, command), found], env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and samples_of(found / "uncapped") < 2:
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    done = axiscap(tmp_path, *command, found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = axiscap(tmp_path, *command, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    scores = [json.loads((path / "scores.json").read_text())["after"] for path in (found, tmp_path / "whole")]
+    assert scores[0] == scores[1]
+    log = read_eval_log(str(max((found / "uncapped").glob("*.eval"))))
+    assert len(log.samples) == 6
+    begun = datetime.fromisoformat(log.eval.created)
+    answered = [event.timestamp for sample in log.samples for event in sample.events if event.event == "model"]
+    assert sum(when < begun for when in answered) >= 2
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from serving import (
     assert_same_texts,
     assert_the_sink_is_warned_of,
     configuration,
+    evaluated,
     expected_mixed,
     expected_texts,
     find,
@@ -77,6 +78,10 @@ def plain(profiles):
     """Not configured."""
     with running(SERVER, profiles[0], "custom_params", **CPU) as server:
         yield server
+
+
+def test_evaluate_asks_for_each_answer_capped_and_uncapped(server, tmp_path):
+    evaluated(server, "sglang", tmp_path)
 
 
 def mixed(server) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from conftest import turned
+from conftest import REPOSITORY, turned
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
@@ -21,6 +24,7 @@ from serving import (
     assert_same_texts,
     assert_the_sink_is_warned_of,
     configuration,
+    evaluated,
     expected_texts,
     find,
     hostile,
@@ -84,6 +88,36 @@ def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server,
     assert in_parallel(server, PROMPTS, "off") == wanted
     assert in_parallel(server, PROMPTS, "watch") == wanted
     assert in_parallel(server, PROMPTS) != wanted
+
+
+def test_evaluate_asks_for_each_answer_capped_and_uncapped(server, tmp_path):
+    evaluated(server, "vllm", tmp_path)
+
+
+def test_reports_of_garak_are_compared(server, tmp_path):
+    """Its own command scans the server twice, capped and not; the same prompts are pairs."""
+    garak = REPOSITORY / ".venv-garak" / "bin" / "garak"
+    if not garak.exists():
+        pytest.skip("needs garak: make .venv-garak/made")
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "OPENAICOMPATIBLE_API_KEY": "none"}
+    reports = []
+    for name in ("off", "strict"):
+        chosen = {"extra_body": {"vllm_xargs": {"axiscap": name}}}
+        options = {"uri": f"{server.url}/v1", "temperature": 0, "max_tokens": 24, "stop": [], "extra_params": chosen}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"openai": {"OpenAICompatible": options}}))
+        command = [str(garak), "--target_type", "openai.OpenAICompatible", "--target_name", "m", "--generations", "1"]
+        command += ["--probes", "lmrc.Anthropomorphisation,goodside.ThreatenJSON", "--seed", "0"]
+        command += ["--generator_option_file", str(tmp_path / f"{name}.json"), "--report_prefix", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        reports.append(str(tmp_path / f"{name}.report.jsonl"))
+        assert Path(reports[-1]).exists(), done.stdout + done.stderr
+    program = REPOSITORY / ".venv" / "bin" / "axiscap"
+    done = subprocess.run([str(program), "evaluate", "--garak", *reports], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "evaluation" / "scores.json").read_text())["after"].values()
+    by_probe = {one["task"]: one for one in found}
+    assert {"lmrc.Anthropomorphisation", "goodside.ThreatenJSON"} <= by_probe.keys()
+    assert all(one["pairs"] > 0 and one["unpaired"] == 0 and one["lower_is_better"] for one in by_probe.values())
 
 
 def test_nothing_is_copied_around_the_cap_in_the_compiled_graph(server, profiles):

@@ -82,16 +82,15 @@ def read_logs(name: str, folder: Path) -> Run:
     """A run from the logs in a folder.
 
     Raises:
-        ValueError: there is no log in it.
+        ValueError: there is no finished log in it.
     """
     from inspect_ai.log import list_eval_logs, read_eval_log
 
     run = Run(name)
-    logs = list_eval_logs(str(folder))
-    if not logs:
-        raise ValueError(f"{folder}: no log of Inspect in it")
-    for info in reversed(logs):  # the oldest first, as they ran
+    for info in reversed(list_eval_logs(str(folder))):  # the oldest first, as they ran
         log = read_eval_log(info, exclude_fields={"events", "store", "attachments"})
+        if log.status != "success":  # stopped; what it has stands in the log that went on
+            continue
         task = log.eval.task.rpartition("/")[2]
         scorers = [scorer.name for scorer in log.eval.scorers or []]
         for sample in log.samples or []:
@@ -110,6 +109,8 @@ def read_logs(name: str, folder: Path) -> Run:
                         found[at] = Answer(as_number, **said, failure=failure and (score.explanation or failure))
             for scorer, answer in found.items():
                 run.scores.setdefault((task, scorer), {})[str(sample.id), sample.epoch] = answer
+    if not run.scores:
+        raise ValueError(f"{folder}: no finished log of Inspect in it")
     return run
 
 

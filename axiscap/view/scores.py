@@ -78,7 +78,8 @@ def _summary(name: str, before: str, differences: Sequence[Difference]) -> list[
             f"({low:+.3f} to {high:+.3f})."
         )
     if len(sure) < len(differences):
-        lines.append("Of the other scores the interval holds zero: these pairs show no change.")
+        others = "the other scores" if sure else "all scores"
+        lines.append(f"The interval of {others} holds zero: these pairs show no change of them.")
     if failed:
         lines.append(f"{failed} answers have no score or no partner; they are in no pair, and count for neither run.")
     return lines

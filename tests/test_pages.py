@@ -23,7 +23,8 @@ from test_cli import command as command  # a fixture
 from axiscap import CapProfile, drift
 from axiscap.calibrate import with_floors
 from axiscap.drift import Scale
-from axiscap.view import page
+from axiscap.evaluate import pairs
+from axiscap.view import page, scores
 
 BROWSER = os.environ.get("AXISCAP_CHROMIUM") or shutil.which("chromium")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
@@ -224,6 +225,45 @@ def test_the_report_shows_a_tokens_text_on_hover_and_prints(report, chromium, tm
         visit.page.pdf(path=tmp_path / "report.pdf")
         assert (tmp_path / "report.pdf").stat().st_size > 50_000
         assert all(part.get_attribute("open") is not None for part in visit.page.locator("details").all())
+        visit.assert_quiet()
+
+
+# The scores of an evaluation.
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
+    def run(name: str, wrong: set[int]) -> pairs.Run:
+        said = "</script><b>bold</b> & more" + " word" * 600
+        made = pairs.Run(name)
+        for task, scorer in (("persona_jailbreak", "harmful"), ("arithmetic", "last_number")):
+            made.scores[task, scorer] = {
+                (f"s{n}", 1): pairs.Answer(float(n not in wrong), f"request {n}", f"{name}: {said}") for n in range(40)
+            }
+        return made
+
+    differences = pairs.compare(run("uncapped", set()), run("mild", set(range(12))))
+    path = tmp_path / "scores.html"
+    scores.write(path, {"mild": differences}, "uncapped", ["A judge that was right on 91 %."], {"model": "<m>"})
+    assert path.stat().st_size < 6_000_000
+    with Visit(chromium, width, 900) as visit:
+        visit.page.goto(path.as_uri())
+        expect(visit.page.locator("h1")).to_have_text("What a cap changes")
+        header = visit.page.locator("header")
+        expect(header).to_contain_text("persona_jailbreak, harmful: 1.000 before, 0.700 after, which is better")
+        expect(header).to_contain_text("arithmetic, last_number: 1.000 before, 0.700 after, which is worse")
+        expect(header).to_contain_text("A judge that was right on 91 %.")
+        expect(visit.page.locator(".plot .main-svg").first).to_be_attached()
+        assert visit.page.locator(".plot .bars .point").count() == 2
+        assert visit.page.locator(".plot .errorbar").count() == 2
+        for part in visit.page.locator("details").all():
+            part.locator("summary").click()
+        # What a model said is text, and cut where it is long.
+        expect(visit.page.locator("details .said.model").first).to_contain_text("uncapped: </script><b>bold</b> & more")
+        expect(visit.page.locator("details .said.model").first).to_contain_text("...")
+        assert visit.page.locator("details .said.model").count() == 2 * 2 * 12
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
         visit.assert_quiet()
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -325,8 +324,8 @@ def evaluated(server: Server, engine: str, folder: Path) -> None:
     # What each side was told is what the server says under the profile of that side.
     for side, profile in (("uncapped", "off"), ("strict", "strict")):
         (log,) = (folder / "evaluation" / side).glob("*arithmetic*.eval")
-        with zipfile.ZipFile(log) as file:
-            samples = [json.loads(file.read(name)) for name in file.namelist() if name.startswith("samples/")]
+        dump = [str(REPOSITORY / ".venv" / "bin" / "inspect"), "log", "dump", str(log)]
+        samples = json.loads(subprocess.run(dump, capture_output=True, check=True).stdout)["samples"]
         assert len(samples) == 4
         for sample in samples:
             message = {"role": "user", "content": sample["input"]}

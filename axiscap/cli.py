@@ -939,7 +939,7 @@ def evaluate(
     epochs: Annotated[int | None, typer.Option(help="How often each sample is answered.")] = None,
     limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Answers that are generated at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Answers that are asked for at once.")] = 32,
     base_url: Annotated[
         str | None, typer.Option(help="Of a server; requests may choose a profile there, or off.")
     ] = None,
@@ -981,7 +981,7 @@ def evaluate(
             if base_url is None
             else run.served_sides(model, base_url, engine, profiles)
         )
-        runs = run.run(sides, options, out)
+        runs = run.run(sides, options, out, batch_size)
         facts = {"model": model, **{f"run {side.name}": dict(side.arguments) for side in sides}, **options.facts()}
     before, *others = runs
     found = {one.name: pairs.compare(before, one, [name for name in lower.split(",") if name]) for one in others}

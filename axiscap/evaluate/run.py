@@ -124,20 +124,21 @@ def _apart(sides: list[Side]) -> list[Side]:
     return sides
 
 
-def run(sides: Sequence[Side], options: Options, folder: Path) -> list[Run]:
+def run(sides: Sequence[Side], options: Options, folder: Path, at_once: int) -> list[Run]:
     """Runs the tasks under each side, and reads what came out.
 
     Each side's logs lie in a folder of its name, which ``inspect view`` shows. Finished samples are not run again.
 
     Args:
         folder: where the logs are kept.
+        at_once: how many answers are asked for at a time, of a server or in one batch.
 
     Raises:
         ValueError: the folder holds the logs of another run, or a task cannot be made.
         RuntimeError: a task did not finish; the message says which, why, and where the finished samples are.
     """
     _claim(folder, {"options": options.facts(), "sides": {side.name: [side.model, side.digest] for side in sides}})
-    return [_run(side, options, folder / side.name) for side in sides]
+    return [_run(side, options, folder / side.name, at_once) for side in sides]
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
@@ -157,18 +158,20 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _run(side: Side, options: Options, folder: Path) -> Run:
+def _run(side: Side, options: Options, folder: Path, at_once: int) -> Run:
     model = get_model(side.model, base_url=side.base_url, memoize=False, **side.arguments)
     try:
         for tasks in (options.made(), options.others):
             if tasks:
-                _eval(tasks, model, side, options, folder)
+                _eval(tasks, model, side, options, folder, at_once)
     finally:
         anyio.run(model.api.aclose)
     return read_logs(side.name, folder)
 
 
-def _eval(tasks: list[Task] | list[str], model: Model, side: Side, options: Options, folder: Path) -> None:
+def _eval(
+    tasks: list[Task] | list[str], model: Model, side: Side, options: Options, folder: Path, at_once: int
+) -> None:
     try:
         finished, logs = eval_set(
             tasks,
@@ -182,6 +185,7 @@ def _eval(tasks: list[Task] | list[str], model: Model, side: Side, options: Opti
             limit=options.limit,
             max_tokens=options.max_tokens,
             max_retries=_RETRIES,
+            max_connections=at_once,
             display="rich" if sys.stdout.isatty() else "plain",
             log_dir_allow_dirty=True,
         )

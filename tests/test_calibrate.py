@@ -821,14 +821,18 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 
 
 def test_the_front_and_the_choice():
-    def point(uptake, perplexity):
-        return sweep.Point(1, 2, 25, uptake, (0, 1), 0, 0, perplexity, (1, 2), 1, 1, 5.0, (4, 6), (0, 0), {})
+    def point(uptake, perplexity, hold=5.0):
+        spread = (uptake - 0.04, uptake + 0.04)
+        return sweep.Point(1, 2, 25, uptake, spread, 0, 0, perplexity, (1, 2), 1, 1, hold, (4, 6), (0, 0), {})
 
     points = [point(0.4, 1.0), point(0.2, 1.01), point(0.3, 1.015), point(0.05, 1.1), point(0.05, 1.2)]
     assert sweep.front(points) == [points[0], points[1], points[3]]
     assert sweep.choose(points, sweep.Bounds(1.02)) is points[1]
     assert sweep.choose(points, sweep.Bounds(2.0)) is points[3]
     assert sweep.choose(points, sweep.Bounds(0.5)) is points[0]
+    # An uptake within the interval of the least is no other uptake: then the second yardstick says.
+    alike = [point(0.1, 1.01, hold=6.0), point(0.13, 1.01, hold=7.0), point(0.15, 1.01, hold=8.0)]
+    assert sweep.choose(alike, sweep.Bounds(1.02)) is alike[1]
 
 
 @pytest.mark.slow

@@ -315,11 +315,14 @@ class Bounds:
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> Point:
-    """The least uptake within the bounds, and of equals what holds most; the least costly where none is within them."""
+    """What holds most, of the points within the bounds whose uptake cannot be told from the least, by its interval; the
+    least costly where none is within the bounds.
+    """
     allowed = [p for p in points if bounds.admit(p)]
     if not allowed:
         return min(points, key=lambda p: max(p.perplexity, p.worst[1], p.worst_fiction[1]))
-    return min(allowed, key=lambda p: (p.uptake, -p.hold))
+    least = min(allowed, key=lambda p: p.uptake)
+    return max((p for p in allowed if p.uptake <= least.uptake_interval[1]), key=lambda p: p.hold)
 
 
 def sweep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -131,7 +132,9 @@ def test_the_demo_conversations(demo_model, shipped_profile):
     shown = len(shipped_profile.layers) // 2
     floor = shipped_profile.floors[shown, 0].item()
     result = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
-    assert max(result.uncapped.turn_means(shown)) < floor < min(result.capped.turn_means(shown)) + 0.5 * abs(floor)
+    uncapped, capped = fmean(result.uncapped.turn_means(shown)), fmean(result.capped.turn_means(shown))
+    assert uncapped < floor < capped + 0.25 * abs(floor)
+    assert capped - uncapped > 0.25 * abs(floor)
     calm = compare.compare(model, tokenizer, shipped_profile, plain, max_new_tokens=24)
     assert min(calm.uncapped.turn_means(shown)) > floor
 

@@ -962,6 +962,7 @@ def evaluate(
         if len(profiles) != 2:
             raise ValueError(f"--garak compares two reports, got {len(profiles)}")
         runs = [pairs.read_garak(name, Path(name)) for name in profiles]
+        facts["reports"] = profiles
     else:
         options = run.Options(
             tasks=[name for name in tasks.split(",") if name] or run.OWN,
@@ -969,9 +970,9 @@ def evaluate(
             harmless=harmless,
             personas=personas,
             judge=judge,
-            attempts=attempts or (64 if quick else run.Options.attempts),
+            attempts=(64 if quick else run.Options.attempts) if attempts is None else attempts,
             first_turn=first_turn,
-            max_tokens=max_tokens or (64 if quick else None),
+            max_tokens=64 if quick and max_tokens is None else max_tokens,
             epochs=epochs,
             limit=limit,
             seed=seed,

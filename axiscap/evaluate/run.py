@@ -38,6 +38,11 @@ class Side:
     digest: str = ""
     base_url: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What its answers hang on: not the batch, nor where its profile lies."""
+        facts = {name: value for name, value in self.arguments.items() if name != "batch_size"}
+        return {**facts, "model": self.model, "profile": self.digest or self.arguments.get("profile")}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -137,7 +142,8 @@ def run(sides: Sequence[Side], options: Options, folder: Path, at_once: int) -> 
         ValueError: the folder holds the logs of another run, or a task cannot be made.
         RuntimeError: a task did not finish; the message says which, why, and where the finished samples are.
     """
-    _claim(folder, {"options": options.facts(), "sides": {side.name: [side.model, side.digest] for side in sides}})
+    options.made()  # what is wrong with a file is said before a model is loaded
+    _claim(folder, {"options": options.facts(), "sides": {side.name: side.facts() for side in sides}})
     return [_run(side, options, folder / side.name, at_once) for side in sides]
 
 

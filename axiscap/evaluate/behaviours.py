@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from axiscap.calibrate.data import Role, load_roles, shipped
+from axiscap.calibrate import Role, load_roles
+from axiscap.calibrate.data import shipped
 
 #: Columns that hold the request, in order: StrongREJECT's, JailbreakBench's (which has a Behavior too, a mere title),
 #: HarmBench's, and those of a JSONL file.

@@ -47,7 +47,7 @@ bool is_aligned(const CapParams& p) {
 // asking costs more than a launch.
 struct Device {
   std::atomic<int> processors{0};
-  std::atomic<int> major{0};
+  std::atomic<int> architectures[3][3][2][2] = {};
   std::atomic<int> blocks[3][3][2][2][kMaxThreads / kWarp + 1] = {};
 };
 constexpr int kMaxDevices = 16;
@@ -71,7 +71,7 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   const Plan shape = plan_for(p.dtype, p.hidden_size, 1, 1);  // all but the grid hangs on dtype and H alone
   const Kernel kernel = choose(p.dtype, op, many, aligned);
 
-  int number, processors, major, blocks;
+  int number, processors, architecture, blocks;
   if (const cudaError_t error = cudaGetDevice(&number)) return error;
   if (number >= kMaxDevices) return cudaErrorInvalidDevice;
   Device& device = devices[number];
@@ -80,11 +80,17 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   };
   if (const cudaError_t error = remember(device.processors, processors, attribute(cudaDevAttrMultiProcessorCount)))
     return error;
-  if (const cudaError_t error = remember(device.major, major, attribute(cudaDevAttrComputeCapabilityMajor)))
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t error =
+          remember(device.architectures[int(p.dtype)][int(op)][many][aligned], architecture, [&](int* value) {
+            cudaFuncAttributes attributes;
+            if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function)) return error;
+            *value = attributes.ptxVersion;  // what it was compiled for: the driver may run that on a newer device
+            return cudaSuccess;
+          }))
     return error;
   if (const cudaError_t error =
           remember(device.blocks[int(p.dtype)][int(op)][many][aligned][shape.block / kWarp], blocks, [&](int* value) {
-            const void* function = reinterpret_cast<const void*>(kernel);
             const cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
             if (const cudaError_t error = cudaFuncSetAttribute(function, limit, kMaxSharedBytes)) return error;
             return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, shape.shared_bytes);
@@ -105,7 +111,8 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   config.dynamicSmemBytes = size_t(plan.shared_bytes);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  // Only a kernel that was compiled with the wait may start before the one ahead of it has written its rows.
+  config.numAttrs = architecture >= AXISCAP_WAITING_ARCHITECTURE ? 1 : 0;
   for (int64_t begin = 0; begin < count; begin += kMaxLayers) {
     const int64_t some = std::min<int64_t>(count - begin, kMaxLayers);
     for (int64_t i = 0; i < some; ++i) {

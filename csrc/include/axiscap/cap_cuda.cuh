@@ -20,8 +20,12 @@ enum class Op {
 template <class T>
 using Part = float[kVecsPerThread][kPer<T>];  // a thread's part of a row
 
+// From this architecture on a kernel is compiled with the wait below, as the runtime's attributes of a function state
+// it.
+#define AXISCAP_WAITING_ARCHITECTURE 90
+
 __device__ inline void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 10 * AXISCAP_WAITING_ARCHITECTURE
   // Programmatic dependent launch: this grid may start while the one before it drains, and lets the next do the same.
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

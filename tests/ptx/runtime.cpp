@@ -1,0 +1,69 @@
+// The part of the CUDA runtime that csrc/cuda/launch.cu calls, for a machine without a GPU: it says what the arguments
+// of the program say of the device and of the kernels, and prints how each kernel is launched.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#include "axiscap/accelerator.h"
+
+namespace {
+int ptx_version, major;
+}
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? major : 4;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->ptxVersion = ptx_version;
+  attributes->binaryVersion = 10 * major;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
+  return *blocks = 2, cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  bool early = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    early = early || (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                      config->attrs[i].val.programmaticStreamSerializationAllowed);
+  std::printf("%s\n", early ? "early" : "in order");
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+
+// What nvcc's own part of the object calls.
+void** __cudaRegisterFatBinary(void*) { return nullptr; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, uint3*, uint3*, dim3*, dim3*, int*) {}
+char __cudaInitModule(void**) { return 0; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 0; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaSuccess; }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaSuccess; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
+}
+
+int main(int, char** given) {
+  ptx_version = std::atoi(given[1]), major = std::atoi(given[2]);
+  alignas(16) static char rows[4 * 64 * 4];
+  alignas(16) static float axes[64], floors[1];
+  axiscap::CapParams p;
+  p.hidden = p.out = rows, p.hidden_stride = p.out_stride = p.hidden_size = 64, p.rows = 4;
+  p.axes = axes, p.floors = floors, p.num_slots = p.directions = 1;
+  for (int call = 0; call < 2; ++call) {  // what is remembered is as right as what is asked
+    if (const char* error = axiscap::accelerator->cap(&p, 1, nullptr)) return std::puts(error), 1;
+  }
+}

@@ -24,8 +24,8 @@ nightly: .venv/built
 	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
 
 # The serving engines, and the scanner that is run against one, want versions of their own: each has an environment, an
-# engine with the wheel that .venv builds. With one
-# thread each, so that `make --jobs=2` runs both at once, and neither waits for a core that the other holds.
+# engine's with the wheel that .venv builds. With one thread each, so that `make --jobs=2` runs both engines at once, and
+# neither waits for a core that the other holds.
 test-serving: test-vllm test-sglang
 test-vllm test-sglang: export OMP_NUM_THREADS = 1
 test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind

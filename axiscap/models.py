@@ -140,13 +140,18 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     source = folder(name)
     has_gpu = torch.cuda.is_available()
-    wanted = "float32" if dtype == "auto" and not has_gpu else dtype
+    wanted = weights_dtype(dtype, has_gpu)
     with _quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map="auto" if has_gpu else None)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def weights_dtype(dtype: str, on_gpu: bool) -> str:
+    """What transformers loads weights in: ``auto`` is float32 on a CPU, where the files' own type may be slow."""
+    return "float32" if dtype == "auto" and not on_gpu else dtype
 
 
 def folder(name: str) -> str:

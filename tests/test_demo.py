@@ -131,10 +131,11 @@ def test_the_demo_conversations(demo_model, shipped_profile):
     persona, plain, _ = compare.load_conversations()
     shown = len(shipped_profile.layers) // 2
     floor = shipped_profile.floors[shown, 0].item()
-    result = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
-    uncapped, capped = fmean(result.uncapped.turn_means(shown)), fmean(result.capped.turn_means(shown))
-    assert uncapped < floor < capped + 0.25 * abs(floor)
-    assert capped - uncapped > 0.25 * abs(floor)
+    result = compare.compare(model, tokenizer, shipped_profile, persona)  # as long as the demo's answers
+    uncapped, capped = result.uncapped.turn_means(shown), result.capped.turn_means(shown)
+    assert max(uncapped) < floor < min(capped) + 0.5 * abs(floor)
+    assert fmean(uncapped) < floor < fmean(capped) + 0.25 * abs(floor)
+    assert fmean(capped) - fmean(uncapped) > 0.25 * abs(floor)
     calm = compare.compare(model, tokenizer, shipped_profile, plain, max_new_tokens=24)
     assert min(calm.uncapped.turn_means(shown)) > floor
 
@@ -143,7 +144,7 @@ def test_the_demo_conversations(demo_model, shipped_profile):
         return sum(s.fired for s in stats) / sum(s.rows for s in stats)
 
     assert share(result) > 3 * share(calm)
-    again = compare.compare(model, tokenizer, shipped_profile, persona, max_new_tokens=24)
+    again = compare.compare(model, tokenizer, shipped_profile, persona)
     assert [a.text for a in again.capped.answers] == [a.text for a in result.capped.answers]
     assert len(models.decoder_layers(model)[shipped_profile.layers[0]]._forward_hooks) == before
 

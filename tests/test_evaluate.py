@@ -459,10 +459,12 @@ def sums():
 """
 
 
+PROGRAM = Path(sys.executable).with_name("axiscap")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def axiscap(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    program = Path(sys.executable).with_name("axiscap")
-    return subprocess.run([program, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([PROGRAM, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -516,9 +518,8 @@ def samples_of(folder: Path) -> int:
 def test_a_killed_evaluation_goes_on(tmp_path):
     command = ["evaluate", SHIPPED, "--tasks", "persona_jailbreak", "--limit", 6, "--max-tokens", 40]
     command += ["--batch-size", 1, "--out"]
-    program, found = Path(sys.executable).with_name("axiscap"), tmp_path / "found"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([program, *map(str, command), found], env=environment, stdout=subprocess.DEVNULL)
+    found = tmp_path / "found"
+    process = subprocess.Popen([PROGRAM, *map(str, command), found], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while process.poll() is None and samples_of(found / "uncapped") < 2:
         time.sleep(0.05)
     assert process.poll() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -62,6 +62,13 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
     return roles
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if line.strip():
+            yield number, line
+
+
 def load_questions(path: Path | None = None) -> list[str]:
     """The questions of a JSONL file ``{"question": ..., "id": ...}``; AxisCap's own without one.
 
@@ -70,9 +77,7 @@ def load_questions(path: Path | None = None) -> list[str]:
     """
     source = path or Path(str(files("axiscap.data") / "questions.jsonl"))
     questions = []
-    for number, line in enumerate(source.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(source):
         try:
             questions.append(str(json.loads(line)["question"]))
         except (ValueError, KeyError, TypeError):

@@ -165,14 +165,23 @@ class Holds:
         return torch.stack([self._odds(mode) - self.base[mode] for mode in self.MODES]).mean(0)
 
 
+def fenced(answer: str) -> list[str]:
+    """What stands in an answer's fenced blocks; the last one may be cut off."""
+    return re.findall(r"```\w*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+
+
+def numbers(answer: str) -> list[str]:
+    """The decimal numbers of an answer, in order and as they are written."""
+    return re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
+
+
 def passes(request: Request, answer: str) -> bool:
     """Whether an answer is right, by the request's check. Code that a model wrote is parsed, and not run."""
     kind, _, wanted = request.check.partition(" ")
-    fenced = re.findall(r"```\w*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    body = "\n".join(fenced) if fenced else answer
+    blocks = fenced(answer)
+    body = "\n".join(blocks) if blocks else answer
     if kind == "number":
-        found = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
-        return any(float(number) == float(wanted) for number in found)
+        return float(wanted) in map(float, numbers(answer))
     try:
         if kind == "json":
             json.loads(body)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, shipped
+from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, numbered_lines, shipped
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
 
@@ -91,9 +91,7 @@ def load_work(path: Path | None = None) -> Work:
     """
     source = path or Path(str(files("axiscap.data") / "work.jsonl"))
     requests = []
-    for number, line in enumerate(source.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(source):
         try:
             entry = json.loads(line)
             turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axiscap.calibrate import Role, load_roles
-from axiscap.calibrate.data import shipped
+from axiscap.calibrate.data import numbered_lines, shipped
 
 #: Columns that hold the request, in order: StrongREJECT's, JailbreakBench's (which has a Behavior too, a mere title),
 #: HarmBench's, and those of a JSONL file.
@@ -75,13 +75,12 @@ def read(path: Path) -> list[Behaviour]:
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, str]]]:
     """The rows of a file with the line that each ends on."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    row = {str(key): str(value) for key, value in json.loads(line).items()}
-                except (ValueError, AttributeError):
-                    raise ValueError(f"{path}, line {number}: not a JSON object") from None
-                yield number, row
+        for number, line in numbered_lines(path):
+            try:
+                row = {str(key): str(value) for key, value in json.loads(line).items()}
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path}, line {number}: not a JSON object") from None
+            yield number, row
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)

@@ -83,8 +83,7 @@ class CappedModel(HuggingFaceAPI):
     ) -> None:
         model_args.setdefault("model_path", models.folder(model_name))
         device = torch.device(model_args.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # As the commands have it: the files' own type may be slow on a CPU.
-        model_args["dtype"] = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+        model_args["dtype"] = models.weights_dtype(dtype, on_gpu=device.type != "cpu")
         super().__init__(model_name, base_url, api_key, config or GenerateConfig(), **model_args)
         self.model.eval()
         self.cap: Installation | None = None

@@ -18,7 +18,6 @@ from inspect_ai.model import Model, get_model
 
 from axiscap.evaluate import tasks as own
 from axiscap.evaluate.pairs import Run, read_logs
-from axiscap.evaluate.tasks import ATTEMPTS
 from axiscap.profile import CapProfile
 
 #: AxisCap's own tasks, in the order of the table.
@@ -53,7 +52,7 @@ class Options:
     harmless: Path | None = None
     personas: Path | None = None
     judge: str | None = None
-    attempts: int = ATTEMPTS
+    attempts: int = own.ATTEMPTS
     first_turn: bool = False
     max_tokens: int | None = None
     epochs: int | None = None

@@ -18,6 +18,7 @@ from inspect_ai.solver import TaskState, generate, system_message, user_message
 from inspect_ai.util import sandbox
 
 from axiscap.calibrate.data import shipped
+from axiscap.calibrate.effects import fenced, numbers
 from axiscap.evaluate.behaviours import Behaviour, look_alikes, own, personas, read
 from axiscap.evaluate.judges import harmful, in_character, not_refused, refused
 
@@ -105,7 +106,7 @@ def last_number() -> Scorer:
     """1 where the last number of the answer is the right one."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        found = re.findall(r"-?\d+(?:\.\d+)?", state.output.completion.replace(",", ""))
+        found = numbers(state.output.completion)
         right = bool(found) and float(found[-1]) == float(target.text)
         return Score(value=float(right), answer=found[-1] if found else "")
 
@@ -165,8 +166,7 @@ def follows(text: str, check: str, value: str | int | list[str] | None = None) -
 
 def _without_fence(text: str) -> str:
     """What stands in the first fenced block, or the text where there is none."""
-    found = re.search(r"```\w*\n(.*?)(```|\Z)", text, re.DOTALL)
-    return found.group(1) if found else text
+    return next(iter(fenced(text)), text)
 
 
 @scorer(metrics=[mean(), stderr()])

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ settings.load_profile("axiscap")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED_PROFILE = REPOSITORY / "examples" / "profiles" / "smollm2-135m-instruct.safetensors"
+
+
+def samples_of(folder: Path) -> int:
+    """How many finished samples the logs of Inspect in a folder have on disk."""
+    count = 0
+    for path in folder.glob("*.eval"):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+            count += sum(name.startswith("samples/") for name in file.namelist())
+    return count
 
 
 def free_port() -> int:

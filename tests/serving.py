@@ -8,10 +8,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import REPOSITORY, SHIPPED_PROFILE, free_port
+from conftest import REPOSITORY, SHIPPED_PROFILE, free_port, samples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
@@ -338,6 +341,64 @@ def evaluated(server: Server, engine: str, folder: Path) -> None:
     other = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert other.returncode == 1
     assert "under nobody did not finish" in other.stderr
+
+
+class Link:
+    """A way to a server that breaks when it is told to: to whoever is under way, the server has died."""
+
+    def __init__(self, server: Server, port: int) -> None:
+        self.to = ("127.0.0.1", httpx.URL(server.url).port)
+        self.listening = socket.create_server(("127.0.0.1", port))
+        self.ends: list[socket.socket] = [self.listening]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here = self.listening.accept()[0]
+                there = socket.create_connection(self.to)
+                self.ends += [here, there]
+                for source, sink in ((here, there), (there, here)):
+                    threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def evaluated_by_a_server_that_dies(server: Server, engine: str, folder: Path) -> None:
+    """What was answered before is kept, the end is told in a sentence, and the same command goes on."""
+    port = free_port()
+    command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "evaluate", "strict", "--engine", engine, "--model", "m"]
+    command += ["--base-url", f"http://127.0.0.1:{port}/v1", "--tasks", "arithmetic", "--batch-size", "1"]
+    command += ["--limit", "24", "--max-tokens", "24"]
+    link = Link(server, port)
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        logs = folder / "evaluation" / "uncapped"
+        wait_for(lambda: process.poll() is not None or samples_of(logs) >= 2, 120)
+        link.cut()
+        told = process.communicate()[1]
+    assert process.returncode == 1, told
+    assert "the task arithmetic under uncapped did not finish" in told
+    kept = re.search(r"(\d+) finished samples of it are kept", told)
+    assert kept, told
+    assert 2 <= int(kept[1]) < 24
+    assert "Traceback" not in told
+    link = Link(server, port)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    link.cut()
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((folder / "evaluation" / "scores.json").read_text())["after"]["strict"]
+    assert (found["pairs"], found["failed"], found["unpaired"]) == (24, 0, 0)
 
 
 def find(path: Path, request: str) -> dict | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,14 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, samples_of
 from inspect_ai.log import read_eval_log
 
 from axiscap import CapProfile
@@ -505,13 +503,19 @@ def test_evaluate_compares_resumes_and_says_what_failed(tmp_path):
     assert "persona_jailbreak" in page
 
 
-def samples_of(folder: Path) -> int:
-    """How many finished samples a folder's logs have on disk."""
-    count = 0
-    for path in folder.glob("*.eval"):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-            count += sum(name.startswith("samples/") for name in file.namelist())
-    return count
+@pytest.mark.slow
+def test_a_persona_comes_by_the_first_turn(tmp_path):
+    command = ["evaluate", SHIPPED, "--tasks", "persona_jailbreak", "--first-turn", "--limit", 2, "--max-tokens", 8]
+    done = axiscap(tmp_path, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for side in ("uncapped", SHIPPED.stem):
+        (path,) = (tmp_path / "evaluation" / side).glob("*.eval")
+        samples = read_eval_log(str(path)).samples
+        assert len(samples) == 2
+        for sample in samples:
+            assert [message.role for message in sample.messages] == ["user", "assistant", "user", "assistant"]
+            assert sample.messages[0].text == sample.metadata["persona"]
+            assert sample.messages[2].text == sample.metadata["request"]
 
 
 @pytest.mark.slow

@@ -662,9 +662,11 @@ def test_buffers_without_room():
 
 
 def test_exported_programs_keep_the_op():
+    axes = unit(1, 1, 16)
+
     class Block(torch.nn.Module):
         def forward(self, hidden):
-            return ops.cap(hidden, unit(1, 1, 16), torch.ones(1, 1))
+            return ops.cap(hidden, axes, torch.ones(1, 1))
 
     program = torch.export.export(Block(), (torch.zeros(3, 16),))
     assert "axiscap.cap.default" in str(program.graph)

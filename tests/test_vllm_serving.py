@@ -25,6 +25,7 @@ from serving import (
     assert_the_sink_is_warned_of,
     configuration,
     evaluated,
+    evaluated_by_a_server_that_dies,
     expected_texts,
     find,
     hostile,
@@ -92,6 +93,10 @@ def test_an_uncapped_request_gets_what_a_server_without_the_plugin_gives(server,
 
 def test_evaluate_asks_for_each_answer_capped_and_uncapped(server, tmp_path):
     evaluated(server, "vllm", tmp_path)
+
+
+def test_an_evaluation_outlives_its_server(server, tmp_path):
+    evaluated_by_a_server_that_dies(server, "vllm", tmp_path)
 
 
 def test_reports_of_garak_are_compared(server, tmp_path):

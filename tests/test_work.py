@@ -7,9 +7,12 @@ from importlib.resources import files
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, effects, pipeline, space, tokens, work
+from axiscap.calibrate import data, effects, pipeline, refusal, rollouts, space, tokens, work
 
 
 def test_the_shipped_requests():
@@ -164,6 +167,56 @@ def test_scatters_add_up_and_are_covariances():
     for found in (whole, first):
         torch.testing.assert_close(found.within(["a", "b"]), wanted.T @ wanted / len(wanted))
         torch.testing.assert_close(found.mean("c"), groups["c"].double().mean(0))
+
+
+@given(st.integers(0, 1000), st.integers(1, 3))
+def test_a_guarded_lift_moves_no_row_along_what_it_is_guarded_against(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    axis = F.normalize(torch.randn(5, 16, generator=generator, dtype=torch.float64), dim=-1)
+    lift = axis + 0.05 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    against = torch.randn(5, count, 16, generator=generator, dtype=torch.float64)
+    found = refusal.guarded(space.Directions(axis, lift / (lift * axis).sum(-1, keepdim=True)), against)
+    assert torch.equal(found.axis, axis)
+    torch.testing.assert_close((found.lift * axis).sum(-1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close((against @ found.lift[..., None]).abs().max().item(), 0.0, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="layer 0: what tells roles"):
+        refusal.guarded(space.Directions(axis, axis), axis[:, None])
+
+
+def test_the_directions_of_refusal_are_differences_of_means(demo_model):
+    """Each text read by itself by transformers, and the means taken in float64."""
+    model, tokenizer = demo_model
+    settings = calibrate.Settings("smollm2-135m-instruct", "torch.float32")
+    found = refusal.directions(rollouts.TransformersEngine(model, tokenizer, settings, capture=False))
+    rows: dict[str, list[torch.Tensor]] = {}
+    for pair in data.shipped("declined.jsonl"):
+        for kind in ("request", "harmless"):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": pair[kind]}], add_generation_prompt=True, tokenize=False
+            )
+            length = len(tokenizer(prompt)["input_ids"])
+            texts = {kind: ""}
+            if kind == "request":
+                texts |= {f"no {at}": text for at, text in enumerate(refusal.DECLINES)}
+                texts |= {f"yes {at}": text for at, text in enumerate(refusal.COMPLIES)}
+            for name, answer in texts.items():
+                ids = tokenizer(prompt + answer, return_tensors="pt")
+                with torch.no_grad():
+                    hidden = model(**ids, output_hidden_states=True).hidden_states[20]  # what layer 19 gives
+                rows.setdefault(name.split()[0], []).append(hidden[0, length if answer else length - 1 :].double())
+    mean = {name: torch.cat(parts).mean(0) for name, parts in rows.items()}
+    for at, difference in enumerate((mean["request"] - mean["harmless"], mean["no"] - mean["yes"])):
+        torch.testing.assert_close(found[19, at], difference, atol=1e-3, rtol=1e-3)
+
+
+def test_shipped_profiles_do_not_move_rows_along_refusals(demo_model, shipped_profile):
+    model, tokenizer = demo_model
+    settings = calibrate.Settings("smollm2-135m-instruct", "torch.float32")
+    against = refusal.directions(rollouts.TransformersEngine(model, tokenizer, settings, capture=False))
+    cosines = F.cosine_similarity(against, shipped_profile.lift_all[:, None].double(), dim=-1)
+    assert cosines.abs().max() < 1e-3
+    # A lift along the axis itself would.
+    assert F.cosine_similarity(against, shipped_profile.axis_all[:, None].double(), dim=-1).abs().max() > 0.1
 
 
 def test_the_discriminant_reads_where_ordinary_tokens_do_not_scatter():

@@ -15,6 +15,7 @@ from torch import Tensor
 import axiscap
 from axiscap import interop
 from axiscap.calibrate import floors as floors_module
+from axiscap.calibrate import refusal
 from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
@@ -197,7 +198,8 @@ def calibrate(
         plan: who is asked what.
         store: where the rollouts are kept; its settings name the model and the sampling.
         work: ordinary work, which with the default's answers stands for the Assistant: the axis is then a discriminant
-            (:func:`axiscap.calibrate.space.discriminant`). Without it the axis is the published mean difference.
+            (:func:`axiscap.calibrate.space.discriminant`), and the lift has no part along the directions of refusal
+            (:mod:`axiscap.calibrate.refusal`). Without it the axis is the published mean difference.
         shrink: of the discriminant.
         percentile: of the population's projections that the floors are at.
         population: ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
@@ -246,7 +248,8 @@ def calibrate(
         sinks.merge(more_sinks)
     directions = Directions(space.axis)
     if work is not None:
-        directions = discriminant(scatters, shrink)
+        reader = TransformersEngine(model, tokenizer, store.settings, capture=False)
+        directions = refusal.guarded(discriminant(scatters, shrink), refusal.directions(reader))
 
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
@@ -287,7 +290,8 @@ def calibrate(
     }
     if work is not None:
         axis_facts |= {
-            "method": "read along a discriminant of ordinary and role tokens, lifted along mean(default) - mean(roles)",
+            "method": "read along a discriminant of ordinary and role tokens, lifted along mean(default) - mean(roles) "
+            "without the directions of refusal",
             "shrink": shrink,
             "work": {"domains": work.domains, "held_out": work.held_domains, "digest": work.digest},
             "prose": sorted({register for register, _ in load_prose()}),

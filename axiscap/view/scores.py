@@ -16,6 +16,7 @@ from axiscap.view.sheet import BLUE, ORANGE, Figures, axis, provenance, rounded,
 #: Of the table's columns, in a page and in a terminal.
 HEADS = (
     "task", "score", "better", "pairs", "before", "after", "difference", "95 %", "fell", "rose", "p", "failed",
+    "unpaired",
 )  # fmt: skip
 #: Changed answers of a score that are shown at most, and characters of each.
 ANSWERS, CHARACTERS = 30, 1500
@@ -36,7 +37,8 @@ def cells(one: Difference) -> tuple[str, ...]:
         f"{one.fell}",
         f"{one.rose}",
         "" if one.p_value is None else f"{one.p_value:.2g}",
-        f"{one.failed + one.unpaired}",
+        f"{one.failed}",
+        f"{one.unpaired}",
     )
 
 
@@ -67,7 +69,8 @@ def write(
 
 def _summary(name: str, before: str, differences: Sequence[Difference]) -> list[str]:
     pairs = sum(one.pairs for one in differences)
-    failed = sum(one.failed + one.unpaired for one in differences)
+    failed = sum(one.failed for one in differences)
+    unpaired = sum(one.unpaired for one in differences)
     sure = [one for one in differences if one.interval[0] > 0 or one.interval[1] < 0]
     lines = [f"{name} against {before}: {len(differences)} scores of {pairs} pairs of answers."]
     for one in sure:
@@ -81,7 +84,9 @@ def _summary(name: str, before: str, differences: Sequence[Difference]) -> list[
         others = "the other scores" if sure else "all scores"
         lines.append(f"The interval of {others} holds zero: these pairs show no change of them.")
     if failed:
-        lines.append(f"{failed} answers have no score or no partner; they are in no pair, and count for neither run.")
+        lines.append(f"{failed} pairs have an answer without a score; they count for neither run.")
+    if unpaired:
+        lines.append(f"{unpaired} answers have no partner in the other run; they count for neither.")
     return lines
 
 
@@ -116,7 +121,8 @@ def _overview(figures: Figures, name: str, before: str, differences: Sequence[Di
     return section(
         f"{name} against {before}",
         "Bars: the mean difference over pairs of answers to the same sample with the same random numbers. Lines: 95 %, "
-        "by a bootstrap over samples. Hatched orange is worse, blue better. Failed: answers without score or partner.",
+        "by a bootstrap over samples. Hatched orange is worse, blue better. Failed: pairs in which an answer has no "
+        "score. Unpaired: answers whose sample the other run has not answered.",
         made + table(HEADS, [cells(one) for one in differences]),
     )
 

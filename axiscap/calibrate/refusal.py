@@ -27,6 +27,8 @@ COMPLIES = (
     "Of course! Here is what you asked for:",
     "Here are some steps that you can follow:",
 )
+#: A lift that is guarded must keep this share of what it does to the reading; the rest would be made up by its length.
+LEAST = 0.1
 
 
 def directions(engine: TransformersEngine) -> Tensor:
@@ -69,13 +71,15 @@ def guarded(found: Directions, against: Tensor) -> Directions:
         against: (n_layers, N, H), N < H, linearly independent at each layer.
 
     Raises:
-        ValueError: at a layer nothing of the lift that the reading sees is left.
+        ValueError: at a layer less than :data:`LEAST` of what the lift does to the reading is left.
     """
     assert found.lift is not None
     basis = torch.linalg.qr(against.mT).Q
     lift = found.lift - (basis @ (basis.mT @ found.lift[..., None]))[..., 0]
     along = (lift * found.axis).sum(-1, keepdim=True)
-    if (along <= 0).any():
-        layer = int((along[:, 0] <= 0).nonzero()[0])
-        raise ValueError(f"layer {layer}: what tells roles from ordinary work is nothing but what declines a request")
+    lost = (along[:, 0] < LEAST).nonzero()
+    if len(lost):
+        raise ValueError(
+            f"layer {int(lost[0])}: what moves roles towards the Assistant is little but what moves away from refusals"
+        )
     return Directions(found.axis, lift / along)

@@ -22,6 +22,10 @@ OPS = {"cap": 0, "cap_residual": 1, "norm": 2}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
 MAX_LAYERS = 48
+#: Rows that lie so many bytes apart are mapped one by one.
+FAR = 1 << 30
+#: From here on launch.cu starts a kernel early (AXISCAP_WAITING_ARCHITECTURE).
+EARLY = 90
 
 
 def nvcc() -> str:
@@ -102,6 +106,12 @@ class Device:
         def place(key: str, tensor: torch.Tensor | None, written: bool = True) -> int:
             if tensor is None:
                 return 0
+            if tensor.dim() == 2 and tensor.stride(0) * tensor.element_size() >= FAR:
+                apart = tensor.stride(0) * tensor.element_size()
+                begin = at[key] = self.memory.add(key, tensor[0].view(torch.uint8).numpy(), written=written)
+                for row in range(1, len(tensor)):
+                    self.memory.add(key, tensor[row].view(torch.uint8).numpy(), written=written, at=begin + row * apart)
+                return begin
             storage = raw(tensor)
             if not len(storage):
                 return 0
@@ -159,5 +169,7 @@ class Device:
             )
         parameters += bytes(72 * (MAX_LAYERS - layers))
         kernel = (self.source or kernels())[self.name]
-        self.launch = Launch(kernel, self.memory, parameters, (grid, layers), block, dynamic)
+        self.launch = Launch(
+            kernel, self.memory, parameters, (grid, layers), block, dynamic, kernel.architecture >= EARLY
+        )
         self.launch.run(self.seed)

@@ -2,8 +2,8 @@
 
 The kernels' PTX, as nvcc emits it, is executed on buffers of real bytes. An access outside its allocation or not on
 its own size, a read of bytes that nobody wrote, two threads at one byte without a barrier between them, a barrier or
-shuffle that not all of its lanes reach, bytes used while an asynchronous copy of them is under way, and an opcode that
-is not known here: each is an error that says where.
+shuffle that not all of its lanes reach, bytes used while an asynchronous copy of them is under way, an access before
+the wait for the grid that may still be writing, and an opcode that is not known here: each is an error that says where.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Kernel:
     shared_bytes: int
     code: list[Instruction]
     labels: dict[str, int]
+    architecture: int
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -57,6 +58,7 @@ def parse(text: str) -> dict[str, Kernel]:
     text = re.sub(r"//[^\n]*", "", text)
     module_shared = re.findall(r"^\.shared \.align (\d+) \.b8 (\S+)\[(\d+)\];", text, re.M)
     dynamic_shared = re.findall(r"^\.extern \.shared \.align (\d+) \.b8 (\S+)\[\];", text, re.M)
+    architecture = int(re.search(r"^\.target sm_(\d+)", text, re.M).group(1))
     kernels = {}
     for match in re.finditer(r"\.entry (\S+)\((.*?)\)\s*((?:\.\w+[^{]*)?)\{(.*?)^\}", text, re.S | re.M):
         name, parameters, _, body = match.groups()
@@ -89,7 +91,7 @@ def parse(text: str) -> dict[str, Kernel]:
             op, _, tail = rest.partition(" ")
             operands = tuple(part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", tail))
             code.append(Instruction(op, operands, guard and guard.group(2), bool(guard and guard.group(1)), line))
-        kernels[name] = Kernel(name, sizes, registers, shared, end, code, labels)
+        kernels[name] = Kernel(name, sizes, registers, shared, end, code, labels, architecture)
     return kernels
 
 
@@ -124,12 +126,14 @@ class Memory:
         self.buffers: list[Buffer] = []
         self._next = 1 << 32
 
-    def add(self, name: str, array: np.ndarray, *, written: bool = True) -> int:
-        """Maps a contiguous array (not copied: the kernel changes it) and returns its address, a multiple of 256."""
+    def add(self, name: str, array: np.ndarray, *, written: bool = True, at: int | None = None) -> int:
+        """Maps a contiguous array (not copied: the kernel changes it), and returns its address: `at`, behind all that
+        is mapped so far, or a multiple of 256.
+        """
         data = array.reshape(-1).view(np.uint8)
-        base = self._next
+        base = self._next if at is None else at
         self.buffers.append(Buffer.of(name, base, data, written))
-        self._next = -(-(base + len(data) + 4096) // 256) * 256
+        self._next = max(self._next, -(-(base + len(data) + 4096) // 256) * 256)
         return base
 
     def find(self, address: int) -> Buffer | None:
@@ -201,6 +205,8 @@ class Block:
         self.shared = Buffer.of("shared", 0, np.zeros(max(kernel.shared_bytes + launch.dynamic, 1), np.uint8), False)
         self.copies: list[Copy] = []
         self.committed = np.zeros(self.threads, np.int64)  # groups of copies
+        # A grid that does not start early has everything before it behind it.
+        self.waited = np.full(self.threads, not launch.early)
 
     # Registers and operands.
 
@@ -287,7 +293,9 @@ class Block:
                     self.access(root, parts, operands, active)
                 elif root == "cp":
                     self.copy(op, operands, active)
-                elif root != "griddepcontrol":
+                elif op == "griddepcontrol.wait":
+                    self.waited |= active
+                elif op != "griddepcontrol.launch_dependents":
                     self.put(operands[0], self.compute(op, parts, operands), active)
         self.launch.counts[op] += int(warps.sum())
 
@@ -391,6 +399,8 @@ class Block:
         wanted = address[lanes]
         if (wanted % size).any():
             raise PtxError(f"an access of {size} bytes at {wanted[wanted % size != 0][0]:#x}, which it does not divide")
+        if space == "global":
+            self.check_waited(active)
         if space == "param":
             buffer, block = self.launch.parameters, False
         elif space == "shared":
@@ -420,6 +430,11 @@ class Block:
                 raw = np.ascontiguousarray(self.value(name, f"u{unit}" if unit > 1 else np.uint8)[lanes])
                 buffer.data[where[:, i * unit : (i + 1) * unit]] = raw[:, None].view(np.uint8)
 
+    def check_waited(self, active: np.ndarray) -> None:
+        """Of any memory: a caller may have made axes, floors and slots by the very kernel before."""
+        if not self.waited[active].all():
+            raise PtxError("an access to memory before the wait for the kernel that may be writing there")
+
     def copy(self, op: str, operands: tuple[str, ...], active: np.ndarray) -> None:
         """cp.async. The bytes arrive when they are waited for, no earlier: whoever looks before is told."""
         lanes = np.flatnonzero(active)
@@ -435,6 +450,7 @@ class Block:
             address = self.value(operands[1].strip("[]"), np.uint64).astype(np.int64)[lanes]
             length = self.value(operands[3], np.uint32).astype(np.int64)[lanes]
             asked = length > 0
+            self.check_waited(active)
             if (to % 16).any() or (address[asked] % 16).any() or (length > 16).any():
                 raise PtxError("a copy that is not 16 bytes at a multiple of 16")
             if (to + 16 > len(self.shared.data)).any():
@@ -561,8 +577,10 @@ class Launch:
         grid: tuple[int, int],
         block: int,
         dynamic: int = 0,  # bytes of shared memory beside those that the kernel names
+        early: bool = False,  # by programmatic dependent launch, while the kernel before is at work
     ) -> None:
         self.kernel, self.memory, self.grid, self.block, self.dynamic = kernel, memory, grid, block, dynamic
+        self.early = early
         ((name, size),) = kernel.parameters
         if len(parameters) != size:
             raise ValueError(f"the kernel takes {size} bytes of parameters, got {len(parameters)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -216,6 +218,96 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(dtype, size,
         torch.testing.assert_close(out, wanted)
 
 
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_projection_at_its_floor_does_not_fire(op, directions):
+    """Exactly there, and one place below it."""
+    size = 1040
+    rows = torch.zeros(2, size, dtype=torch.bfloat16)
+    rows[:, 3] = torch.tensor([2.0, 1.9921875])
+    before = rows.clone()
+    axes = torch.zeros(1, 1, directions, size)
+    axes[..., 3] = 1
+    floors = torch.full((1, 1, directions), 2.0)
+    hidden = rows if op == "cap" else torch.zeros_like(rows)
+    weight = torch.ones(size, dtype=rows.dtype) if op == "norm" else None
+    projections, fired = torch.empty(1, 2, directions), torch.empty(2, directions, dtype=torch.uint8)
+    device = Device(resident=1)
+    more = {} if op == "cap" else {"residual": rows, "weight": weight}
+    device.call([hidden], axes, floors, projections=projections, fired=fired, **more)
+    assert projections[0, :, 0].tolist() == [2.0, 1.9921875]
+    assert fired[:, 0].tolist() == [0, 1]
+    assert_same_bits(rows[0], before[0])
+    assert rows[1, 3] == 2.0
+    if op != "norm":
+        name = "hidden0" if op == "cap" else "residual"
+        assert device.memory[name].requested["st"] == size * 2
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", [72, 1040])
+@pytest.mark.parametrize("resident", [1, 3, 100])
+def test_a_slot_behind_the_bank_is_refused_wherever_it_comes(op, size, resident):
+    """A block's first row, those on their way with it, and those behind: num_slots itself, and what lies around it."""
+    slots = torch.tensor([2, 3, 2, 0, 2, 1, 2, -1, 2], dtype=torch.int32)
+    for turn in range(3):
+        rows = torch.randn(9, size, generator=torch.Generator().manual_seed(turn)).bfloat16()
+        other, before, mine = torch.zeros_like(rows), rows.clone(), slots.roll(turn)
+        hidden, residual = (rows, None) if op == "cap" else (other, rows)
+        weight = torch.ones(size, dtype=rows.dtype) if op == "norm" else None
+        projections, fired = torch.empty(1, 9, 1), torch.empty(9, 1, dtype=torch.uint8)
+        bank = unit(1, 2, 1, size), torch.full((1, 2, 1), 100.0)
+        Device(resident=resident).call(
+            [hidden], *bank, mine, residual=residual, weight=weight, projections=projections, fired=fired
+        )
+        inside = (mine >= 0) & (mine < 2)
+        assert fired[:, 0].bool().tolist() == inside.tolist()
+        assert projections[0, :, 0].isnan().tolist() == (~inside).tolist()
+        assert_same_bits(rows[~inside], before[~inside])
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_rows_may_lie_further_apart_than_32_bits_reach(op):
+    """Of two streams, at strides of their own; memory between the rows is never touched."""
+    size, stride = 1040, (1 << 31) + 8
+    near = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    far = [
+        torch.empty(2 * apart + size, dtype=torch.bfloat16).as_strided((3, size), (apart, 1))
+        for apart in (stride, stride + 8)
+    ]
+    for rows, held in zip(far, near, strict=True):
+        rows.copy_(held)
+    weight = torch.ones(size, dtype=torch.bfloat16) if op == "norm" else None
+    bank = unit(1, 1, 1, size), torch.full((1, 1, 1), 2.0)
+    for hidden, residual in (far, near):
+        Device(resident=1).call([hidden], *bank, residual=None if op == "cap" else residual, weight=weight)
+    for rows, held in zip(far, near, strict=True):
+        assert_same_bits(rows.contiguous(), held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions):
+    """Projection and floor are finite, what lies between them is not; the axis has zeros, and so has the row."""
+    for op in OPS:
+        rows = torch.zeros(2, 72, dtype=dtype)
+        rows[:, 3] = torch.tensor([-2e38, 1.0])
+        before = rows.clone()
+        axes = torch.zeros(1, 1, directions, 72)
+        axes[..., 3] = 1
+        floors = torch.full((1, 1, directions), 3e38)
+        hidden = rows if op == "cap" else torch.zeros_like(rows)
+        weight = torch.ones(72, dtype=dtype) if op == "norm" else None
+        projections, fired = torch.empty(1, 2, directions), torch.empty(2, directions, dtype=torch.uint8)
+        more = {} if op == "cap" else {"residual": rows, "weight": weight}
+        Device().call([hidden], axes, floors, projections=projections, fired=fired, **more)
+        assert fired.any(-1).tolist() == [0, 1]
+        assert projections[0, :, 0].isnan().tolist() == [True, False]
+        assert_same_bits(rows[0], before[0])
+        wanted = reference.cap(before, axes[0], floors[0])
+        torch.testing.assert_close(rows[1], wanted[1])
+
+
 def test_cap_layers_in_one_launch():
     size, layers = 72, 3
     streams = [torch.randn(5, size, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(layers)]
@@ -392,7 +484,7 @@ def mutated(name: str, change) -> dict[str, Kernel]:
 
 
 def nop(instruction: Instruction) -> Instruction:
-    return dataclasses.replace(instruction, op="griddepcontrol.wait", operands=(), guard=None)
+    return dataclasses.replace(instruction, op="griddepcontrol.launch_dependents", operands=(), guard=None)
 
 
 def first(code: list[Instruction], op: str, start: int = 0) -> int:
@@ -472,6 +564,51 @@ def wait_for_too_few(code):
     return code
 
 
+def do_not_wait_for_the_kernel_before(code):
+    return [nop(i) if i.op == "griddepcontrol.wait" else i for i in code]
+
+
+def wait_behind_the_first_loads(code):
+    """The wait stands where the first slot has been read."""
+    loads = first(code, "ld.global")
+    code[first(code, "griddepcontrol.wait")] = nop(code[loads])
+    code[first(code, "setp", loads)] = dataclasses.replace(
+        code[first(code, "setp", loads)], op="griddepcontrol.wait", operands=()
+    )
+    return code
+
+
+def offset_of_32_bits(code):
+    """row * stride, with 32 bits of each."""
+    return [dataclasses.replace(i, op="mul.wide.s32") if i.op == "mul.lo.s64" else i for i in code]
+
+
+def fire_at_the_floor(code):
+    """projection <= floor for projection < floor, and shortfall >= 0 for > 0."""
+    inverse = {"setp.geu.f32": "setp.gtu.f32", "setp.leu.f32": "setp.ltu.f32"}
+    return [
+        dataclasses.replace(i, op=inverse[i.op])
+        if i.op == "setp.geu.f32" or (i.op == "setp.leu.f32" and i.operands[2] == "0f00000000")
+        else i
+        for i in code
+    ]
+
+
+def accept_one_slot_more(code):
+    """Of a block's first row: slot <= num_slots."""
+    at = first(code, "setp.gt.u64")
+    code[at] = dataclasses.replace(code[at], op="setp.ge.u64")
+    return code
+
+
+def never_look_whether_it_fits(code):
+    """No correction counts as a large one: not even an infinite one."""
+    return [
+        dataclasses.replace(i, operands=(*i.operands[:2], "0f7F800000")) if i.operands[2:] == ("0f4E800000",) else i
+        for i in code
+    ]
+
+
 PLANTED = kernel_name(torch.bfloat16, "cap", False, True)
 UNALIGNED = kernel_name(torch.bfloat16, "cap", False, False)
 
@@ -496,6 +633,47 @@ def test_planted_faults_are_caught(change, size, error, message):
     check_bits_and_oracle(Device(), case)
     with pytest.raises(error, match=message):
         check_bits_and_oracle(Device(mutated(name, change)), case)
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "error", "message"),
+    [
+        (do_not_wait_for_the_kernel_before, test_cap_layers_in_one_launch, PtxError, "before the wait"),
+        (wait_behind_the_first_loads, test_cap_layers_in_one_launch, PtxError, "before the wait"),
+        (
+            offset_of_32_bits,
+            functools.partial(test_rows_may_lie_further_apart_than_32_bits_reach, "cap"),
+            PtxError,
+            "where nothing is",
+        ),
+        (
+            fire_at_the_floor,
+            functools.partial(test_a_projection_at_its_floor_does_not_fire, "cap", 1),
+            AssertionError,
+            None,
+        ),
+        (
+            accept_one_slot_more,
+            functools.partial(test_a_slot_behind_the_bank_is_refused_wherever_it_comes, "cap", 1040, 100),
+            (AssertionError, PtxError),
+            None,
+        ),
+        (
+            never_look_whether_it_fits,
+            functools.partial(test_an_infinite_shortfall_leaves_the_row_alone, torch.bfloat16, 1),
+            AssertionError,
+            None,
+        ),
+    ],
+    ids=["no-wait", "late-wait", "offset", "floor", "slot", "infinite"],
+)
+def test_planted_faults_are_caught_by_what_is_for_them(change, check, error, message, monkeypatch):
+    check()
+    names = PLANTED, kernel_name(torch.bfloat16, "cap", True, True)
+    planted = kernels() | {name: mutated(name, change)[name] for name in names}
+    monkeypatch.setattr(emulated, "kernels", lambda: planted)
+    with pytest.raises(error, match=message):
+        check()
 
 
 def check_bits_and_oracle(device: Device, case: Input) -> None:

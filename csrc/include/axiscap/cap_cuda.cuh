@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
       for (int k = 0; k < directions; ++k) {
         if (kMany) projection = project_on(k);
         const float shortfall = direction.floor - projection;
-        if (active && (!isfinite(projection) || shortfall == INFINITY)) finite = false;
+        if (active && !isfinite(projection)) finite = false;  // an infinite shortfall does not fit, below
         if (!active || !finite || !(shortfall > 0)) continue;
         if (kMany || kOp == Op::kNorm) direction.add(rows, shortfall, x);
         correction = shortfall;

@@ -52,10 +52,34 @@ def run() -> Iterator[Check]:
 
 
 def _cuda() -> Check:
-    built = _C.accelerator() is not None
-    kernels = "kernels built in" if built else "no kernels in this build"
-    advice = "" if built else "build where nvcc is found (PATH or CUDA_HOME)"
     if torch.cuda.is_available():
-        return Check("CUDA", f"{torch.cuda.get_device_name()}, {kernels}", advice)
-    why = "torch is a CPU build" if torch.version.cuda is None else "no device or driver"
-    return Check("CUDA", f"{why}; {kernels}", advice)
+        found = torch.cuda.get_device_name()
+    else:
+        found = "torch is a CPU build" if torch.version.cuda is None else "no device or driver"
+    versions = _C.accelerator_versions()
+    if versions is None:
+        advice = "build where nvcc is found (PATH or CUDA_HOME)"
+        return Check("CUDA", f"{found}; no kernels in this build", advice)
+    return Check("CUDA", f"{found}; kernels built in, with CUDA {_cuda_version(versions[0])}", cuda_advice(*versions))
+
+
+def _cuda_version(number: int) -> str:
+    """13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def cuda_advice(runtime: int, driver: int, torch_cuda: str | None = torch.version.cuda) -> str:
+    """What to do where a driver cannot run these kernels; "" where it can, or where there is none.
+
+    A driver runs what was built with its own major version of CUDA or an older one.
+
+    Args:
+        runtime: of the kernels, such as 13000.
+        driver: the newest CUDA that the driver can run, 0 for no driver.
+        torch_cuda: torch's own, such as "12.6".
+    """
+    if not driver or driver // 1000 >= runtime // 1000:
+        return ""
+    ours = f"the driver runs CUDA {_cuda_version(driver)}, and these kernels need {runtime // 1000}.0 or newer"
+    theirs = f", unlike torch's, of CUDA {torch_cuda}" if torch_cuda else ""
+    return f"{ours}{theirs}: update the driver, or build with a CUDA toolkit of {driver // 1000}.x"

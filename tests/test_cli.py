@@ -15,7 +15,7 @@ from conftest import REPOSITORY, SHIPPED_PROFILE, unit
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
-from axiscap import CapProfile, bench, cli, interop, models
+from axiscap import CapProfile, bench, cli, doctor, interop, models
 
 
 @pytest.fixture
@@ -245,6 +245,33 @@ def test_doctor(command):
     assert status == 0
     for text in (axiscap.__version__, torch.__version__, "CPU kernels", "CUDA", "default model", "transformers"):
         assert text in output
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "torch_cuda", "advice"),
+    [
+        (13000, 0, None, ""),
+        (13000, 13000, "13.0", ""),
+        (12090, 13010, "13.0", ""),
+        (13020, 13000, "12.6", ""),
+        (
+            13000,
+            12080,
+            "12.6",
+            "the driver runs CUDA 12.8, and these kernels need 13.0 or newer, unlike torch's, of CUDA 12.6: "
+            "update the driver, or build with a CUDA toolkit of 12.x",
+        ),
+        (
+            13000,
+            12040,
+            None,
+            "the driver runs CUDA 12.4, and these kernels need 13.0 or newer: "
+            "update the driver, or build with a CUDA toolkit of 12.x",
+        ),
+    ],
+)
+def test_doctor_says_where_a_driver_is_too_old_for_the_kernels(runtime, driver, torch_cuda, advice):
+    assert doctor.cuda_advice(runtime, driver, torch_cuda) == advice
 
 
 @pytest.mark.slow

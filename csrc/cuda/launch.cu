@@ -91,12 +91,17 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
     return error;
   if (const cudaError_t error =
           remember(device.blocks[int(p.dtype)][int(op)][many][aligned][shape.block / kWarp], blocks, [&](int* value) {
-            const cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-            if (const cudaError_t error = cudaFuncSetAttribute(function, limit, kMaxSharedBytes)) return error;
+            const auto set = [&](cudaFuncAttribute which, int to) { return cudaFuncSetAttribute(function, which, to); };
+            if (const cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes))
+              return error;
+            // The rows on their way are what keeps the memory busy, and need more than the driver would split off.
+            if (const cudaError_t error =
+                    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+              return error;
             return cudaOccupancyMaxActiveBlocksPerMultiprocessor(value, kernel, shape.block, shape.shared_bytes);
           }))
     return error;
-  const int64_t resident = std::max<int64_t>(1, int64_t(processors) * blocks / count);
+  const int64_t resident = std::max<int64_t>(1, kPasses * processors * blocks / count);
   const Plan plan = plan_for(p.dtype, p.hidden_size, p.rows, resident);
 
   Call call{};
@@ -145,7 +150,12 @@ const char* accumulate(const StatsParams& params, void* stream) {
   return text_of(cudaPeekAtLastError());
 }
 
-constexpr Accelerator kCuda = {"CUDA", cap, accumulate};
+int driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+constexpr Accelerator kCuda = {"CUDA", cap, accumulate, CUDART_VERSION, driver};
 [[maybe_unused]] const bool registered = (accelerator = &kCuda, true);
 
 }  // namespace

@@ -165,6 +165,9 @@ PYBIND11_MODULE(_C, m) {
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
+  m.def("accelerator_versions", []() -> py::object {
+    return accelerator ? py::object(py::make_tuple(accelerator->runtime, accelerator->driver())) : py::none();
+  });
   m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
   m.attr("MAX_DIRECTIONS") = kMaxDirections;
 }

@@ -1,7 +1,7 @@
 """What the compiled kernels may use, and why."""
 
 # Every architecture that a release is built for.
-ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 110, 120)
 
 # 512 threads a block at 65,536 registers a processor.
 REGISTERS = 128

@@ -9,7 +9,7 @@
 #include "axiscap/accelerator.h"
 
 namespace {
-int ptx_version, major;
+int ptx_version, major, carveout = -1;
 }
 
 extern "C" {
@@ -18,7 +18,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? major : 4;
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) carveout = value;
+  return cudaSuccess;
+}
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
   attributes->ptxVersion = ptx_version;
@@ -36,7 +40,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, v
   for (unsigned i = 0; i < config->numAttrs; ++i)
     early = early || (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                       config->attrs[i].val.programmaticStreamSerializationAllowed);
-  std::printf("%s\n", early ? "early" : "in order");
+  std::printf("%s, %u blocks, %d %% shared\n", early ? "early" : "in order", config->gridDim.x, carveout);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
@@ -58,10 +62,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 
 int main(int, char** given) {
   ptx_version = std::atoi(given[1]), major = std::atoi(given[2]);
-  alignas(16) static char rows[4 * 64 * 4];
+  alignas(16) static char rows[16];
   alignas(16) static float axes[64], floors[1];
   axiscap::CapParams p;
-  p.hidden = p.out = rows, p.hidden_stride = p.out_stride = p.hidden_size = 64, p.rows = 4;
+  p.hidden = p.out = rows, p.hidden_stride = p.out_stride = p.hidden_size = 64, p.rows = std::atoi(given[3]);
   p.axes = axes, p.floors = floors, p.num_slots = p.directions = 1;
   for (int call = 0; call < 2; ++call) {  // what is remembered is as right as what is asked
     if (const char* error = axiscap::accelerator->cap(&p, 1, nullptr)) return std::puts(error), 1;

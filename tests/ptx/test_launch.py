@@ -33,5 +33,21 @@ def launcher(tmp_path_factory) -> Path:
 )
 def test_a_kernel_starts_early_only_where_it_was_compiled_to_wait(launcher, compiled, device, launched):
     """The driver runs what was compiled for 8.0 on newer devices, too: there is no wait in it."""
-    done = subprocess.run([launcher, str(compiled), str(device)], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [launched] * 2
+    for line in launches(launcher, compiled, device, 4):
+        assert line == f"{launched}, 1 blocks, 100 % shared"
+
+
+def launches(launcher: Path, compiled: int, device: int, rows: int) -> list[str]:
+    """Of two calls: what is remembered is as right as what is asked."""
+    command = [launcher, str(compiled), str(device), str(rows)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 2
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (33, 2), (512, 16), (10_000, 16)])
+def test_a_launch_has_twice_the_blocks_that_should_fit(launcher, rows, blocks):
+    """Four processors of two blocks of 32 rows; with the memory for them asked for."""
+    for line in launches(launcher, 90, 9, rows):
+        assert line == f"early, {blocks} blocks, 100 % shared"

@@ -39,7 +39,11 @@ struct Plan {
   int64_t grid;      // blocks a layer
 };
 
-// `resident`: the blocks of that size that the whole device holds at once. H must be in [1, max_hidden_size(dtype)].
+// A launch has so many times the blocks that the device should hold at once: where fewer fit, or some end early, what
+// is left is a part of a pass and not a whole one. More would fetch the axis more often.
+inline constexpr int64_t kPasses = 2;
+
+// `resident`: the blocks of that size that a launch may have. H must be in [1, max_hidden_size(dtype)].
 constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
   const int64_t vecs = (hidden_size + elements_per_vec(dtype) - 1) / elements_per_vec(dtype);
   Plan plan{};
@@ -50,8 +54,8 @@ constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t 
   plan.block = plan.threads_per_row > kWarp ? plan.threads_per_row : kSmallBlock;
   plan.rows_per_block = plan.block / plan.threads_per_row;
   plan.shared_bytes = plan.block * kPacksAhead * kVecBytes;
-  // As many blocks as fit at once, each for the same number of rows: a block keeps its axis from row to row, and all
-  // end together.
+  // As many blocks as may be, each for the same number of rows: a block keeps its axis from row to row, and all end
+  // together.
   const int64_t units = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
   const int64_t turns = (units + resident - 1) / resident;
   plan.grid = turns == 0 ? 0 : (units + turns - 1) / turns;

@@ -3,10 +3,10 @@
     python benchmarks/predict.py
 
 Counts instructions and sectors by executing the kernels' PTX (tests/ptx), and sets them against published rates. A call
-takes the longest of: its bytes at the memory's bandwidth; its bytes at what the resident blocks keep in flight
-(Little's law); its instructions at one a clock and scheduler. Moves between registers are left out, since ptxas leaves
-them out.
-Writes docs/gpu-predicted.md and docs/gpu-predicted.png. Needs nvcc.
+takes the longest of: its bytes at the memory's bandwidth; what its blocks wait for, one thing behind the other (a trip
+for the first slot, then rows, of which one stream's are on their way two at a time and those of two streams alone); its
+instructions at one a clock and scheduler. Moves between registers are left out, since ptxas leaves them out. Writes
+docs/gpu-predicted.md and docs/gpu-predicted.png. Needs nvcc.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def predict(gpu: Gpu, used: int, op: str, size: int, rows: int, work: float, mov
     memory = rows * moved / gpu.bandwidth
     # A place in shared memory is filled, its row worked on, and the next one sent for; a write waits for nothing.
     places = 2 // sources(op)
-    flight = max(1, -(-rows // groups) / places) * (gpu.latency + CHAIN / gpu.clock)
+    # A block's first row waits for its slot, which is read before it; the slots behind are read ahead.
+    flight = gpu.latency + max(1, -(-rows // groups) / places) * (gpu.latency + CHAIN / gpu.clock)
     busy = min(grid, gpu.processors)
     issue = rows * work / (4 * busy * gpu.clock)
     seconds, why = max((memory, "bandwidth"), (flight, "latency"), (issue, "instructions"))

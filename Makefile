@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-torch lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -35,6 +35,23 @@ test-vllm: .venv-vllm/built .venv-garak/made
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py
 test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
+
+# The oldest and the newest torch that are promised: the extension is built for each of them, and runs the ops' tests.
+TORCHES := 2.11.0 2.15.0
+test-torch: $(TORCHES:%=test-torch-%)
+test-torch-%: .venv-torch-%/made
+	. .venv-torch-$*/bin/activate && MAX_JOBS=1 python setup.py --quiet build --build-base build/torch-$* > build/torch-$*.log 2>&1 \
+	  || { cat build/torch-$*.log; exit 1; }
+	OMP_NUM_THREADS=1 PYTHONPATH=$$(echo build/torch-$*/lib*) .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py
+
+# Each with the CUDA that it comes with, which needs no GPU to be imported.
+.venv-torch-%/made:
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet --disable-pip-version-check --no-compile uv
+	.venv-torch-$*/bin/uv pip install --quiet --python .venv-torch-$*/bin/python torch==$* \
+	  'setuptools>=77' ninja cmake numpy safetensors typer rich pytest hypothesis
+	mkdir -p build
+	touch $@
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -70,7 +87,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sglang .venv-garak build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm .venv-sglang .venv-garak .venv-torch-* build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv

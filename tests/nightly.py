@@ -17,8 +17,8 @@ from axiscap.calibrate import sweep
 
 REPOSITORY = Path(__file__).parents[1]
 OUT = REPOSITORY / "out" / "nightly"
-#: As `axiscap calibrate` has it by default.
-PER_ROLE = 16
+#: As `axiscap calibrate` has it by default, and `axiscap sweep` in docs/calibration.md.
+PER_ROLE, QUESTIONS = 16, 8
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def points(shipped, made) -> tuple[sweep.Point, sweep.Point]:
     settings = calibration.Settings.of(made, models.DEFAULT_MODEL)
     store = calibration.Store(str(OUT / "rollouts"), settings)
     judge = sweep.UptakeJudge(store.shards(calibration.batches(plan)), plan)
-    bench = sweep.Bench(model, tokenizer, plan, settings, judge, store, work=calibration.load_work())
+    bench = sweep.Bench(model, tokenizer, plan, settings, judge, store, QUESTIONS, calibration.load_work())
     percentile = shipped.provenance["floors"]["percentile"]
     uncapped, (capped,) = sweep.sweep(bench, [(shipped, percentile)], OUT / f"{shipped.digest}.points.jsonl")
     return uncapped, capped
@@ -52,8 +52,9 @@ def points(shipped, made) -> tuple[sweep.Point, sweep.Point]:
 
 def test_the_shipped_profile_is_what_the_command_makes(shipped, made):
     assert made.layers == shipped.layers
-    cosines = torch.nn.functional.cosine_similarity(made.axes, shipped.axes, dim=-1)
-    assert cosines.min() > 0.98
+    for name in ("axes", "lifts"):
+        cosines = torch.nn.functional.cosine_similarity(getattr(made, name), getattr(shipped, name), dim=-1)
+        assert cosines.min() > 0.98, name
     scale = made.floors.abs().mean()
     assert (made.floors - shipped.floors).abs().max() < 0.25 * scale
 

@@ -22,7 +22,7 @@ from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
 
 #: Texts of each domain, and tokens of a text that are looked at.
-PER_DOMAIN, LONGEST = 4, 256
+PER_DOMAIN, LONGEST = 8, 256
 
 
 #: The name of plain prose among the domains.

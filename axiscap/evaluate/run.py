@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ def _eval(
     if not finished:
         log = next(log for log in logs if log.status != "success")
         why = log.error.message.strip().splitlines()[0] if log.error else log.status
+        # Tenacity tells of the last try by where its future lies in memory.
+        why = re.sub(r"RetryError\(<Future .* raised (\w+)>\)", rf"{_RETRIES + 1} tries ended with \1", why)
         kept = sum(sample.error is None for sample in read_eval_log(log.location).samples or [])
         raise RuntimeError(
             f"the task {log.eval.task} under {side.name} did not finish: {why}; {kept} finished samples of it are kept "

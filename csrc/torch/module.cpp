@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -165,8 +166,9 @@ PYBIND11_MODULE(_C, m) {
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
-  m.def("accelerator_versions", []() -> py::object {
-    return accelerator ? py::object(py::make_tuple(accelerator->runtime, accelerator->driver())) : py::none();
+  m.def("accelerator_versions", []() -> std::optional<std::pair<int, int>> {
+    if (!accelerator) return std::nullopt;
+    return std::pair(accelerator->runtime, accelerator->driver());
   });
   m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
   m.attr("MAX_DIRECTIONS") = kMaxDirections;

@@ -37,14 +37,15 @@ test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
 
 # The oldest and the newest torch that are promised: the extension is built for each of them, and runs the ops' tests,
-# but for those of the installed package and of the signatures that one version of pybind11 writes.
+# but for those of the installed package and of the signatures that one version of pybind11 writes. The checkout's own
+# module, built for another torch, must not be found.
 TORCHES := 2.11.0 2.15.0
 test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: .venv-torch-%/made
 	. .venv-torch-$*/bin/activate && MAX_JOBS=1 python setup.py --quiet build --build-base build/torch-$* > build/torch-$*.log 2>&1 \
 	  || { cat build/torch-$*.log; exit 1; }
-	OMP_NUM_THREADS=1 PYTHONPATH=$$(echo build/torch-$*/lib*) .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py \
-	  -k 'not version and not stub'
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 PYTHONPATH=$$(echo $(CURDIR)/build/torch-$*/lib*) \
+	  .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py -k 'not version and not stub'
 
 # Each with the CUDA that it comes with, which needs no GPU to be imported.
 .venv-torch-%/made:

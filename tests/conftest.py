@@ -130,6 +130,15 @@ def demo_model():
 
 
 @pytest.fixture(scope="session")
+def refusals(demo_model) -> torch.Tensor:
+    """Its directions of refusal."""
+    from axiscap.calibrate import Settings, refusal, rollouts  # the ops' tests also run without transformers
+
+    settings = Settings(models.DEFAULT_MODEL, "torch.float32")
+    return refusal.directions(rollouts.TransformersEngine(*demo_model, settings, capture=False))
+
+
+@pytest.fixture(scope="session")
 def shipped_profile() -> CapProfile:
     return CapProfile.load(SHIPPED_PROFILE)
 

@@ -23,7 +23,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
-from axiscap.calibrate import data, floors, judge, pipeline, refusal, rollouts, space, sweep, tokens
+from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep, tokens
 from axiscap.drift import compare
 
 
@@ -648,7 +648,7 @@ def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
     assert not work.exists()
 
 
-def test_what_a_profile_says_of_its_making(whole, demo_model):
+def test_what_a_profile_says_of_its_making(whole, refusals):
     _, _, profile = whole
     facts = profile.provenance
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
@@ -659,8 +659,7 @@ def test_what_a_profile_says_of_its_making(whole, demo_model):
     assert facts["sinks"]["positions"] == list(profile.sinks) == [0]
     assert profile.layers == tuple(range(8, 28))
     torch.testing.assert_close((profile.axes * profile.lifts).sum(-1), torch.ones(20, 1), atol=1e-5, rtol=0)
-    engine = rollouts.TransformersEngine(*demo_model, calibrate.Settings("smollm2-135m-instruct", "torch.float32"))
-    cosines = F.cosine_similarity(refusal.directions(engine), profile.lift_all[:, None].double(), dim=-1)
+    cosines = F.cosine_similarity(refusals, profile.lift_all[:, None].double(), dim=-1)
     assert cosines.abs().max() < 1e-3
     norms = torch.tensor(facts["sinks"]["largest_ordinary_norm"])
     torch.testing.assert_close(profile.limits[:, 0], 1.5 * norms[8:28], atol=1e-2, rtol=1e-3)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, effects, pipeline, refusal, rollouts, space, tokens, work
+from axiscap.calibrate import data, effects, pipeline, refusal, space, tokens, work
 
 
 def test_the_shipped_requests():
@@ -183,11 +183,9 @@ def test_a_guarded_lift_moves_no_row_along_what_it_is_guarded_against(seed, coun
         refusal.guarded(space.Directions(axis, axis), axis[:, None])
 
 
-def test_the_directions_of_refusal_are_differences_of_means(demo_model):
+def test_the_directions_of_refusal_are_differences_of_means(demo_model, refusals):
     """Each text read by itself by transformers, and the means taken in float64."""
     model, tokenizer = demo_model
-    settings = calibrate.Settings("smollm2-135m-instruct", "torch.float32")
-    found = refusal.directions(rollouts.TransformersEngine(model, tokenizer, settings, capture=False))
     rows: dict[str, list[torch.Tensor]] = {}
     for pair in data.shipped("declined.jsonl"):
         for kind in ("request", "harmless"):
@@ -206,17 +204,14 @@ def test_the_directions_of_refusal_are_differences_of_means(demo_model):
                 rows.setdefault(name.split()[0], []).append(hidden[0, length if answer else length - 1 :].double())
     mean = {name: torch.cat(parts).mean(0) for name, parts in rows.items()}
     for at, difference in enumerate((mean["request"] - mean["harmless"], mean["no"] - mean["yes"])):
-        torch.testing.assert_close(found[19, at], difference, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(refusals[19, at], difference, atol=1e-3, rtol=1e-3)
 
 
-def test_shipped_profiles_do_not_move_rows_along_refusals(demo_model, shipped_profile):
-    model, tokenizer = demo_model
-    settings = calibrate.Settings("smollm2-135m-instruct", "torch.float32")
-    against = refusal.directions(rollouts.TransformersEngine(model, tokenizer, settings, capture=False))
-    cosines = F.cosine_similarity(against, shipped_profile.lift_all[:, None].double(), dim=-1)
+def test_shipped_profiles_do_not_move_rows_along_refusals(refusals, shipped_profile):
+    cosines = F.cosine_similarity(refusals, shipped_profile.lift_all[:, None].double(), dim=-1)
     assert cosines.abs().max() < 1e-3
     # A lift along the axis itself would.
-    assert F.cosine_similarity(against, shipped_profile.axis_all[:, None].double(), dim=-1).abs().max() > 0.1
+    assert F.cosine_similarity(refusals, shipped_profile.axis_all[:, None].double(), dim=-1).abs().max() > 0.1
 
 
 def test_the_discriminant_reads_where_ordinary_tokens_do_not_scatter():

@@ -49,7 +49,8 @@ def directions(engine: TransformersEngine) -> Tensor:
     groups = ("asked", "harmless", "declines", "complies")
     group_of = torch.tensor([groups.index(text.group) for text in texts])
     last = torch.tensor([len(text.prompt) - 1 for text in texts])
-    sums = torch.zeros(len(decoder_layers(engine.model)), len(groups), text_config(engine.model).hidden_size).double()
+    shape = len(decoder_layers(engine.model)), len(groups), text_config(engine.model).hidden_size
+    sums = torch.zeros(shape, dtype=torch.float64)
     counts = torch.zeros(sums.shape[:2], dtype=torch.float64)
 
     def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:

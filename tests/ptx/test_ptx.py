@@ -30,6 +30,25 @@ def sizes_for(dtype: torch.dtype, aligned: bool) -> list[int]:
     return [8, 72, 1024, 1040, WIDEST[dtype]] if aligned else [1, 7, 67, 1023, 1041, WIDEST[dtype] - 1]
 
 
+def run_on(device: Device, op: str, rows: torch.Tensor, axes, floors, slots=None):
+    """Runs one op in place on rows, to which a stream of zeros is added where it takes two; returns the projections
+    (rows, K) and what fired. Axes (S, K, H), floors (S, K).
+    """
+    projections = torch.empty(1, len(rows), axes.shape[1])
+    fired = torch.empty(projections.shape[1:], dtype=torch.uint8)
+    device.call(
+        [rows if op == "cap" else torch.zeros_like(rows)],
+        axes[None],
+        floors[None],
+        slots,
+        residual=None if op == "cap" else rows,
+        weight=torch.ones(rows.shape[1], dtype=rows.dtype) if op == "norm" else None,
+        projections=projections,
+        fired=fired,
+    )
+    return projections[0], fired
+
+
 def run_like_the_cpu(device: Device, op: str, case: Input, *, bias: float = 0.0):
     """Runs one op on the device, on copies of the case's rows; returns what it left and what it was given."""
     hidden = case.buffer.clone()[:, : case.hidden.shape[-1]]
@@ -192,28 +211,10 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(dtype, size,
     axes, floors = axes[:, :directions].contiguous(), floors[:, :directions].contiguous()
     wanted = reference.cap(rows, axes, floors, slots)
     for op in OPS:
-        hidden, residual, weight = rows.clone(), rows.clone(), None
-        if op != "cap":
-            hidden.zero_()
-        if op == "norm":
-            weight = torch.ones(size, dtype=dtype)
-        projections, fired = (
-            torch.empty(1, len(rows), directions),
-            torch.empty(len(rows), directions, dtype=torch.uint8),
-        )
-        Device().call(
-            [hidden],
-            axes[None],
-            floors[None],
-            slots,
-            residual=None if op == "cap" else residual,
-            weight=weight,
-            projections=projections,
-            fired=fired,
-        )
-        out = hidden if op == "cap" else residual
+        out = rows.clone()
+        projections, fired = run_on(Device(), op, out, axes, floors, slots)
         assert fired.any(-1).tolist() == [False, True, False, True][some]
-        assert projections[0].isfinite().all(-1).tolist() == [False, True, True, True][some]
+        assert projections.isfinite().all(-1).tolist() == [False, True, True, True][some]
         assert_same_bits(out[[0, 2]], rows[[0, 2]])
         torch.testing.assert_close(out, wanted)
 
@@ -226,16 +227,11 @@ def test_a_projection_at_its_floor_does_not_fire(op, directions):
     rows = torch.zeros(2, size, dtype=torch.bfloat16)
     rows[:, 3] = torch.tensor([2.0, 1.9921875])
     before = rows.clone()
-    axes = torch.zeros(1, 1, directions, size)
+    axes = torch.zeros(1, directions, size)
     axes[..., 3] = 1
-    floors = torch.full((1, 1, directions), 2.0)
-    hidden = rows if op == "cap" else torch.zeros_like(rows)
-    weight = torch.ones(size, dtype=rows.dtype) if op == "norm" else None
-    projections, fired = torch.empty(1, 2, directions), torch.empty(2, directions, dtype=torch.uint8)
     device = Device(resident=1)
-    more = {} if op == "cap" else {"residual": rows, "weight": weight}
-    device.call([hidden], axes, floors, projections=projections, fired=fired, **more)
-    assert projections[0, :, 0].tolist() == [2.0, 1.9921875]
+    projections, fired = run_on(device, op, rows, axes, torch.full((1, directions), 2.0))
+    assert projections[:, 0].tolist() == [2.0, 1.9921875]
     assert fired[:, 0].tolist() == [0, 1]
     assert_same_bits(rows[0], before[0])
     assert rows[1, 3] == 2.0
@@ -252,17 +248,12 @@ def test_a_slot_behind_the_bank_is_refused_wherever_it_comes(op, size, resident)
     slots = torch.tensor([2, 3, 2, 0, 2, 1, 2, -1, 2], dtype=torch.int32)
     for turn in range(3):
         rows = torch.randn(9, size, generator=torch.Generator().manual_seed(turn)).bfloat16()
-        other, before, mine = torch.zeros_like(rows), rows.clone(), slots.roll(turn)
-        hidden, residual = (rows, None) if op == "cap" else (other, rows)
-        weight = torch.ones(size, dtype=rows.dtype) if op == "norm" else None
-        projections, fired = torch.empty(1, 9, 1), torch.empty(9, 1, dtype=torch.uint8)
-        bank = unit(1, 2, 1, size), torch.full((1, 2, 1), 100.0)
-        Device(resident=resident).call(
-            [hidden], *bank, mine, residual=residual, weight=weight, projections=projections, fired=fired
-        )
+        before, mine = rows.clone(), slots.roll(turn)
+        bank = unit(2, 1, size), torch.full((2, 1), 100.0)
+        projections, fired = run_on(Device(resident=resident), op, rows, *bank, mine)
         inside = (mine >= 0) & (mine < 2)
         assert fired[:, 0].bool().tolist() == inside.tolist()
-        assert projections[0, :, 0].isnan().tolist() == (~inside).tolist()
+        assert projections[:, 0].isnan().tolist() == (~inside).tolist()
         assert_same_bits(rows[~inside], before[~inside])
 
 
@@ -293,19 +284,13 @@ def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions):
         rows = torch.zeros(2, 72, dtype=dtype)
         rows[:, 3] = torch.tensor([-2e38, 1.0])
         before = rows.clone()
-        axes = torch.zeros(1, 1, directions, 72)
+        axes, floors = torch.zeros(1, directions, 72), torch.full((1, directions), 3e38)
         axes[..., 3] = 1
-        floors = torch.full((1, 1, directions), 3e38)
-        hidden = rows if op == "cap" else torch.zeros_like(rows)
-        weight = torch.ones(72, dtype=dtype) if op == "norm" else None
-        projections, fired = torch.empty(1, 2, directions), torch.empty(2, directions, dtype=torch.uint8)
-        more = {} if op == "cap" else {"residual": rows, "weight": weight}
-        Device().call([hidden], axes, floors, projections=projections, fired=fired, **more)
+        projections, fired = run_on(Device(), op, rows, axes, floors)
         assert fired.any(-1).tolist() == [0, 1]
-        assert projections[0, :, 0].isnan().tolist() == [True, False]
+        assert projections[:, 0].isnan().tolist() == [True, False]
         assert_same_bits(rows[0], before[0])
-        wanted = reference.cap(before, axes[0], floors[0])
-        torch.testing.assert_close(rows[1], wanted[1])
+        torch.testing.assert_close(rows[1], reference.cap(before, axes, floors)[1])
 
 
 def test_cap_layers_in_one_launch():

@@ -12,8 +12,8 @@ struct Accelerator {
   const char* name;
   const char* (*cap)(const CapParams* layers, int64_t count, void* stream);
   const char* (*accumulate)(const StatsParams&, void* stream);
-  int runtime;                // version of the runtime that is linked, such as 13000
-  int (*driver)() = nullptr;  // the newest runtime that the driver can run; 0: there is no driver
+  int runtime;      // version of the runtime that is linked, such as 13000
+  int (*driver)();  // the newest runtime that the driver can run; 0: there is no driver
 };
 
 inline const Accelerator* accelerator = nullptr;

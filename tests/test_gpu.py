@@ -82,8 +82,19 @@ def test_opcheck(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16392, 24576])
+def test_wide_rows(dtype, size):
+    hidden = torch.randn(5, size, device="cuda").to(dtype)
+    axes, floors = on_gpu(unit(1, 2, size), torch.tensor([[2.0, 1.0]]))
+    wanted = reference.cap(hidden, axes, floors)
+    torch.testing.assert_close(ops.cap_(hidden.clone(), axes, floors), wanted, atol=0.04, rtol=0.01)
+    residual = torch.zeros_like(hidden)
+    ops.cap_residual_(hidden, residual, axes, floors)
+    torch.testing.assert_close(hidden + residual, wanted, atol=0.04, rtol=0.01)
+
+
 def test_rows_that_are_too_wide_are_an_error():
-    hidden = torch.zeros(1, 16385, device="cuda", dtype=torch.bfloat16)
-    axes, floors = on_gpu(unit(1, 1, 16385), torch.zeros(1, 1))
-    with pytest.raises(RuntimeError, match="H must be at most 16384"):
-        ops.cap_(hidden, axes, floors)
+    axes, floors = on_gpu(unit(1, 1, 24577), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="axes must have an H of at most 24576 on cuda:0, got 24577"):
+        ops.cap_(torch.zeros(1, 24577, device="cuda", dtype=torch.bfloat16), axes, floors)

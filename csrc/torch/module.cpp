@@ -157,14 +157,23 @@ PYBIND11_MODULE(_C, m) {
         const DType type = dtype == "float32"    ? DType::kFloat32
                            : dtype == "bfloat16" ? DType::kBFloat16
                                                  : DType::kFloat16;
-        TORCH_CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::max_hidden_size(type),
-                          "hidden_size must be from 1 to ", cuda::max_hidden_size(type), ", got ", hidden_size);
+        TORCH_CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::kMaxHiddenSize, "hidden_size must be from 1 to ",
+                          cuda::kMaxHiddenSize, ", got ", hidden_size);
         TORCH_CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
         TORCH_CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
         const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
         return py::make_tuple(plan.threads_per_row, plan.block, plan.shared_bytes, plan.grid);
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);
+  m.def(
+      "stats_plan",
+      [](int64_t rows, int64_t slots, int64_t layers) {
+        StatsParams p;
+        p.rows = rows, p.num_slots = slots, p.layers = layers;
+        const cuda::StatsPlan plan = cuda::stats_plan_for(p);
+        return py::make_tuple(plan.whole, plan.block, plan.grid);
+      },
+      "rows"_a, "slots"_a, "layers"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
   m.def("accelerator_versions", []() -> std::optional<std::pair<int, int>> {
     if (!accelerator) return std::nullopt;

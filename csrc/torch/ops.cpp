@@ -158,6 +158,9 @@ void check_axes(const at::Tensor& axes, int64_t dim) {
   TORCH_CHECK_VALUE(sizes[dim - 2] <= kMaxDirections, "axes must have at most ", kMaxDirections,
                     " directions (dimension -2), got ", sizes[dim - 2]);
   TORCH_CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides());
+  TORCH_CHECK_VALUE(!axes.is_cuda() || !accelerator || sizes[dim - 1] <= accelerator->max_hidden_size,
+                    "axes must have an H of at most ", accelerator->max_hidden_size, " on ", axes.device(), ", got ",
+                    sizes[dim - 1]);
 }
 
 // What lies in a bank beside its axes: of their shape, or of that less H.

@@ -22,6 +22,8 @@ OPS = {"cap": 0, "cap_residual": 1, "norm": 2}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
 MAX_LAYERS = 48
+#: The widest row that a block's registers hold: four vectors for each of 512 threads.
+HELD = {dtype: 4 * 512 * (16 // dtype.itemsize) for dtype in TYPES}
 #: Rows that lie so many bytes apart are mapped one by one.
 FAR = 1 << 30
 #: From here on launch.cu starts a kernel early (AXISCAP_WAITING_ARCHITECTURE).
@@ -52,10 +54,15 @@ def kernels(architecture: int = 90) -> dict[str, Kernel]:
     return parse(ptx_text(architecture))
 
 
-def kernel_name(dtype: torch.dtype, op: str, many: bool, aligned: bool) -> str:
-    code = TYPES[dtype][1]
-    flags = f"ELb{int(many)}ELb{int(aligned)}"
-    return f"_ZN7axiscap4cuda8cap_rowsI{code}LNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallE"
+def kernel_name(dtype: torch.dtype, op: str, many: bool, aligned: bool, layers: int = 1) -> str:
+    """Of the kernel for so many layers."""
+    flags = f"ELb{int(many)}ELb{int(aligned)}ELi{1 if layers == 1 else MAX_LAYERS}"
+    return f"_ZN7axiscap4cuda8cap_rowsI{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallIXT3_EEE"
+
+
+def wide_name(dtype: torch.dtype, op: str) -> str:
+    """Of the kernel for rows that are wider than a block's registers."""
+    return f"_ZN7axiscap4cuda8cap_wideI{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}EEEvNS0_4CallILi1EEE"
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -140,7 +147,10 @@ class Device:
         aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
         aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
         op = "norm" if weight is not None else "cap_residual" if residual is not None else "cap"
-        self.name = kernel_name(first.dtype, op, directions > 1, aligned)
+        wide = size > HELD[first.dtype]
+        self.name = (
+            wide_name(first.dtype, op) if wide else kernel_name(first.dtype, op, directions > 1, aligned, layers)
+        )
         if rows == 0:
             return
 
@@ -155,7 +165,7 @@ class Device:
             *(projections_at, fired_at, weight_at, normed),
             *(normed_stride, eps, weight_bias, number),
         )
-        parameters = shared + struct.pack("<if", threads, 1 / size)
+        parameters = shared + struct.pack("<if?7x", threads, 1 / size, aligned)
         for i in range(layers):
             bank = num_slots * directions
             parameters += struct.pack(
@@ -167,7 +177,7 @@ class Device:
                 limits_at + i * bank * 4 if limits is not None else 0,
                 projections_at + i * rows * directions * 4 if projections is not None else 0,
             )
-        parameters += bytes(72 * (MAX_LAYERS - layers))
+        parameters += bytes(72 * (MAX_LAYERS - layers) if layers > 1 else 0)
         kernel = (self.source or kernels())[self.name]
         self.launch = Launch(
             kernel, self.memory, parameters, (grid, layers), block, dynamic, kernel.architecture >= EARLY

@@ -295,6 +295,10 @@ class Block:
                     self.copy(op, operands, active)
                 elif op == "griddepcontrol.wait":
                     self.waited |= active
+                elif op == "mov.b64" and operands[0].startswith("{"):
+                    whole = self.value(operands[1], np.uint64)
+                    for half, name in enumerate(operands[0].strip("{}").split(",")):
+                        self.put(name.strip(), (whole >> np.uint64(32 * half)).astype(np.uint32), active)
                 elif op != "griddepcontrol.launch_dependents":
                     self.put(operands[0], self.compute(op, parts, operands), active)
         self.launch.counts[op] += int(warps.sum())
@@ -342,6 +346,9 @@ class Block:
         if root == "cvta":
             return get(1, np.uint64)
         if root == "mov":
+            if operands[1].startswith("{"):
+                low, high = (self.value(name.strip(), np.uint32) for name in operands[1].strip("{}").split(","))
+                return low | high.astype(np.uint64) << np.uint64(32)
             return get(1)
         if root == "setp" and len(parts) == 3:
             return _COMPARE[parts[1]](get(1), get(2))

@@ -9,8 +9,12 @@ REGISTERS = 128
 SPILL_BYTES = 0
 # Arrays in local memory are spills by another name.
 STACK_BYTES = 0
-# One block's partial sums, twice; the statistics: a double a thread.
-SHARED_BYTES = 1024
+# One block's partial sums, twice; the statistics: eight doubles a warp.
+SHARED_BYTES = 2048
+
+# Of three dtypes: three ops, of one direction or more, aligned or not, and that of one stream for several layers as
+# well; three for wide rows; and the statistics, by warps and by blocks.
+KERNELS = 3 * (3 * 2 * 2 + 2 * 2 + 3) + 2
 
 # The gate of cuxray, which reads the machine code and not what the compiler says of it.
 GATE = f"spill_instrs=={SPILL_BYTES}, regs<={REGISTERS}, stack=={STACK_BYTES}, smem<={SHARED_BYTES}"

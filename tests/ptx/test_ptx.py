@@ -12,22 +12,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits, unit
-from emulated import OPS, TYPES, Device, kernel_name, kernels, raw
+from emulated import HELD, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, wide_name
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
 from test_ops import DTYPES, Input, assert_admitted, assert_close_to_oracle, assert_normed, at_the_edge, inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from axiscap import _C, ops, reference
 
-#: The widest row of each dtype: four vectors for each of 512 threads.
-WIDEST = {dtype: 4 * 512 * (16 // dtype.itemsize) for dtype in DTYPES}
+#: The widest row: as many float32 as fit the shared memory that every GPU has for a block.
+WIDEST = 24576
 
 KERNELS = list(itertools.product(DTYPES, OPS, (False, True), (True, False)))
 
 
 def sizes_for(dtype: torch.dtype, aligned: bool) -> list[int]:
     """Rows of a part of a warp, of a warp, of several, and the widest, each with whole vectors or a tail."""
-    return [8, 72, 1024, 1040, WIDEST[dtype]] if aligned else [1, 7, 67, 1023, 1041, WIDEST[dtype] - 1]
+    return [8, 72, 1024, 1040, HELD[dtype]] if aligned else [1, 7, 67, 1023, 1041, HELD[dtype] - 1]
 
 
 def run_on(device: Device, op: str, rows: torch.Tensor, axes, floors, slots=None):
@@ -106,9 +107,15 @@ def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
 
 @pytest.mark.slow
 def test_the_list_of_kernels_is_that_of_the_module():
-    found = {name for name in kernels() if "cap_rows" in name}
-    assert found == {kernel_name(*entry) for entry in KERNELS}
-    assert len(kernels()) == len(found) + 1  # and the statistics
+    one, statistics = {kernel_name(*entry) for entry in KERNELS}, 2
+    several = {kernel_name(dtype, "cap", *rest, MAX_LAYERS) for dtype, op, *rest in KERNELS if op == "cap"}
+    wide = {wide_name(dtype, op) for dtype in DTYPES for op in OPS}
+    found = {name for name in kernels() if "accumulate_rows" not in name}
+    assert found == one | several | wide
+    assert len(kernels()) == len(found) + statistics
+    # What a launch copies: for a layer a few hundred bytes.
+    assert {kernels()[name].parameters[0][1] for name in one | wide} == {264}
+    assert {kernels()[name].parameters[0][1] for name in several} == {264 + 47 * 72}
 
 
 @pytest.mark.slow
@@ -145,7 +152,7 @@ def test_older_architectures_run_the_same():
             assert torch.equal(raw_bits(found), raw_bits(wanted))
     assert not any("griddepcontrol" in i.op for kernel in kernels(80).values() for i in kernel.code)
     for name, kernel in kernels(90).items():
-        assert ("cap_rows" in name) == any(i.op == "griddepcontrol.wait" for i in kernel.code)
+        assert ("accumulate_rows" not in name) == any(i.op == "griddepcontrol.wait" for i in kernel.code)
 
 
 def raw_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +173,7 @@ def test_a_row_depends_on_itself_alone(dtype, size):
     odd.axes, odd.floors, odd.slots = case.axes, case.floors, case.slots[order].contiguous()
     device = Device(resident=2)
     shuffled = run_like_the_cpu(device, "cap", odd)[0]
-    assert device.name.endswith("ELb0EEEvNS0_4CallE")
+    assert device.name == kernel_name(dtype, "cap", False, False)
     assert_same_bits(shuffled.contiguous(), whole[order].contiguous())
 
 
@@ -396,7 +403,7 @@ def test_every_stream_is_read_once(op, directions):
 def test_the_plan_for_every_size(dtype):
     name = TYPES[dtype][0]
     per = 16 // dtype.itemsize
-    for size in range(1, WIDEST[dtype] + 1):
+    for size in range(1, HELD[dtype] + 1):
         threads, block, shared, _ = _C.plan(name, size, 4096, 132)
         assert threads * 4 * per >= size
         assert (threads <= 32 and threads & (threads - 1) == 0) or threads % 32 == 0
@@ -418,8 +425,8 @@ def test_the_plan_for_every_size(dtype):
     ("arguments", "message"),
     [
         (("int8", 64, 1, 1), "dtype must be float32, bfloat16 or float16, got int8"),
-        (("bfloat16", 0, 1, 1), "hidden_size must be from 1 to 16384, got 0"),
-        (("float32", 8193, 1, 1), "hidden_size must be from 1 to 8192, got 8193"),
+        (("bfloat16", 0, 1, 1), "hidden_size must be from 1 to 24576, got 0"),
+        (("float32", 24577, 1, 1), "hidden_size must be from 1 to 24576, got 24577"),
         (("float16", 64, -1, 1), "rows must not be negative, got -1"),
         (("float16", 64, 1, 0), "resident must be at least 1, got 0"),
     ],
@@ -432,28 +439,135 @@ def test_a_plan_that_cannot_be(arguments, message):
 # Statistics.
 
 
-def test_the_statistics_kernel():
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_statistics_kernel(whole):
+    """By warps, of which the last block has one too many, and by blocks; a slot without rows, and one that has all."""
     generator = torch.Generator().manual_seed(2)
-    layers, rows, slots, directions = 2, 300, 3, 2
+    layers, rows, slots, directions = (2, 700, 3, 2) if whole else (2, 200, 7, 2)
     projections = torch.randn(layers, rows, directions, generator=generator)
     projections[1, 5] = math.nan
     floors = torch.randn(layers, slots, directions, generator=generator)
-    slot = torch.randint(-1, slots, (rows,), generator=generator).int()
+    slot = torch.randint(-1, slots - 1, (rows,), generator=generator).int()
     found, wanted = (torch.stack([ops.new_stats(slots, directions)] * layers) for _ in range(2))
-    (kernel,) = [kernel for name, kernel in kernels().items() if "accumulate_rows" in name]
-    for part in (slice(0, 130), slice(130, None)):
-        piece, own = projections[:, part], slot[part].clone()
+    (kernel,) = [kernel for name, kernel in kernels().items() if f"accumulate_rowsILb{int(whole)}" in name]
+    for part, own in ((slice(0, 330 if whole else 130), slot), (slice(70, None), slot), (slice(0, rows), None)):
+        piece = projections[:, part]
+        own = None if own is None else own[part].clone()
         ops.accumulate_(wanted, piece, floors, own)
         memory = Memory()
         # The step is the first rows of a buffer with room for more.
         buffer = torch.nn.functional.pad(piece, (0, 0, 0, 7))
-        places = [memory.add(str(i), raw(tensor)) for i, tensor in enumerate((buffer, floors, own, found))]
-        stride = buffer.stride(0)
-        parameters = np.array([*places, len(own), slots, directions, layers, stride], np.int64).tobytes()
-        Launch(kernel, memory, parameters, (slots * directions, layers), 128).run()
+        tensors = {"projections": buffer, "floors": floors, "slots": own, "found": found}
+        places = [0 if tensor is None else memory.add(name, raw(tensor)) for name, tensor in tensors.items()]
+        sizes = [piece.shape[1], slots, directions, layers, buffer.stride(0)]
+        planned, block, grid = _C.stats_plan(piece.shape[1], slots, layers)
+        assert planned == whole
+        Launch(kernel, memory, np.array([*places, *sizes], np.int64).tobytes(), (grid, layers), block).run()
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
     counts = [_C.STAT_FIELDS.index(name) for name in ("seen", "fired", "below", "nonfinite", "min", "max")]
     assert torch.equal(found[..., counts], wanted[..., counts])
+
+
+def test_what_the_statistics_of_a_large_step_take():
+    """A step of 1,024 requests, of eight layers: a warp for each of their prompts and answers."""
+    assert _C.stats_plan(1024, 2048, 8) == (False, 128, 512)
+    assert _C.stats_plan(8192, 1, 1) == (True, 1024, 1)
+    slots, rows = 64, 64
+    places, memory = {}, Memory()
+    stats, floors = ops.new_stats(slots, 1)[None], torch.zeros(1, slots, 1)
+    tensors = {"projections": torch.randn(1, rows, 1), "floors": floors, "slots": torch.arange(rows).int(), "s": stats}
+    places = [memory.add(name, raw(tensor)) for name, tensor in tensors.items()]
+    _, block, grid = _C.stats_plan(rows, slots, 1)
+    (kernel,) = [kernel for name, kernel in kernels().items() if "accumulate_rowsILb0" in name]
+    launch = Launch(kernel, memory, np.array([*places, rows, slots, 1, 1, rows], np.int64).tobytes(), (grid, 1), block)
+    launch.run()
+    assert memory["projections"].requested["ld"] == rows * 4  # each row's own slot alone reads it
+    assert memory["slots"].sectors["ld"] * 32 == slots * rows * 4
+    assert memory["s"].requested["st"] == slots * len(_C.STAT_FIELDS) * 8
+
+
+# Rows that are wider than a block's registers.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", list(OPS))
+def test_wide_rows_against_the_oracle(dtype, op):
+    """Up to the widest; in whole vectors or not, of a direction or more, with slots and without."""
+    for seed, size in enumerate((HELD[dtype] + 1, HELD[dtype] + 8, WIDEST - 1, WIDEST)):
+        more = {"lifts": seed % 2 == 0, "limits": seed % 3 == 0}
+        case = Input(dtype, 3, size, 2, 1 + seed % 2, 8 * (seed % 2), 1.0, seed < 2, seed % 2 == 1, seed, **more)
+        device = Device(resident=2)
+        check_against_the_oracle(device, op, case)
+        assert device.name == wide_name(dtype, op)
+        assert device.launch.block == 512
+        assert device.launch.dynamic == -(-size // 1024) * 4096
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("directions", [1, 2])
+def test_wide_special_rows(op, directions):
+    """What the narrow kernels leave alone: a row that is not finite, one out of range, one without a slot, at its
+    floor; rows in memory of one alignment give the bits of those in another.
+    """
+    dtype, size, place = torch.bfloat16, HELD[torch.bfloat16] + 2056, 16390
+    rows, axes, floors, slots = at_the_edge(dtype, size, place)
+    rows, slots = torch.cat([rows, rows[:1], rows[:1]]), torch.cat([slots, torch.tensor([-1, 2], dtype=torch.int32)])
+    some = slice(None) if directions == 2 else [0, 1, 2, 4, 5]
+    rows, slots = rows[some].contiguous(), slots[some].contiguous()
+    axes, floors = axes[:, :directions].contiguous(), floors[:, :directions].contiguous()
+    found = []
+    for padding in (0, 1):
+        out = torch.zeros(len(rows), size + padding, dtype=dtype)[:, :size]
+        out.copy_(rows)
+        projections, fired = run_on(Device(resident=2), op, out, axes, floors, slots)
+        found.append(out.contiguous())
+        left = [0, 2, len(rows) - 2, len(rows) - 1]
+        assert fired.any(-1)[left].tolist() == [False] * 4
+        assert projections[[0, *left[2:]]].isnan().all()
+        assert projections[[i for i in range(len(rows)) if i not in left or i == 2]].isfinite().all()
+        assert_same_bits(out[left].contiguous(), rows[left])
+    assert_same_bits(*found)
+    wanted = reference.cap(rows, axes, floors, slots.where(slots < len(axes), -1))
+    torch.testing.assert_close(found[0], wanted)
+
+
+@pytest.mark.skipif(_C.accelerator() is None, reason="this build has no kernels for a GPU, and so no limit")
+def test_a_row_that_no_kernel_takes_is_refused_when_its_axes_are_installed():
+    with FakeTensorMode():  # a bank on a GPU, of which only its sizes are looked at
+        axes, floors = torch.empty(1, 1, WIDEST + 1, device="cuda"), torch.empty(1, 1, device="cuda")
+        with pytest.raises(ValueError, match="axes must have an H of at most 24576 on cuda:0, got 24577"):
+            _C.Bank(axes, floors)
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_wide_rows_into_another_tensor(out):
+    """All of them written there, or their projections alone."""
+    size = HELD[torch.bfloat16] + 8
+    case = Input(torch.bfloat16, 5, size, 2, 1, 0, 1.0, True, True, 3)
+    before, target = case.hidden.clone(), torch.empty_like(case.hidden) if out else False
+    projections = torch.empty(1, 5, 1)
+    device = Device(resident=2)
+    device.call([case.hidden], case.axes[None], case.floors[None] if out else None, case.slots, out=target,
+                projections=projections)  # fmt: skip
+    assert_same_bits(case.hidden.contiguous(), before.contiguous())
+    assert device.memory["hidden0"].sectors["st"] == 0
+    if out:
+        in_place = before.clone()
+        Device(resident=1).call([in_place], case.axes[None], case.floors[None], case.slots)
+        assert_same_bits(target, in_place)
+
+
+@pytest.mark.parametrize(("op", "loads", "stores"), [("cap", 1, 1), ("cap_residual", 4, 1), ("norm", 2, 2)])
+def test_what_a_wide_row_moves(op, loads, stores):
+    """A stream of its own is read once and written once; a residual that is corrected is read again beside hidden."""
+    size, rows = HELD[torch.bfloat16] + 2048, 3
+    hidden = torch.randn(rows, size).bfloat16()
+    device = Device(resident=2)
+    run_on(device, op, hidden, unit(1, 1, size), torch.full((1, 1), 9.0))
+    streams = [device.memory[name] for name in ("hidden0",) + (() if op == "cap" else ("residual",))]
+    for kind, times in (("ld", loads), ("st", stores)):
+        assert sum(buffer.sectors[kind] for buffer in streams) * 32 == times * rows * size * 2
 
 
 # Planted faults: each must be caught by what is above.
@@ -657,6 +771,28 @@ def test_planted_faults_are_caught_by_what_is_for_them(change, check, error, mes
     names = PLANTED, kernel_name(torch.bfloat16, "cap", True, True)
     planted = kernels() | {name: mutated(name, change)[name] for name in names}
     monkeypatch.setattr(emulated, "kernels", lambda: planted)
+    with pytest.raises(error, match=message):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("change", "op", "error", "message"),
+    [
+        (drop_the_barrier, "cap", PtxError, "a race: shared|a read of shared where nothing"),
+        (do_not_wait_for_the_kernel_before, "norm", PtxError, "before the wait"),
+        (accept_one_slot_more, "cap_residual", (AssertionError, PtxError), None),
+        (never_look_whether_it_fits, "cap", AssertionError, None),
+        (read_one_too_far, "cap", PtxError, "an access outside of|where nothing is"),
+    ],
+)
+def test_planted_faults_are_caught_in_wide_rows(change, op, error, message, monkeypatch):
+    name = wide_name(torch.bfloat16, op)
+    planted = mutated(name, change)
+    monkeypatch.setattr(emulated, "kernels", lambda: planted)
+    check = functools.partial(test_wide_special_rows, op, 1)
+    if change is read_one_too_far:
+        case = Input(torch.bfloat16, 2, HELD[torch.bfloat16] + 3, 2, 1, 0, 1.0, False, False, 1)
+        check = functools.partial(check_against_the_oracle, Device(), op, case)
     with pytest.raises(error, match=message):
         check()
 

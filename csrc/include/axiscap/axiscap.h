@@ -10,7 +10,13 @@
 
 #include <stdint.h>
 
-#if defined(__GNUC__)
+#if defined(_WIN32)
+#if defined(AXISCAP_BUILDS_LIBRARY)
+#define AXISCAP_API __declspec(dllexport)
+#else
+#define AXISCAP_API __declspec(dllimport)
+#endif
+#elif defined(__GNUC__)
 #define AXISCAP_API __attribute__((visibility("default")))
 #else
 #define AXISCAP_API

@@ -196,13 +196,14 @@ __device__ inline void store_normed(const Rows<T, kSources, kAligned>& rows, con
   }
 }
 
-// kMany: more than one direction.
-template <class T, Op kOp, bool kMany, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant__ Call call) {
+// kMany: more than one direction. kLayers: those that the call has room for.
+template <class T, Op kOp, bool kMany, bool kAligned, int kLayers>
+__global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant__ Call<kLayers> call) {
   // Of several directions each is read in its turn; two streams element by element need the registers for themselves.
   constexpr bool kKeeps = !kMany && (kOp == Op::kCap || kAligned);
   const CapParams& p = call.shared;
-  const Layer& layer = call.layers[blockIdx.y];
+  // By an index even where there is one layer: with its fields as constants, ptxas spills where rows are unaligned.
+  const Layer& layer = call.layers[kLayers == 1 && kAligned ? 0 : blockIdx.y];
   const int directions = kMany ? int(p.directions) : 1;
   const bool copies = kOp == Op::kCap && layer.out && layer.out != layer.hidden;
   const Group group(call.threads_per_row);

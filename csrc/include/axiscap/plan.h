@@ -11,8 +11,8 @@ namespace axiscap::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kVecBytes = 16;  // one access of one thread
-// A row is held in the registers of its threads. More threads a block, or more elements a thread, would not leave each
-// of them the registers it needs.
+// A row is held in the registers of its threads, if it fits: more threads a block, or more elements a thread, would not
+// leave each of them the registers it needs.
 inline constexpr int kMaxThreads = 512;
 // Threads of a block whose rows are a warp's or less.
 inline constexpr int kSmallBlock = 128;
@@ -25,25 +25,30 @@ inline constexpr int kVecsPerThread = 4;
 // Vectors that a thread has on their way into shared memory, the row at hand with them: two rows of one stream, or one
 // of two.
 inline constexpr int kPacksAhead = 8;
-inline constexpr int kMaxSharedBytes = kMaxThreads * kPacksAhead * kVecBytes;
 
-constexpr int64_t max_hidden_size(DType dtype) {
-  return int64_t(kVecsPerThread) * elements_per_vec(dtype) * kMaxThreads;
+// A row that is wider lies in shared memory, in float32: as much as a block has on every device, beside its sums.
+inline constexpr int kMaxSharedBytes = 96 << 10;
+inline constexpr int64_t kMaxHiddenSize = kMaxSharedBytes / int(sizeof(float));
+
+constexpr bool is_wide(DType dtype, int64_t hidden_size) {
+  return hidden_size > int64_t(kVecsPerThread) * elements_per_vec(dtype) * kMaxThreads;
 }
 
 struct Plan {
   int threads_per_row;  // a power of two up to a warp, or whole warps
   int block;            // threads
   int rows_per_block;
-  int shared_bytes;  // a block
+  int shared_bytes;  // a block; a multiple of kSharedUnit
   int64_t grid;      // blocks a layer
 };
+
+inline constexpr int kSharedUnit = kWarp * kPacksAhead * kVecBytes;
 
 // A launch has so many times the blocks that the device should hold at once: where fewer fit, or some end early, what
 // is left is a part of a pass and not a whole one. More would fetch the axis more often.
 inline constexpr int64_t kPasses = 2;
 
-// `resident`: the blocks of that size that a launch may have. H must be in [1, max_hidden_size(dtype)].
+// `resident`: the blocks of that size that a launch may have. H must be in [1, kMaxHiddenSize].
 constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
   const int64_t vecs = (hidden_size + elements_per_vec(dtype) - 1) / elements_per_vec(dtype);
   Plan plan{};
@@ -51,15 +56,35 @@ constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t 
   plan.threads_per_row = 1;
   while (plan.threads_per_row < threads && plan.threads_per_row < kWarp) plan.threads_per_row *= 2;
   if (threads > kWarp) plan.threads_per_row = int((threads + kWarp - 1) / kWarp) * kWarp;
+  if (is_wide(dtype, hidden_size)) plan.threads_per_row = kMaxThreads;
   plan.block = plan.threads_per_row > kWarp ? plan.threads_per_row : kSmallBlock;
   plan.rows_per_block = plan.block / plan.threads_per_row;
   plan.shared_bytes = plan.block * kPacksAhead * kVecBytes;
+  if (is_wide(dtype, hidden_size))
+    plan.shared_bytes = int((hidden_size * int64_t(sizeof(float)) + kSharedUnit - 1) / kSharedUnit) * kSharedUnit;
   // As many blocks as may be, each for the same number of rows: a block keeps its axis from row to row, and all end
   // together.
   const int64_t units = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
   const int64_t turns = (units + resident - 1) / resident;
   plan.grid = turns == 0 ? 0 : (units + turns - 1) / turns;
   return plan;
+}
+
+// Of the statistics: a warp looks through the rows for those of one slot, or where a device has room for it and rows
+// are many, a block of kStatsWarps.
+inline constexpr int kStatsWarps = 32;
+inline constexpr int64_t kRowsOfAWarp = 256, kMostWholeBlocks = 1024;
+
+struct StatsPlan {
+  bool whole;    // blocks
+  int block;     // threads
+  int64_t grid;  // blocks a layer
+};
+
+constexpr StatsPlan stats_plan_for(const StatsParams& p) {
+  const bool whole = p.rows > kRowsOfAWarp && p.num_slots * p.layers <= kMostWholeBlocks;
+  const int warps = kSmallBlock / kWarp;
+  return {whole, whole ? kStatsWarps * kWarp : kSmallBlock, whole ? p.num_slots : (p.num_slots + warps - 1) / warps};
 }
 
 }  // namespace axiscap::cuda

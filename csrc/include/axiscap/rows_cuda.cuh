@@ -10,7 +10,8 @@
 namespace axiscap::cuda {
 
 // Layers of one launch: their streams differ, all else of `call` is shared. In one parameter block, which a launch
-// copies: capturable, and nothing to allocate.
+// copies: capturable, and nothing to allocate. One layer has a block for itself, since a decoding step copies little
+// else.
 inline constexpr int kMaxLayers = 48;
 
 struct Layer {
@@ -25,11 +26,13 @@ struct Layer {
   float* projections;
 };
 
+template <int kLayers>
 struct Call {
   CapParams shared;
   int32_t threads_per_row;
   float inverse_size;  // 1 / H
-  Layer layers[kMaxLayers];
+  bool aligned;        // all rows and vectors, to kVecBytes
+  Layer layers[kLayers];
 };
 
 // Sixteen bytes of a row, and their elements as float32.
@@ -159,6 +162,12 @@ struct Group {
   }
 };
 
+// The slot of a row, if it has one that is in the bank.
+__device__ inline int32_t slot_of(const CapParams& p, int64_t row) {
+  const int32_t slot = row >= p.rows ? kNoSlot : p.slots ? p.slots[row] : 0;
+  return uint32_t(slot) < uint64_t(p.num_slots) ? slot : kNoSlot;
+}
+
 // The rows of a group, one after the other. Those that follow are on their way into shared memory while one is worked
 // on; a thread copies the vectors that it will use and no others, so that nothing has to wait for the block.
 // kSources: 1, the row is hidden; 2, it is hidden + residual.
@@ -197,11 +206,7 @@ struct Rows {
   __device__ int32_t slot() const { return slots[0]; }
   __device__ int at(int v) const { return (v * group.threads + group.lane) * kPer<T>; }
 
-  // The slot of a row, if it has one that is in the bank.
-  __device__ int32_t slot_of(int64_t row) const {
-    const int32_t slot = row >= p.rows ? kNoSlot : p.slots ? p.slots[row] : 0;
-    return uint32_t(slot) < uint64_t(p.num_slots) ? slot : kNoSlot;
-  }
+  __device__ int32_t slot_of(int64_t row) const { return cuda::slot_of(p, row); }
 
   // Until the row at hand is here.
   __device__ void wait() const {

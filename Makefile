@@ -65,14 +65,11 @@ lint: .venv/built
 bench: .venv/built
 	$(BIN)/axiscap bench --out docs/bench.json --picture docs/bench.png
 
-# On a machine with a GPU, in an environment whose torch has CUDA: PYTHON names its interpreter. The tests, once more
-# under each of compute-sanitizer's tools where it is found, and the benchmark.
+# On a machine with a GPU, in an environment whose torch has CUDA: PYTHON names its interpreter. All that wants one, and
+# out/gpu/report.md of it.
 gpu:
 	$(PYTHON) -m pip install --no-build-isolation -e '.[test,report]'
-	$(PYTHON) -m pytest tests/test_ops.py tests/test_gpu.py
-	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/test_gpu.py || exit 1; done; fi
-	"$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/axiscap bench --device cuda --no-decode --out out/gpu.json --picture out/gpu.png
+	$(PYTHON) benchmarks/gpu.py out/gpu
 
 # A wheel with code for every GPU; says how long it takes and how large it is.
 release: .venv/built

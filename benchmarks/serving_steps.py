@@ -15,6 +15,7 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +31,11 @@ BEFORE = 20
 def engine(ask: Connection, config: dict[str, object]) -> None:
     from vllm import LLM, SamplingParams
 
+    # Two engines share a GPU. On a CPU the environment says what they take.
+    room = {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}
     llm = LLM(
         models.folder("smollm2-135m-instruct"), dtype=DTYPE, max_model_len=1024, enable_prefix_caching=False,
-        async_scheduling=False, additional_config=config,
+        async_scheduling=False, additional_config=config, **room,
     )  # fmt: skip
     ask.send("ready")
     added = 0

@@ -45,6 +45,17 @@ def test_the_example(installed, tmp_path):
     assert lines[3] == "wrong: status 1, hidden_size must be at least 1"
 
 
+@pytest.mark.parametrize(("defines", "wanted"), [
+    (["-D_WIN32", "-DAXISCAP_BUILDS_LIBRARY"], "__declspec(dllexport) int axiscap_version(void);"),
+    (["-D_WIN32"], "__declspec(dllimport) int axiscap_version(void);"),
+    ([], '__attribute__((visibility("default"))) int axiscap_version(void);'),
+])  # fmt: skip
+def test_functions_are_exported(defines, wanted):
+    header = REPOSITORY / "csrc" / "include" / "axiscap" / "axiscap.h"
+    done = subprocess.run(["cc", "-E", "-P", *defines, header], check=True, capture_output=True, text=True)
+    assert wanted in done.stdout
+
+
 class Call(ctypes.Structure):
     _fields_ = [
         ("size", ctypes.c_int64),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,26 @@ _KEY = "axiscap"
 
 
 def register_vllm() -> None:
-    """``vllm.general_plugins``: called in every process of the engine, before the process does its part."""
-    wrap_in("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configure)
-    wrap_in("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _start_core)
-    wrap_in("vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device", _start_worker)
+    """``vllm.general_plugins``: called in every process of the engine, before the process does its part.
+
+    A vLLM that has not what is wrapped here goes on where capping is not configured, and stops where it is.
+    """
+    found = [
+        wrap_in("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configure),
+        wrap_in("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _start_core),
+        wrap_in("vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device", _start_worker),
+    ]
+    if not all(found):
+        if "AXISCAP_CONFIG" in os.environ:
+            from axiscap.serving import vllm
+
+            vllm.check_points()
+        wrap_in("vllm.config.vllm", "VllmConfig", "__post_init__", _refuse)
 
 
 def register_sglang() -> None:
     """``sglang.srt.plugins``: called in every process of the engine, which has no options for plug-ins, but a file."""
-    if not os.environ.get("AXISCAP_CONFIG"):
+    if "AXISCAP_CONFIG" not in os.environ:
         return
     try:
         from axiscap.serving import sglang
@@ -36,12 +48,22 @@ def register_sglang() -> None:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
-def wrap_in(module: str, cls: str, method: str, wrapper: Callable[..., Any]) -> None:
+def is_nearly(key: object) -> bool:
+    """Whether a key is the one of AxisCap, in whatever spelling."""
+    return re.sub(r"[\W_]", "", str(key)).casefold() == _KEY
+
+
+def wrap_in(module: str, cls: str, method: str, wrapper: Callable[..., Any]) -> bool:
     """Replaces a method by ``wrapper(original, self, ...)``, once; where the module is not loaded, this is no process
-    that needs it.
+    that needs it. Returns whether nothing is amiss.
     """
-    if module in sys.modules:
-        wrap(getattr(sys.modules[module], cls), method, wrapper)
+    if module not in sys.modules:
+        return True
+    owner = getattr(sys.modules[module], cls, None)
+    if not hasattr(owner, method):
+        return False
+    wrap(owner, method, wrapper)
+    return True
 
 
 def wrap(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
@@ -60,8 +82,8 @@ def wrap(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
 
 def _configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     config = original(*args, **kwargs)
-    options = config.additional_config.get(_KEY) if isinstance(config.additional_config, dict) else None
-    if options is not None or os.environ.get("AXISCAP_CONFIG"):
+    options = config.additional_config if isinstance(config.additional_config, dict) else {}
+    if "AXISCAP_CONFIG" in os.environ or any(is_nearly(key) or key == "profiles" for key in options):
         from axiscap.serving import vllm
 
         # An engine in this same process loads these now, after the plug-in was; its own call comes too late for them.
@@ -70,6 +92,15 @@ def _configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         register_vllm()
         vllm.configure(config, options)
     return config
+
+
+def _refuse(original: Callable[..., Any], config: Any) -> Any:
+    """Of a vLLM that is another than this was made for: a configuration with AxisCap's goes no further."""
+    original(config)
+    if _configured(config):
+        from axiscap.serving import vllm
+
+        vllm.check_points()
 
 
 def _configured(config: Any) -> bool:

@@ -85,8 +85,10 @@ def test_faces_import_their_own_rooms_alone():
 
 
 def test_the_one_circle_is_the_plugins():
-    """What decides whether capping is configured imports the engines' adapters, and they its way to wrap a method."""
+    """What decides whether capping is configured imports the engines' adapters, and what these stand on its way to wrap a
+    method and to know the configuration's key.
+    """
     known = modules()
     assert imports(known["axiscap_plugin"], set(known)) == {"axiscap.serving.vllm", "axiscap.serving.sglang"}
     users = {module for module, tree in known.items() if "axiscap_plugin" in imports(tree, set(known))}
-    assert users == {"axiscap.serving.vllm", "axiscap.serving.sglang"}
+    assert users == {f"axiscap.serving.{name}" for name in ("vllm", "sglang", "door", "settings")}

@@ -12,15 +12,19 @@ import subprocess
 import sys
 
 import numpy as np
+import prometheus_client.parser
 import pytest
 import torch
 from conftest import unit
+from prometheus_client import CollectorRegistry, generate_latest, openmetrics
+from prometheus_client.openmetrics import exposition, parser  # noqa: F401
 
 from axiscap import CapProfile, reference
 from axiscap.serving import metrics, state
 from axiscap.serving import settings as serving
 from axiscap.serving import telemetry as telemetry_module
 from axiscap.serving.buffers import Buffers
+from axiscap.serving.control import TOLD, Choices, Control
 from axiscap.serving.settings import Choice, ChoiceError, Registry, Settings, SettingsError
 from axiscap.serving.telemetry import Telemetry, Writer
 from axiscap.serving.worker import Worker
@@ -58,8 +62,9 @@ def test_one_profile_is_the_default_and_nobody_may_choose(files):
     settings = Settings.parse({"profiles": {"strict": files["strict"]}})
     assert (settings.default, settings.allowed, settings.allow_off) == ("strict", [], False)
     assert Registry(settings).choose(None) == "strict"
-    with pytest.raises(ChoiceError, match="lets no request choose"):
-        Registry(settings).choose("strict")
+    assert Registry(settings).choose("strict") == "strict"  # what it gets without a word
+    with pytest.raises(ChoiceError, match="must be one of strict; got 'off'"):
+        Registry(settings).choose("off")
 
 
 @pytest.mark.parametrize(
@@ -73,12 +78,16 @@ def test_one_profile_is_the_default_and_nobody_may_choose(files):
         ({"profiles": {"n" * 65: "x"}}, "1 to 64"),
         ({"profiles": {"a": 3}}, "must be a string"),
         ({"default": "nobody"}, "default must be one of"),
+        ({"default": ["strict"]}, "default must be one of"),
+        ({"default": {"strict": 1}}, "default must be one of"),
         ({"allowed": "strict"}, "allowed must be a list"),
         ({"allowed": ["nobody"]}, "allowed must be a list"),
+        ({"allowed": [["strict"]]}, "allowed must be a list"),
         ({"allow_off": 1}, "allow_off must be true or false"),
         ({"slots": 2}, "slots must be a number from 3"),
         ({"slots": True}, "slots must be a number"),
         ({"log": "/nowhere/at/all.jsonl"}, "writable folder"),
+        ({"log": "/"}, "log must be a file"),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(files, change, says):
@@ -118,6 +127,30 @@ def test_the_file_and_the_option_exclude_each_other(files, tmp_path, monkeypatch
     monkeypatch.setenv(serving.FILE_VARIABLE, str(path))
     with pytest.raises(SettingsError, match="cannot be read as JSON"):
         serving.read(None)
+    monkeypatch.setenv(serving.FILE_VARIABLE, "")
+    with pytest.raises(SettingsError, match="AXISCAP_CONFIG is empty"):
+        serving.read(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"axiscap": None}, "axiscap must be an object; leave the key out"),
+        ({"axis_cap": {"profiles": {}}}, "the configuration's key is 'axiscap', and not 'axis_cap'"),
+        ({"AxisCap": {}}, "and not 'AxisCap'"),
+        ({"axis-cap": None, "axiscap": {}}, "and not 'axis-cap'"),
+        ({"profiles": {"mild": "x"}}, "profiles must stand in an object under the key 'axiscap'"),
+    ],
+)
+def test_a_configuration_that_an_engine_would_pass_over_is_refused(options, says):
+    with pytest.raises(SettingsError, match=says):
+        serving.find(options)
+
+
+def test_what_is_not_meant_for_it_is_left_alone():
+    assert serving.find({}) is None
+    assert serving.find({"profiles": 3, "capture": True, "axis": {}}) is None
+    assert serving.find({"axiscap": {"profiles": {}}, "other": 1}) == {"profiles": {}}
 
 
 def test_another_models_profiles_are_refused(files):
@@ -130,11 +163,11 @@ def test_another_models_profiles_are_refused(files):
 
 
 @pytest.mark.parametrize(
-    "asked", ["nobody", "mild", "", "../strict", "strict\n", "strict\u200b", "x" * 1_000_000, 3, True, ["strict"], {}]
+    "asked", ["nobody", "other", "", "../strict", "strict\n", "strict\u200b", "x" * 1_000_000, 3, True, ["strict"], {}]
 )
 def test_requests_get_what_they_may_have_or_an_error(files, asked):
     registry = Registry(Settings.parse({"profiles": files, "default": "mild", "allowed": ["strict"]}))
-    with pytest.raises(ChoiceError, match="must be one of strict; got") as error:
+    with pytest.raises(ChoiceError, match="must be one of mild, strict; got") as error:
         registry.choose(asked)
     assert len(str(error.value)) < 200
 
@@ -153,7 +186,9 @@ def test_slots_are_given_kept_and_given_again(files):
     assert sorted(slots.values()) == [0, 1, 2]
     assert registry.place("strict", "new", in_use={first["strict"]}, allowed=True) == 3
     assert registry.choose("strict") == "strict"
-    with pytest.raises(ValueError, match="all 4 slots are taken, by 3 profiles"):
+    with pytest.raises(
+        ValueError, match="all 4 slots are taken, by the content of 3 profiles and by requests that still run under 1"
+    ):
         registry.place("fourth", "newest", in_use={first["strict"]}, allowed=False)
     # Once nothing runs under the replaced content, its slot is free; equal content shares a slot.
     assert registry.place("fourth", "newest", in_use=set(), allowed=False) == slots["strict"]
@@ -168,6 +203,99 @@ def test_slots_are_given_kept_and_given_again(files):
     other = Registry(Settings.parse({"profiles": files, "default": None}))
     other.update(json.loads(json.dumps(registry.to_json())))
     assert vars(other) == vars(registry)
+
+
+@pytest.fixture
+def control(files, tmp_path, monkeypatch):
+    """Of a server that was started with two of the profiles."""
+    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
+    settings = Settings.parse({"profiles": {name: files[name] for name in ("strict", "other")}, "default": "strict"})
+    return Control(settings, state.folder("server"), lambda *placed: None)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "says"),
+    [
+        ("move_floors", ("strict", "high"), "by must be a finite number, in units of the projection, got 'high'"),
+        ("move_floors", ("strict", True), "by must be a finite number"),
+        ("move_floors", ("strict", math.nan), "by must be a finite number"),
+        ("move_floors", ("strict", None), "by must be a finite number"),
+        ("move_floors", ("nobody", 1.0), "there is no profile 'nobody'; there are other, strict"),
+        ("move_floors", (["strict"], 1.0), "there is no profile"),
+        ("load", ("strict", "x", "no"), "allowed must be true or false, got 'no'"),
+        ("load", ("strict", 3), "path must be a string, got 3"),
+        ("load", (3, "x"), "name must be a string, got 3"),
+        ("retire", ({},), "there is no profile"),
+    ],
+)
+def test_what_an_operator_says_wrong_is_one_sentence(control, method, arguments, says):
+    call = getattr(control, method)
+    with pytest.raises(ValueError, match=says):
+        call(*arguments) if len(arguments) < 3 else call(*arguments[:2], allowed=arguments[2])
+
+
+def test_floors_are_moved_from_the_content_that_was_loaded(control, files):
+    """A file that was replaced meanwhile is another profile, and comes by a name of its own."""
+    first = control.decide({}, "r").digest
+    control.move_floors("strict", 1.0)
+    assert control.decide({}, "r").digest != first
+    control.move_floors("strict", 0)
+    assert control.decide({}, "r").digest == first
+    profile(7, layers=(2, 3)).save(files["strict"])
+    with pytest.raises(SettingsError, match="is not what it was when the server read it first"):
+        control.move_floors("strict", 0.0)
+    assert control.decide({}, "r").digest == first
+    control.load("strict", files["strict"])
+    control.move_floors("strict", 0.0)
+    assert control.decide({}, "r").digest == CapProfile.load(files["strict"]).digest
+
+
+def test_what_a_client_was_told_is_what_it_gets(control, files):
+    choices = Choices(control._settings, state.path("server"))
+    name, digest = choices.check({"axiscap": "strict"})
+    asked = {"axiscap": name, TOLD: digest}
+    assert control.decide(asked, "r").digest == digest
+    assert choices.describe()["profiles"]["strict"] == digest
+    control.move_floors("strict", 1.0)
+    with pytest.raises(ChoiceError, match="profile strict was replaced while the request was on its way"):
+        control.decide(asked, "r")
+    assert choices.check({})[1] == control.decide({}, "r").digest == choices.describe()["profiles"]["strict"]
+
+
+def test_a_folder_goes_with_its_last_process(tmp_path):
+    """Or with the next server that starts, where its processes were killed."""
+    code = "import os, sys, signal; from axiscap.serving import state; state.folder(sys.argv[1])\n"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def run(then: str, name: str) -> list[str]:
+        subprocess.run([sys.executable, "-c", code + then, name], env=environment, check=False)
+        (base,) = tmp_path.iterdir()
+        return sorted(found.name for found in base.iterdir())
+
+    assert run("os.kill(os.getpid(), signal.SIGKILL)", "killed") == ["killed"]
+    assert run("os.kill(os.getpid(), signal.SIGKILL)", "again") == ["again"]
+    assert run("", "ended") == []
+    assert run("if os.fork(): os.wait(); os.kill(os.getpid(), signal.SIGKILL)", "forked") == ["forked"]
+    assert run("sys.exit('a start that failed')", "failed") == []
+
+
+def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
+    """Every sample belongs to its family, by prometheus-client's own parser of both formats."""
+    counts = {"rows": 3.0, "fired": 1.0, "nonfinite": 0.0, "projection": -2.5, "shortfall": 0.5}
+    (tmp_path / "totals-0-0.json").write_text(
+        json.dumps({"profiles": {"mild": {"2": counts}}, "failures": {"totals": 0, "log": 0}, "lost": 0})
+    )
+    registry = CollectorRegistry()
+    registry.register(metrics.Totals(tmp_path))
+    for write, read in (
+        (generate_latest, prometheus_client.parser.text_string_to_metric_families),
+        (openmetrics.exposition.generate_latest, openmetrics.parser.text_string_to_metric_families),
+    ):
+        families = {family.name: family for family in read(write(registry).decode())}
+        assert families["axiscap_projection_sum"].type == "gauge"
+        assert families["axiscap_projection_sum"].samples[0].value == -2.5
+        assert families["axiscap_rows"].type == "counter"
+        assert "unknown" not in {family.type for family in families.values()}
 
 
 def test_the_salt_tells_contents_apart():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,28 +16,48 @@ import torch
 
 from axiscap.profile import CapProfile
 from axiscap.serving import state
-from axiscap.serving.settings import KEY, Choice, Registry, Settings, SettingsError
+from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Registry, Settings, SettingsError
 
 _REGISTRY = "registry.json"
+#: Beside a request's choice: the digest that its client is told of, or "off".
+TOLD = f"{KEY}_told"
 
 
 class Choices:
     """For processes that talk to clients: the configuration's registry, then whatever :class:`Control` wrote last."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings = settings
         self._registry = Registry(settings)
         self._path = folder / _REGISTRY
         self._seen: int | None = None
 
-    def check(self, extra: Mapping[str, Any] | None) -> None:
-        """Raises ChoiceError where a request's extra arguments ask for what it may not have."""
+    def check(self, extra: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+        """The name and the digest of the profile that a request gets, by its extra arguments; None: it is left alone.
+
+        Raises:
+            ChoiceError: it asks for what it may not have.
+        """
+        self._look()
+        name = self._registry.choose((extra or {}).get(KEY))
+        return name, None if name is None else self._registry.names[name]
+
+    def describe(self) -> dict[str, Any]:
+        """What the server caps with, for people and probes."""
+        from axiscap import __version__
+
+        self._look()
+        registry = self._registry
+        facts = {"profiles": registry.names, "default": registry.default, "choices": registry.choices}
+        return {"version": __version__, **facts, "layers": self._settings.layers}
+
+    def _look(self) -> None:
         # Where the folder was cleaned away, what was read last holds; the engine decides by its own.
         with contextlib.suppress(OSError):
             changed = self._path.stat().st_mtime_ns
             if changed != self._seen:
                 self._registry.update(json.loads(self._path.read_text()))
                 self._seen = changed
-        self._registry.choose((extra or {}).get(KEY))
 
 
 class Control:
@@ -52,7 +73,8 @@ class Control:
     ) -> None:
         self._settings = settings
         self._registry = Registry(settings)
-        self._paths = dict(settings.profiles)
+        #: Of each name its file, and the digest of what was in it.
+        self._files = {name: (path, settings.digests[name]) for name, path in settings.profiles.items()}
         self._file = folder / _REGISTRY if share else None
         self._place = place
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -68,10 +90,15 @@ class Control:
         """The decision about a request, by its extra arguments and its id.
 
         Raises:
-            ChoiceError: it asks for what it may not have.
+            ChoiceError: it asks for what it may not have, or its client was told of content that was replaced on the
+                way here.
         """
-        name = self._registry.choose((extra or {}).get(KEY))
-        return Choice(name, None if name is None else self._registry.names[name], request)
+        extra = extra or {}
+        name = self._registry.choose(extra.get(KEY))
+        digest = None if name is None else self._registry.names[name]
+        if extra.get(TOLD, digest or OFF) != (digest or OFF):
+            raise ChoiceError(f"profile {name} was replaced while the request was on its way; send it again")
+        return Choice(name, digest, request)
 
     def begun(self, request: Any, choice: Choice) -> None:
         """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""
@@ -87,14 +114,25 @@ class Control:
         Raises:
             ValueError: the profile does not fit, or no slot is free.
         """
+        for what, value in (("name", name), ("path", path)):
+            if not isinstance(value, str):
+                raise ValueError(f"{what} must be a string, got {value!r}")
+        if not isinstance(allowed, bool):
+            raise ValueError(f"allowed must be true or false, got {allowed!r}")
         return self._change(name, path, None, allowed)
 
     def move_floors(self, name: str, by: float) -> str:
-        """Gives a name its file's floors raised by so much, in units of the projection (lowered, where negative)."""
-        if name not in self._registry.names:
-            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self._registry.names))}")
-        path = self._paths[name]
-        return self._change(name, path, (CapProfile.load(path).floors + by).tolist(), allowed=False)
+        """Gives a name its file's floors raised by so much, in units of the projection (lowered, where negative).
+
+        Raises:
+            ValueError: there is no such profile, by is no finite number, or the file has other content by now.
+        """
+        self._registry.check(name)
+        if isinstance(by, bool) or not isinstance(by, (int, float)) or not math.isfinite(by):
+            raise ValueError(f"by must be a finite number, in units of the projection, got {by!r}")
+        path, digest = self._files[name]
+        floors = read_profile(path, None, digest).floors
+        return self._change(name, path, (floors + by).tolist(), allowed=False)
 
     def retire(self, name: str) -> str:
         """Forgets a profile: no new request gets it."""
@@ -121,7 +159,8 @@ class Control:
             self._place(slot, profile.digest, path, floors)
             self._save(registry)
             self._registry = registry
-            self._paths[name] = path
+            if floors is None:
+                self._files[name] = path, profile.digest
         return f"{name} is {profile.digest} in slot {slot}"
 
 

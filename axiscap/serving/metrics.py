@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _COUNTERS = {
@@ -16,7 +16,7 @@ _COUNTERS = {
     "fired": ("axiscap_fired_rows", "Rows that lay below their floor and were lifted back to it."),
     "nonfinite": ("axiscap_nonfinite_rows", "Rows that were left alone because their projection was not finite."),
     "projection": (
-        "axiscap_projection",
+        "axiscap_projection_sum",
         "Sum of the projections on the first axis, before the cap, in units of the residual stream; may fall.",
     ),
     "shortfall": (
@@ -40,19 +40,15 @@ class Totals(Collector):
 
     def collect(self) -> Iterator[Metric]:
         families = {
-            key: CounterMetricFamily(name, text, labels=["profile", "layer"])
-            if key != "projection"
-            else Metric(name, text, "gauge")
+            key: (GaugeMetricFamily if key == "projection" else CounterMetricFamily)(
+                name, text, labels=["profile", "layer"]
+            )
             for key, (name, text) in _COUNTERS.items()
         }
         files = self._read()
         for name, layer, counts in _sums(files):
             for key, value in counts.items():
-                family = families[key]
-                if isinstance(family, CounterMetricFamily):
-                    family.add_metric([name, layer], value)
-                else:
-                    family.add_sample(family.name + "_sum", {"profile": name, "layer": layer}, value)
+                families[key].add_metric([name, layer], value)
         yield from families.values()
         text = "Times that totals or the log could not be written, or totals not be read; all is tried again."
         failures = CounterMetricFamily("axiscap_telemetry_failures", text, labels=["what"])

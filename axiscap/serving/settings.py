@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from axiscap.profile import CapProfile
+from axiscap_plugin import is_nearly
 
 #: What a request says to be left alone, where the operator allows it.
 OFF = "off"
@@ -42,6 +43,10 @@ def _check_name(name: object) -> str:
         f"a profile's name must be 1 to 64 of A-Z a-z 0-9 . _ - and not {OFF!r}, got {str(name)[:80]!r}",
     )
     return str(name)
+
+
+def _is_one(name: object, known: Collection[str]) -> bool:
+    return isinstance(name, str) and name in known
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,10 @@ class Settings:
             "default must name one of several profiles, or be null to leave requests alone that name none",
         )
         default = given["default"] if "default" in given else next(iter(paths))
-        _require(default is None or default in paths, f"default must be one of {', '.join(paths)} or null")
+        _require(default is None or _is_one(default, paths), f"default must be one of {', '.join(paths)} or null")
         allowed = given.get("allowed", [])
         _require(
-            isinstance(allowed, list) and all(name in paths for name in allowed),
+            isinstance(allowed, list) and all(_is_one(name, paths) for name in allowed),
             f"allowed must be a list of names from {', '.join(paths)}",
         )
         for key in ("allow_off", "check"):
@@ -166,6 +171,14 @@ class Settings:
             f"profile has hidden size {profile.hidden_size} and {profile.directions}",
         )
 
+    def sentence(self) -> str:
+        """For the log of a server that starts."""
+        registry = Registry(self)
+        profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
+        default = self.default or "none: requests that name no profile are left alone"
+        said = f"axiscap: capping layers {self.layers} under {profiles}; default {default}"
+        return f"{said}; requests may say {', '.join(registry.choices)}"
+
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""
         from axiscap import __version__
@@ -186,16 +199,32 @@ def read(options: object) -> Settings | None:
         SettingsError: one sentence that says what is wrong.
     """
     path = os.environ.get(FILE_VARIABLE)
-    if options is None and not path:
+    if options is None and path is None:
         return None
-    _require(options is None or not path, f"configured twice, by the engine's option and by {FILE_VARIABLE}")
+    _require(options is None or path is None, f"configured twice, by the engine's option and by {FILE_VARIABLE}")
     if options is None:
-        assert path
+        assert path is not None
+        _require(path != "", f"{FILE_VARIABLE} is empty; it must name a file, or not be set")
         try:
             options = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise SettingsError(f"axiscap: {FILE_VARIABLE}: {path} cannot be read as JSON: {error}") from None
     return Settings.parse(options)
+
+
+def find(options: Mapping[str, Any]) -> object:
+    """What an engine's own free options carry for AxisCap; None: nothing.
+
+    Raises:
+        SettingsError: something that was meant for it stands there under another key, or without one, or is null: the
+            server would serve uncapped, and nobody would know.
+    """
+    for key in options:
+        _require(key == KEY or not is_nearly(key), f"the configuration's key is {KEY!r}, and not {str(key)[:80]!r}")
+    bare = "profiles" in options and isinstance(options["profiles"], Mapping)
+    _require(not bare, f"profiles must stand in an object under the key {KEY!r}, not beside it")
+    _require(KEY not in options or options[KEY] is not None, f"{KEY} must be an object; leave the key out for no cap")
+    return options.get(KEY)
 
 
 @dataclass(frozen=True)
@@ -255,12 +284,16 @@ class Registry:
         """
         if asked is None:
             return self.default
-        may = sorted(self.allowed) + ([OFF] if self.allow_off else [])
-        if isinstance(asked, str) and asked in may:
+        if isinstance(asked, str) and asked in self.choices:
             return None if asked == OFF else asked
-        said = repr(asked[:64]) if isinstance(asked, str) else f"a {type(asked).__name__}"
-        options = f"one of {', '.join(may)}" if may else "left out, since this server lets no request choose"
-        raise ChoiceError(f"{KEY} must be {options}; got {said}")
+        said = repr(asked[:64]) if isinstance(asked, str) else json.dumps(asked, default=str)[:64]
+        raise ChoiceError(f"{KEY} must be one of {', '.join(self.choices)}; got {said}")
+
+    @property
+    def choices(self) -> list[str]:
+        """What a request may say: what it gets without a word as well."""
+        named = {*self.allowed, *([] if self.default is None else [self.default])}
+        return sorted(named) + ([OFF] if self.allow_off or self.default is None else [])
 
     def slot_of(self, digest: str) -> int:
         return self.slots.index(digest)
@@ -279,8 +312,9 @@ class Registry:
             free = [at for at, content in enumerate(self.slots) if content not in keep]
             if not free:
                 raise ValueError(
-                    f"all {len(self.slots)} slots are taken, by {len(self.names)} profiles and by requests that still "
-                    "run under replaced ones: retire a profile, wait, or start with more slots"
+                    f"all {len(self.slots)} slots are taken, by the content of {len(self.names)} profiles and by "
+                    f"requests that still run under {len(keep - set(self.names.values()))} replaced ones: retire a "
+                    "profile, wait, or start with more slots"
                 )
             slot = free[0]
         self.slots[slot] = digest
@@ -289,14 +323,18 @@ class Registry:
             self.allowed.append(name)
         return slot
 
+    def check(self, name: object) -> None:
+        """Raises ValueError where a name is nobody's."""
+        if not _is_one(name, self.names):
+            raise ValueError(f"there is no profile {str(name)[:64]!r}; there are {', '.join(sorted(self.names))}")
+
     def retire(self, name: str) -> None:
         """Forgets a name; requests that run under it end as they began.
 
         Raises:
             ValueError: there is no such profile, or it is the default.
         """
-        if name not in self.names:
-            raise ValueError(f"there is no profile {name[:64]!r}; there are {', '.join(sorted(self.names))}")
+        self.check(name)
         if name == self.default:
             raise ValueError(f"{name} is the default of requests that name none, and cannot be retired")
         del self.names[name]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
 import time
 import weakref
@@ -23,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import metrics, state
+from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import Choices, Control
-from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.control import TOLD, Choices, Control
+from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
@@ -61,6 +62,7 @@ def put_in_place() -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    door.put_in_place(_choices, (("custom_params",), ("sampling_params", "custom_params")))
     wrap(TokenizerManager, "_validate_one_request", _validate)
     wrap(http_server, "add_prometheus_middleware", _with_totals)
     wrap(Scheduler, "__init__", _start_scheduler)
@@ -86,7 +88,13 @@ def _asked(sampling: Any) -> dict[str, Any]:
 def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(manager, request, *args, **kwargs)
     sampling = request.sampling_params
-    _choices.check(_asked(sampling))
+    name, digest = _choices.check(_asked(sampling))
+    told = {**_asked(sampling), TOLD: digest or OFF}
+    if isinstance(sampling, dict):
+        sampling["custom_params"] = told
+    else:
+        sampling.custom_params = told
+    door.tell(name, digest)
     if getattr(request, "session_params", None) or getattr(request, "session_id", None):
         raise ChoiceError("sessions are not served with axiscap: their turns share a cache under one profile")
     if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:
@@ -128,6 +136,8 @@ def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, *
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
+    if share:
+        logging.getLogger("axiscap").info(_settings.sentence())
     folder = state.folder(os.environ[_INSTANCE])
     # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
     control = scheduler.axiscap_control = Control(_settings, folder, _worker.place, share=share)

@@ -1,14 +1,27 @@
-"""The folder where the processes of one server on this machine meet: the registry, and the totals for its metrics."""
+"""The folder where the processes of one server on this machine meet: the registry, and the totals for its metrics.
+
+Each process that uses a folder leaves a claim there, its number and when it began. A folder goes with the last of them;
+where they were killed, the next server that starts takes it away. (Of Linux, like the engines.)
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from axiscap.serving.settings import SettingsError
+
+_CLAIM = "process-"
+#: A folder without a claim may be one that is just being made, for so many seconds.
+_FRESH = 60
 
 
 def path(instance: str) -> Path:
@@ -17,18 +30,59 @@ def path(instance: str) -> Path:
 
 
 def folder(instance: str) -> Path:
-    """The folder of a server, made where it is not there.
+    """The folder of a server, made where it is not there, which this process leaves when it ends.
 
     Raises:
         SettingsError: it is somebody else's.
     """
     found = path(instance)
     _make(found)
+    _leave_at_exit(found, os.getpid())
+    for other in found.parent.iterdir():
+        if other != found and not _is_used(other):
+            shutil.rmtree(other, ignore_errors=True)
     return found
 
 
+@functools.cache  # once in each process: after a fork the number is another
+def _leave_at_exit(found: Path, pid: int) -> None:
+    def leave() -> None:
+        if pid != os.getpid():  # a fork's inheritance
+            return
+        (found / _claim(pid)).unlink(missing_ok=True)
+        if not _is_claimed(found):
+            shutil.rmtree(found, ignore_errors=True)
+
+    atexit.register(leave)
+
+
+def _claim(pid: int) -> str:
+    """The name of a process's claim, which another process of the same number, begun later, has not. Empty: it has
+    ended.
+    """
+    try:
+        begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{_CLAIM}{pid}-{begun}"
+
+
+def _is_claimed(found: Path) -> bool:
+    """Whether a process that uses the folder lives."""
+    names = [claim.name for claim in found.glob(f"{_CLAIM}*-*")]
+    return any(_claim(int(name.removeprefix(_CLAIM).split("-")[0])) == name for name in names)
+
+
+def _is_used(found: Path) -> bool:
+    with contextlib.suppress(OSError):  # it may go away meanwhile
+        claimed = next(found.glob(f"{_CLAIM}*-*"), None) is not None
+        return _is_claimed(found) if claimed else time.time() - found.stat().st_mtime < _FRESH
+    return True
+
+
 def write(file: Path, content: object) -> None:
-    """Writes JSON in one step, into a folder that :func:`folder` gave; it is made anew where it was cleaned away.
+    """Writes JSON in one step, into a folder that :func:`folder` gave; it is made and claimed anew where it was cleaned
+    away.
 
     Raises:
         OSError: it cannot be written.
@@ -51,3 +105,4 @@ def _make(found: Path) -> None:
     if owner.st_uid != os.getuid() or base.is_symlink() or owner.st_mode & 0o077:
         raise SettingsError(f"axiscap: {base} must be a folder of this user's own that nobody else may enter")
     found.mkdir(mode=0o700, exist_ok=True)
+    (found / _claim(os.getpid())).touch()

@@ -7,24 +7,25 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
+import importlib
 import inspect
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import metrics, state
+from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import Choices, Control
-from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.control import TOLD, Choices, Control
+from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
@@ -39,17 +40,89 @@ def _folder(config: Any) -> Path:
     return state.folder(config.instance_id)
 
 
+# What of vLLM this stands on.
+
+#: The version that the tests run.
+TESTED = "0.32"
+
+
+class Point(NamedTuple):
+    """A method of vLLM's that is wrapped or called, with the parameters that it must have, and what it is for."""
+
+    module: str
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
+    use: str
+
+
+_CORE, _WORKER = "vllm.v1.engine.core", "vllm.v1.worker.worker_base"
+_PROTOCOLS = "vllm.entrypoints.openai"
+POINTS = (
+    Point("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", (), "the configuration is read there"),
+    Point("vllm.v1.engine.input_processor", "InputProcessor", "_validate_params", ("params",), "choices are refused"),
+    Point("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", ("params",), "sessions are refused"),
+    *(
+        Point(f"{_PROTOCOLS}.{kind}.protocol", f"{request}Request", "to_beam_search_params", (), "beams are refused")
+        for kind, request in (("chat_completion", "ChatCompletion"), ("completion", "Completion"))
+    ),
+    Point(_CORE, "EngineCore", "_initialize_kv_caches", ("vllm_config",), "the scheduler's part begins there"),
+    Point(_CORE, "EngineCore", "preprocess_add_request", ("request",), "each request's profile is decided"),
+    Point(_CORE, "EngineCore", "collective_rpc", ("method", "args", "kwargs"), "profiles change, and reach workers"),
+    Point(_CORE, "EngineCore", "shutdown", (), "the server's folder goes"),
+    Point("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", (), "the checking mode sees a step"),
+    Point(_WORKER, "WorkerWrapperBase", "init_device", (), "a worker's part begins there"),
+)
+#: Of a worker and its model runner: as objects, since each platform has classes of its own.
+RUNNER_POINTS = ("load_model", "_dummy_run", "execute_model", "get_model")
+WORKER_POINTS = ("compile_or_warm_up_model",)
+
+
+def check_points() -> None:
+    """Raises SettingsError where this vLLM has not what capping stands on: it would start, and not be capped."""
+    for point in POINTS:
+        try:
+            owner = getattr(importlib.import_module(point.module), point.owner)
+            found = inspect.signature(getattr(owner, point.name)).parameters
+        except (ImportError, AttributeError):
+            raise _unknown(f"{point.owner}.{point.name}", point.use) from None
+        if missing := [name for name in point.parameters if name not in found]:
+            raise _unknown(f"the parameter {missing[0]} of {point.owner}.{point.name}", point.use)
+
+
+def _check_object(owner: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not hasattr(owner, name):
+            raise _unknown(f"{type(owner).__name__}.{name}", "a worker's rows are capped by it")
+
+
+def _unknown(what: str, use: str) -> SettingsError:
+    import vllm
+
+    return SettingsError(
+        f"axiscap: vLLM {vllm.__version__} has no {what} ({use}), so that it cannot be capped; {TESTED} can"
+    )
+
+
 # The API process.
 
+#: Where a request's body may carry its choice: OpenAI's and Anthropic's endpoints, and that of tokens.
+_PLACES = (("vllm_xargs",), ("sampling_params", "extra_args"))
 
-def configure(config: Any, options: object) -> None:
+
+def configure(config: Any, options: Mapping[str, Any]) -> None:
     """Takes the operator's configuration into vLLM's, where every process finds it and the compile cache hashes it.
+
+    Args:
+        options: vLLM's ``additional_config`` as the operator wrote it.
 
     Raises:
         SettingsError: one sentence that says what is wrong, or what of vLLM cannot be capped.
     """
-    settings = shared.read(options)
-    assert settings is not None
+    settings = shared.read(shared.find(options))
+    if settings is None:
+        return
+    check_points()
     _refuse(config)
     text = config.model_config.hf_text_config
     settings.check_model(config.model_config.get_hidden_size(), text.num_hidden_layers)
@@ -66,7 +139,16 @@ def configure(config: Any, options: object) -> None:
     wrap(InputProcessor, "process_inputs", _refuse_sessions)
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
-    _show_metrics(_folder(config))
+    folder = _folder(config)
+    door.put_in_place(Choices(settings, folder), _PLACES, _change)
+    _show_metrics(folder)
+    logging.getLogger("vllm.axiscap").info(settings.sentence())
+
+
+async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
+    """Has the engine core change a profile."""
+    done: list[str] = await app.state.engine_client.collective_rpc(method, args=tuple(arguments))
+    return done[0]
 
 
 def _refuse(config: Any) -> None:
@@ -101,10 +183,13 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         if choices is None:
             config = processor.vllm_config
             choices = processor._axiscap = Choices(_settings(config), state.path(config.instance_id))
+        extra = getattr(params, "extra_args", None)
         try:
-            choices.check(getattr(params, "extra_args", None))
+            name, digest = choices.check(extra)
         except ChoiceError as error:
             raise _to_client(error) from None
+        door.tell(name, digest)
+        params.extra_args = {**(extra or {}), TOLD: digest or OFF}
     return result
 
 
@@ -154,7 +239,6 @@ class Core:
         wrap(core, "preprocess_add_request", self._add)
         wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
-        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
 
     def _add(self, original: Callable[..., Any], request: Any) -> Any:
         params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
@@ -206,7 +290,11 @@ class VllmWorker:
         self._runner = runner = worker.model_runner
         self._config = worker.vllm_config
         self._rank = worker.rank
+        _check_object(worker, WORKER_POINTS)
+        _check_object(runner, RUNNER_POINTS)
         self._v2 = not hasattr(runner, "_prepare_inputs")
+        if self._v2:
+            _check_object(runner, ["prepare_inputs"])
         self._capped: Worker
         self._dummy = runner._dummy_run
         wrap(runner, "load_model", self._load_model)

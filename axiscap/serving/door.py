@@ -1,0 +1,245 @@
+"""What stands before the routes of a capped server: it refuses a choice that the engine would not read, says in each
+response which profile was in force, tells what the server caps with, and changes profiles for who has the key.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import hmac
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from axiscap.serving.control import Choices
+from axiscap.serving.settings import KEY
+from axiscap_plugin import is_nearly, wrap
+
+#: Where the server tells what it caps with; below it, profiles are changed.
+PATH = "/axiscap"
+#: Carries the key of those who may change profiles.
+ADMIN_VARIABLE = "AXISCAP_ADMIN_KEY"
+#: Of each response: the name of the profile that was in force and the digest of its content, or "off".
+HEADERS = ("x-axiscap-profile", "x-axiscap-digest")
+
+#: What holds a client's own words and not the engine's parameters: keys in there are nobody's choice.
+_CONTENT = {
+    *("messages", "prompt", "input", "text", "system", "instructions", "documents", "metadata"),
+    *("tools", "tool_choice", "functions", "chat_template_kwargs"),
+    *("response_format", "structured_outputs", "guided_json", "json_schema"),
+}
+_MENTIONED = re.compile(rb"axis[\W_]*cap", re.IGNORECASE)
+
+_Message = dict[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
+#: Changes profiles: called with the application, the name of the method and its arguments; returns what it says.
+Change = Callable[[Any, str, Sequence[Any]], Awaitable[str]]
+
+_decision: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("axiscap_decision")
+
+
+def tell(name: str | None, digest: str | None) -> None:
+    """Notes the decision about the request that runs here, for the head of its response."""
+    decision = _decision.get(None)
+    if decision is not None:
+        decision |= zip(HEADERS, (name or "off", digest or "-"), strict=True)
+
+
+_put: tuple[Choices, Collection[tuple[str, ...]], Change | None]
+
+
+def put_in_place(choices: Choices, places: Collection[tuple[str, ...]], change: Change | None = None) -> None:
+    """Has every application of FastAPI that this process begins to serve stand behind a :class:`Door`."""
+    global _put
+    from fastapi import FastAPI
+
+    _put = choices, places, change
+    wrap(FastAPI, "build_middleware_stack", _behind_door)
+
+
+def _behind_door(original: Callable[[Any], _App], app: Any) -> _App:
+    return Door(original(app), *_put)
+
+
+class _Wrong(Exception):
+    """A status and a sentence."""
+
+
+class Door:
+    """An ASGI application around the server's own.
+
+    Args:
+        places: where a request's body may carry its choice, each the keys that lead there from the top.
+        change: changes profiles; None where the engine has no way to do it from this process.
+    """
+
+    def __init__(
+        self, app: _App, choices: Choices, places: Collection[tuple[str, ...]], change: Change | None = None
+    ) -> None:
+        self._app, self._choices, self._places, self._change = app, choices, places, change
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+        own = path == PATH or path.startswith(PATH + "/")
+        try:
+            if own:
+                return await _answer(send, 200, await self._own(scope, path, receive))
+            if scope["method"] == "POST" and not _header(scope, b"content-type").startswith(b"multipart/"):
+                body = await _body(receive)
+                if _MENTIONED.search(body):
+                    self._check(scope, path, body)
+                receive = _again(body, receive)
+        except _Wrong as wrong:
+            status, sentence = wrong.args
+            error = {"message": sentence, "type": "BadRequestError", "param": KEY, "code": status}
+            return await _answer(send, status, {"error": error})
+        decision: dict[str, str] = {}
+        _decision.set(decision)
+        await self._app(scope, receive, _with_head(send, decision))
+
+    # A choice in the wrong place.
+
+    def _check(self, scope: _Message, path: str, body: bytes) -> None:
+        """Raises where a request says something of AxisCap that would not be read."""
+        try:
+            given = json.loads(body)
+        except ValueError:
+            return  # the engine says so
+        if not isinstance(given, dict):
+            return
+        if path == "/collective_rpc" and str(given.get("method")).startswith(f"{KEY}_"):
+            raise _Wrong(403, f"profiles are changed at {PATH}/profiles, by who has the key in {ADMIN_VARIABLE}")
+        takes = _fields(scope)
+        mine = [place for place in self._places if place[0] in takes]
+        for found in _mentions(given):
+            if found[-1] == KEY and found[:-1] in mine:
+                continue
+            where = " or ".join(".".join((*place, KEY)) for place in mine)
+            said = ".".join(found)[:80]
+            if not mine:
+                raise _Wrong(400, f"{path} takes no choice of a profile, and {said} would not be read")
+            raise _Wrong(400, f"a profile is chosen in {where}; {said} would not be read")
+
+    # The server's own word, and its administration.
+
+    async def _own(self, scope: _Message, path: str, receive: _Receive) -> object:
+        if path == PATH and scope["method"] == "GET":
+            return self._choices.describe()
+        named = re.fullmatch(rf"{PATH}/profiles/([^/]+)", path)
+        method = {"PUT": "load", "PATCH": "move_floors", "DELETE": "retire"}.get(scope["method"])
+        if named is None or method is None:
+            raise _Wrong(404, f"there are GET {PATH}, and PUT, PATCH and DELETE {PATH}/profiles/NAME")
+        key = os.environ.get(ADMIN_VARIABLE)
+        if not key:
+            raise _Wrong(403, f"this server was started without {ADMIN_VARIABLE}, so that nobody may change profiles")
+        shown = _header(scope, b"authorization").removeprefix(b"Bearer ")
+        if not hmac.compare_digest(shown, key.encode()):
+            raise _Wrong(401, f"the header Authorization must be Bearer and the key in {ADMIN_VARIABLE}")
+        if self._change is None:
+            raise _Wrong(501, "this engine's server has no way to its scheduler for this; use the engine from Python")
+        arguments = [named[1], *_arguments(method, await _body(receive))]
+        try:
+            return {"done": await self._change(scope["app"], f"{KEY}_{method}", arguments)}
+        except Exception as error:
+            raise _Wrong(400, str(error).rpartition(" method failed: ")[2]) from None
+
+
+def _arguments(method: str, body: bytes) -> list[Any]:
+    """Of a change, behind the profile's name, from the request's body."""
+    if method == "retire":
+        return []
+    wanted = ["path", "allowed"] if method == "load" else ["by"]
+    try:
+        given = json.loads(body or b"null")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or set(given) - set(wanted) or wanted[0] not in given:
+        raise _Wrong(400, f"the body must be a JSON object of {' and, where it is wanted, '.join(wanted)}")
+    return [given[name] for name in wanted if name in given]
+
+
+def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of AxisCap's, in any spelling, with those that lead there."""
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            if is_nearly(key):
+                yield (*at, str(key))
+            elif key not in _CONTENT:
+                yield from _mentions(value, (*at, str(key)))
+    elif isinstance(given, list):
+        for value in given:
+            yield from _mentions(value, at)
+
+
+def _fields(scope: _Message) -> set[str]:
+    """The fields of the body that the request's route reads; of one that reads its body itself, none are known."""
+    from starlette.routing import Match
+
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] == Match.FULL:
+            parameters = getattr(getattr(route, "dependant", None), "body_params", ())
+            return {name for parameter in parameters for name in _names(parameter.field_info.annotation)}
+    return set()
+
+
+def _names(kind: Any) -> set[str]:
+    own = set(getattr(kind, "model_fields", ()))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        own |= {field.name for field in dataclasses.fields(kind)}
+    return own.union(*map(_names, get_args(kind)))
+
+
+# ASGI.
+
+
+def _header(scope: _Message, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key.lower() == name), b"")
+
+
+async def _body(receive: _Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: _Receive) -> _Receive:
+    """A body that was read, for who reads it next."""
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> _Message:
+        return first.pop() if first else await receive()
+
+    return again
+
+
+def _with_head(send: _Send, decision: Mapping[str, str]) -> _Send:
+    """Holds the head of a response back until its body begins: a stream's is made before anything is decided."""
+    held: list[_Message] = []
+
+    async def later(message: _Message) -> None:
+        if message["type"] == "http.response.start":
+            held.append(message)
+            return
+        while held:
+            head = held.pop()
+            more = [(name.encode(), value.encode()) for name, value in decision.items()]
+            await send({**head, "headers": [*head.get("headers", ()), *more]})
+        await send(message)
+
+    return later
+
+
+async def _answer(send: _Send, status: int, content: object) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1016,6 +1016,22 @@ def evaluate(
 
 
 @app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="Of a running server, vLLM or SGLang, such as http://localhost:8000.")],
+    profile: Annotated[Path, typer.Option(help="The profile that it should cap under.")],
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
+) -> None:
+    """Ask a server for an answer of two tokens, and see that it was capped under a profile; status 1 where it was not.
+
+    For probes and CI: a server whose plug-in was not loaded answers like any other.
+    """
+    from axiscap.serving import verify as serving
+
+    for found in serving.verify(url, CapProfile.load(profile), api_key=api_key):
+        console.print(escape(found), soft_wrap=True)
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="JSON with every figure.", callback=_with_folder)] = Path("bench.json"),
     picture: Annotated[

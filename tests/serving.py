@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
 from axiscap import CapProfile, drift, models
+from axiscap.serving.door import HEADERS
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -288,13 +289,14 @@ def stock_client(server: Server) -> None:
     assert len(set(answers.values())) >= 2
     with pytest.raises(openai.BadRequestError, match="axiscap must be one of"):
         client.chat.completions.create(**options, extra_body=server.choice("nobody"))
+    with pytest.raises(openai.BadRequestError, match="would not be read"):
+        client.chat.completions.create(**options, extra_body={"axiscap": "strict"})
 
 
 def hostile(server: Server) -> None:
     """Requests that ask for what they may not have get a 400 that says what they may."""
     for asked in (
         "nobody",
-        "mild",
         "",
         "../strict",
         "strict\x00",
@@ -308,8 +310,61 @@ def hostile(server: Server) -> None:
         assert response.status_code == 400, (asked, response.text[:500])
         assert len(response.text) < 2000
         if not isinstance(asked, dict):
-            assert "axiscap must be one of lifting, strict, watch, off" in response.text
+            assert "axiscap must be one of lifting, mild, strict, watch, off" in response.text
+    assert server.text("Hello.", "mild") == server.text("Hello.")
+
+
+def misplaced(server: Server) -> None:
+    """On every route that the server has, a choice that would not be read gets a refusal, and none reaches the engine;
+    where it would be read, one that may not be had is refused.
+    """
+    paths = server.client.get("/openapi.json").json()["paths"]
+    routes = [re.sub(r"{[^}]*}", "x", path) for path, methods in paths.items() if "post" in methods]
+    assert {"/v1/completions", "/v1/chat/completions"} < set(routes)
+    messages = {"model": "m", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}
+    common = {**messages, "prompt": "Hello.", "input": "Hello.", "text": "Hello."}
+    for route in routes:
+        for wrong in (
+            {"axiscap": "off"},
+            {"AxisCap": "off"},
+            {"extra_body": server.choice("off")},
+            {server.extra: {"axis_cap": "off"}},
+        ):
+            answer = server.client.post(route, json=common | wrong)
+            assert answer.status_code == 400, (route, wrong, answer.text[:500])
+            assert "would not be read" in answer.text, (route, answer.text[:500])
+        answer = server.client.post(route, json=common | server.choice("nobody"))
+        assert answer.status_code in (400, 404, 422, 500, 501), (route, answer.text[:500])
     assert server.text("Hello.")
+
+
+def told(server: Server, profiles: dict[str, CapProfile]) -> None:
+    """Each response, streamed or whole, says which profile was in force; the server says what it caps with."""
+    body = {"model": "m", "prompt": "Hello.", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}
+    for name, wanted in ((None, "mild"), ("mild", "mild"), ("strict", "strict"), ("off", "off")):
+        for route in ("/v1/completions", "/v1/chat/completions"):
+            for stream in (False, True):
+                answer = server.client.post(route, json=body | {"stream": stream} | server.choice(name))
+                assert answer.status_code == 200, answer.text
+                digest = "-" if wanted == "off" else profiles[wanted].digest
+                assert [answer.headers.get(header) for header in HEADERS] == [wanted, digest]
+    facts = server.client.get("/axiscap").json()
+    assert facts["profiles"].items() >= {name: profile.digest for name, profile in profiles.items()}.items()
+    assert (facts["default"], facts["layers"]) == ("mild", list(profiles["mild"].layers))
+
+
+def verified(server: Server, folder: Path) -> None:
+    """`axiscap verify` sees rows of an answer that were capped, by the default and by a choice."""
+    command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "verify", server.url, "--profile"]
+    for name in ("mild", "strict"):
+        done = subprocess.run([*command, str(folder / f"{name}.safetensors")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "its rows were measured against the floors of layers" in done.stdout
+    moved = CapProfile.load(folder / "mild.safetensors")
+    moved.with_floors(moved.floors - 1).save(folder / "another.safetensors")
+    done = subprocess.run([*command, str(folder / "another.safetensors")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the server has no profile of the digest" in done.stderr
 
 
 def evaluated(server: Server, engine: str, folder: Path) -> None:

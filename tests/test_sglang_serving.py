@@ -29,12 +29,15 @@ from serving import (
     hostile,
     in_parallel,
     make_profiles,
+    misplaced,
     refusal,
     running,
     small_model,
     soak,
     stock_client,
     telemetry_in_trouble,
+    told,
+    verified,
     wait_for,
     with_a_sink_lifted,
 )
@@ -132,6 +135,19 @@ def test_no_token_of_the_radix_cache_crosses_profiles(server, demo_model, profil
 
 def test_hostile_requests_get_a_400_and_the_server_lives(server):
     hostile(server)
+
+
+def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
+    misplaced(server)
+
+
+def test_each_response_says_which_profile_was_in_force(server, profiles):
+    told(server, {name: profiles[1][name] for name in ("mild", "strict")})
+    assert "axiscap: capping layers" in server.log.read_text()
+
+
+def test_a_server_is_verified_from_outside(server, profiles):
+    verified(server, profiles[0])
 
 
 def test_the_stock_client(server):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import json
 from types import SimpleNamespace
@@ -21,10 +22,16 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 from safetensors.torch import save_file
 from serving import MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+import axiscap_plugin
 from axiscap import models
-from axiscap.serving.settings import Choice, Settings
+from axiscap.serving import vllm as adapter
+from axiscap.serving.settings import Choice, Settings, SettingsError
 from axiscap.serving.vllm import VllmWorker
 from axiscap.serving.worker import Worker
 
@@ -41,6 +48,49 @@ def _small(monkeypatch):
 def profiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiles")
     return folder, make_profiles(folder)
+
+
+CONFIGURED = {"axiscap": {"profiles": {"a": "/nowhere.safetensors"}}}
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What the plug-in wraps is as it was, before the test and after it."""
+    for owner, name in (
+        (EngineArgs, "create_engine_config"), (EngineCore, "_initialize_kv_caches"),
+        (WorkerWrapperBase, "init_device"), (VllmConfig, "__post_init__"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("point", adapter.POINTS, ids=lambda point: f"{point.owner}.{point.name}")
+def test_a_vllm_that_lacks_what_capping_stands_on(point, monkeypatch, restored):
+    """Where capping is configured it stops with a sentence that names it, and else goes on."""
+    owner = getattr(importlib.import_module(point.module), point.owner)
+    monkeypatch.setattr(owner, f"{point.name}_of_another_version", getattr(owner, point.name), raising=False)
+    for holder in owner.__mro__:
+        if point.name in vars(holder):
+            monkeypatch.delattr(holder, point.name)
+    axiscap_plugin.register_vllm()
+    create = "create_engine_config"
+    if point.name == create:
+        create += "_of_another_version"
+    options = {"model": models.folder(models.DEFAULT_MODEL), "max_model_len": 512}
+    getattr(EngineArgs(**options), create)()
+    with pytest.raises(Exception, match=rf"has no {point.owner}\.{point.name} \(.*\), so that it cannot be capped; 0"):
+        getattr(EngineArgs(**options, additional_config=CONFIGURED), create)()
+    monkeypatch.setenv("AXISCAP_CONFIG", "/nowhere.json")
+    if point.name in ("create_engine_config", "_initialize_kv_caches", "init_device"):
+        with pytest.raises(SettingsError, match="cannot be capped"):
+            axiscap_plugin.register_vllm()
+
+
+@pytest.mark.parametrize("point", [point for point in adapter.POINTS if point.parameters], ids=lambda p: p.name)
+def test_a_vllm_whose_parameters_have_other_names(point, monkeypatch):
+    owner = getattr(importlib.import_module(point.module), point.owner)
+    monkeypatch.setattr(owner, point.name, lambda self, other: None)
+    with pytest.raises(SettingsError, match=f"has no parameter {point.parameters[0]} of"):
+        adapter.check_points()
 
 
 def served(model: str, folder, *, lora: LoRARequest | None = None, **options: object) -> list[str]:

@@ -31,11 +31,14 @@ from serving import (
     hostile,
     in_parallel,
     make_profiles,
+    misplaced,
     refusal,
     running,
     soak,
     stock_client,
     telemetry_in_trouble,
+    told,
+    verified,
     wait_for,
     with_a_sink_lifted,
 )
@@ -45,7 +48,7 @@ from axiscap.view import chat
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "512"]
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "AXISCAP_ADMIN_KEY": "secret"}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +187,22 @@ def test_hostile_requests_get_a_400_and_the_server_lives(server):
     assert server.text("Hello.", use_beam_search=True, n=2)
 
 
+def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
+    misplaced(server)
+
+
+def test_each_response_says_which_profile_was_in_force(server, profiles):
+    told(server, {name: profiles[1][name] for name in ("mild", "strict")})
+    assert "axiscap: capping layers" in server.log.read_text()
+
+
+def test_a_server_is_verified_from_outside(server, plain, profiles):
+    verified(server, profiles[0])
+    command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "verify", plain.url, "--profile"]
+    done = subprocess.run([*command, str(profiles[0] / "mild.safetensors")], capture_output=True, text=True)
+    assert (done.returncode, "a server without AxisCap has no such page" in done.stderr) == (1, True)
+
+
 def test_many_answers_prompt_logprobs_and_streams(server):
     wanted = server.text(PROMPTS[0], "strict")
     # So cold that all three write what greedy decoding does, though vLLM has them sampled.
@@ -246,10 +265,14 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="watch"}}'] == 0
 
 
-def rpc(server, method, *args, **kwargs):
-    # A connection of its own: the server closes it after an error.
-    body = {"method": method, "args": args, "kwargs": kwargs}
-    return httpx.post(f"{server.url}/collective_rpc", json=body, timeout=60)
+def administer(server, method: str, name: str, body: object = None) -> httpx.Response:
+    # A connection of its own, so that it may reach any of the server's processes.
+    to, key = f"{server.url}/axiscap/profiles/{name}", {"Authorization": "Bearer secret"}
+    return httpx.request(method, to, json=body, headers=key, timeout=60)
+
+
+def load(server, name: str, path: Path, *, allowed: bool = False) -> httpx.Response:
+    return administer(server, "PUT", name, {"path": str(path), "allowed": allowed})
 
 
 def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model):
@@ -259,29 +282,32 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
         during = pool.submit(server.text, PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
         higher = made["mild"].with_floors(made["mild"].floors + 20)
         higher.save(folder / "higher.safetensors")
-        assert (
-            rpc(server, "axiscap_load", "higher", str(folder / "higher.safetensors"), allowed=True).status_code == 200
-        )
+        assert load(server, "higher", folder / "higher.safetensors", allowed=True).status_code == 200
         wanted = expected_texts(*demo_model, PROMPTS[:6], higher, 16)
         assert [server.text(prompt, "higher") for prompt in PROMPTS[:6]] == wanted
         # Floors of the profile that is running: whoever began under the old ones ends under them.
-        assert rpc(server, "axiscap_move_floors", "strict", 5.0).status_code == 200
+        assert administer(server, "PATCH", "strict", {"by": 5.0}).status_code == 200
         assert during.result() == running_text
     moved = made["strict"].with_floors(made["strict"].floors + 5)
     assert [server.text(prompt, "strict") for prompt in PROMPTS[:6]] == expected_texts(
         *demo_model, PROMPTS[:6], moved, 16
     )
-    assert rpc(server, "axiscap_load", "strict", str(folder / "strict.safetensors")).status_code == 200
+    assert load(server, "strict", folder / "strict.safetensors").status_code == 200
     assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
-    assert rpc(server, "axiscap_retire", "higher").status_code == 200
+    assert administer(server, "DELETE", "higher").status_code == 200
     assert server.complete(PROMPTS[0], "higher").status_code == 400
     # What does not fit is refused, and nothing has changed.
     axes = torch.nn.functional.normalize(torch.randn(1, 1, 576), dim=-1)
     CapProfile([2], axes, torch.zeros(1, 1)).save(folder / "layer2.safetensors")
     (folder / "broken.safetensors").write_bytes(b"x")
     for path in ("layer2.safetensors", "broken.safetensors", "missing.safetensors"):
-        assert rpc(server, "axiscap_load", "bad", str(folder / path)).status_code != 200
-    assert rpc(server, "axiscap_retire", "mild").status_code != 200
+        refused = load(server, "bad", folder / path)
+        assert (refused.status_code, "Call to" in refused.text) == (400, False)
+    refused = administer(server, "DELETE", "mild")
+    assert (refused.status_code, "mild is the default" in refused.text) == (400, True)
+    # The engine's own way to its workers, which no key guards.
+    method = {"method": "axiscap_retire", "args": ["strict"]}
+    assert httpx.post(f"{server.url}/collective_rpc", json=method, timeout=60).status_code == 403
     assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
 
 
@@ -292,12 +318,12 @@ def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
     folder, made = profiles
     knows = turned(*demo_model, made["mild"], sinks=(0,))
     knows.save(folder / "turned.safetensors")
-    loaded = rpc(server, "axiscap_load", "turned", str(folder / "turned.safetensors"), allowed=True)
+    loaded = load(server, "turned", folder / "turned.safetensors", allowed=True)
     assert loaded.status_code == 200, loaded.text
     prompts = [*PROMPTS[:6], LONG, LONG]
     wanted = expected_texts(*demo_model, prompts, knows, 12)
     assert [server.text(prompt, "turned", max_tokens=12) for prompt in prompts] == wanted
-    assert rpc(server, "axiscap_retire", "turned").status_code == 200
+    assert administer(server, "DELETE", "turned").status_code == 200
 
 
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):
@@ -328,7 +354,7 @@ def test_two_api_processes_know_of_the_same_changes(profiles):
             return httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
 
         assert {ask("later").status_code for _ in range(8)} == {400}
-        loaded = rpc(server, "axiscap_load", "later", str(folder / "later.safetensors"), allowed=True)
+        loaded = load(server, "later", folder / "later.safetensors", allowed=True)
         assert loaded.status_code == 200, loaded.text
         answers = [ask("later") for _ in range(8)]
         assert {answer.json()["choices"][0]["text"] for answer in answers} == {wanted}
@@ -351,6 +377,7 @@ def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
     [
         ('{"axiscap": {"profiles": {"a": "/nowhere.safetensors"}}}', "profile a cannot be read"),
         ('{"axiscap": {"profile": {}}}', "unknown keys profile"),
+        ('{"AxisCap": {"profiles": {}}}', "the configuration's key is 'axiscap', and not 'AxisCap'"),
     ],
 )
 def test_a_wrong_configuration_stops_the_server_before_it_listens(given, says):

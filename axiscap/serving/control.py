@@ -105,7 +105,7 @@ class Control:
         request.axiscap_digest = choice.digest
         self._live.add(request)
 
-    def load(self, name: str, path: str, *, allowed: bool = False) -> str:
+    def load(self, name: str, path: str, allowed: bool = False) -> str:
         """Gives a name a profile, new or in place of its old one; running requests keep what they began with.
 
         Args:

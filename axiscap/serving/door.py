@@ -130,7 +130,8 @@ class Door:
 
     async def _own(self, scope: _Message, path: str, receive: _Receive) -> object:
         if path == PATH and scope["method"] == "GET":
-            return self._choices.describe()
+            places = [".".join((*place, KEY)) for place in self._places]
+            return {**self._choices.describe(), "choice_in": places}
         named = re.fullmatch(rf"{PATH}/profiles/([^/]+)", path)
         method = {"PUT": "load", "PATCH": "move_floors", "DELETE": "retire"}.get(scope["method"])
         if named is None or method is None:

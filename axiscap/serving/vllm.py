@@ -87,7 +87,7 @@ def check_points() -> None:
         except (ImportError, AttributeError):
             raise _unknown(f"{point.owner}.{point.name}", point.use) from None
         if missing := [name for name in point.parameters if name not in found]:
-            raise _unknown(f"the parameter {missing[0]} of {point.owner}.{point.name}", point.use)
+            raise _unknown(f"parameter {missing[0]} of {point.owner}.{point.name}", point.use)
 
 
 def _check_object(owner: Any, names: Sequence[str]) -> None:
@@ -119,10 +119,12 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: one sentence that says what is wrong, or what of vLLM cannot be capped.
     """
-    settings = shared.read(shared.find(options))
+    mine = shared.find(options)
+    if mine is not None or shared.FILE_VARIABLE in os.environ:
+        check_points()
+    settings = shared.read(mine)
     if settings is None:
         return
-    check_points()
     _refuse(config)
     text = config.model_config.hf_text_config
     settings.check_model(config.model_config.get_hidden_size(), text.num_hidden_layers)

@@ -1,0 +1,102 @@
+"""Whether a server caps under a profile, seen from outside: what it says, what it says of an answer, what it counts."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from axiscap.profile import CapProfile
+from axiscap.serving.door import HEADERS, PATH
+from axiscap.serving.settings import KEY
+
+#: Seconds that an answer may take, and that its rows may take to be on the metrics page.
+_PATIENCE = 60.0
+
+
+class NotCapped(ValueError):
+    """The server does not cap under the profile, or it cannot be shown; the message is one sentence."""
+
+
+def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iterator[str]:
+    """Asks a running server, vLLM or SGLang, for one answer of two tokens under a profile; yields what was found.
+
+    Args:
+        url: of the server, without ``/v1``.
+
+    Raises:
+        NotCapped: with what is amiss.
+    """
+    url, head = url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    said, _ = _fetch(url + PATH, head)
+    try:
+        facts = json.loads(said)
+        names = [name for name, digest in facts["profiles"].items() if digest == profile.digest]
+        choices, default, place = facts["choices"], facts["default"], facts["choice_in"][0].split(".")
+    except (ValueError, TypeError, KeyError):
+        raise NotCapped(f"what {url}{PATH} says is not AxisCap's") from None
+    if not names:
+        known = ", ".join(f"{name} {digest}" for name, digest in facts["profiles"].items())
+        raise NotCapped(f"the server has no profile of the digest {profile.digest}; it has {known}")
+    asked = next((name for name in names if name in choices), None)
+    if asked is None:
+        raise NotCapped(f"the server has the profile as {names[0]}, but requests may say {', '.join(choices)} alone")
+    use = "the default" if asked == default else "where a request asks for it"
+    yield f"the server says that it caps layers {facts['layers']} under {asked}, {use}"
+
+    before = _rows(url, asked, head)
+    model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
+    body: dict[str, Any] = {"model": model, "prompt": "Who are you?", "max_tokens": 2, "temperature": 0}
+    if asked != default:
+        inner = body
+        for key in place[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[KEY] = asked
+    _, headers = _fetch(f"{url}/v1/completions", head, body)
+    if (found := headers.get(HEADERS[1])) != profile.digest:
+        raise NotCapped(f"an answer was written under {headers.get(HEADERS[0])} {found}, and not {profile.digest}")
+    yield f"an answer was written under {asked} {found}"
+
+    if before is None:
+        raise NotCapped("the server has no metrics page with AxisCap's counts, so that no row can be seen to be capped")
+    layers = [str(layer) for layer in profile.layers]
+    begun = time.monotonic()
+    while time.monotonic() - begun < _PATIENCE:
+        now = _rows(url, asked, head) or {}
+        if all(now.get(layer, 0) > before.get(layer, 0) for layer in layers):
+            yield f"its rows were measured against the floors of layers {', '.join(layers)}"
+            return
+        time.sleep(1)
+    still = [layer for layer in layers if now.get(layer, 0) <= before.get(layer, 0)]
+    raise NotCapped(f"no row of the answer was measured at layers {', '.join(still)}")
+
+
+def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[str, float] | None:
+    """Rows counted so far, by layer; None: there is no such page."""
+    try:
+        page, _ = _fetch(f"{url}/metrics", head)
+    except NotCapped:
+        return None
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    if f"{KEY}_rows" not in families:
+        return None
+    samples = families[f"{KEY}_rows"].samples
+    return {sample.labels["layer"]: sample.value for sample in samples if sample.labels["profile"] == name}
+
+
+def _fetch(url: str, head: Mapping[str, str], body: object = None) -> tuple[str, Mapping[str, str]]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
+            return response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        why = "; a server without AxisCap has no such page" if url.endswith(PATH) else ""
+        raise NotCapped(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:200]}{why}") from None
+    except (OSError, ValueError) as error:
+        raise NotCapped(f"{url} cannot be reached: {error}") from None

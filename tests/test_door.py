@@ -1,0 +1,213 @@
+"""What stands before a capped server's routes, around a real application of FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from conftest import unit
+
+pytest.importorskip("fastapi", reason="the serving engines have FastAPI, and so has the chat page")
+
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+
+from axiscap import CapProfile
+from axiscap.serving import door, state
+from axiscap.serving.control import Choices, Control
+from axiscap.serving.settings import Settings
+
+
+class Completion(BaseModel, extra="allow"):
+    prompt: str | list[int] = ""
+    stream: bool = False
+    vllm_xargs: dict[str, object] | None = None
+
+
+@dataclasses.dataclass
+class Tokens:
+    text: str = ""
+    sampling_params: dict[str, object] | None = None
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A client of an application that decides as the engines do, and the profiles' files."""
+    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(door.ADMIN_VARIABLE, "secret")
+    files = {}
+    for seed, name in enumerate(("mild", "strict", "other")):
+        files[name] = str(tmp_path / f"{name}.safetensors")
+        CapProfile([2], unit(1, 1, 16, seed=seed), torch.zeros(1, 1)).save(files[name])
+    given = {name: files[name] for name in ("mild", "strict")}
+    settings = Settings.parse({"profiles": given, "default": "mild", "allowed": ["strict"], "allow_off": True})
+    control = Control(settings, state.folder("server"), lambda *placed: None)
+    choices = Choices(settings, state.path("server"))
+    seen: list[object] = []
+
+    async def decide(extra: dict[str, object] | None) -> None:
+        await asyncio.sleep(0)
+        door.tell(*choices.check(extra))
+
+    async def change(app: object, method: str, arguments: list[object]) -> str:
+        assert app is application
+        try:
+            return getattr(control, method.removeprefix("axiscap_"))(*arguments)
+        except ValueError as error:
+            raise RuntimeError(f"Call to collective_rpc method failed: {error}") from None
+
+    application = FastAPI()
+
+    @application.post("/v1/completions")
+    async def complete(request: Completion, raw: Request):
+        seen.append(await raw.json())
+        if not request.stream:
+            await decide(request.vllm_xargs)
+            return {"text": request.prompt}
+
+        async def words():
+            await asyncio.gather(decide(request.vllm_xargs))  # in a task of its own
+            for word in ("a", "b"):
+                yield word
+
+        return StreamingResponse(words())
+
+    @application.post("/generate")
+    async def generate(request: Tokens):
+        await decide((request.sampling_params or {}).get("extra_args"))
+        return {}
+
+    @application.post("/score")
+    async def score(raw: Request):
+        return {"scored": len(await raw.body())}
+
+    @application.post("/collective_rpc")
+    async def rpc(raw: Request):
+        return {"reached": True}
+
+    @application.get("/v1/models")
+    async def models():
+        return {"data": []}
+
+    monkeypatch.setattr(FastAPI, "build_middleware_stack", FastAPI.build_middleware_stack)  # and back, at the end
+    door.put_in_place(choices, (("vllm_xargs",), ("sampling_params", "extra_args")), change)
+    return TestClient(application), files, seen
+
+
+def digest(path: str) -> str:
+    return CapProfile.load(path).digest
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("asked", "name"), [(None, "mild"), ("strict", "strict"), ("off", "off")])
+def test_each_response_says_which_profile_was_in_force(server, stream, asked, name):
+    client, files, seen = server
+    body = {"prompt": "axiscap", "stream": stream, "vllm_xargs": {"other": 1} | ({"axiscap": asked} if asked else {})}
+    answer = client.post("/v1/completions", json=body)
+    assert (answer.status_code, seen) == (200, [body])
+    assert answer.text == ("ab" if stream else '{"text":"axiscap"}')
+    found = [answer.headers[header] for header in door.HEADERS]
+    assert found == [name, "-" if name == "off" else digest(files[name])]
+    assert not set(door.HEADERS) & set(client.get("/v1/models").headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/completions", {"axiscap": "strict"}, "chosen in vllm_xargs.axiscap; axiscap would not be read"),
+        ("/v1/completions", {"extra_body": {"vllm_xargs": {"axiscap": "strict"}}}, "extra_body.vllm_xargs.axiscap"),
+        ("/v1/completions", {"vllm_xargs": {"AxisCap": "strict"}}, "vllm_xargs.AxisCap would not be read"),
+        ("/v1/completions", {"vllm_xargs": {"axis_cap": "strict"}}, "vllm_xargs.axis_cap would not be read"),
+        ("/v1/completions", {"vllm_xargs": [{"axiscap": "strict"}]}, "would not be read|valid dict"),
+        ("/v1/completions", {"custom_params": {"axiscap": "strict"}}, "custom_params.axiscap would not be read"),
+        ("/v1/completions", {"sampling_params": {"extra_args": {"axiscap": "x"}}}, "extra_args.axiscap would not"),
+        ("/generate", {"vllm_xargs": {"axiscap": "x"}}, "chosen in sampling_params.extra_args.axiscap; vllm_xargs"),
+        ("/generate", {"sampling_params": {"axiscap": "x"}}, "sampling_params.axiscap would not be read"),
+        ("/score", {"vllm_xargs": {"axiscap": "strict"}}, "/score takes no choice of a profile"),
+        ("/score", {"AXISCAP": "off"}, "/score takes no choice of a profile, and AXISCAP would not be read"),
+        ("/nowhere", {"axiscap": "off"}, "/nowhere takes no choice"),
+    ],
+)
+def test_a_choice_that_would_not_be_read_is_refused(server, path, body, says):
+    client, _, seen = server
+    answer = client.post(path, json=body)
+    assert answer.status_code in (400, 422)
+    assert re.search(says, answer.text), answer.text
+    assert seen == []
+
+
+def test_what_a_client_writes_is_no_choice(server):
+    """Text, tools and metadata may be about AxisCap."""
+    client, _, _ = server
+    tool = {"function": {"name": "set", "parameters": {"properties": {"axiscap": {"type": "string"}}}}}
+    words = {"prompt": "axiscap: off", "messages": [{"axiscap": 1}], "tools": [tool], "metadata": {"axiscap": "x"}}
+    answer = client.post("/v1/completions", json=words)
+    assert (answer.status_code, answer.headers[door.HEADERS[0]]) == (200, "mild")
+    assert client.post("/score", content=b"axiscap, and no JSON").json() == {"scored": 20}
+    assert client.post("/score", json=["axiscap"]).status_code == 200
+    assert client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 422
+    form = client.post("/score", files={"axiscap": b"axiscap"})
+    assert form.status_code == 200
+
+
+def test_the_server_says_what_it_caps_with(server):
+    client, files, _ = server
+    said = client.get("/axiscap").json()
+    assert said["profiles"] == {name: digest(files[name]) for name in ("mild", "strict")}
+    assert (said["default"], said["choices"], said["layers"]) == ("mild", ["mild", "strict", "off"], [2])
+    assert said["choice_in"] == ["vllm_xargs.axiscap", "sampling_params.extra_args.axiscap"]
+
+
+def test_profiles_are_changed_by_who_has_the_key(server, monkeypatch):
+    client, files, _ = server
+    key = {"Authorization": "Bearer secret"}
+    to = "/axiscap/profiles/new"
+    for wrong in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer secre"}, {"Authorization": "secret2"}):
+        assert client.put(to, json={"path": files["other"]}, headers=wrong).status_code == 401
+    assert "new" not in client.get("/axiscap").json()["profiles"]
+    done = client.put(to, json={"path": files["other"], "allowed": True}, headers=key)
+    assert (done.status_code, done.json()) == (200, {"done": f"new is {digest(files['other'])} in slot 2"})
+    assert client.post("/v1/completions", json={"vllm_xargs": {"axiscap": "new"}}).headers[door.HEADERS[0]] == "new"
+    assert client.patch(to, json={"by": 1.5}, headers=key).status_code == 200
+    assert client.get("/axiscap").json()["profiles"]["new"] != digest(files["other"])
+    assert client.delete(to, headers=key).json() == {"done": "retired new"}
+    for method, path, body, status, says in (
+        ("PATCH", "mild", {"by": "high"}, 400, "by must be a finite number, in units of the projection, got 'high'"),
+        ("PATCH", "mild", {}, 400, "the body must be a JSON object of by"),
+        ("PATCH", "mild", [1], 400, "the body must be a JSON object of by"),
+        ("PUT", "mild", {"path": files["other"], "allowed": "no"}, 400, "allowed must be true or false, got 'no'"),
+        ("PUT", "mild", {"path": "nothing.safetensors"}, 400, "nothing.safetensors"),
+        ("PUT", "mild", {"path": files["other"], "default": True}, 400, "must be a JSON object of path and"),
+        ("DELETE", "mild", None, 400, "mild is the default"),
+        ("DELETE", "gone", None, 400, "there is no profile 'gone'"),
+        ("POST", "mild", {}, 404, "there are GET /axiscap"),
+    ):
+        answer = client.request(method, f"/axiscap/profiles/{path}", json=body, headers=key)
+        assert answer.status_code == status, answer.text
+        assert says in answer.json()["error"]["message"]
+    assert client.get("/axiscap/other").status_code == 404
+    monkeypatch.delenv(door.ADMIN_VARIABLE)
+    answer = client.put(to, json={"path": files["other"]}, headers={"Authorization": "Bearer "})
+    assert (answer.status_code, "without AXISCAP_ADMIN_KEY" in answer.text) == (403, True)
+
+
+def test_the_engines_own_way_to_its_workers_changes_no_profile(server):
+    client, _, _ = server
+    answer = client.post("/collective_rpc", json={"method": "axiscap_retire", "args": ["strict"]})
+    assert (answer.status_code, "profiles are changed at /axiscap/profiles" in answer.text) == (403, True)
+    assert client.post("/collective_rpc", json={"method": "other"}).json() == {"reached": True}
+
+
+def test_a_large_body_in_parts_is_read_whole(server):
+    client, _, seen = server
+    body = json.dumps({"prompt": "axiscap " * 200_000}).encode()
+    parts = (body[at : at + 1000] for at in range(0, len(body), 1000))
+    answer = client.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    assert seen == [json.loads(body)]

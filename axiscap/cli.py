@@ -105,6 +105,7 @@ def inspect(
     summary = Table(show_header=False, box=None)
     known = f"{model.get('id', 'unknown')} ({model.get('architecture', 'unknown architecture')})"
     summary.add_row("model", escape(known))
+    summary.add_row("digest", loaded.digest)
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
     for key in ("axis", "sinks", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:

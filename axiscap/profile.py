@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -530,3 +530,14 @@ def _check_header_size(path: Path) -> None:
         f"its header says {header} bytes, but {size - 8} are there: truncated or no safetensors file",
     )
     _require(header <= MAX_HEADER_BYTES, f"its header has {header} bytes, more than the {MAX_HEADER_BYTES} allowed")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words: 8-27, 30."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from axiscap.profile import CapProfile, ProfileError
+from axiscap.profile import CapProfile, ProfileError, ranges
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,7 @@ def check_layers(profile: CapProfile, layers: Sequence[int]) -> None:
     known = known_layers(profile)
     unknown = sorted(set(layers) - set(known))
     if unknown:
-        raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {_ranges(known)}")
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+        raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {ranges(known)}")
 
 
 def summed(projections: Tensor, floor: float) -> tuple[float, int, int]:

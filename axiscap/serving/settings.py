@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from axiscap.profile import CapProfile
+from axiscap.profile import CapProfile, ranges
 from axiscap_plugin import is_nearly
 
 #: What a request says to be left alone, where the operator allows it.
@@ -176,7 +176,7 @@ class Settings:
         registry = Registry(self)
         profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
         default = self.default or "none: requests that name no profile are left alone"
-        said = f"axiscap: capping layers {self.layers} under {profiles}; default {default}"
+        said = f"axiscap: capping layers {ranges(self.layers)} under {profiles}; default {default}"
         return f"{said}; requests may say {', '.join(registry.choices)}"
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from axiscap.profile import CapProfile
+from axiscap.profile import CapProfile, ranges
 from axiscap.serving.door import HEADERS, PATH
 from axiscap.serving.settings import KEY
 
@@ -47,7 +47,7 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
     if asked is None:
         raise NotCapped(f"the server has the profile as {names[0]}, but requests may say {', '.join(choices)} alone")
     use = "the default" if asked == default else "where a request asks for it"
-    yield f"the server says that it caps layers {facts['layers']} under {asked}, {use}"
+    yield f"the server says that it caps layers {ranges(facts['layers'])} under {asked}, {use}"
 
     before = _rows(url, asked, head)
     model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
@@ -64,19 +64,18 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
 
     if before is None:
         raise NotCapped("the server has no metrics page with AxisCap's counts, so that no row can be seen to be capped")
-    layers = [str(layer) for layer in profile.layers]
-    begun = time.monotonic()
+    begun, still = time.monotonic(), list(profile.layers)
     while time.monotonic() - begun < _PATIENCE:
         now = _rows(url, asked, head) or {}
-        if all(now.get(layer, 0) > before.get(layer, 0) for layer in layers):
-            yield f"its rows were measured against the floors of layers {', '.join(layers)}"
+        still = [layer for layer in profile.layers if now.get(layer, 0) <= before.get(layer, 0)]
+        if not still:
+            yield f"its rows were measured against the floors of layers {ranges(profile.layers)}"
             return
         time.sleep(1)
-    still = [layer for layer in layers if now.get(layer, 0) <= before.get(layer, 0)]
-    raise NotCapped(f"no row of the answer was measured at layers {', '.join(still)}")
+    raise NotCapped(f"no row of the answer was measured at layers {ranges(still)}")
 
 
-def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[str, float] | None:
+def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[int, float] | None:
     """Rows counted so far, by layer; None: there is no such page."""
     try:
         page, _ = _fetch(f"{url}/metrics", head)
@@ -86,7 +85,7 @@ def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[str, float] | No
     if f"{KEY}_rows" not in families:
         return None
     samples = families[f"{KEY}_rows"].samples
-    return {sample.labels["layer"]: sample.value for sample in samples if sample.labels["profile"] == name}
+    return {int(sample.labels["layer"]): sample.value for sample in samples if sample.labels["profile"] == name}
 
 
 def _fetch(url: str, head: Mapping[str, str], body: object = None) -> tuple[str, Mapping[str, str]]:

@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-torch lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-engines test-torch lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -35,6 +35,11 @@ test-vllm: .venv-vllm/built .venv-garak/made
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py
 test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
+
+# The versions of both engines that are promised, in one environment each, and a page of what was found; an hour.
+test-engines: .venv-vllm/built .venv-sglang/built
+	for engine in vllm sglang; do OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONDONTWRITEBYTECODE= \
+	  PYTHONPATH=tests .venv-$$engine/bin/python tests/engines.py || exit 1; done
 
 # The oldest and the newest torch that are promised: the extension is built for each of them, and runs the ops' tests,
 # but for those of the installed package and of the signatures that one version of pybind11 writes. The checkout's own

@@ -85,8 +85,8 @@ def test_faces_import_their_own_rooms_alone():
 
 
 def test_the_one_circle_is_the_plugins():
-    """The plug-in imports the engines' adapters. These, and what they stand on, take from it how a method is wrapped and
-    how the configuration's key is known.
+    """The plug-in imports the engines' adapters, which take from it how a method is wrapped; what they stand on takes
+    from it how the key is known.
     """
     known = modules()
     assert imports(known["axiscap_plugin"], set(known)) == {"axiscap.serving.vllm", "axiscap.serving.sglang"}

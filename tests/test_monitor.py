@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import urllib.request
 import prometheus_client
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, unit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -394,7 +396,9 @@ def test_metrics_survive_a_scrape_under_load(shipped_profile):
     assert families["axiscap_monitor_conversations"].samples[0].value == 100
 
 
-def test_the_dashboard_asks_for_metrics_that_are_there(shipped_profile, tmp_path):
+@pytest.fixture
+def scraped(shipped_profile, tmp_path) -> set[str]:
+    """The names of all samples of a page with a server's metrics and a monitor's."""
     from axiscap.serving.metrics import Totals
 
     totals = {"rows": 5.0, "fired": 1.0, "nonfinite": 0.0, "projection": -3.0, "shortfall": 2.0}
@@ -405,17 +409,38 @@ def test_the_dashboard_asks_for_metrics_that_are_there(shipped_profile, tmp_path
     registry.register(Totals(tmp_path))
     Monitor(shipped_profile).register(registry)
     page = prometheus_client.generate_latest(registry).decode()
-    names = {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
+    return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(scraped):
     board = json.loads((REPOSITORY / "examples" / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
     used = {name for expression in asked for name in re.findall(r"axiscap_\w+", expression)}
-    assert used <= names
+    assert used <= scraped
     assert len(used) >= 8
     for panel in board["panels"]:
         assert panel["title"]
         assert panel["description"]
         assert panel["fieldConfig"]["defaults"]["unit"]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_alerts_ask_for_metrics_that_are_there(scraped):
+    (group,) = yaml.safe_load((REPOSITORY / "examples" / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        used = set(re.findall(r"axiscap_\w+", rule["expr"]))
+        assert used
+        assert used <= scraped
+        assert rule["annotations"]["summary"]
+
+
+def test_the_alerts_come_when_they_should():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("Prometheus' own tester is not here: apt install prometheus")
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run([promtool, *command], cwd=REPOSITORY / "examples", capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_installation_can_be_watched_and_left(demo_model, shipped_profile):

@@ -171,15 +171,17 @@ def refusal(command: list[str], **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def expected_texts(model, tokenizer, prompts: list[str], profile: CapProfile | None, tokens: int) -> list[str]:
-    """The transformers model's greedy continuations, every row of prompt and answer capped."""
+def expected_texts(
+    model, tokenizer, prompts: list[str], profile: CapProfile | None, tokens: int, positions: str = "all"
+) -> list[str]:
+    """The transformers model's greedy continuations, every row of prompt and answer capped, or of the answer alone."""
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
         options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             if profile is not None:
-                stack.enter_context(axiscap.install(model, profile))
+                stack.enter_context(axiscap.install(model, profile, positions=positions))
             answer = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         texts.append(tokenizer.decode(answer, skip_special_tokens=True))
     return texts
@@ -334,7 +336,7 @@ def misplaced(server: Server) -> None:
             assert answer.status_code == 400, (route, wrong, answer.text[:500])
             assert "would not be read" in answer.text, (route, answer.text[:500])
         answer = server.client.post(route, json=common | server.choice("nobody"))
-        assert answer.status_code in (400, 404, 422, 500, 501), (route, answer.text[:500])
+        assert answer.status_code >= 400 or route.endswith("/render"), (route, answer.text[:500])  # writes nothing
     assert server.text("Hello.")
 
 

@@ -88,6 +88,8 @@ def test_one_profile_is_the_default_and_nobody_may_choose(files):
         ({"slots": True}, "slots must be a number"),
         ({"log": "/nowhere/at/all.jsonl"}, "writable folder"),
         ({"log": "/"}, "log must be a file"),
+        ({"positions": "answers"}, 'positions must be "all" or "generated"'),
+        ({"positions": ["all"]}, 'positions must be "all" or "generated"'),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(files, change, says):

@@ -186,6 +186,16 @@ def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
     telemetry_in_trouble(command, tmp_path, "custom_params")
 
 
+def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
+    folder, made = profiles
+    (folder / "written.json").write_text(json.dumps(configuration(folder, check=True, positions="generated")))
+    environment = {"AXISCAP_CONFIG": str(folder / "written.json"), **CPU}
+    with running(SERVER, folder, "custom_params", **environment) as server:
+        for name, profile in (("strict", made["strict"]), ("off", None), ("mild", made["mild"])):
+            wanted = expected_texts(*demo_model, [*PROMPTS[:3], LONG], profile, 24, "generated")
+            assert [server.text(prompt, name, max_tokens=24) for prompt in [*PROMPTS[:3], LONG]] == wanted
+
+
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):
     """When a request first begins under it."""
     server.text(PROMPTS[0], "lifting", max_tokens=1)

@@ -326,6 +326,40 @@ def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
     assert administer(server, "DELETE", "turned").status_code == 200
 
 
+def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
+    """The tokens of the transformers model with the same positions; a prompt's blocks are those of every other request,
+    and those of an answer are nobody else's, also where the answer comes back as a prompt.
+    """
+    folder, made = profiles
+    settings = {"axiscap": configuration(folder, check=True, positions="generated", log=str(folder / "written.jsonl"))}
+    options = ["--enforce-eager", "--block-size", "32", "--additional-config", json.dumps(settings)]
+    with running([*MODEL, *options], folder, "vllm_xargs", **SMALL) as server:
+
+        def wanted(name: str, prompt: str) -> str:
+            profile = None if name == "off" else made[name]
+            return expected_texts(*demo_model, [prompt], profile, 40, "generated")[0]
+
+        def hits() -> float:
+            return server.metrics()['vllm:prefix_cache_hits_total{engine="0",model_name="m"}']
+
+        before = hits()
+        texts = {name: server.text(LONG, name, max_tokens=40) for name in ("strict", "off", "mild")}
+        assert texts == {name: wanted(name, LONG) for name in texts}
+        assert texts["strict"] != texts["off"]
+        shared = hits() - before
+        assert shared > 2 * 32 * 4  # two of the three found the prompt's blocks
+        # Strict's answer as a prompt: its rows were capped where it was written, and are not here.
+        whole = LONG + texts["strict"]
+        before = hits()
+        assert server.text(whole, "off", max_tokens=16) == expected_texts(*demo_model, [whole], None, 16)[0]
+        assert hits() - before <= shared / 2  # of the prompt alone
+        assert server.text(PROMPTS[0], "strict", max_tokens=40) == wanted("strict", PROMPTS[0])
+        record = wait_for(lambda: next(iter((folder / "written.jsonl").read_text().splitlines()), None))
+        layer = str(made["strict"].layers[0])
+        assert json.loads(record)["layers"][layer]["rows"] == json.loads(record)["answer"][layer]["rows"] == 39
+        assert server.client.get("/axiscap").json()["positions"] == "generated"
+
+
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):
     assert_the_sink_is_warned_of(server, lifting)
 

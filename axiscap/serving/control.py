@@ -49,7 +49,7 @@ class Choices:
         self._look()
         registry = self._registry
         facts = {"profiles": registry.names, "default": registry.default, "choices": registry.choices}
-        return {"version": __version__, **facts, "layers": self._settings.layers}
+        return {"version": __version__, **facts, "layers": self._settings.layers, "positions": self._settings.positions}
 
     def _look(self) -> None:
         # Where the folder was cleaned away, what was read last holds; the engine decides by its own.

@@ -60,6 +60,7 @@ class Settings:
         allow_off: whether a request may switch capping off.
         slots: profiles that fit at once, counting those that were replaced and still have requests.
         log: a file that gets a JSON line for each finished request; None: no log.
+        positions: which rows are capped: ``"all"``, or ``"generated"``, those of tokens that the model wrote.
         check: compare the rows' slots with the scheduler's view at every step, and stop where they differ.
         layers: the layers that are capped; those of all profiles.
         directions: of each slot: the most that a profile has.
@@ -74,6 +75,7 @@ class Settings:
     slots: int
     log: str | None
     check: bool
+    positions: str = "all"
     layers: list[int] = field(default_factory=list)
     directions: int = 0
     hidden_size: int = 0
@@ -88,7 +90,7 @@ class Settings:
         """
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
-        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check"}
+        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions"}
         found = {"layers", "directions", "hidden_size", "digests", "version"}
         extra = sorted(str(key) for key in given.keys() - known - found)
         _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
@@ -111,6 +113,8 @@ class Settings:
         )
         for key in ("allow_off", "check"):
             _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
+        positions = given.get("positions", "all")
+        _require(positions in ("all", "generated"), 'positions must be "all" or "generated"')
         slots = given.get("slots", len(paths) + 4)
         _require(
             isinstance(slots, int) and not isinstance(slots, bool) and len(paths) <= slots <= _MAX_SLOTS,
@@ -130,6 +134,7 @@ class Settings:
             slots=slots,
             log=None if log is None else str(Path(log).absolute()),
             check=given.get("check", False),
+            positions=positions,
         )
         return settings._with_profiles()
 
@@ -176,7 +181,8 @@ class Settings:
         registry = Registry(self)
         profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
         default = self.default or "none: requests that name no profile are left alone"
-        said = f"axiscap: capping layers {ranges(self.layers)} under {profiles}; default {default}"
+        rows = "all rows" if self.positions == "all" else "the rows of tokens that the model wrote"
+        said = f"axiscap: capping {rows} at layers {ranges(self.layers)} under {profiles}; default {default}"
         return f"{said}; requests may say {', '.join(registry.choices)}"
 
     def to_json(self) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def check_points() -> None:
 def _check_object(owner: Any, names: Sequence[str]) -> None:
     for name in names:
         if not hasattr(owner, name):
-            raise _unknown(f"{type(owner).__name__}.{name}", "a worker's rows are capped by it")
+            kind = getattr(owner, "__name__", type(owner).__name__)
+            raise _unknown(f"{kind}.{name}", "the rows of a step, or blocks of the cache, are known by it")
 
 
 def _unknown(what: str, use: str) -> SettingsError:
@@ -241,6 +242,11 @@ class Core:
         wrap(core, "preprocess_add_request", self._add)
         wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
+        if self._settings.positions == "generated":
+            from vllm.v1.core import kv_cache_utils
+
+            _check_object(kv_cache_utils, [_KEYS])
+            wrap(kv_cache_utils, _KEYS, _from_the_first_written)
 
     def _add(self, original: Callable[..., Any], request: Any) -> Any:
         params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
@@ -248,8 +254,9 @@ class Core:
             choice = self._control.decide(params.extra_args, request.external_req_id or request.request_id)
             params.extra_args = choice.put(params.extra_args)
             request.sampling_params = params
-            # Blocks are hashed in a chain, so that what separates the first separates all.
-            request.cache_salt = f"{choice.salt};{request.cache_salt or ''}"
+            if self._settings.positions == "all":
+                # Blocks are hashed in a chain, so that what separates the first separates all.
+                request.cache_salt = f"{choice.salt};{request.cache_salt or ''}"
             made = original(request)
             self._control.begun(made[0], choice)
         if self._settings.check:
@@ -272,6 +279,21 @@ class Core:
     def _shutdown(self, original: Callable[..., Any]) -> Any:
         shutil.rmtree(self._folder, ignore_errors=True)
         return original()
+
+
+#: What vLLM hashes of a block beside its tokens, where only what the model wrote is capped.
+_KEYS = "generate_block_hash_extra_keys"
+
+
+def _from_the_first_written(original: Callable[..., Any], request: Any, start: int, end: int, *args: Any) -> Any:
+    """The blocks of a prompt are those of a request that is left alone; the first with a token that the model wrote is
+    set apart, and so are those behind it.
+    """
+    keys, at = original(request, start, end, *args)
+    choice = Choice.of(request.sampling_params.extra_args)
+    if choice.digest is not None and start <= request.num_prompt_tokens < end:
+        keys = (*(keys or ()), ("cache_salt", choice.salt))
+    return keys, at
 
 
 def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

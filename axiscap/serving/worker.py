@@ -37,6 +37,7 @@ class Worker:
         totals: Path | None,
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
+        self._written_only = settings.positions == "generated"
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None
         self._to_count = False
@@ -118,24 +119,30 @@ class Worker:
             starts: the position in its sequence of each request's first row.
             view: for the checking mode, the digest of each request as the scheduler knows it.
         """
-        sinks = self._sinks(names, counts, starts)
-        step = list(names), counts.tobytes(), prompts.tobytes(), sinks.tobytes()
+        left = self._left(names, counts, prompts, starts)
+        step = list(names), counts.tobytes(), prompts.tobytes(), left.tobytes()
         if step != self._step:
             digests = [self._choices[name].digest for name in names]
             each = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
             slots = np.repeat(np.array(each, np.int32), counts)
-            slots[sinks] = -1
+            slots[left] = -1
             self.buffers.fill(slots)
             if self._telemetry:
-                self._telemetry.fill(names, counts, prompts, sinks)
+                self._telemetry.fill(names, counts, prompts, left)
             self._step = step
         self._to_count = True
         if view is not None:
-            self._check(names, counts, sinks, view)
+            self._check(names, counts, left, view)
 
-    def _sinks(self, names: Sequence[str], counts: Counts, starts: Counts) -> Counts:
-        """The rows of the step that are sinks of the sequence that they are in, by its profile."""
+    def _left(self, names: Sequence[str], counts: Counts, prompts: Counts, starts: Counts) -> Counts:
+        """The rows of the step that are left alone: sinks of the sequence that they are in, by its profile; and prompts'
+        where only what the model wrote is capped.
+        """
         found: list[int] = []
+        if self._written_only and prompts.any():
+            begins = np.cumsum(counts) - counts
+            places = np.arange(int(counts.sum())) - np.repeat(begins, counts)
+            found += np.flatnonzero(places < np.repeat(prompts, counts)).tolist()
         for at in np.flatnonzero(starts <= self._last_sink).tolist():
             digest = self._choices[names[at]].digest
             first, start, count = int(counts[:at].sum()), int(starts[at]), int(counts[at])
@@ -151,14 +158,16 @@ class Worker:
             self._telemetry.settle(idle=not self._choices)
         self._to_count = False
 
-    def _check(self, names: Sequence[str], counts: Counts, sinks: Counts, view: Mapping[str, str | None]) -> None:
-        """Every row's slot holds what the scheduler says of its request, sinks and rows behind the step have none."""
+    def _check(self, names: Sequence[str], counts: Counts, alone: Counts, view: Mapping[str, str | None]) -> None:
+        """Every row's slot holds what the scheduler says of its request; rows that are left alone, and those behind the
+        step, have none.
+        """
         at = 0
         rows = self.buffers.rows.tolist()
-        left = set(sinks.tolist())
+        left = set(alone.tolist())
         content = {slot: digest for digest, slot in self.buffers.slot_of.items()}
-        if any(rows[sink] != -1 for sink in left):
-            raise RuntimeError(f"axiscap: sinks among the rows {sorted(left)} are capped")
+        if any(rows[row] != -1 for row in left):
+            raise RuntimeError(f"axiscap: of the rows {sorted(left)}, which are left alone, some are capped")
         for name, count in zip(names, counts.tolist(), strict=True):
             found = {content.get(rows[row]) for row in range(at, at + count) if row not in left}
             if found - {view[name]}:

@@ -473,6 +473,30 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 8, "b": 6}
 
 
+def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):
+    """Prompts in one piece and in several, beside answers, with and without the first written row."""
+    _, profiles = make_buffers(tmp_path)
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
+    settings = Settings.parse({"profiles": paths, "default": "a", "positions": "generated"})
+    worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, tmp_path / "totals.json")
+    a, b = (Choice(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
+    worker.begin([], [("x", a), ("y", b)])
+    for counts, prompts, starts, slots in (
+        ((4, 3), (4, 3), (0, 0), [-1] * 7),
+        ((1, 3), (0, 2), (4, 3), [0, -1, -1, 1]),  # a recomputed answer behind its prompt
+        ((2, 2), (0, 0), (5, 6), [0, 0, 1, 1]),
+    ):
+        view = {name: worker._choices[name].digest for name in "xy"}
+        worker.fill(["x", "y"], *(np.array(given, np.int32) for given in (counts, prompts, starts)), view)
+        assert worker.buffers.rows.tolist() == slots + [-1] * (12 - len(slots))
+        worker.end()
+    worker.begin(["x", "y"], ())
+    worker.end()
+    worker._telemetry._writer.flush()
+    totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
+    assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 3, "b": 3}
+
+
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     """Of totals in a server's folder and a log, which writes when it is flushed alone."""

@@ -135,8 +135,8 @@ class Worker:
             self._check(names, counts, left, view)
 
     def _left(self, names: Sequence[str], counts: Counts, prompts: Counts, starts: Counts) -> Counts:
-        """The rows of the step that are left alone: sinks of the sequence that they are in, by its profile; and prompts'
-        where only what the model wrote is capped.
+        """The rows of the step that are left alone: sinks of the sequence that they are in, by its profile; and of
+        prompts, where only what the model wrote is capped.
         """
         found: list[int] = []
         if self._written_only and prompts.any():

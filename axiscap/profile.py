@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import operator
 import os
+import re
 import stat
 import struct
+import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -466,14 +469,23 @@ class CapProfile:
     def load(cls, path: str | os.PathLike[str]) -> CapProfile:
         """Reads a profile.
 
+        Args:
+            path: of a file, or a URL of fsspec (``s3://``, ``gs://``, ``hf://``, ``https://``). ``#`` and a digest at
+                its end say which content it must have.
+
         Raises:
             ProfileError: a sentence that names the file and what is wrong with it.
             FileNotFoundError: there is no such file.
         """
+        given = os.fspath(path)
+        place, pin = (given[:-33], given[-32:]) if _PINNED.search(given) else (given, None)
         try:
-            return cls._load(Path(path))
+            with _fetched(place) as file:
+                loaded = cls._load(file)
+            _require(pin in (None, loaded.digest), f"its digest is {loaded.digest}")
+            return loaded
         except ProfileError as error:
-            raise ProfileError(f"{os.fspath(path)}: {error}") from None
+            raise ProfileError(f"{given}: {error}") from None
 
     @classmethod
     def _load(cls, path: Path) -> CapProfile:
@@ -504,6 +516,36 @@ class CapProfile:
         _require(isinstance(provenance, dict), "its provenance is not a JSON object")
         layers = tensors.pop("layers")
         return cls(layers, tensors.pop("axes"), tensors.pop("floors"), provenance, **tensors)
+
+
+_PINNED = re.compile("#[0-9a-f]{32}$")
+
+
+def is_url(path: str) -> bool:
+    """Whether :meth:`CapProfile.load` takes it from elsewhere than from a file."""
+    return re.match(r"[a-zA-Z][\w+.-]*://", path) is not None
+
+
+@contextlib.contextmanager
+def _fetched(place: str) -> Iterator[Path]:
+    """The file itself, or one with what a URL has, for as long as it is read."""
+    if not is_url(place):
+        yield Path(place)
+        return
+    import fsspec
+
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        try:
+            with fsspec.open(place, "rb") as source:
+                content = source.read(MAX_FILE_BYTES + 1)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no {place}") from None
+        except Exception as error:  # of whichever store: its own kinds, or that its package is not installed
+            raise ProfileError(f"it cannot be fetched: {error}") from None
+        _require(len(content) <= MAX_FILE_BYTES, f"more than the {MAX_FILE_BYTES} bytes that it may have")
+        file.write(content)
+        file.flush()
+        yield Path(file.name)
 
 
 def check_file(path: Path) -> int:

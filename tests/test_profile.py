@@ -9,6 +9,7 @@ import os
 import resource
 import struct
 
+import fsspec
 import pytest
 import torch
 from conftest import unit
@@ -261,3 +262,29 @@ def test_profiles_from_other_tools_load(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(TENSORS, path, METADATA)
     assert CapProfile.load(path).layers == (0,)
+
+
+def test_profiles_come_from_stores_and_keep_to_their_digest(tmp_path):
+    made = good()
+    made.save(tmp_path / "a#b.safetensors")
+    content = (tmp_path / "a#b.safetensors").read_bytes()
+    store = fsspec.filesystem("memory")
+    with store.open("/bucket/mild.safetensors", "wb") as file:
+        file.write(content)
+    for place in (
+        tmp_path / "a#b.safetensors",
+        f"file://{tmp_path}/a#b.safetensors",
+        "memory://bucket/mild.safetensors",
+    ):
+        assert CapProfile.load(place).digest == made.digest
+        assert CapProfile.load(f"{place}#{made.digest}").digest == made.digest
+        with pytest.raises(ProfileError, match=f"{'0' * 32}: its digest is {made.digest}"):
+            CapProfile.load(f"{place}#{'0' * 32}")
+    with pytest.raises(FileNotFoundError, match="there is no memory://bucket/other"):
+        CapProfile.load("memory://bucket/other")
+    with pytest.raises(ProfileError, match="nostore://x: it cannot be fetched: Protocol not known: nostore"):
+        CapProfile.load("nostore://x")
+    with store.open("/bucket/broken", "wb") as file:
+        file.write(content[:100])
+    with pytest.raises(ProfileError, match="memory://bucket/broken: its header says"):
+        CapProfile.load("memory://bucket/broken")

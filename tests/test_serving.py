@@ -155,6 +155,15 @@ def test_what_is_not_meant_for_it_is_left_alone():
     assert serving.find({"axiscap": {"profiles": {}}, "other": 1}) == {"profiles": {}}
 
 
+def test_profiles_from_elsewhere_keep_their_names_and_digests(files, tmp_path):
+    digest = CapProfile.load(files["mild"]).digest
+    url = f"file://{files['mild']}"
+    settings = Settings.parse({"profiles": {"mild": f"{url}#{digest}"}})
+    assert (settings.profiles["mild"], settings.digests["mild"]) == (f"{url}#{digest}", digest)
+    with pytest.raises(SettingsError, match=f"profile mild cannot be read: {url}#{'0' * 32}: its digest is {digest}"):
+        Settings.parse({"profiles": {"mild": f"{url}#{'0' * 32}"}})
+
+
 def test_another_models_profiles_are_refused(files):
     settings = Settings.parse({"profiles": files, "default": None})
     settings.check_model(HIDDEN, 6)

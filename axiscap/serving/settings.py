@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from axiscap.profile import CapProfile, ranges
+from axiscap.profile import CapProfile, is_url, ranges
 from axiscap_plugin import is_nearly
 
 #: What a request says to be left alone, where the operator allows it.
@@ -54,7 +54,7 @@ class Settings:
     """The operator's choices, with what the profiles say.
 
     Args:
-        profiles: path by name.
+        profiles: by name a path, or a URL, as :meth:`axiscap.CapProfile.load` takes them.
         default: the profile of requests that name none; None leaves them alone.
         allowed: the names that requests may choose.
         allow_off: whether a request may switch capping off.
@@ -127,7 +127,7 @@ class Settings:
             _require(folder.is_dir() and os.access(folder, os.W_OK), f"log must be in a writable folder, got {log}")
             _require(not Path(log).is_dir(), f"log must be a file, and {log} is a folder")
         settings = cls(
-            profiles={name: str(Path(path).absolute()) for name, path in paths.items()},
+            profiles={name: path if is_url(path) else str(Path(path).absolute()) for name, path in paths.items()},
             default=default,
             allowed=sorted(set(allowed)),
             allow_off=given.get("allow_off", False),

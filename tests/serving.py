@@ -340,6 +340,25 @@ def misplaced(server: Server) -> None:
     assert server.text("Hello.")
 
 
+def asked_in_every_way(server: Server, ways: dict[str, tuple[str, dict[str, Any]]], demo_model, profile) -> None:
+    """By each of the ways (route, and what its body has beside a model and greedy sampling) the answer is that of the
+    capped transformers model to the same conversation.
+    """
+    model, tokenizer = demo_model
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    capped, uncapped = (expected_texts(model, tokenizer, [prompt], kind, 16)[0] for kind in (profile, None))
+    assert capped != uncapped
+    given = {"messages": messages, "prompt": prompt, "words": PROMPTS[0], "ids": tokenizer(prompt)["input_ids"]}
+    for name, (route, body) in ways.items():
+        body = {key: given.get(value, value) if isinstance(value, str) else value for key, value in body.items()}
+        answer = server.client.post(route, json={"model": "m", "temperature": 0} | body)
+        assert answer.status_code == 200, (name, answer.text[:500])
+        assert json.dumps(capped)[1:-1] in answer.text, (name, answer.text[:1000])
+        assert json.dumps(uncapped)[1:-1] not in answer.text, (name, answer.text[:1000])
+        assert answer.headers[HEADERS[1]] == profile.digest, name
+
+
 def told(server: Server, profiles: dict[str, CapProfile]) -> None:
     """Each response, streamed or whole, says which profile was in force; the server says what it caps with."""
     body = {"model": "m", "prompt": "Hello.", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}

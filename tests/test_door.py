@@ -83,6 +83,11 @@ def server(tmp_path, monkeypatch):
         await decide((request.sampling_params or {}).get("extra_args"))
         return {}
 
+    @application.post("/several")
+    async def several(requests: list[Completion]):
+        await asyncio.gather(*(decide(request.vllm_xargs) for request in requests))
+        return {}
+
     @application.post("/score")
     async def score(raw: Request):
         return {"scored": len(await raw.body())}
@@ -154,6 +159,14 @@ def test_what_a_client_writes_is_no_choice(server):
     assert client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 422
     form = client.post("/score", files={"axiscap": b"axiscap"})
     assert form.status_code == 200
+
+
+def test_several_answers_under_several_profiles_are_all_named(server):
+    client, files, _ = server
+    wanted = [{"vllm_xargs": {"axiscap": name}} if name else {} for name in ("strict", None, "strict", "off")]
+    answer = client.post("/several", json=wanted)
+    assert answer.headers[door.HEADERS[0]] == "strict, mild, off"
+    assert answer.headers[door.HEADERS[1]] == f"{digest(files['strict'])}, {digest(files['mild'])}, -"
 
 
 def test_the_server_says_what_it_caps_with(server):

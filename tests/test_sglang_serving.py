@@ -18,6 +18,7 @@ from serving import (
     LONG,
     MIXED,
     PROMPTS,
+    asked_in_every_way,
     assert_counted,
     assert_same_texts,
     assert_the_sink_is_warned_of,
@@ -144,6 +145,22 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
     assert "axiscap: capping layers" in server.log.read_text()
+
+
+def test_every_way_to_ask(server, profiles, demo_model):
+    asked = {"custom_params": {"axiscap": "strict"}}
+    most, sampling = {"max_tokens": 16, **asked}, {"temperature": 0, "max_new_tokens": 16, **asked}
+    ways = {
+        "chat": ("/v1/chat/completions", {"messages": "messages", **most}),
+        "completion": ("/v1/completions", {"prompt": "prompt", **most}),
+        "tokens, echo": ("/v1/completions", {"prompt": "ids", "echo": True, "logprobs": 1, **most}),
+        "SGLang's own": ("/generate", {"text": "prompt", "sampling_params": sampling}),
+        "SGLang's own, tokens, several": ("/generate", {"input_ids": "ids", "sampling_params": {**sampling, "n": 2}}),
+    }
+    asked_in_every_way(server, ways, demo_model, profiles[1]["strict"])
+    both = [sampling, {"temperature": 0, "max_new_tokens": 4}]
+    answer = server.client.post("/generate", json={"text": ["Hello.", "Hello."], "sampling_params": both})
+    assert (answer.status_code, answer.headers["x-axiscap-profile"]) == (200, "strict, mild")
 
 
 def test_a_server_is_verified_from_outside(server, profiles):

@@ -20,6 +20,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 from serving import (
     LONG,
     PROMPTS,
+    asked_in_every_way,
     assert_counted,
     assert_same_texts,
     assert_the_sink_is_warned_of,
@@ -194,6 +195,29 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
     assert "axiscap: capping layers" in server.log.read_text()
+
+
+def test_every_way_to_ask(server, profiles, demo_model):
+    asked = {"vllm_xargs": {"axiscap": "strict"}}
+    chat, most = "/v1/chat/completions", {"max_tokens": 16, **asked}
+    ways = {
+        "chat": (chat, {"messages": "messages", **most}),
+        "chat with logprobs": (chat, {"messages": "messages", "logprobs": True, "top_logprobs": 2, **most}),
+        "completion": ("/v1/completions", {"prompt": "prompt", **most}),
+        "tokens, echo": ("/v1/completions", {"prompt": "ids", "echo": True, "logprobs": 1, **most}),
+        "responses": ("/v1/responses", {"input": "words", "max_output_tokens": 16, **asked}),
+        "Anthropic's": ("/v1/messages", {"messages": "messages", **most}),
+    }
+    asked_in_every_way(server, ways, demo_model, profiles[1]["strict"])
+    several = {"messages": [{"role": "user", "content": "Hello."}], "n": 3, "temperature": 1.0, "seed": 1}
+    answer = server.client.post(chat, json={"model": "m", **several, **most})
+    assert len({choice["message"]["content"] for choice in answer.json()["choices"]}) > 1
+    yes = server.client.post(
+        chat, json={"model": "m", **several, "structured_outputs": {"choice": ["yes", "no"]}, **most}
+    )
+    for response in (answer, yes):
+        assert (response.status_code, response.headers["x-axiscap-profile"]) == (200, "strict")
+    assert {choice["message"]["content"] for choice in yes.json()["choices"]} <= {"yes", "no"}
 
 
 def test_a_server_is_verified_from_outside(server, plain, profiles):

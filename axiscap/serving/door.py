@@ -21,7 +21,8 @@ from axiscap_plugin import is_nearly, wrap
 PATH = "/axiscap"
 #: Carries the key of those who may change profiles.
 ADMIN_VARIABLE = "AXISCAP_ADMIN_KEY"
-#: Of each response: the name of the profile that was in force and the digest of its content, or "off".
+#: Of each response: the name of the profile that was in force and the digest of its content, or "off" and "-"; of a
+#: request for several answers under several profiles, all of them.
 HEADERS = ("x-axiscap-profile", "x-axiscap-digest")
 
 #: What holds a client's own words and not the engine's parameters: keys in there are nobody's choice.
@@ -39,14 +40,14 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 #: Changes profiles: called with the application, the name of the method and its arguments; returns what it says.
 Change = Callable[[Any, str, Sequence[Any]], Awaitable[str]]
 
-_decision: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("axiscap_decision")
+_decisions: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("axiscap_decisions")
 
 
 def tell(name: str | None, digest: str | None) -> None:
     """Notes the decision about the request that runs here, for the head of its response."""
-    decision = _decision.get(None)
-    if decision is not None:
-        decision |= zip(HEADERS, (name or "off", digest or "-"), strict=True)
+    decisions = _decisions.get(None)
+    if decisions is not None:
+        decisions[name or "off"] = digest or "-"
 
 
 _put: tuple[Choices, Collection[tuple[str, ...]], Change | None]
@@ -99,9 +100,9 @@ class Door:
             status, sentence = wrong.args
             error = {"message": sentence, "type": "BadRequestError", "param": KEY, "code": status}
             return await _answer(send, status, {"error": error})
-        decision: dict[str, str] = {}
-        _decision.set(decision)
-        await self._app(scope, receive, _with_head(send, decision))
+        decisions: dict[str, str] = {}
+        _decisions.set(decisions)
+        await self._app(scope, receive, _with_head(send, decisions))
 
     # A choice in the wrong place.
 
@@ -222,7 +223,7 @@ def _again(body: bytes, receive: _Receive) -> _Receive:
     return again
 
 
-def _with_head(send: _Send, decision: Mapping[str, str]) -> _Send:
+def _with_head(send: _Send, decisions: Mapping[str, str]) -> _Send:
     """Holds the head of a response back until its body begins: a stream's is made before anything is decided."""
     held: list[_Message] = []
 
@@ -232,7 +233,8 @@ def _with_head(send: _Send, decision: Mapping[str, str]) -> _Send:
             return
         while held:
             head = held.pop()
-            more = [(name.encode(), value.encode()) for name, value in decision.items()]
+            said = zip(HEADERS, (list(decisions), list(decisions.values())), strict=True)
+            more = [(name.encode(), ", ".join(values).encode()) for name, values in said] if decisions else []
             await send({**head, "headers": [*head.get("headers", ()), *more]})
         await send(message)
 

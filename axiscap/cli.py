@@ -1033,6 +1033,32 @@ def verify(
 
 
 @app.command()
+def rollout(
+    name: Annotated[str, typer.Argument(help="That the profile has in the servers, such as the default's.")],
+    profile: Annotated[str, typer.Argument(help="A path or URL, as the servers read it; #DIGEST pins it.")],
+    urls: Annotated[list[str], typer.Argument(help="Of the replicas.")],
+    admin_key: Annotated[str, typer.Option(envvar="AXISCAP_ADMIN_KEY", help="That the servers were started with.")],
+) -> None:
+    """Give running replicas a profile, one after the other; status 0 when all of them have it.
+
+    No request gets two contents: whoever began under the old one ends under it. Where one fails the others go on; the
+    same command again does the rest.
+    """
+    from axiscap.serving import verify as serving
+
+    failed = 0
+    for url in urls:
+        try:
+            console.print(escape(f"{url}: {name} is {serving.roll_out(url, name, profile, admin_key)}"), soft_wrap=True)
+        except serving.NotCapped as error:
+            failed += 1
+            console.print(f"[red]{escape(url)}: {escape(str(error))}[/red]", soft_wrap=True)
+    console.print(f"{len(urls) - failed} of {len(urls)} replicas have it")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="JSON with every figure.", callback=_with_folder)] = Path("bench.json"),
     picture: Annotated[

@@ -335,6 +335,39 @@ def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model
     assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
 
 
+def test_a_profile_is_rolled_out_while_requests_run(server, profiles, demo_model):
+    """Each answer is as a whole of the old content or of the new one, and says of which; a replica that is not there is
+    named, and keeps nobody else from having it.
+    """
+    folder, made = profiles
+    old, new = made["strict"], made["strict"].with_floors(made["strict"].floors + 7)
+    new.save(folder / "new.safetensors")
+    options = {"max_tokens": 40, "ignore_eos": True}
+    wanted = {kind.digest: expected_texts(*demo_model, [PROMPTS[2]], kind, 40)[0] for kind in (old, new)}
+    assert len(set(wanted.values())) == 2
+
+    def rolled(path: Path, *urls: str) -> subprocess.CompletedProcess[str]:
+        command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "rollout", "strict", str(path), server.url, *urls]
+        return subprocess.run([*command, "--admin-key", "secret"], capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.complete, PROMPTS[2], "strict", **options) for _ in range(24)]
+        done = rolled(folder / "new.safetensors", "http://127.0.0.1:9")
+        answers += [pool.submit(server.complete, PROMPTS[2], "strict", **options) for _ in range(4)]
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stdout
+    assert "1 of 2 replicas have it" in done.stdout
+    found = [answer.result() for answer in answers]
+    for answer in found:
+        if answer.status_code == 200:  # one that was on its way meanwhile may have to be sent again
+            assert answer.json()["choices"][0]["text"] == wanted[answer.headers["x-axiscap-digest"]]
+    assert {answer.headers.get("x-axiscap-digest") for answer in found[-4:]} == {new.digest}
+    assert sum(answer.status_code == 200 for answer in found) >= 24
+    done = rolled(folder / "strict.safetensors")
+    assert (done.returncode, "1 of 1 replicas have it" in done.stdout) == (0, True)
+    assert server.complete(PROMPTS[2], "strict").headers["x-axiscap-digest"] == old.digest
+
+
 def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
     """The same tokens as the capped transformers model, which leaves the sink alone, also for a long prompt whose first
     token lies in the prefix cache.

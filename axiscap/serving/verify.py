@@ -1,10 +1,13 @@
-"""Whether a server caps under a profile, seen from outside: what it says, what it says of an answer, what it counts."""
+"""Servers from outside: whether one caps under a profile, by what it says, what it says of an answer and what it
+counts; and a profile's way into all replicas.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -75,6 +78,24 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
     raise NotCapped(f"no row of the answer was measured at layers {ranges(still)}")
 
 
+def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
+    """Gives a name of one running server the content of a profile; returns its digest, as the server says it.
+
+    Args:
+        source: a path or URL, as the server reads it.
+
+    Raises:
+        NotCapped: it was refused, or the server says another digest than the profile's.
+    """
+    url, digest = url.rstrip("/"), CapProfile.load(source).digest
+    head = {"Authorization": f"Bearer {admin_key}"}
+    _fetch(f"{url}{PATH}/profiles/{urllib.parse.quote(name, safe='')}", head, {"path": source}, method="PUT")
+    found = json.loads(_fetch(url + PATH, {})[0])["profiles"].get(name)
+    if found != digest:
+        raise NotCapped(f"{url} has {found} as {name}, and not {digest}")
+    return digest
+
+
 def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[int, float] | None:
     """Rows counted so far, by layer; None: there is no such page."""
     try:
@@ -88,9 +109,11 @@ def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[int, float] | No
     return {int(sample.labels["layer"]): sample.value for sample in samples if sample.labels["profile"] == name}
 
 
-def _fetch(url: str, head: Mapping[str, str], body: object = None) -> tuple[str, Mapping[str, str]]:
+def _fetch(
+    url: str, head: Mapping[str, str], body: object = None, method: str | None = None
+) -> tuple[str, Mapping[str, str]]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"})
+    request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
             return response.read().decode(), response.headers

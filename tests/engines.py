@@ -1,14 +1,16 @@
 """A short suite over the versions of each engine that are promised: real servers, compiled where the engine compiles.
 
-``make test-engines`` runs it and writes docs/engines.md. A version is its own wheel, unpacked before the other packages
-of the one environment that each engine has. Names of versions as arguments, such as ``vllm-0.31.0``, run those alone
-and write nothing.
+``make test-engines`` runs it and writes docs/engines.md. A version is its own wheel, and SGLang's also those of the
+transformers and tokenizers that it asks for, before the other packages of each engine's one environment. Names of
+versions as arguments, such as ``vllm-0.31.0``, run those alone and write nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import REPOSITORY
 from serving import PROMPTS, Server, configuration, expected_texts, hostile, make_profiles, misplaced, running, told
@@ -35,18 +38,27 @@ FEW = PROMPTS[::4]
 
 
 def unpacked(engine: str, version: str) -> Path:
-    """The folder of a version's wheel, from the package index once."""
+    """The folder of a version's wheel and of what must be of its own time, from the package index once."""
     folder = WHEELS / f"{engine}-{version}"
     if not folder.exists():
-        with tempfile.TemporaryDirectory() as place:
-            wanted = f"{PACKAGES[engine]}=={version}"
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, wanted]
-            subprocess.run(command, check=True)
-            (wheel,) = Path(place).glob("*.whl")
-            partial = folder.with_suffix(".partial")
-            zipfile.ZipFile(wheel).extractall(partial)
-            partial.rename(folder)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        unpack(f"{PACKAGES[engine]}=={version}", partial)
+        for name in ("transformers", "tokenizers") if engine == "sglang" else ():
+            line = re.compile(rf"^Requires-Dist: ({name}\s*[<>=(][^;\n]*)$", re.M)
+            asked = {found for path in partial.glob("*.dist-info/METADATA") for found in line.findall(path.read_text())}
+            for wanted in asked:
+                unpack(wanted, partial)
+        partial.rename(folder)
     return folder
+
+
+def unpack(wanted: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, wanted]
+        subprocess.run(command, check=True)
+        (wheel,) = Path(place).glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(folder)
 
 
 def started(engine: str, folder: Path, version: Path) -> tuple[list[str], str, dict[str, str]]:
@@ -108,7 +120,7 @@ def look_at(engine: str, version: str) -> list[str]:
                 found = server.client.get("/version" if engine == "vllm" else "/server_info").json()["version"]
                 assert found == version, f"{found} was started, not {version}"
                 return [said for said in suite(server, folder, made, expected) if ":" in said]
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             return [f"does not start: {' '.join(str(error).split())[-300:]}"]
 
 

@@ -193,7 +193,8 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
     folder = state.folder(os.environ[_INSTANCE])
     parallel = _parallel()
-    totals = folder / f"totals-{parallel.dp_rank or 0}-{parallel.pp_rank}.json"
+    data_rank = (parallel if hasattr(parallel, "dp_rank") else runner.ps).dp_rank or 0  # before 0.5.19: the runner's
+    totals = folder / f"totals-{data_rank}-{parallel.pp_rank}.json"
     at_once = getattr(args, "max_running_requests", None) or 4096
     longest = max(
         runner.model_config.context_len,

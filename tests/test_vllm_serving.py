@@ -194,7 +194,7 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
-    assert "axiscap: capping layers" in server.log.read_text()
+    assert "axiscap: capping all rows at layers 8-27 under mild" in server.log.read_text()
 
 
 def test_every_way_to_ask(server, profiles, demo_model):

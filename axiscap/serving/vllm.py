@@ -60,8 +60,7 @@ _CORE, _WORKER = "vllm.v1.engine.core", "vllm.v1.worker.worker_base"
 _PROTOCOLS = "vllm.entrypoints.openai"
 POINTS = (
     Point("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", (), "the configuration is read there"),
-    Point("vllm.v1.engine.input_processor", "InputProcessor", "_validate_params", ("params",), "choices are refused"),
-    Point("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", ("params",), "sessions are refused"),
+    Point("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", ("params",), "choices are refused"),
     *(
         Point(f"{_PROTOCOLS}.{kind}.protocol", f"{request}Request", "to_beam_search_params", (), "beams are refused")
         for kind, request in (("chat_completion", "ChatCompletion"), ("completion", "Completion"))
@@ -138,8 +137,7 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
-    wrap(InputProcessor, "_validate_params", _validate)
-    wrap(InputProcessor, "process_inputs", _refuse_sessions)
+    wrap(InputProcessor, "process_inputs", _choose)
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
     folder = _folder(config)
@@ -179,28 +177,27 @@ def _to_client(message: object) -> Exception:
     return error
 
 
-def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(processor, params, *args, **kwargs)
-    if KEY in processor.vllm_config.additional_config:
-        choices = processor.__dict__.get("_axiscap")
-        if choices is None:
-            config = processor.vllm_config
-            choices = processor._axiscap = Choices(_settings(config), state.path(config.instance_id))
-        extra = getattr(params, "extra_args", None)
-        try:
-            name, digest = choices.check(extra)
-        except ChoiceError as error:
-            raise _to_client(error) from None
-        door.tell(name, digest)
-        params.extra_args = {**(extra or {}), TOLD: digest or OFF}
-    return result
-
-
-def _refuse_sessions(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
-    bound = inspect.signature(original).bind(processor, *args, **kwargs).arguments
-    if bound.get("resumable") and KEY in processor.vllm_config.additional_config:
+def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuses a request that asks for what it may not have, and notes what its client is told."""
+    config = processor.vllm_config
+    if KEY not in config.additional_config:
+        return original(processor, *args, **kwargs)
+    call = inspect.signature(original).bind(processor, *args, **kwargs)
+    if call.arguments.get("resumable"):
         raise _to_client("streaming sessions are not served with axiscap: their turns share blocks under one profile")
-    return original(processor, *args, **kwargs)
+    choices = processor.__dict__.get("_axiscap")
+    if choices is None:
+        choices = processor._axiscap = Choices(_settings(config), state.path(config.instance_id))
+    params = copy.copy(call.arguments["params"])  # in one process with its client, the client's own
+    extra = getattr(params, "extra_args", None) or {}
+    try:
+        name, digest = choices.check(extra)
+    except ChoiceError as error:
+        raise _to_client(error) from None
+    door.tell(name, digest)
+    params.extra_args = {**extra, TOLD: digest or OFF}
+    call.arguments["params"] = params
+    return original(*call.args, **call.kwargs)
 
 
 def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:

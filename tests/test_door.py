@@ -6,20 +6,23 @@ import asyncio
 import dataclasses
 import json
 import re
+import threading
+import time
 
 import pytest
 import torch
-from conftest import unit
+from conftest import free_port, unit
 
 pytest.importorskip("fastapi", reason="the serving engines have FastAPI, and so has the chat page")
 
-from fastapi import FastAPI, Request
+import uvicorn
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from axiscap import CapProfile
-from axiscap.serving import door, state
+from axiscap.serving import door, state, verify
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.settings import Settings
 
@@ -224,3 +227,66 @@ def test_a_large_body_in_parts_is_read_whole(server):
     answer = client.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
     assert answer.status_code == 200
     assert seen == [json.loads(body)]
+
+
+@pytest.fixture
+def serving(server):
+    """The application in a server of its own: its address, and what it says besides."""
+    client, files, _ = server
+    said = {"models": {"data": [{"id": "m"}]}, "rows": 0}
+
+    @client.app.get("/metrics")
+    async def page():
+        said["rows"] += said.get("more", 1)
+        name = 'axiscap_rows_total{layer="2",profile="mild"}'
+        return Response(f"# TYPE axiscap_rows_total counter\n{name} {said['rows']}\n", media_type="text/plain")
+
+    @client.app.get("/v1/models", include_in_schema=False)
+    async def models():
+        return said["models"]
+
+    client.app.router.routes.insert(0, client.app.router.routes.pop())
+    running = uvicorn.Server(uvicorn.Config(client.app, port=free_port(), log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{running.config.port}", files, said
+    running.should_exit = True
+    thread.join()
+
+
+def test_a_server_is_verified(serving, monkeypatch):
+    url, files, said = serving
+    mild = CapProfile.load(files["mild"])
+    found = list(verify.verify(f"{url}/v1/", mild))
+    assert found == [
+        "the server says that it caps layers 2 under mild, the default",
+        f"an answer was written under mild {mild.digest}",
+        "its rows were measured against the floors of layers 2",
+    ]
+    monkeypatch.setattr(verify, "_PATIENCE", 0.5)
+    for change, profile, says in (
+        ({"more": 0}, "mild", "no row of the answer was measured at layers 2"),
+        ({"models": {"data": []}}, "mild", "/v1/models names no model"),
+        ({}, "other", "the server has no profile of the digest .*; it has mild"),
+    ):
+        said |= change
+        with pytest.raises(verify.NotCapped, match=says):
+            list(verify.verify(url, CapProfile.load(files[profile])))
+    with pytest.raises(verify.NotCapped, match=r"http://127\.0\.0\.1:9/axiscap cannot be reached"):
+        list(verify.verify("http://127.0.0.1:9", mild))
+    with pytest.raises(verify.NotCapped, match="no-url/axiscap cannot be reached: unknown url type"):
+        list(verify.verify("no-url", mild))
+
+
+def test_a_profile_is_rolled_out(serving):
+    url, files, _ = serving
+    other = CapProfile.load(files["other"]).digest
+    assert verify.roll_out(url, "strict", f"{files['other']}#{other}", "secret") == other
+    for name, key, says in (
+        ("strict", "wrong", "answered 401: .*the header Authorization must be Bearer"),
+        ("../x", "secret", "answered 40"),
+    ):
+        with pytest.raises(verify.NotCapped, match=says):
+            verify.roll_out(url, name, files["other"], key)

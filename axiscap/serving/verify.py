@@ -53,7 +53,10 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
     yield f"the server says that it caps layers {ranges(facts['layers'])} under {asked}, {use}"
 
     before = _rows(url, asked, head)
-    model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
+    try:
+        model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
+    except (ValueError, TypeError, LookupError) as error:
+        raise error if isinstance(error, NotCapped) else NotCapped(f"{url}/v1/models names no model") from None
     body: dict[str, Any] = {"model": model, "prompt": "Who are you?", "max_tokens": 2, "temperature": 0}
     if asked != default:
         inner = body
@@ -113,8 +116,8 @@ def _fetch(
     url: str, head: Mapping[str, str], body: object = None, method: str | None = None
 ) -> tuple[str, Mapping[str, str]]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"}, method=method)
     try:
+        request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
             return response.read().decode(), response.headers
     except urllib.error.HTTPError as error:

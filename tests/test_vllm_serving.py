@@ -415,6 +415,8 @@ def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
         layer = str(made["strict"].layers[0])
         assert json.loads(record)["layers"][layer]["rows"] == json.loads(record)["answer"][layer]["rows"] == 39
         assert server.client.get("/axiscap").json()["positions"] == "generated"
+        beams = server.complete(PROMPTS[0], use_beam_search=True, n=2)
+        assert (beams.status_code, "beam search reads what it wrote as prompts" in beams.text) == (400, True)
 
 
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -646,6 +647,24 @@ def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
     assert kills >= 5
     assert_same_profile(CapProfile.load(out), wanted)
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_calibration_that_is_killed_behind_its_first_reading_does_not_read_again(whole, tmp_path):
+    """By a command that could not: what a killed one leaves is in the folder of a whole one as well."""
+    folder, options, wanted = whole
+    cannot = "from axiscap.calibrate import pipeline; del pipeline.CollectScatter.__call__; "
+    command = [sys.executable, "-c", cannot + SMALL_BATCHES, "calibrate", tmp_path / "again.safetensors", *options]
+    done = subprocess.run([*command, "--rollouts", folder / "work"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_profile(CapProfile.load(tmp_path / "again.safetensors"), wanted)
+    (kept,) = (folder / "work").glob("reading-*.safetensors")
+    shutil.copytree(folder / "work", tmp_path / "damaged")
+    (tmp_path / "damaged" / kept.name).write_bytes(kept.read_bytes()[:-100])
+    done = subprocess.run(
+        [*command, "--rollouts", tmp_path / "damaged"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode != 0  # so it would have read
 
 
 def test_what_a_profile_says_of_its_making(whole, refusals):

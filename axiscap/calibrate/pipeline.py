@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,18 +240,12 @@ def calibrate(
     # Parts whose number does not hang on who reads them, so that the sums are the same to the bit.
     texts = _texts(plan, keep, store, todo, work, tokenizer)
     parts = [part for part in (texts[at::PARTS_OF_TEXTS] for at in range(PARTS_OF_TEXTS)) if part]
-    sinks = Sinks.of(model, texts)
-    scatters = [Scatter(text_config(model).hidden_size) for _ in sinks.medians]
-    for more_scatters, more_sinks in workers.over_texts(
-        CollectScatter(sinks.medians), store, parts, lambda done: progress("texts read", done, len(texts))
-    ):
-        for scatter, more in zip(scatters, more_scatters, strict=True):
-            scatter.merge(more)
-        sinks.merge(more_sinks)
+    shrinks = None if work is None else shrink
+    read_along, sinks = _first_reading(model, texts, parts, shrinks, workers, store, progress)
     directions = Directions(space.axis)
-    if work is not None:
+    if read_along is not None:
         reader = TransformersEngine(model, tokenizer, store.settings, capture=False)
-        directions = refusal.guarded(discriminant(scatters, shrink), refusal.directions(reader))
+        directions = refusal.guarded(read_along, refusal.directions(reader))
 
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
@@ -335,6 +331,42 @@ def calibrate(
         populations=torch.stack(list(tables.values())),
     )
     return floors_module.with_floors(bare, percentile, population)
+
+
+def _first_reading(
+    model: Any,
+    texts: Sequence[Text],
+    parts: Sequence[Sequence[Text]],
+    shrink: float | None,
+    workers: Workers,
+    store: Store,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Directions | None, Sinks]:
+    """The discriminant, where it is wanted, and the sinks; kept beside the answers, since reading all of them takes long,
+    and is done once more along what is found here.
+    """
+    of_texts = [dataclasses.astuple(text) for text in texts]
+    what = [axiscap.__version__, dataclasses.asdict(store.settings), shrink, of_texts]
+    name = "reading-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    if (kept := store.kept(name)) is not None:
+        facts, tensors = kept
+        progress("texts read", len(texts), len(texts))
+        return Directions(**tensors) if tensors else None, Sinks.from_json(facts)
+    sinks = Sinks.of(model, texts)
+    scatters = [Scatter(text_config(model).hidden_size) for _ in sinks.medians]
+    for more_scatters, more_sinks in workers.over_texts(
+        CollectScatter(sinks.medians), store, parts, lambda done: progress("texts read", done, len(texts))
+    ):
+        for scatter, more in zip(scatters, more_scatters, strict=True):
+            scatter.merge(more)
+        sinks.merge(more_sinks)
+    found = None if shrink is None else discriminant(scatters, shrink)
+    tensors = {}
+    if found is not None:
+        assert found.lift is not None
+        tensors = {"axis": found.axis.contiguous(), "lift": found.lift.contiguous()}
+    store.keep(name, sinks.to_json(), tensors)
+    return found, sinks
 
 
 def _merge(sketches: dict[str, Sketch], more: Mapping[str, Sketch]) -> None:

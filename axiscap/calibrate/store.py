@@ -90,11 +90,10 @@ class Store:
 
     def read(self, name: str) -> Shard | None:
         """A shard, or None where there is none or a damaged one."""
-        try:
-            tensors = safetensors.torch.load(self.files.cat_file(self._path(name)))
-            facts = json.loads(tensors["facts"].numpy().tobytes())
-        except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError):
+        found = self.kept(name)
+        if found is None:
             return None
+        facts, tensors = found
         tasks = [Task(**{**task, "history": tuple(task["history"])}) for task in facts["tasks"]]
         return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
 
@@ -105,8 +104,20 @@ class Store:
             "answers": shard.answers,
             "texts": shard.texts,
         }
+        self.keep(name, facts, {"means": shard.means.contiguous()})
+
+    def kept(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What :meth:`keep` wrote under a name; None where there is nothing, or something damaged."""
+        try:
+            tensors = safetensors.torch.load(self.files.cat_file(self._path(name)))
+            return json.loads(tensors.pop("facts").numpy().tobytes()), tensors
+        except (FileNotFoundError, safetensors.SafetensorError, KeyError, ValueError):
+            return None
+
+    def keep(self, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes facts, as JSON, and tensors, whole or not at all."""
         text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-        data = safetensors.torch.save({"means": shard.means.contiguous(), "facts": text})
+        data = safetensors.torch.save({**tensors, "facts": text})
         self.files.makedirs(self.folder, exist_ok=True)
         if "file" in np.atleast_1d(self.files.protocol):
             partial_path = f"{self._path(name)}.{os.getpid()}.partial"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,18 @@ class Sinks:
         self.usual = list(map(max, self.usual, other.usual))
         self.massive = list(map(max, self.massive, other.massive))
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        counts = {name: list(getattr(self, name).items()) for name in ("positions", "tokens")}
+        return {"medians": self.medians, "texts": self.texts, "usual": self.usual, "massive": self.massive, **counts}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Sinks:
+        made = cls(stored["medians"], stored["texts"])
+        made.usual, made.massive = stored["usual"], stored["massive"]
+        made.positions, made.tokens = (Counter(dict(stored[name])) for name in ("positions", "tokens"))
+        return made
 
     @property
     def regular(self) -> tuple[int, ...]:

@@ -342,8 +342,8 @@ def _first_reading(
     store: Store,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Directions | None, Sinks]:
-    """The discriminant, where it is wanted, and the sinks; kept beside the answers, since reading all of them takes long,
-    and is done once more along what is found here.
+    """The discriminant, where it is wanted, and the sinks; kept beside the answers, since all of them are read for it,
+    and once more along what is found here.
     """
     of_texts = [dataclasses.astuple(text) for text in texts]
     what = [axiscap.__version__, dataclasses.asdict(store.settings), shrink, of_texts]

@@ -150,6 +150,15 @@ def test_a_choice_that_would_not_be_read_is_refused(server, path, body, says):
     assert seen == []
 
 
+def test_a_choice_may_stand_in_the_places_of_both_engines(server):
+    client, _, _ = server
+    both = {"vllm_xargs": {"axiscap": "strict"}, "custom_params": {"axiscap": "strict"}}
+    assert client.post("/v1/completions", json=both).headers[door.HEADERS[0]] == "strict"
+    both["custom_params"]["axiscap"] = "off"
+    answer = client.post("/v1/completions", json=both)
+    assert (answer.status_code, "custom_params.axiscap would not be read" in answer.text) == (400, True)
+
+
 def test_what_a_client_writes_is_no_choice(server):
     """Text, tools and metadata may be about AxisCap."""
     client, _, _ = server

@@ -107,7 +107,7 @@ class Door:
     # A choice in the wrong place.
 
     def _check(self, scope: _Message, path: str, body: bytes) -> None:
-        """Raises where a request says something of AxisCap that would not be read."""
+        """Raises where a request says something of AxisCap that would not be read, and no more than what is read."""
         try:
             given = json.loads(body)
         except ValueError:
@@ -118,11 +118,13 @@ class Door:
             raise _Wrong(403, f"profiles are changed at {PATH}/profiles, by who has the key in {ADMIN_VARIABLE}")
         takes = _fields(scope)
         mine = [place for place in self._places if place[0] in takes]
-        for found in _mentions(given):
-            if found[-1] == KEY and found[:-1] in mine:
+        found = list(_mentions(given))
+        read = [value for (*place, key), value in found if key == KEY and tuple(place) in mine]
+        for keys, value in found:
+            if value in read:  # in its place, or once more for another engine
                 continue
             where = " or ".join(".".join((*place, KEY)) for place in mine)
-            said = ".".join(found)[:80]
+            said = ".".join(keys)[:80]
             if not mine:
                 raise _Wrong(400, f"{path} takes no choice of a profile, and {said} would not be read")
             raise _Wrong(400, f"a profile is chosen in {where}; {said} would not be read")
@@ -166,12 +168,12 @@ def _arguments(method: str, body: bytes) -> list[Any]:
     return [given[name] for name in wanted if name in given]
 
 
-def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys of AxisCap's, in any spelling, with those that lead there."""
+def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """What stands under keys of AxisCap's, in any spelling, with the keys that lead there."""
     if isinstance(given, Mapping):
         for key, value in given.items():
             if is_nearly(key):
-                yield (*at, str(key))
+                yield (*at, str(key)), value
             elif key not in _CONTENT:
                 yield from _mentions(value, (*at, str(key)))
     elif isinstance(given, list):

@@ -658,9 +658,9 @@ def test_a_calibration_that_is_killed_behind_its_first_reading_does_not_read_aga
     done = subprocess.run([*command, "--rollouts", folder / "work"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_profile(CapProfile.load(tmp_path / "again.safetensors"), wanted)
-    (kept,) = (folder / "work").glob("reading-*.safetensors")
     shutil.copytree(folder / "work", tmp_path / "damaged")
-    (tmp_path / "damaged" / kept.name).write_bytes(kept.read_bytes()[:-100])
+    for kept in (tmp_path / "damaged").glob("reading-*.safetensors"):
+        kept.write_bytes(kept.read_bytes()[:-100])
     done = subprocess.run(
         [*command, "--rollouts", tmp_path / "damaged"], cwd=REPOSITORY, capture_output=True, text=True
     )
@@ -715,6 +715,8 @@ def test_the_published_method_is_one_option(whole, tmp_path, demo_model):
     store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(made, models.DEFAULT_MODEL))
     means: dict[str, list] = {}
     for path in (folder / "work").glob("*.safetensors"):
+        if path.stem.startswith("reading-"):
+            continue
         shard = store.read(path.stem)
         for task, mean in zip(shard.tasks, shard.means, strict=True):
             if task.role in plan.roles and plan.makes_the_axis(task):

@@ -91,7 +91,7 @@ class Store:
     def read(self, name: str) -> Shard | None:
         """A shard, or None where there is none or a damaged one."""
         found = self.kept(name)
-        if found is None:
+        if found is None or "tasks" not in found[0]:
             return None
         facts, tensors = found
         tasks = [Task(**{**task, "history": tuple(task["history"])}) for task in facts["tasks"]]

@@ -60,10 +60,10 @@ def _cuda() -> Check:
     if versions is None:
         advice = "build where nvcc is found (PATH or CUDA_HOME)"
         return Check("CUDA", f"{found}; no kernels in this build", advice)
-    return Check("CUDA", f"{found}; kernels built in, with CUDA {_cuda_version(versions[0])}", cuda_advice(*versions))
+    return Check("CUDA", f"{found}; kernels built in, with CUDA {cuda_version(versions[0])}", cuda_advice(*versions))
 
 
-def _cuda_version(number: int) -> str:
+def cuda_version(number: int) -> str:
     """13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -80,6 +80,6 @@ def cuda_advice(runtime: int, driver: int, torch_cuda: str | None = torch.versio
     """
     if not driver or driver // 1000 >= runtime // 1000:
         return ""
-    ours = f"the driver runs CUDA {_cuda_version(driver)}, and these kernels need {runtime // 1000}.0 or newer"
+    ours = f"the driver runs CUDA {cuda_version(driver)}, and these kernels need {runtime // 1000}.0 or newer"
     theirs = f", unlike torch's, of CUDA {torch_cuda}" if torch_cuda else ""
     return f"{ours}{theirs}: update the driver, or build with a CUDA toolkit of {driver // 1000}.x"

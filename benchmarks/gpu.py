@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from axiscap import _C
+from axiscap.doctor import cuda_version
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -77,8 +78,7 @@ def main() -> None:
     head = (
         f"# {device.name}\n\n{device.multi_processor_count} processors, {device.total_memory / 2**30:.0f} GiB, compute"
         f" capability {device.major}.{device.minor}; torch {torch.__version__}; kernels with CUDA"
-        f" {versions[0] // 1000}.{versions[0] % 1000 // 10}, a driver for up to"
-        f" {versions[1] // 1000}.{versions[1] % 1000 // 10}.\n"
+        f" {cuda_version(versions[0])}, a driver for up to {cuda_version(versions[1])}.\n"
     )
     done = [run(name, command, folder) for name, command in parts(folder).items()]
     (folder / "report.md").write_text("\n".join([head, *(section for _, section in done)]))

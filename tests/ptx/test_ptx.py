@@ -473,7 +473,7 @@ def test_what_the_statistics_of_a_large_step_take():
     assert _C.stats_plan(1024, 2048, 8) == (False, 128, 512)
     assert _C.stats_plan(8192, 1, 1) == (True, 1024, 1)
     slots, rows = 64, 64
-    places, memory = {}, Memory()
+    memory = Memory()
     stats, floors = ops.new_stats(slots, 1)[None], torch.zeros(1, slots, 1)
     tensors = {"projections": torch.randn(1, rows, 1), "floors": floors, "slots": torch.arange(rows).int(), "s": stats}
     places = [memory.add(name, raw(tensor)) for name, tensor in tensors.items()]

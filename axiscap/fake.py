@@ -281,6 +281,26 @@ def add_rms_norm_cap_(
     _check_projections(projections, [rows, axes.shape[1]], hidden.device)
 
 
+def add_rms_norm_cap__buffers(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor,
+    projections: Tensor,
+    weight_bias: float = 0.0,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> None:
+    slots, projections = _first_rows(slots, "slots", hidden), _first_rows(projections, "projections", hidden)
+    bank: dict[str, Any] = {"axes": axes, "floors": floors, "lifts": lifts, "limits": limits}
+    add_rms_norm_cap_(
+        hidden, residual, weight, eps, slots=slots, weight_bias=weight_bias, projections=projections, **bank
+    )
+
+
 def cap_layers_(
     hiddens: Sequence[Tensor],
     axes: Tensor,
@@ -346,6 +366,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "cap_residual_": cap_residual_,
     "cap_residual_.buffers": cap_residual__buffers,
     "add_rms_norm_cap_": add_rms_norm_cap_,
+    "add_rms_norm_cap_.buffers": add_rms_norm_cap__buffers,
     "cap_layers_": cap_layers_,
     "accumulate_": accumulate_,
 }

@@ -161,12 +161,52 @@ def demands(per_row: dict[tuple[str, float, int], tuple[float, float]]) -> list[
             work, moved = per_row[op, floor, size]
             cells = [title, str(size), f"{moved / least(op, floor, size):.2f}", f"{work:.0f}"]
             for gpu in shown:
-                used = registers(gpu.architecture)[kernel_name(torch.bfloat16, op, False, True)]
+                used = used_by(gpu, op)
                 slots = work / 4 / gpu.clock / (moved / (gpu.bandwidth / gpu.processors))
                 needed = gpu.bandwidth * gpu.latency / gpu.processors
                 cells += [f"{slots:.2f}", f"{in_flight(gpu, used, size) / 1024:.0f} / {needed / 1024:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+#: How a layer ends in an engine's step: the launches behind its last matrix product, and those of ours among them.
+PATHS = (
+    ("not capped", 1, ()),
+    ("hook: cap_residual_, then the engine's norm", 2, ("cap_residual",)),
+    ("fused: the cap inside the norm", 1, ("norm",)),
+)
+
+
+def of_a_step(per_row: dict[tuple[str, float, int], tuple[float, float]], size: int = 4096) -> list[str]:
+    """What a capped layer adds to one step of an engine: launches, counted bytes, predicted time."""
+    shown = [gpu for gpu in GPUS if gpu.name in ("H100 SXM", "B200")]
+    norm = least("norm", -1e9, size)
+    lines = [
+        "The launches that end a layer, and the bytes of the streams that they move for a row: the engine's own norm",
+        f"reads both and writes both. H = {size}; microseconds of the capped launch, without what a launch itself",
+        "costs, which the hook alone pays once more.",
+        "",
+        "| path | rows that fire | launches | bytes a row | over not capped | "
+        + " | ".join(f"{gpu.name}, {rows} rows" for gpu in shown for rows in (8, 4096))
+        + " |",
+        "|---|---|---|---|---|" + "---|" * 2 * len(shown),
+    ]
+    for path, launches, ops in PATHS:
+        for fires, floor in [("none", -1e9), ("all", 1e3)] if ops else [("", 0.0)]:
+            moved = sum(per_row[op, floor, size][1] for op in ops) + norm * ("norm" not in ops)
+            cells = [path, fires, str(launches), f"{moved:.0f}", f"{moved / norm:.2f}"]
+            for gpu in shown:
+                for rows in (8, 4096):
+                    seconds = sum(
+                        predict(gpu, used_by(gpu, op), op, size, rows, *per_row[op, floor, size])[0] for op in ops
+                    )
+                    cells.append(f"{seconds * 1e6:.2f}" if ops else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def used_by(gpu: Gpu, op: str) -> int:
+    return registers(gpu.architecture)[kernel_name(torch.bfloat16, op, False, True)]
 
 
 def main() -> None:
@@ -180,6 +220,7 @@ def main() -> None:
         "microseconds without the launch, what binds, and the fraction of the speed of the memory's full bandwidth.",
     ]
     lines += ["", "## What the kernels ask of a processor", "", *INTRODUCTION, "", *demands(per_row)]
+    lines += ["", "## A capped layer in an engine's step", "", *of_a_step(per_row)]
     curves = {}
     for title, op, floor in CASES:
         if title not in SHOWN:
@@ -187,7 +228,7 @@ def main() -> None:
         lines += ["", f"## {title}", "", "| GPU | H | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |"]
         lines += ["|---|---|" + "---|" * len(ROWS)]
         for gpu in GPUS:
-            used = registers(gpu.architecture)[kernel_name(torch.bfloat16, op, False, True)]
+            used = used_by(gpu, op)
             for size in SIZES:
                 cells = []
                 for rows in ROWS:

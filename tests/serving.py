@@ -84,12 +84,12 @@ def expected_mixed(model, tokenizer, made: dict[str, CapProfile], tokens: int) -
     return [expected_texts(model, tokenizer, [prompt], kinds[name], tokens)[0] for prompt, name in MIXED]
 
 
-def small_model(folder: Path):
+def small_model(folder: Path, kind: type = LlamaConfig):
     """A model of random weights and its profiles, saved: its heads part in two, which SmolLM2's nine do not."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2, eos_token_id=None,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.2, eos_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder / "model")

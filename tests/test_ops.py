@@ -559,6 +559,12 @@ def _op_calls(dtype):
             (hidden, hidden.clone(), torch.ones(40, dtype=dtype), 1e-6, axes, floors, slots),
             {"projections": projections},
         ),
+        "add_rms_norm_cap_.buffers": (
+            library.add_rms_norm_cap_.buffers,
+            (hidden, hidden.clone(), torch.ones(40, dtype=dtype), 1e-6, axes, floors, longer(slots),
+             longer(projections)),
+            {"weight_bias": 1.0},
+        ),  # fmt: skip
         "cap_layers_": (
             library.cap_layers_.default,
             ([hidden, hidden + 1], torch.stack([axes, axes]), torch.stack([floors, floors]), slots),
@@ -657,6 +663,9 @@ def test_buffers_without_room():
         torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots[:3], projections)
     with pytest.raises(ValueError, match=r"projections must have room for the 4 rows, got shape \[2, 1\]"):
         torch.ops.axiscap.cap_residual_.buffers(hidden, hidden.clone(), axes, floors, slots, projections[:2])
+    norm = hidden, hidden.clone(), torch.ones(16), 1e-6, axes, floors
+    with pytest.raises(ValueError, match=r"slots must have room for the 4 rows, got shape \[3\]"):
+        torch.ops.axiscap.add_rms_norm_cap_.buffers(*norm, slots[:3], projections)
     with pytest.raises(ValueError, match="hidden must have shape"):
         torch.ops.axiscap.cap_.buffers(torch.zeros(()), axes, floors, slots, projections)
 

@@ -11,6 +11,8 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
+from operator import getitem
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,16 +23,22 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
 from safetensors.torch import save_file
 from serving import MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch.fx import Graph
+from transformers import GemmaConfig, LlamaConfig
 from vllm import LLM, SamplingParams
-from vllm.config import VllmConfig
+from vllm.compilation.passes import pass_manager
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 import axiscap_plugin
 from axiscap import models
 from axiscap.serving import vllm as adapter
+from axiscap.serving.fused_norm import CapInNorm
 from axiscap.serving.settings import Choice, Settings, SettingsError
 from axiscap.serving.vllm import VllmWorker
 from axiscap.serving.worker import Worker
@@ -96,7 +104,8 @@ def test_a_vllm_whose_parameters_have_other_names(point, monkeypatch):
 def served(model: str, folder, *, lora: LoRARequest | None = None, **options: object) -> list[str]:
     """The mixed batch by an engine that checks every step's rows."""
     config = {"axiscap": configuration(folder, check=True)}
-    llm = LLM(model, dtype="float32", max_model_len=512, enforce_eager=True, additional_config=config, **options)
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, **options}
+    llm = LLM(model, additional_config=config, **options)
     params = [
         SamplingParams(temperature=0, max_tokens=TOKENS, extra_args={"axiscap": name} if name else None)
         for _, name in MIXED
@@ -151,6 +160,123 @@ def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     found = served(str(tmp_path / "model"), tmp_path, tensor_parallel_size=2, pipeline_parallel_size=2)
     assert found == expected_mixed(model, tokenizer, made, TOKENS)
     assert len(set(found)) > len(found) / 2
+
+
+@pytest.fixture
+def compiled_as_for_a_gpu(monkeypatch, tmp_path):
+    """vLLM's own way to compile, in pieces and with its passes, which its CPU platform turns off; returns where the
+    code will be.
+    """
+    check = CpuPlatform.check_and_update_config
+
+    def keep_mode(config: VllmConfig) -> None:
+        mode = config.compilation_config.mode
+        check(config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            kept = {"mode": mode, "backend": "inductor", "compile_sizes": [], "ir_enable_torch_wrap": True}
+            for name, value in kept.items():
+                setattr(config.compilation_config, name, value)
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(keep_mode))
+    # The last pass is about ops that a build without CUDA lacks, and stumbles over their names.
+    monkeypatch.setattr(pass_manager.FixFunctionalizationPass, "__call__", lambda self, graph: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("kind", "bias"), [(LlamaConfig, 0.0), (GemmaConfig, 1.0)])
+def test_the_cap_runs_inside_the_norm_behind_it_where_vllm_compiles_for_a_gpu(
+    kind, bias, compiled_as_for_a_gpu, tmp_path
+):
+    model, tokenizer, made = small_model(tmp_path, kind)
+    found = served(str(tmp_path / "model"), tmp_path, enforce_eager=False, compilation_config={"mode": 3})
+    assert found == expected_mixed(model, tokenizer, made, TOKENS)
+    texts = [path.read_text() for path in compiled_as_for_a_gpu.rglob("*.py")]
+    calls = [
+        call for text in texts for call in re.findall(r"^ +torch\.ops\.axiscap\.(\S+)\((.*)\)", text, re.MULTILINE)
+    ]
+    # Pieces that are alike share their code: the end of an inner layer, and that of the last, behind which is one norm.
+    assert [name for name, _ in calls] == ["add_rms_norm_cap_.buffers"] * 2
+    for _, given in calls:
+        hidden, residual, *rest = given.split(", ")
+        # In place, in what the matrix product and the norm before it wrote; the rest are inputs of the graph.
+        assert re.fullmatch(r"buf\d+", hidden)
+        assert re.fullmatch(r"buf\d+", residual)
+        assert rest.pop(6) == str(bias)
+        assert rest.pop(1) == "1e-06"
+        assert all(re.fullmatch(r"arg\d+_1", name) for name in rest)
+    assert not re.search(r"cpp_fused_\w*clone\w*\(", "".join(texts))
+
+
+def end_of_a_layer(*, weight_dtype=torch.float32, variance_size=None, residual_read=False, projections_read=False):
+    """A cap and the norm behind it, in a graph as vLLM's passes see it; what the norm gives is returned."""
+    graph = Graph()
+
+    def given(name: str, *shape: int, dtype: torch.dtype = torch.float32):
+        node = graph.placeholder(name)
+        node.meta["val"] = torch.empty(*shape, dtype=dtype, device="meta")
+        return node
+
+    def part(of, at: int, like):
+        node = graph.call_function(getitem, (of, at))
+        node.meta["val"] = like.meta["val"]
+        return node
+
+    hidden, residual = given("hidden", 4, 8), given("residual", 4, 8)
+    bank = {"axes": given("axes", 1, 1, 8), "floors": given("floors", 1, 1), "slots": given("slots", 4), "lifts": None}
+    streams = {"hidden": hidden, "residual": residual, "projections": given("projections", 4, 1), "limits": None}
+    cap = graph.call_function(auto_functionalized, (torch.ops.axiscap.cap_residual_.buffers,), bank | streams)
+    capped, projections = part(cap, 1, residual), part(cap, 2, streams["projections"])
+    read = [graph.call_function(torch.ops.aten.neg.default, (projections,))] if projections_read else []
+    arguments = (hidden, capped, given("weight", 8, dtype=weight_dtype), 1e-6, variance_size)
+    norm = graph.call_function(torch.ops.vllm_ir.fused_add_rms_norm.default, arguments)
+    read += [graph.call_function(torch.ops.aten.neg.default, (capped,))] if residual_read else []
+    graph.output([part(norm, 0, hidden), part(norm, 1, residual), projections, *read])
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [
+        ({}, True),
+        ({"weight_dtype": torch.bfloat16}, False),
+        ({"variance_size": 4}, False),
+        ({"residual_read": True}, False),
+        ({"projections_read": True}, False),
+    ],
+    ids=str,
+)
+def test_a_norm_that_the_fused_op_cannot_stand_for_keeps_its_cap_in_front(options, joined):
+    graph = end_of_a_layer(**options)
+    before = str(graph)
+    CapInNorm()(graph)
+    graph.lint()
+    if not joined:
+        assert str(graph) == before
+        return
+    (call,) = graph.find_nodes(op="call_function", target=auto_functionalized)
+    assert call.args == (torch.ops.axiscap.add_rms_norm_cap_.buffers,)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.vllm_ir.fused_add_rms_norm.default)
+    hidden, residual, projections = graph.output_node().args[0]
+    assert [(part.args[0], part.args[1]) for part in (hidden, residual, projections)] == [
+        (call, 1),
+        (call, 2),
+        (call, 3),
+    ]
+
+
+def test_an_operators_own_pass_stays(compiled_as_for_a_gpu, profiles):
+    config = {"axiscap": configuration(profiles[0])}
+    options = {"model": models.folder(models.DEFAULT_MODEL), "max_model_len": 512, "additional_config": config}
+    key = "post_grad_custom_post_pass"
+
+    def passes(**compilation: object) -> object:
+        arguments = EngineArgs(**options, compilation_config={"mode": 3, **compilation})
+        return arguments.create_engine_config().compilation_config.inductor_compile_config.get(key)
+
+    assert isinstance(passes(), CapInNorm)
+    assert not isinstance(passes(inductor_passes={key: "statistics.mean"}), CapInNorm)
 
 
 def test_the_second_runners_adapter_fits_its_classes(profiles):

@@ -137,6 +137,7 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
+    _fuse(config.compilation_config)
     wrap(InputProcessor, "process_inputs", _choose)
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
@@ -146,6 +147,17 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     door.put_in_place(Choices(settings, folder), _PLACES, _change)
     _show_metrics(folder)
     logging.getLogger("vllm.axiscap").info(settings.sentence())
+
+
+def _fuse(config: Any) -> None:
+    """Where vLLM compiles with its own passes, as it does for a GPU, ours follows them; but not an operator's own."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    if config.mode == CompilationMode.VLLM_COMPILE:
+        from axiscap.serving.fused_norm import CapInNorm
+
+        config.inductor_compile_config.setdefault(current_platform.pass_key, CapInNorm())
 
 
 async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:

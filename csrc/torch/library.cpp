@@ -30,6 +30,10 @@ TORCH_LIBRARY(axiscap, m) {
       "Tensor? slots=None, *, float weight_bias=0.0, Tensor? lifts=None, Tensor? limits=None, "
       "Tensor(c!)? projections=None) -> ()");
   m.def(
+      "add_rms_norm_cap_.buffers(Tensor(a!) hidden, Tensor(b!) residual, Tensor weight, float eps, Tensor axes, "
+      "Tensor floors, Tensor slots, Tensor(c!) projections, float weight_bias=0.0, Tensor? lifts=None, "
+      "Tensor? limits=None) -> ()");
+  m.def(
       "cap_layers_(Tensor(a!)[] hiddens, Tensor axes, Tensor floors, Tensor? slots=None, *, Tensor? lifts=None, "
       "Tensor? limits=None, Tensor(b!)? projections=None) -> ()");
   m.def("accumulate_(Tensor(a!) stats, Tensor projections, Tensor floors, Tensor? slots=None) -> ()");
@@ -44,6 +48,7 @@ void implement(torch::Library& m) {
   m.impl("cap_.buffers", cap__buffers);
   m.impl("cap_residual_.buffers", cap_residual__buffers);
   m.impl("add_rms_norm_cap_", add_rms_norm_cap_);
+  m.impl("add_rms_norm_cap_.buffers", add_rms_norm_cap__buffers);
   m.impl("cap_layers_", cap_layers_);
   m.impl("accumulate_", accumulate_);
 }

@@ -441,6 +441,14 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
   mark_changed(residual);
 }
 
+void add_rms_norm_cap__buffers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight,
+                               double eps, const at::Tensor& axes, const at::Tensor& floors, const at::Tensor& slots,
+                               const at::Tensor& projections, double weight_bias, const OptionalTensor& lifts,
+                               const OptionalTensor& limits) {
+  add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, first_rows(slots, "slots", hidden), weight_bias, lifts,
+                    limits, first_rows(projections, "projections", hidden));
+}
+
 void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
                  const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections) {
   const Bank bank(axes, floors, lifts, limits, true);

@@ -71,6 +71,11 @@ void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, con
                        double weight_bias, const OptionalTensor& lifts, const OptionalTensor& limits,
                        const OptionalTensor& projections);
 
+void add_rms_norm_cap__buffers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight,
+                               double eps, const at::Tensor& axes, const at::Tensor& floors, const at::Tensor& slots,
+                               const at::Tensor& projections, double weight_bias, const OptionalTensor& lifts,
+                               const OptionalTensor& limits);
+
 // The axes, floors, lifts and limits are of as many layers.
 void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
                  const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections);

@@ -399,10 +399,18 @@ def _bands(text: str, option: str) -> list[tuple[int, int]]:
 def floors(
     profile: ProfileArgument,
     out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
-    percentile: Annotated[float, typer.Option(help="Of the population, on the axis towards the Assistant.")] = 25.0,
+    percentile: Annotated[
+        float | None, typer.Option(help="Of the population, on the axis towards the Assistant; 25 without it.")
+    ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="What share of its shortfall a row is lifted by, as 0.5; alone, the floors stay as they are."
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Instead of a percentile: how far perplexity may rise in any domain of work, as 0.01."),
@@ -422,14 +430,23 @@ def floors(
     if published:
         percentile, population = PUBLISHED
     loaded = CapProfile.load(profile)
+    chosen = _layers(layers) if layers else None
+    if strength is not None and (percentile, population, budget, changed) == (None,) * 4:
+        made = (loaded if chosen is None else loaded.at_layers(chosen)).with_strength(strength)
+        made.save(out)
+        console.print(f"wrote {escape(str(out))}: the same floors, strength {strength:g}", soft_wrap=True)
+        return
     population = population or loaded.population or "assistant"
-    made = with_floors(loaded, percentile, population, _layers(layers) if layers else None)
+    percentile = 25.0 if percentile is None else percentile
+    made = with_floors(loaded, percentile, population, chosen)
     if budget is not None or changed is not None:
         if rollouts is None:
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
         made = _within(made, population, limits, rollouts, model, work)
         percentile = made.provenance["floors"]["percentile"]
+    if strength is not None:
+        made = made.with_strength(strength)
     made.save(out)
     console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
 

@@ -11,7 +11,7 @@ Common arguments:
   product of the leading dimensions.
 - axes: (S, K, H) float32, contiguous, unit length. floors: (S, K) float32; ``-inf`` switches a direction off.
 - lifts: like axes; what a row is corrected along, where that is not the axis that it is read along. ``<axis, lift>`` is
-  1, so that the reading ends on the floor; its elements are below 2^60. None: the axes.
+  1, so that the reading ends on the floor, or a strength between 0 and 1; its elements are below 2^60. None: the axes.
 - limits: like floors, positive; a row with ``|<x, v_k>| > limit_k`` in any direction, as it came, is left alone: no row
   of ordinary norm can have such a projection, and an attention sink can. None, or inf: no limit.
 - slots: (rows,) int32, the bank's slot of each row; -1 leaves a row alone (its projections are NaN). None: slot 0.

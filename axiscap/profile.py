@@ -169,7 +169,8 @@ class CapProfile:
         layers: the L capped layers (block outputs, counted from 0), ascending.
         axes: (L, K, H) float32, unit rows; larger projection = more Assistant-like.
         floors: (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-        lifts: (L, K, H) float32, what rows are corrected along, ``<axis, lift> = 1``; the axes without them (eq. 1).
+        lifts: (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1, so
+            that a row that fires ends on its floor, or less (:meth:`with_strength`).
         limits: (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
             ordinary norm can have one; an attention sink can.
         sinks: positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.
@@ -343,6 +344,23 @@ class CapProfile:
         """The same axes with other floors (L, K)."""
         return self._with(self.layers, self.axes, floors)
 
+    def with_strength(self, strength: float) -> CapProfile:
+        """The same with weaker corrections: a row is lifted by this share of what it lies below its floor.
+
+        Raises:
+            ProfileError: strength is not above 0 and at most 1.
+        """
+        _require(
+            _is_number(strength) and 0 < strength <= 1, f"strength must be above 0 and at most 1, got {strength!r}"
+        )
+        if strength == 1:
+            return self
+        lifts = self.axes if self.lifts is None else self.lifts
+        whole = self.axis_all if self.lift_all is None else self.lift_all
+        more = {name: getattr(self, name) for name in _OPTIONAL}
+        more |= {"lifts": lifts * strength, "lift_all": None if whole is None else whole * strength}
+        return CapProfile(self.layers, self.axes, self.floors, self.provenance, sinks=self.sinks, **more)
+
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
         """The same at some of its layers, ascending.
 
@@ -402,8 +420,12 @@ class CapProfile:
             )
         if self.lifts is not None:
             _require(bool((self.lifts.abs() < 2.0**60).all()), "lifts must be finite, with elements below 2^60")
-            off = ((self.axes * self.lifts).sum(-1) - 1).abs().max().item()
-            _require(off <= UNIT_TOLERANCE, f"lifts must be 1 along their axes, one is off by {off:.3g}")
+            along = (self.axes * self.lifts).sum(-1)
+            least, most = along.min().item(), along.max().item()
+            _require(
+                least > 0 and most <= 1 + UNIT_TOLERANCE,
+                f"lifts must be above 0 and at most 1 along their axes, they are {least:.3g} to {most:.3g}",
+            )
         for name in ("limits", "limit_all"):
             tensor = getattr(self, name)
             _require(tensor is None or bool((tensor > 0).all()), f"{name} must be positive, or inf for none")

@@ -11,7 +11,7 @@ import sysconfig
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHIPPED_PROFILE, unit
+from conftest import REPOSITORY, SHIPPED_PROFILE, assert_same_bits, unit
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
@@ -186,6 +186,25 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
         else:
             assert errors == "", (name, errors)
     assert refused == REFUSED[kind]
+
+
+@pytest.mark.parametrize(
+    ("options", "percentile"), [((), None), (("--percentile", 3), 3), (("--layers", "9-12"), None)]
+)
+def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
+    whole, out = CapProfile.load(SHIPPED_PROFILE), tmp_path / "weaker.safetensors"
+    status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 0.5, *options)
+    assert (status, errors) == (0, "")
+    weaker = CapProfile.load(out)
+    chosen = [whole.layers.index(layer) for layer in weaker.layers]
+    assert_same_bits(weaker.lifts, whole.lifts[chosen] * 0.5)
+    if percentile is None:
+        assert_same_bits(weaker.floors, whole.floors[chosen])
+    else:
+        assert weaker.provenance["floors"]["percentile"] == percentile
+    status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 1.5)
+    assert status == 2
+    assert "strength must be above 0 and at most 1, got 1.5" in errors
 
 
 def test_commands_make_the_folders_of_what_they_write(command, tmp_path):

@@ -561,8 +561,16 @@ def _op_calls(dtype):
         ),
         "add_rms_norm_cap_.buffers": (
             library.add_rms_norm_cap_.buffers,
-            (hidden, hidden.clone(), torch.ones(40, dtype=dtype), 1e-6, axes, floors, longer(slots),
-             longer(projections)),
+            (
+                hidden,
+                hidden.clone(),
+                torch.ones(40, dtype=dtype),
+                1e-6,
+                axes,
+                floors,
+                longer(slots),
+                longer(projections),
+            ),
             {"weight_bias": 1.0},
         ),  # fmt: skip
         "cap_layers_": (
@@ -995,7 +1003,7 @@ def test_a_bank_checks_its_values_once(axes, floors, message):
 def test_a_bank_checks_its_lifts_and_limits():
     axes, floors = unit(1, 1, H), torch.ones(1, 1)
     for lifts in (2 * axes, -axes, torch.full_like(axes, math.nan)):
-        with pytest.raises(ValueError, match="lifts must be finite and 1 along their axes"):
+        with pytest.raises(ValueError, match="lifts must be finite, above 0 and at most 1 along their axes"):
             _C.Bank(axes, floors, lifts)
     for limit in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="limits must be positive"):

@@ -12,7 +12,7 @@ import struct
 import fsspec
 import pytest
 import torch
-from conftest import unit
+from conftest import assert_same_bits, unit
 from safetensors.torch import save, save_file
 
 from axiscap import _C, CapProfile, ProfileError, interop
@@ -236,6 +236,34 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     again = CapProfile.load(tmp_path / "profile.safetensors")
     assert torch.equal(again.axis_all, whole)
     assert torch.equal(again.axes, shared.axes)
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_weaker_profile_lifts_by_a_share_of_the_shortfall(strength, lifted, tmp_path):
+    axes, floors = unit(1, 1, 16), torch.full((1, 1), 2.0)
+    other = unit(1, 1, 16)
+    lifts = other / (axes * other).sum(-1, keepdim=True) if lifted else None
+    if lifts is not None and (axes * other).sum() < 0:
+        lifts = -other / (axes * -other).sum(-1, keepdim=True)
+    whole = CapProfile([3], axes, floors, lifts=lifts)
+    whole.with_strength(strength).save(tmp_path / "weaker.safetensors")
+    weaker = CapProfile.load(tmp_path / "weaker.safetensors")
+    assert (weaker.digest == whole.digest) == (strength == 1)
+    assert_same_bits(weaker.floors, whole.floors)
+    rows = torch.randn(50, 16)
+    before = rows @ axes[0, 0]
+    slot = weaker.slot_at(3, 1)
+    bank = _C.Bank(slot.axes[None], slot.floors[None], slot.lifts[None])
+    bank.cap_(rows)
+    wanted = before + strength * (2 - before).clamp(min=0)
+    torch.testing.assert_close(rows @ axes[0, 0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0, -1, 1.01, math.nan, True, "half"])
+def test_a_strength_that_is_none(strength):
+    with pytest.raises(ProfileError, match="strength must be above 0 and at most 1, got"):
+        good().with_strength(strength)
 
 
 def test_layers_that_are_not_capped_cannot_be_chosen():

@@ -325,9 +325,10 @@ void check_values(const Bank& bank) {
                     "floors must be finite, or -inf for a direction that is off");
   if (bank.lifts) {
     const at::Tensor along = (bank.axes * *bank.lifts).sum(-1);
-    TORCH_CHECK_VALUE(bank.lifts->isfinite().all().item<bool>() && (along - 1).abs().le(1e-3).all().item<bool>(),
-                      "lifts must be finite and 1 along their axes (1e-3), got from ", along.min().item<float>(),
-                      " to ", along.max().item<float>());
+    TORCH_CHECK_VALUE(bank.lifts->isfinite().all().item<bool>() && (along > 0).all().item<bool>() &&
+                          along.le(1 + 1e-3).all().item<bool>(),
+                      "lifts must be finite, above 0 and at most 1 along their axes (1e-3), got from ",
+                      along.min().item<float>(), " to ", along.max().item<float>());
   }
   if (bank.limits) TORCH_CHECK_VALUE((*bank.limits > 0).all().item<bool>(), "limits must be positive, or inf for none");
 }

@@ -36,8 +36,8 @@ struct Bank {
   bool is_as_it_was() const;
 };
 
-// Raises unless every axis is finite and of unit length, every floor finite or -inf, every lift finite and 1 along its
-// axis, and every limit positive. Reads the values: for set-up, not for calls.
+// Raises unless every axis is finite and of unit length, every floor finite or -inf, every lift finite and above 0
+// and at most 1 along its axis, and every limit positive. Reads the values: for set-up, not for calls.
 void check_values(const Bank& bank);
 
 void cap_bank_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots,

@@ -55,7 +55,7 @@ typedef struct axiscap_call {
 
   const float* axes;    /* (num_slots, directions, hidden_size), contiguous, unit rows */
   const float* lifts;   /* NULL: the axes; or like axes: a row is read along its axis, and corrected along its lift, of
-                           which <axis, lift> must be 1, with elements below 2^60 */
+                           which <axis, lift> must be 1 (or a strength between 0 and 1), with elements below 2^60 */
   const float* floors;  /* (num_slots, directions); -INFINITY switches a direction off */
   const float* limits;  /* NULL, or (num_slots, directions): a row with a projection beyond +-limit is left alone */
   const int32_t* slots; /* (rows,): the bank's slot of each row, -1 for a row to leave alone; NULL: slot 0 */

@@ -169,8 +169,8 @@ class CapProfile:
         layers: the L capped layers (block outputs, counted from 0), ascending.
         axes: (L, K, H) float32, unit rows; larger projection = more Assistant-like.
         floors: (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-        lifts: (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1, so
-            that a row that fires ends on its floor, or less (:meth:`with_strength`).
+        lifts: (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
+            so that a row that fires ends on its floor, or less (:meth:`with_strength`).
         limits: (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
             ordinary norm can have one; an attention sink can.
         sinks: positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.

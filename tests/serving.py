@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
 from axiscap import CapProfile, drift, models
-from axiscap.serving.door import HEADERS
+from axiscap.serving.door import DRIFT_HEADER, HEADERS
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -374,6 +375,30 @@ def told(server: Server, profiles: dict[str, CapProfile]) -> None:
     assert (facts["default"], facts["layers"]) == ("mild", list(profiles["mild"].layers))
 
 
+def drift_told(server: Server, log: Path) -> None:
+    """Each response says of its answers what the log says of them, in its head or before the end of a stream; of those
+    that are left alone, nothing.
+    """
+    tokens = {"max_tokens": 6, "ignore_eos": True}
+    body = {"model": "m", "prompt": PROMPTS[0], "messages": [{"role": "user", "content": PROMPTS[0]}]} | tokens
+    for route, name in (("/v1/completions", "strict"), ("/v1/chat/completions", None), ("/v1/completions", "off")):
+        answer = server.client.post(route, json=body | server.choice(name))
+        if name == "off":
+            assert DRIFT_HEADER not in answer.headers
+            continue
+        record = wait_for(lambda answer=answer: find(log, answer.json()["id"]))
+        assert record["drift"]["rows"] == 5  # the last token is sampled, and not read again
+        found = dict(part.split("=") for part in answer.headers[DRIFT_HEADER].split("; "))
+        assert {key: float(value) for key, value in found.items()} == pytest.approx(record["drift"], rel=1e-4)
+        assert {"percentile", "fired", "rows", "layer"} == found.keys()
+        stream = server.client.post(route, json=body | {"stream": True} | server.choice(name))
+        comment = f": {DRIFT_HEADER}: {answer.headers[DRIFT_HEADER]}\n\n"
+        assert stream.text.endswith(comment + "data: [DONE]\n\n"), stream.text[-600:]
+        assert DRIFT_HEADER not in stream.headers
+    several = server.client.post("/v1/completions", json=body | {"n": 3, "temperature": 1.0} | server.choice("strict"))
+    assert several.headers[DRIFT_HEADER].count("rows=5") == 3
+
+
 def verified(server: Server, folder: Path) -> None:
     """`axiscap verify` sees rows of an answer that were capped, by the default and by a choice."""
     command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "verify", server.url, "--profile"]
@@ -591,8 +616,11 @@ def telemetry_in_trouble(command: Callable[[str], tuple[list[str], dict[str, str
             records = [json.loads(line) for line in text.splitlines()]
             assert len({record["id"] for record in records}) == len(records) >= len(asked)
 
-            rows = wait_for(lambda: {value for key, value in server.metrics().items() if "axiscap_rows_total" in key})
-            assert min(rows) >= sum(record["layers"]["14"]["rows"] for record in records)
+            rows: Counter[str] = Counter()
+            for key, value in wait_for(server.metrics).items():
+                if "axiscap_rows_total" in key:
+                    rows[re.sub('part="[a-z]+",', "", key)] += int(value)
+            assert min(rows.values()) >= sum(record["layers"]["14"]["rows"] for record in records)
             said = server.log.read_text()
             assert 2 <= said.count("cannot be written") < 20
             assert "Traceback" not in said

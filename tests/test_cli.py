@@ -203,7 +203,7 @@ def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
     else:
         assert weaker.provenance["floors"]["percentile"] == percentile
     status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 1.5)
-    assert status == 2
+    assert status == 1
     assert "strength must be above 0 and at most 1, got 1.5" in errors
 
 

@@ -53,10 +53,12 @@ def server(tmp_path, monkeypatch):
     control = Control(settings, state.folder("server"), lambda *placed: None)
     choices = Choices(settings, state.path("server"))
     seen: list[object] = []
+    tickets: list[str] = []
 
     async def decide(extra: dict[str, object] | None) -> None:
         await asyncio.sleep(0)
-        door.tell(*choices.check(extra))
+        name, content = choices.check(extra)
+        door.tell(name, content, tickets.pop(0) if tickets else None, 1)
 
     async def change(app: object, method: str, arguments: list[object]) -> str:
         assert app is application
@@ -78,8 +80,9 @@ def server(tmp_path, monkeypatch):
             await asyncio.gather(decide(request.vllm_xargs))  # in a task of its own
             for word in ("a", "b"):
                 yield word
+            yield "data: [DONE]"
 
-        return StreamingResponse(words())
+        return StreamingResponse(words(), media_type="text/event-stream")
 
     @application.post("/generate")
     async def generate(request: Tokens):
@@ -105,7 +108,9 @@ def server(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FastAPI, "build_middleware_stack", FastAPI.build_middleware_stack)  # and back, at the end
     door.put_in_place(choices, (("vllm_xargs",), ("sampling_params", "extra_args")), change)
-    return TestClient(application), files, seen
+    client = TestClient(application)
+    client.tickets = tickets
+    return client, files, seen
 
 
 def digest(path: str) -> str:
@@ -119,10 +124,30 @@ def test_each_response_says_which_profile_was_in_force(server, stream, asked, na
     body = {"prompt": "axiscap", "stream": stream, "vllm_xargs": {"other": 1} | ({"axiscap": asked} if asked else {})}
     answer = client.post("/v1/completions", json=body)
     assert (answer.status_code, seen) == (200, [body])
-    assert answer.text == ("ab" if stream else '{"text":"axiscap"}')
+    assert answer.text == ("abdata: [DONE]" if stream else '{"text":"axiscap"}')
     found = [answer.headers[header] for header in door.HEADERS]
     assert found == [name, "-" if name == "off" else digest(files[name])]
     assert not set(door.HEADERS) & set(client.get("/v1/models").headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_says_how_far_its_answer_drifted(server, stream, monkeypatch):
+    """In its head, or before the end of a stream; later than a second it says nothing, and a failed one never."""
+    client, _, _ = server
+    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
+    told, folder = "percentile=3.25; fired=0.5; rows=40; layer=19", state.folder("server")
+    state.write_answer(folder, "mine", {"percentile": 3.25, "fired": 0.5, "rows": 40, "layer": 19})
+    state.write_answer(folder, "another", {"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19})
+    client.tickets += ["mine", "nobodys"]
+    body = {"prompt": "p", "stream": stream}
+    answer = client.post("/v1/completions", json=body)
+    if stream:
+        assert answer.text == f"ab: {door.DRIFT_HEADER}: {told}\n\ndata: [DONE]"
+    assert answer.headers.get(door.DRIFT_HEADER) == (None if stream else told)
+    answer = client.post("/v1/completions", json=body)
+    assert (answer.status_code, door.DRIFT_HEADER in answer.headers) == (200, False)
+    assert answer.text == ("abdata: [DONE]" if stream else '{"text":"p"}')
+    assert state.take_answers(folder, "another") == [{"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19}]
 
 
 @pytest.mark.parametrize(

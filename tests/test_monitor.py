@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import axiscap
 from axiscap import CapProfile, drift, models
-from axiscap.drift import Monitor, Recorder, Scale, Talk
+from axiscap.drift import BUCKETS, Monitor, Recorder, Scale, Talk
 
 SAID = (
     {"role": "user", "content": "Who are you?"},
@@ -400,11 +400,12 @@ def test_metrics_survive_a_scrape_under_load(shipped_profile):
 def scraped(shipped_profile, tmp_path) -> set[str]:
     """The names of all samples of a page with a server's metrics and a monitor's."""
     from axiscap.serving.metrics import Totals
+    from axiscap.serving.telemetry import FAILS
 
     totals = {"rows": 5.0, "fired": 1.0, "nonfinite": 0.0, "projection": -3.0, "shortfall": 2.0}
-    (tmp_path / "totals-0.json").write_text(
-        json.dumps({"profiles": {"strict": {"14": totals}}, "failures": {"totals": 0, "log": 0}, "lost": 0})
-    )
+    answers = {"strict": {"counts": [1] * len(BUCKETS), "sum": 300.0}}
+    written = {"profiles": {"strict": {"answer": {"14": totals}}}, "answers": answers}
+    (tmp_path / "totals-0.json").write_text(json.dumps({**written, "failures": dict.fromkeys(FAILS, 0), "lost": 0}))
     registry = prometheus_client.CollectorRegistry()
     registry.register(Totals(tmp_path))
     Monitor(shipped_profile).register(registry)

@@ -572,7 +572,7 @@ def _op_calls(dtype):
                 longer(projections),
             ),
             {"weight_bias": 1.0},
-        ),  # fmt: skip
+        ),
         "cap_layers_": (
             library.cap_layers_.default,
             ([hidden, hidden + 1], torch.stack([axes, axes]), torch.stack([floors, floors]), slots),

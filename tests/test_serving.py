@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -263,7 +264,7 @@ def test_floors_are_moved_from_the_content_that_was_loaded(control, files):
 def test_what_a_client_was_told_is_what_it_gets(control, files):
     choices = Choices(control._settings, state.path("server"))
     name, digest = choices.check({"axiscap": "strict"})
-    asked = {"axiscap": name, TOLD: digest}
+    asked = {"axiscap": name, **choices.tell(digest, None)}
     assert control.decide(asked, "r").digest == digest
     assert choices.describe()["profiles"]["strict"] == digest
     control.move_floors("strict", 1.0)
@@ -293,7 +294,14 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
     """Every sample belongs to its family, by prometheus-client's own parser of both formats."""
     counts = {"rows": 3.0, "fired": 1.0, "nonfinite": 0.0, "projection": -2.5, "shortfall": 0.5}
     (tmp_path / "totals-0-0.json").write_text(
-        json.dumps({"profiles": {"mild": {"2": counts}}, "failures": {"totals": 0, "log": 0}, "lost": 0})
+        json.dumps(
+            {
+                "profiles": {"mild": {"prompt": {"2": counts}, "answer": {"2": counts}}},
+                "answers": {"mild": {"counts": [1, 0, 0, 0, 2, 0, 0, 0, 0], "sum": 40.0}},
+                "failures": dict.fromkeys(telemetry_module.FAILS, 0),
+                "lost": 0,
+            }
+        )
     )
     registry = CollectorRegistry()
     registry.register(metrics.Totals(tmp_path))
@@ -305,6 +313,7 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
         assert families["axiscap_projection_sum"].type == "gauge"
         assert families["axiscap_projection_sum"].samples[0].value == -2.5
         assert families["axiscap_rows"].type == "counter"
+        assert families["axiscap_answer_percentile"].type == "histogram"
         assert "unknown" not in {family.type for family in families.values()}
 
 
@@ -405,7 +414,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
     telemetry.settle(idle=False)
     assert writer.flush()
     running = json.loads(totals.read_text())["profiles"]
-    assert running["a"]["2"]["rows"] == 4
+    assert (running["a"]["prompt"]["2"]["rows"], running["a"]["answer"]["2"]["rows"]) == (2, 2)
     telemetry.finish(["r1", "r3"])
     telemetry.start("r4", Choice("a", profiles[0].digest, "four"))
     step(buffers, telemetry, {"r4": 2, "r2": 1}, slots, seen)
@@ -437,10 +446,73 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
                 wanted = (floors[k] - values[:, k])[below[:, k]].double().mean().item()
                 found = counted["mean_shortfall"][k]
                 assert (found is None and math.isnan(wanted)) or found == pytest.approx(wanted)
-    final = json.loads(totals.read_text())["profiles"]
-    assert final["a"]["3"]["rows"] == 6
-    assert final["b"]["5"]["rows"] == 7
-    assert final["a"]["2"]["fired"] == sum(records[name]["layers"]["2"]["fired"] for name in ("one", "four"))
+    final = json.loads(totals.read_text())
+    for name, layer, requests, rows in (("a", 3, ("one", "four"), 6), ("b", 5, ("two",), 7)):
+        parts = [final["profiles"][name][part][str(layer)] for part in ("prompt", "answer")]
+        assert sum(part["rows"] for part in parts) == rows
+        for which in ("rows", "fired"):
+            wanted = sum(records[request]["layers"][str(layer)][which] for request in requests)
+            assert sum(part[which] for part in parts) == wanted
+            assert parts[1][which] == sum(records[request]["answer"][str(layer)][which] for request in requests)
+
+
+def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
+    """Of each, at the layer of its profile's scale: its percentile among normal answers, and the share that fired."""
+    monkeypatch.setattr(telemetry_module, "TOTALS_EVERY", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    made = profile(1, (2, 3), floor=0.5)
+    table = torch.tensor([-1.0, 0.0, 1.0]).repeat(4, 1)
+    facts = {"quantiles": {"percentiles": [5.0, 50.0, 95.0], "populations": ["assistant"]}}
+    CapProfile(made.layers, made.axes, made.floors, facts, axis_all=unit(4, 16), populations=table[None]).save(
+        tmp_path / "a.safetensors"
+    )
+    made = CapProfile.load(tmp_path / "a.safetensors")
+    settings = Settings.parse({"profiles": {"a": str(tmp_path / "a.safetensors")}, "tell_drift": True})
+    buffers = Buffers(settings, [2, 3], 12, torch.device("cpu"))
+    buffers.place(0, made)
+    folder = state.folder("server")
+    control = Control(settings, folder, lambda *placed: None)
+    choices = Choices(settings, folder)
+    writer = Writer(folder / "totals-0-0.json", tmp_path / "log.jsonl")
+    telemetry = Telemetry(buffers, 4, writer)
+    tickets, wanted, total = {}, [], 0.0
+    for number, level in enumerate((-3.0, -0.5, 0.5)):
+        ticket = choices.ticket()
+        choice = control.decide(choices.tell(made.digest, ticket), f"r{number}")
+        assert choice.ticket == ticket
+        telemetry.start("r", choice)
+        buffers.fill(np.zeros(5, np.int32))
+        telemetry.fill(["r"], np.array([5], np.int32), np.array([2], np.int32), np.array([], np.int32))
+        for projections in buffers.projections:
+            projections[:5, 0] = torch.tensor([99.0, 99.0, level - 0.1, level, level + 0.1])
+        telemetry.count()
+        telemetry.finish(["r"])
+        telemetry.settle(idle=True)
+        tickets[ticket] = 1
+        percentile = {-3.0: 0.0, -0.5: 27.5, 0.5: 72.5}[level]
+        total += percentile
+        fired = {-3.0: 1.0, -0.5: 1.0, 0.5: 1 / 3}[level]
+        wanted.append(f"percentile={percentile:g}; fired={round(fired, 4):g}; rows=3; layer=3")
+    assert writer.flush()
+    assert asyncio.run(choices.drift(tickets)) == wanted
+    assert not list(folder.glob("answer-*"))
+    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
+    assert asyncio.run(choices.drift(tickets)) == []  # told once
+    found = pages(folder)
+    assert found["axiscap_answer_percentile_count a"] == 3
+    assert found["axiscap_answer_percentile_sum a"] == total
+    assert found["axiscap_answer_percentile_bucket a 0"] == 1
+    assert found["axiscap_answer_percentile_bucket a 50"] == 2
+    assert found["axiscap_rows_total a 3 prompt"] == 6
+    assert found["axiscap_projection_sum a 3 answer"] == pytest.approx(-9.0, abs=1e-5)
+    assert [json.loads(line)["drift"]["rows"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [3] * 3
+    assert "ticket" not in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("forged", ["x", ["x"], ["x", "../../etc"], ["x", 3], {"a": 1}, [None, None]])
+def test_a_ticket_is_the_servers_own(control, forged):
+    with pytest.raises(ChoiceError, match=r"axiscap_told is the server's own|replaced"):
+        control.decide({TOLD: forged}, "r")
 
 
 def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
@@ -479,7 +551,7 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     worker.end()
     worker._telemetry._writer.flush()
     totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
-    assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 8, "b": 6}
+    assert {name: parts["answer"]["3"]["rows"] for name, parts in totals.items()} == {"a": 8, "b": 6}
 
 
 def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):
@@ -503,7 +575,8 @@ def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):
     worker.end()
     worker._telemetry._writer.flush()
     totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
-    assert {name: layers["3"]["rows"] for name, layers in totals.items()} == {"a": 3, "b": 3}
+    found = {name: [parts[part]["3"]["rows"] for part in ("prompt", "answer")] for name, parts in totals.items()}
+    assert found == {"a": [0, 3], "b": [0, 3]}
 
 
 @pytest.fixture
@@ -522,7 +595,7 @@ def pages(folder) -> dict[str, float]:
 
 def counted(rows: int) -> dict:
     fields = ("rows", "fired", "nonfinite", "projection", "shortfall")
-    return {"p": {"3": dict.fromkeys(fields, float(rows))}}
+    return {"profiles": {"p": {"answer": {"3": dict.fromkeys(fields, float(rows))}}}, "answers": {}}
 
 
 def wrong_folder(log) -> None:
@@ -559,7 +632,7 @@ def test_records_wait_for_their_log(writer, tmp_path, caplog, harm):
     assert len(said) == (0 if survives else 1), said
     assert all("log cannot be written" in message and "capping goes on" in message for message in said)
     found = pages(state.path("server"))
-    assert found["axiscap_rows_total p 3"] == 2
+    assert found["axiscap_rows_total p 3 answer"] == 2
     assert found["axiscap_telemetry_failures_total log"] == (0 if survives else 2)
     if not survives:
         (log.rmdir if log.is_dir() else log.unlink)()

@@ -23,6 +23,7 @@ from serving import (
     assert_same_texts,
     assert_the_sink_is_warned_of,
     configuration,
+    drift_told,
     evaluated,
     expected_mixed,
     expected_texts,
@@ -70,7 +71,9 @@ def lifting(demo_model, profiles):
 def server(profiles, lifting):
     """Capped, with its checking mode on."""
     folder, _ = profiles
-    settings = with_a_sink_lifted(configuration(folder, check=True, log=str(folder / "log.jsonl")), folder, lifting)
+    settings = with_a_sink_lifted(
+        configuration(folder, check=True, tell_drift=True, log=str(folder / "log.jsonl")), folder, lifting
+    )
     (folder / "config.json").write_text(json.dumps(settings))
     environment = {"AXISCAP_CONFIG": str(folder / "config.json"), **CPU, **RETRACT}
     with running(SERVER, folder, "custom_params", **environment) as server:
@@ -144,6 +147,10 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
+
+
+def test_a_response_says_how_far_its_answers_drifted(server, profiles):
+    drift_told(server, profiles[0] / "log.jsonl")
     assert "axiscap: capping all rows at layers 8-27 under mild" in server.log.read_text()
 
 
@@ -191,7 +198,9 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert_counted(record, demo_model, made["strict"], response["usage"]["prompt_tokens"] + 7)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     first = made["strict"].layers[0]
-    wait_for(lambda: server.metrics().get(f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'))
+    wait_for(
+        lambda: server.metrics().get(f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="strict"}}')
+    )
 
 
 def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):

@@ -25,6 +25,7 @@ from serving import (
     assert_same_texts,
     assert_the_sink_is_warned_of,
     configuration,
+    drift_told,
     evaluated,
     evaluated_by_a_server_that_dies,
     expected_texts,
@@ -68,7 +69,7 @@ def lifting(demo_model, profiles):
 def server(profiles, lifting):
     """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
     folder, _ = profiles
-    settings = configuration(folder, check=True, log=str(folder / "log.jsonl"))
+    settings = configuration(folder, check=True, tell_drift=True, log=str(folder / "log.jsonl"))
     options = ["--additional-config", json.dumps({"axiscap": with_a_sink_lifted(settings, folder, lifting)})]
     options += ["--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "16"]
     with running([*MODEL, *options], folder, "vllm_xargs", **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
@@ -194,6 +195,10 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
+
+
+def test_a_response_says_how_far_its_answers_drifted(server, profiles):
+    drift_told(server, profiles[0] / "log.jsonl")
     assert "axiscap: capping all rows at layers 8-27 under mild" in server.log.read_text()
 
 
@@ -283,10 +288,11 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert_counted(record, demo_model, made["strict"], rows)
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     first = made["strict"].layers[0]
-    key = f'axiscap_rows_total{{layer="{first}",profile="strict"}}'
-    metrics = wait_for(lambda: page if (page := server.metrics()).get(key, 0) >= rows - 1 else None)
-    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="strict"}}'] > 0
-    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",profile="watch"}}'] == 0
+    key = f'axiscap_rows_total{{layer="{first}",part="prompt",profile="strict"}}'
+    of_prompt = response["usage"]["prompt_tokens"] - 1  # the first is a sink
+    metrics = wait_for(lambda: page if (page := server.metrics()).get(key, 0) >= of_prompt else None)
+    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="strict"}}'] > 0
+    assert metrics[f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="watch"}}'] == 0
 
 
 def administer(server, method: str, name: str, body: object = None) -> httpx.Response:
@@ -452,7 +458,7 @@ def test_two_api_processes_know_of_the_same_changes(profiles):
         answers = [ask("later") for _ in range(8)]
         assert {answer.json()["choices"][0]["text"] for answer in answers} == {wanted}
         first = made["strict"].layers[0]
-        key = f'axiscap_rows_total{{layer="{first}",profile="strict"}}'
+        key = f'axiscap_rows_total{{layer="{first}",part="prompt",profile="strict"}}'
         wait_for(lambda: server.metrics().get(key))
         assert all(server.metrics()[key] > 0 for _ in range(4))
 

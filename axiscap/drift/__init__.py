@@ -7,9 +7,19 @@ twice, uncapped and capped.
 """
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED, Encoded, Talk, Turn, encode, read_talks
-from axiscap.drift.monitor import BUCKETS, Monitor, Recorder
+from axiscap.drift.monitor import Monitor, Recorder
 from axiscap.drift.replay import BATCH_TOKENS, Trace, batches, measuring, read, replay, turn_records, writing_records
-from axiscap.drift.scale import Drift, Scale, drift_of, known_layers, percentile_in_words, summed
+from axiscap.drift.scale import (
+    BUCKETS,
+    Drift,
+    Scale,
+    bucket_of,
+    cumulated,
+    drift_of,
+    known_layers,
+    percentile_in_words,
+    summed,
+)
 from axiscap.drift.selection import Selection
 
 __all__ = [
@@ -27,6 +37,8 @@ __all__ = [
     "Trace",
     "Turn",
     "batches",
+    "bucket_of",
+    "cumulated",
     "drift_of",
     "encode",
     "known_layers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.drift.scale import Drift, Path, Scale, summed
+from axiscap.drift.scale import BUCKETS, Drift, Path, Scale, bucket_of, cumulated, summed
 from axiscap.installation import Installation
 from axiscap.profile import CapProfile
 
@@ -150,7 +149,7 @@ class Monitor:
         self.turns += 1
         self.tokens += tokens
         self.tokens_below += below
-        self.percentiles[bisect_left(BUCKETS, percentile)] += 1
+        self.percentiles[bucket_of(percentile)] += 1
         self.percentile_sum += percentile
         drift = entry.path.drift(self.scale)
         now = percentile <= self.high if entry.drifting else percentile < self.low
@@ -207,13 +206,5 @@ class Monitor:
             yield gauge
         text = "Percentile (0 to 100) of a turn's mean projection among normal answers."
         histogram = HistogramMetricFamily("axiscap_monitor_turn_percentile", text, labels=["profile"])
-        counts, total = [], 0
-        for bound, count in zip(BUCKETS, self.percentiles, strict=True):
-            total += count
-            counts.append(("+Inf" if bound == BUCKETS[-1] else f"{bound:g}", total))
-        histogram.add_metric(label, counts, sum_value=self.percentile_sum)
+        histogram.add_metric(label, cumulated(self.percentiles), sum_value=self.percentile_sum)
         yield histogram
-
-
-#: Upper bounds of the histogram of percentiles.
-BUCKETS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 100.0)

@@ -10,10 +10,25 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
 from axiscap.profile import CapProfile, ProfileError, ranges
+
+#: Upper bounds of a histogram of percentiles.
+BUCKETS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 100.0)
+
+
+def bucket_of(percentile: float) -> int:
+    """Which of the BUCKETS a percentile, 0 to 100, belongs to."""
+    return bisect_left(BUCKETS, percentile)
+
+
+def cumulated(counts: Sequence[float]) -> list[tuple[str, float]]:
+    """Counts by bucket, as a histogram of Prometheus has them: of each upper bound, what is not above it."""
+    bounds = [*(f"{bound:g}" for bound in BUCKETS[:-1]), "+Inf"]
+    return list(zip(bounds, accumulate(counts), strict=True))
 
 
 @dataclass(frozen=True)

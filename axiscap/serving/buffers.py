@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from axiscap.drift import Scale
 from axiscap.profile import CapProfile
 from axiscap.serving.settings import Settings
 
@@ -41,6 +42,8 @@ class Buffers:
         self.slot_of: dict[str, int] = {}
         #: By content: the positions in a sequence that are left alone.
         self.sinks: dict[str, tuple[int, ...]] = {}
+        #: By content: what answers' projections are held against, at one layer.
+        self.scales: dict[str, Scale] = {}
         self._filled = 0
 
     def place(self, slot: int, profile: CapProfile) -> None:
@@ -54,6 +57,8 @@ class Buffers:
         self.slot_of[profile.digest] = slot
         self.sinks = {digest: self.sinks[digest] for digest in self.slot_of if digest in self.sinks}
         self.sinks[profile.digest] = profile.sinks
+        self.scales = {digest: self.scales[digest] for digest in self.slot_of if digest in self.scales}
+        self.scales[profile.digest] = Scale.of(profile)
 
     def tensors(self, at: int) -> tuple[Tensor, ...]:
         """What the op ``.buffers`` takes of a layer, behind the streams."""

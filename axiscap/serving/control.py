@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import json
 import math
+import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +22,9 @@ from axiscap.serving import state
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Registry, Settings, SettingsError
 
 _REGISTRY = "registry.json"
-#: Beside a request's choice: the digest that its client is told of, or "off".
+#: Seconds that a response waits for its workers' word on its drift: they have it one step after its last token.
+_PATIENCE = 1.0
+#: Beside a request's choice: the digest that its client is told of, or "off", and its ticket (:class:`Choice`).
 TOLD = f"{KEY}_told"
 
 
@@ -41,6 +46,29 @@ class Choices:
         self._look()
         name = self._registry.choose((extra or {}).get(KEY))
         return name, None if name is None else self._registry.names[name]
+
+    def tell(self, digest: str | None, ticket: str | None) -> dict[str, Any]:
+        """What a request carries to :meth:`Control.decide`, in place of what its client may have written there."""
+        return {TOLD: [digest or OFF, ticket]}
+
+    def ticket(self) -> str | None:
+        """A name that nobody guesses, where this server tells its clients of drift."""
+        return secrets.token_hex(16) if self._settings.tell_drift else None
+
+    async def drift(self, tickets: Mapping[str, int]) -> list[str]:
+        """What there is to tell of the answers of some tickets, by each its number of answers; waits for the workers to
+        have counted them, for a second at most.
+        """
+        found: dict[str, list[dict[str, Any]]] = {ticket: [] for ticket in tickets}
+        until = time.monotonic() + _PATIENCE
+        while missing := [ticket for ticket, answers in tickets.items() if len(found[ticket]) < answers]:
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(0.005)
+            for ticket in missing:
+                found[ticket] += state.take_answers(self._path.parent, ticket)
+        told = [answer for ticket in tickets for answer in found[ticket]]
+        return ["; ".join(f"{name}={value:g}" for name, value in answer.items()) for answer in told]
 
     def describe(self) -> dict[str, Any]:
         """What the server caps with, for people and probes."""
@@ -96,9 +124,22 @@ class Control:
         extra = extra or {}
         name = self._registry.choose(extra.get(KEY))
         digest = None if name is None else self._registry.names[name]
-        if extra.get(TOLD, digest or OFF) != (digest or OFF):
+        told, ticket = self._told(extra) or (digest or OFF, None)
+        if told != (digest or OFF):
             raise ChoiceError(f"profile {name} was replaced while the request was on its way; send it again")
-        return Choice(name, digest, request)
+        return Choice(name, digest, request, ticket)
+
+    @staticmethod
+    def _told(extra: Mapping[str, Any]) -> tuple[str, str | None] | None:
+        """What :meth:`Choices.tell` put there; None: nothing, where an engine is called from Python."""
+        match extra.get(TOLD):
+            case None:
+                return None
+            case [str(told), None]:
+                return told, None
+            case [str(told), str(ticket)] if ticket.isalnum():  # it names a file
+                return told, ticket
+        raise ChoiceError(f"{TOLD} is the server's own")
 
     def begun(self, request: Any, choice: Choice) -> None:
         """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""

@@ -25,6 +25,14 @@ ADMIN_VARIABLE = "AXISCAP_ADMIN_KEY"
 #: request for several answers under several profiles, all of them.
 HEADERS = ("x-axiscap-profile", "x-axiscap-digest")
 
+#: Of each answer, where the operator has it told: the percentile of its mean projection among the model's normal
+#: answers, the share of its rows that fired, how many they are, and the layer. In a stream, a comment before the end.
+DRIFT_HEADER = "x-axiscap-drift"
+#: Of answers, in one response: beam search makes hundreds of requests of one.
+_MOST_TOLD = 128
+#: What ends a stream of OpenAI's kind.
+_DONE = b"data: [DONE]"
+
 #: What holds a client's own words and not the engine's parameters: keys in there are nobody's choice.
 _CONTENT = {
     *("messages", "prompt", "input", "text", "system", "instructions", "documents", "metadata"),
@@ -40,14 +48,29 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 #: Changes profiles: called with the application, the name of the method and its arguments; returns what it says.
 Change = Callable[[Any, str, Sequence[Any]], Awaitable[str]]
 
-_decisions: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("axiscap_decisions")
+
+class _Told:
+    """What is known of the request that runs here: digests by profile, and tickets by their number of answers."""
+
+    def __init__(self) -> None:
+        self.decisions: dict[str, str] = {}
+        self.tickets: dict[str, int] = {}
 
 
-def tell(name: str | None, digest: str | None) -> None:
-    """Notes the decision about the request that runs here, for the head of its response."""
-    decisions = _decisions.get(None)
-    if decisions is not None:
-        decisions[name or "off"] = digest or "-"
+_told: contextvars.ContextVar[_Told] = contextvars.ContextVar("axiscap_told")
+
+
+def tell(name: str | None, digest: str | None, ticket: str | None, answers: int) -> None:
+    """Notes the decision about the request that runs here, for its response.
+
+    Args:
+        ticket: under which the workers will tell how far its answers drifted; None: they will not.
+    """
+    told = _told.get(None)
+    if told is not None:
+        told.decisions[name or "off"] = digest or "-"
+        if ticket is not None and digest is not None:
+            told.tickets[ticket] = answers
 
 
 _put: tuple[Choices, Collection[tuple[str, ...]], Change | None]
@@ -100,9 +123,9 @@ class Door:
             status, sentence = wrong.args
             error = {"message": sentence, "type": "BadRequestError", "param": KEY, "code": status}
             return await _answer(send, status, {"error": error})
-        decisions: dict[str, str] = {}
-        _decisions.set(decisions)
-        await self._app(scope, receive, _with_head(send, decisions))
+        told = _Told()
+        _told.set(told)
+        await self._app(scope, receive, self._with_word(send, told))
 
     # A choice in the wrong place.
 
@@ -128,6 +151,48 @@ class Door:
             if not mine:
                 raise _Wrong(400, f"{path} takes no choice of a profile, and {said} would not be read")
             raise _Wrong(400, f"a profile is chosen in {where}; {said} would not be read")
+
+    # What a client is told.
+
+    def _with_word(self, send: _Send, told: _Told) -> _Send:
+        """Holds the head of a response back until its body begins, since a stream's is made before anything is decided;
+        and has the answers' drift in the head of a response that is sent as a whole, or at the end of a stream.
+        """
+        held: list[_Message] = []
+        is_stream = False
+
+        async def release(drift: Sequence[str]) -> None:
+            if held and held[0]["type"] == "http.response.start":
+                said = zip(HEADERS, (list(told.decisions), list(told.decisions.values())), strict=True)
+                more = [(name.encode(), ", ".join(values).encode()) for name, values in said if told.decisions]
+                if drift and not is_stream:
+                    more.append((DRIFT_HEADER.encode(), ", ".join(drift).encode()))
+                held[0] = {**held[0], "headers": [*held[0].get("headers", ()), *more]}
+            if drift and is_stream:
+                comment = f": {DRIFT_HEADER}: {', '.join(drift)}\n\n".encode()
+                held.insert(-1, {"type": "http.response.body", "body": comment, "more_body": True})
+            while held:
+                await send(held.pop(0))
+
+        async def later(message: _Message) -> None:
+            nonlocal is_stream
+            held.append(message)
+            if message["type"] == "http.response.start":
+                is_stream = _header(message, b"content-type").startswith(b"text/event-stream")
+                if message["status"] != 200:
+                    told.tickets.clear()
+                return
+            ends = not message.get("more_body", False)
+            if not told.tickets:
+                await release(())
+            elif ends or (is_stream and message["body"].lstrip().startswith(_DONE)):
+                tickets, told.tickets = told.tickets, {}
+                few = sum(tickets.values()) <= _MOST_TOLD
+                await release(await self._choices.drift(tickets) if few else ())
+            elif is_stream:
+                await release(())
+
+        return later
 
     # The server's own word, and its administration.
 
@@ -223,24 +288,6 @@ def _again(body: bytes, receive: _Receive) -> _Receive:
         return first.pop() if first else await receive()
 
     return again
-
-
-def _with_head(send: _Send, decisions: Mapping[str, str]) -> _Send:
-    """Holds the head of a response back until its body begins: a stream's is made before anything is decided."""
-    held: list[_Message] = []
-
-    async def later(message: _Message) -> None:
-        if message["type"] == "http.response.start":
-            held.append(message)
-            return
-        while held:
-            head = held.pop()
-            said = zip(HEADERS, (list(decisions), list(decisions.values())), strict=True)
-            more = [(name.encode(), ", ".join(values).encode()) for name, values in said] if decisions else []
-            await send({**head, "headers": [*head.get("headers", ()), *more]})
-        await send(message)
-
-    return later
 
 
 async def _answer(send: _Send, status: int, content: object) -> None:

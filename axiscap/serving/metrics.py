@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from axiscap.drift import cumulated
+from axiscap.serving.telemetry import FAILS
 
 _COUNTERS = {
     "rows": ("axiscap_rows", "Rows (one token at one layer) that were measured against a floor."),
@@ -41,18 +44,25 @@ class Totals(Collector):
     def collect(self) -> Iterator[Metric]:
         families = {
             key: (GaugeMetricFamily if key == "projection" else CounterMetricFamily)(
-                name, text, labels=["profile", "layer"]
+                name, text, labels=["profile", "layer", "part"]
             )
             for key, (name, text) in _COUNTERS.items()
         }
         files = self._read()
-        for name, layer, counts in _sums(files):
+        for labels, counts in _sums(files):
             for key, value in counts.items():
-                families[key].add_metric([name, layer], value)
+                families[key].add_metric(labels, value)
         yield from families.values()
+        text = "Percentile (0 to 100) of an answer's mean projection among the model's normal answers."
+        percentiles = HistogramMetricFamily("axiscap_answer_percentile", text, labels=["profile"])
+        for name in sorted({name for file in files for name in file["answers"]}):
+            known = [file["answers"][name] for file in files if name in file["answers"]]
+            counts_by_bucket = [sum(counts) for counts in zip(*(one["counts"] for one in known), strict=True)]
+            percentiles.add_metric([name], cumulated(counts_by_bucket), sum(one["sum"] for one in known))
+        yield percentiles
         text = "Times that totals or the log could not be written, or totals not be read; all is tried again."
         failures = CounterMetricFamily("axiscap_telemetry_failures", text, labels=["what"])
-        for what in ("totals", "log"):
+        for what in FAILS:
             failures.add_metric([what], sum(file["failures"][what] for file in files))
         failures.add_metric(["read"], self._unread)
         yield failures
@@ -73,17 +83,19 @@ class Totals(Collector):
         return [self._last[path] for path in sorted(self._last)]
 
 
-def _sums(files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """Pipeline ranks hold different layers; data-parallel ranks the same ones, which add up."""
-    sums: dict[tuple[str, str], dict[str, float]] = {}
+def _sums(files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str, str], dict[str, float]]]:
+    """By profile, layer and part. Pipeline ranks hold different layers; data-parallel ranks the same ones, which add
+    up.
+    """
+    sums: dict[tuple[str, str, str], dict[str, float]] = {}
     for file in files:
-        for name, layers in file["profiles"].items():
-            for layer, counts in layers.items():
-                known = sums.setdefault((name, layer), dict.fromkeys(counts, 0.0))
-                for key, value in counts.items():
-                    known[key] += value
-    for (name, layer), counts in sums.items():
-        yield name, layer, counts
+        for name, parts in file["profiles"].items():
+            for part, layers in parts.items():
+                for layer, counts in layers.items():
+                    known = sums.setdefault((name, layer, part), dict.fromkeys(counts, 0.0))
+                    for key, value in counts.items():
+                        known[key] += value
+    yield from sums.items()
 
 
 _shown: Totals | None = None

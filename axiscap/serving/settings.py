@@ -61,6 +61,7 @@ class Settings:
         slots: profiles that fit at once, counting those that were replaced and still have requests.
         log: a file that gets a JSON line for each finished request; None: no log.
         positions: which rows are capped: ``"all"``, or ``"generated"``, those of tokens that the model wrote.
+        tell_drift: whether clients are told how far their answers drifted.
         check: compare the rows' slots with the scheduler's view at every step, and stop where they differ.
         layers: the layers that are capped; those of all profiles.
         directions: of each slot: the most that a profile has.
@@ -76,6 +77,7 @@ class Settings:
     log: str | None
     check: bool
     positions: str = "all"
+    tell_drift: bool = False
     layers: list[int] = field(default_factory=list)
     directions: int = 0
     hidden_size: int = 0
@@ -90,7 +92,7 @@ class Settings:
         """
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
-        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions"}
+        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "tell_drift"}
         found = {"layers", "directions", "hidden_size", "digests", "version"}
         extra = sorted(str(key) for key in given.keys() - known - found)
         _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
@@ -111,7 +113,7 @@ class Settings:
             isinstance(allowed, list) and all(_is_one(name, paths) for name in allowed),
             f"allowed must be a list of names from {', '.join(paths)}",
         )
-        for key in ("allow_off", "check"):
+        for key in ("allow_off", "check", "tell_drift"):
             _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
         positions = given.get("positions", "all")
         _require(positions in ("all", "generated"), 'positions must be "all" or "generated"')
@@ -135,6 +137,7 @@ class Settings:
             log=None if log is None else str(Path(log).absolute()),
             check=given.get("check", False),
             positions=positions,
+            tell_drift=given.get("tell_drift", False),
         )
         return settings._with_profiles()
 
@@ -237,12 +240,14 @@ def find(options: Mapping[str, Any]) -> object:
 class Choice:
     """What a request carries through the engine once its profile is chosen: a name for people, a digest for the engine.
 
-    ``digest`` None: the request is left alone.
+    ``digest`` None: the request is left alone. ``ticket``: by which its client asks how far the answer drifted; None:
+    nobody asks.
     """
 
     name: str | None
     digest: str | None
     id: str
+    ticket: str | None = None
 
     @classmethod
     def of(cls, extra: Mapping[str, Any] | None) -> Choice:

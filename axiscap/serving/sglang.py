@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import TOLD, Choices, Control
-from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.control import Choices, Control
+from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
@@ -89,12 +89,13 @@ def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: A
     result = original(manager, request, *args, **kwargs)
     sampling = request.sampling_params
     name, digest = _choices.check(_asked(sampling))
-    told = {**_asked(sampling), TOLD: digest or OFF}
+    ticket = _choices.ticket()
+    told = {**_asked(sampling), **_choices.tell(digest, ticket)}
     if isinstance(sampling, dict):
-        sampling["custom_params"] = told
+        sampling["custom_params"], answers = told, sampling.get("n")
     else:
-        sampling.custom_params = told
-    door.tell(name, digest)
+        sampling.custom_params, answers = told, sampling.n
+    door.tell(name, digest, ticket, answers or 1)
     if getattr(request, "session_params", None) or getattr(request, "session_id", None):
         raise ChoiceError("sessions are not served with axiscap: their turns share a cache under one profile")
     if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:

@@ -15,7 +15,9 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from axiscap.serving.settings import SettingsError
 
@@ -96,6 +98,25 @@ def write(file: Path, content: object) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_answer(folder: Path, ticket: str, content: Mapping[str, Any]) -> None:
+    """Leaves word of an answer for the process that has its client, which names it by a ticket of its own making.
+
+    Raises:
+        OSError, SettingsError: see :func:`write`.
+    """
+    write(folder / f"answer-{ticket}-{time.monotonic_ns()}.json", content)
+
+
+def take_answers(folder: Path, ticket: str) -> list[dict[str, Any]]:
+    """What was left under a ticket, oldest first; it is gone then."""
+    found = []
+    for file in sorted(folder.glob(f"answer-{ticket}-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(file.read_text()))
+            file.unlink()
+    return found
 
 
 def _make(found: Path) -> None:

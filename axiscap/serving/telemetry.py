@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from axiscap import _C, ops
+from axiscap.drift import BUCKETS, Scale, bucket_of
 from axiscap.serving import state
 from axiscap.serving.buffers import Buffers, Counts, copy_in
 from axiscap.serving.settings import Choice
@@ -30,6 +32,10 @@ _LOGGER = logging.getLogger("axiscap")
 
 #: How often the totals are written for the metrics, and what could not be written is tried again, in seconds.
 TOTALS_EVERY = 5.0
+#: What may fail to be written.
+FAILS = ("totals", "log", "answers")
+#: The rows of a request: those of its prompt, and those that were written.
+PARTS = ("prompt", "answer")
 #: Of the log, what waits at most for a disk that takes nothing; records beyond it are lost, and counted.
 WAITING_BYTES = 16 << 20
 
@@ -46,21 +52,28 @@ class Writer:
 
     def __init__(self, totals: Path, log: Path | None) -> None:
         self.logs = log is not None
-        self._paths = {"totals": totals, "log": log}
+        self._paths = {"totals": totals, "log": log, "answers": totals.parent}
         self._news = threading.Condition()
         self._totals: Mapping[str, Any] | None = None  # the newest; an older one is of no use
         self._lines = bytearray()
+        self._told: deque[tuple[str, Mapping[str, float]]] = deque()
         self._writing = threading.Lock()
-        self._failures = {"totals": 0, "log": 0}
+        self._failures = dict.fromkeys(FAILS, 0)
         self._failing: set[str] = set()
         self._lost = 0
         threading.Thread(target=self._run, name="axiscap-telemetry", daemon=True).start()
         atexit.register(self.flush)
 
-    def totals(self, profiles: Mapping[str, Any]) -> None:
-        """Counts by profile and layer, which take the place of those before."""
+    def totals(self, totals: Mapping[str, Any]) -> None:
+        """What the metrics page shows, in place of what it was given before."""
         with self._news:
-            self._totals = profiles
+            self._totals = totals
+            self._news.notify()
+
+    def tell(self, ticket: str, answer: Mapping[str, float]) -> None:
+        """Word of an answer for its client, who does not wait long for it: what cannot be written is not kept."""
+        with self._news:
+            self._told.append((ticket, answer))
             self._news.notify()
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -77,13 +90,15 @@ class Writer:
     def flush(self) -> bool:
         """Writes what waits, once, in this thread; returns whether nothing is left."""
         with self._writing:
-            # The log first, so that its failures are in the totals.
-            return all([self._attempt("log", self._append), self._attempt("totals", self._replace)])
+            # The totals last, so that the others' failures are in them.
+            parts = {"answers": self._answer, "log": self._append, "totals": self._replace}
+            done = [self._attempt(what, write) for what, write in parts.items()]
+            return all(done)
 
     def _run(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._totals is not None or self._lines)
+                self._news.wait_for(lambda: self._totals is not None or self._lines or self._told)
             if not self.flush():
                 time.sleep(TOTALS_EVERY)
 
@@ -101,6 +116,12 @@ class Writer:
             self._failing.discard(what)
             _LOGGER.warning("axiscap: the %s can be written again", what)
         return True
+
+    def _answer(self) -> None:
+        folder = self._paths["answers"]
+        assert folder is not None
+        while self._told:
+            state.write_answer(folder, *self._told.popleft())
 
     def _append(self) -> None:
         path = self._paths["log"]
@@ -121,20 +142,34 @@ class Writer:
 
     def _replace(self) -> None:
         with self._news:
-            profiles = self._totals
+            totals = self._totals
         path = self._paths["totals"]
-        if profiles is None or path is None:
+        if totals is None or path is None:
             return
-        state.write(path, {"profiles": profiles, "failures": self._failures, "lost": self._lost})
+        state.write(path, {**totals, "failures": self._failures, "lost": self._lost})
         with self._news:
-            if self._totals is profiles:
+            if self._totals is totals:
                 self._totals = None
 
 
 @dataclass
 class _Running:
+    """A request that is counted at ``index``; what its answer is held against, and at which of the layers (None:
+    another worker holds it).
+    """
+
     index: int
     choice: Choice
+    scale: Scale
+    at: int | None
+
+
+@dataclass
+class _Answers:
+    """Percentiles of finished answers: how many in each of the buckets, and their sum."""
+
+    counts: list[int]
+    sum: float = 0.0
 
 
 class Telemetry:
@@ -153,7 +188,8 @@ class Telemetry:
         self._free: list[int] = []
         self._stats: Tensor  # (layers, requests, 2, K, F): the prompt's and the answer's
         self._floors: Tensor  # (layers, requests, 2, K)
-        self._totals: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}  # by profile, (layers, 2, K, F)
+        self._answers: dict[str, _Answers] = {}
         # What was copied away, and what to do with it when it is there: in order, so that totals never fall.
         self._copies: deque[tuple[torch.Event | None, Tensor, Callable[[Tensor], None]]] = deque()
         self._written = -math.inf
@@ -184,7 +220,9 @@ class Telemetry:
             self._grow(2 * self._stats.shape[1])
         index = self._free.pop()
         self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[choice.digest], None]
-        self._running[request] = _Running(index, choice)
+        scale = self.buffers.scales[choice.digest]
+        at = self.buffers.layers.index(scale.layer) if scale.layer in self.buffers.layers else None
+        self._running[request] = _Running(index, choice, scale, at)
 
     def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, left: Counts) -> None:
         """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
@@ -211,7 +249,7 @@ class Telemetry:
         if not gone:
             return
         index = [entry.index for entry in gone]
-        self._copy_away(index, partial(self._add_finished, [entry.choice for entry in gone]))
+        self._copy_away(index, partial(self._add_finished, gone))
         self._stats[:, index] = self._new(len(gone))
         self._free += index
 
@@ -237,40 +275,57 @@ class Telemetry:
                 event.synchronize()
             then(copied)
 
-    def _add_finished(self, choices: Sequence[Choice], left: Tensor) -> None:
+    def _add_finished(self, gone: Sequence[_Running], left: Tensor) -> None:
+        choices = [entry.choice for entry in gone]
         _add(self._totals, choices, left)
+        answers = [_answer(entry, left[:, at, 1]) for at, entry in enumerate(gone)]
+        for choice, answer in zip(choices, answers, strict=True):
+            if answer is None:
+                continue
+            if choice.ticket is not None:
+                self._writer.tell(choice.ticket, answer)
+            if "percentile" in answer and choice.name is not None:
+                known = self._answers.setdefault(choice.name, _Answers([0] * len(BUCKETS)))
+                known.counts[bucket_of(answer["percentile"])] += 1
+                known.sum += answer["percentile"]
         if self._writer.logs:
-            self._log(left, choices)
+            self._log(left, choices, answers)
 
     def _write(self, choices: Sequence[Choice], running: Tensor) -> None:
         totals = dict(self._totals)
         _add(totals, choices, running)
-        self._writer.totals({name: self._counts(sums) for name, sums in totals.items()})
+        profiles = {name: self._counts(sums) for name, sums in totals.items()}
+        answers = {name: vars(known) for name, known in self._answers.items()}
+        self._writer.totals({"profiles": profiles, "answers": copy.deepcopy(answers)})
 
-    def _counts(self, sums: Tensor) -> dict[str, dict[str, float]]:
-        """Of each layer, from sums (layers, K, F)."""
+    def _counts(self, sums: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        """Of each part and layer, from sums (layers, 2, K, F)."""
         field = {name: at for at, name in enumerate(_C.STAT_FIELDS)}
-        first, all_directions = sums[:, 0].tolist(), sums.sum(1).tolist()
+        first, all_directions = sums[:, :, 0].tolist(), sums.sum(2).tolist()
         return {
-            str(layer): {
-                "rows": first[at][field["seen"]],
-                "fired": all_directions[at][field["fired"]],
-                "nonfinite": first[at][field["nonfinite"]],
-                "projection": first[at][field["sum"]],
-                "shortfall": all_directions[at][field["shortfall"]],
+            part: {
+                str(layer): {
+                    "rows": first[at][number][field["seen"]],
+                    "fired": all_directions[at][number][field["fired"]],
+                    "nonfinite": first[at][number][field["nonfinite"]],
+                    "projection": first[at][number][field["sum"]],
+                    "shortfall": all_directions[at][number][field["shortfall"]],
+                }
+                for at, layer in enumerate(self.buffers.layers)
             }
-            for at, layer in enumerate(self.buffers.layers)
+            for number, part in enumerate(PARTS)
         }
 
-    def _log(self, left: Tensor, choices: Sequence[Choice]) -> None:
+    def _log(self, left: Tensor, choices: Sequence[Choice], answers: Sequence[Mapping[str, float] | None]) -> None:
         records = []
-        for at, choice in enumerate(choices):
+        for at, (choice, answer) in enumerate(zip(choices, answers, strict=True)):
             parts = {"layers": left[:, at].sum(1), "answer": left[:, at, 1]}
             counted = {
                 part: {layer: _described(stats[number]) for number, layer in enumerate(self.buffers.layers)}
                 for part, stats in parts.items()
             }
-            records.append({**vars(choice), "time": time.time(), **counted})
+            said = {name: value for name, value in vars(choice).items() if name != "ticket"}
+            records.append({**said, "time": time.time(), **counted, "drift": answer})
         self._writer.log(records)
 
 
@@ -281,8 +336,23 @@ def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) ->
         assert choice.name is not None
         of_name.setdefault(choice.name, []).append(at)
     for name, index in of_name.items():
-        sums = stats[:, index].sum((1, 2))
+        sums = stats[:, index].sum(1)
         totals[name] = totals[name] + sums if name in totals else sums
+
+
+def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
+    """An answer's drift, from its statistics (layers, K, F), at the layer of its profile's scale: the percentile of its
+    mean projection among the model's normal answers (left out where the profile does not know those), and the share of
+    its rows that fired. None: it has no rows, or another worker holds that layer.
+    """
+    if entry.at is None:
+        return None
+    found = layer_stats(stats[entry.at])
+    if not found.rows:
+        return None
+    percentile = entry.scale.percentile(found.mean[0])
+    known = {"percentile": round(percentile, 2)} if math.isfinite(percentile) else {}
+    return {**known, "fired": round(found.fired / found.rows, 4), "rows": found.rows, "layer": entry.scale.layer}
 
 
 def _described(sums: Tensor) -> dict[str, Any]:

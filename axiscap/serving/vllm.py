@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import TOLD, Choices, Control
-from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.control import Choices, Control
+from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
@@ -208,8 +208,9 @@ def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: 
         name, digest = choices.check(extra)
     except ChoiceError as error:
         raise _to_client(error) from None
-    door.tell(name, digest)
-    params.extra_args = {**extra, TOLD: digest or OFF}
+    ticket = choices.ticket()
+    door.tell(name, digest, ticket, getattr(params, "n", 1))
+    params.extra_args = {**extra, **choices.tell(digest, ticket)}
     call.arguments["params"] = params
     return original(*call.args, **call.kwargs)
 

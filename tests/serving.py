@@ -400,7 +400,9 @@ def drift_told(server: Server, log: Path) -> None:
         assert read(comment.removeprefix(f": {DRIFT_HEADER}: ")) == pytest.approx(record["drift"], rel=0.02)
         assert DRIFT_HEADER not in stream.headers
     several = server.client.post("/v1/completions", json=body | {"n": 3, "temperature": 1.0} | server.choice("strict"))
-    assert several.headers[DRIFT_HEADER].count("rows=5") == 3
+    rows = [read(one)["rows"] for one in several.headers[DRIFT_HEADER].split(", ")]
+    assert len(rows) == 3
+    assert min(rows) >= 5  # those that a preempted one computes again count again
 
 
 def verified(server: Server, folder: Path) -> None:

@@ -57,8 +57,7 @@ def server(tmp_path, monkeypatch):
 
     async def decide(extra: dict[str, object] | None) -> None:
         await asyncio.sleep(0)
-        name, content = choices.check(extra)
-        door.tell(name, content, tickets.pop(0) if tickets else None, 1)
+        door.tell(choices.check(extra)._replace(ticket=tickets.pop(0) if tickets else None), 1)
 
     async def change(app: object, method: str, arguments: list[object]) -> str:
         assert app is application

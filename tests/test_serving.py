@@ -263,14 +263,14 @@ def test_floors_are_moved_from_the_content_that_was_loaded(control, files):
 
 def test_what_a_client_was_told_is_what_it_gets(control, files):
     choices = Choices(control._settings, state.path("server"))
-    name, digest = choices.check({"axiscap": "strict"})
-    asked = {"axiscap": name, **choices.tell(digest, None)}
-    assert control.decide(asked, "r").digest == digest
-    assert choices.describe()["profiles"]["strict"] == digest
+    told = choices.check({"axiscap": "strict"})
+    asked = told.put({"axiscap": "strict"})
+    assert control.decide(asked, "r").digest == told.digest
+    assert choices.describe()["profiles"]["strict"] == told.digest
     control.move_floors("strict", 1.0)
     with pytest.raises(ChoiceError, match="profile strict was replaced while the request was on its way"):
         control.decide(asked, "r")
-    assert choices.check({})[1] == control.decide({}, "r").digest == choices.describe()["profiles"]["strict"]
+    assert choices.check({}).digest == control.decide({}, "r").digest == choices.describe()["profiles"]["strict"]
 
 
 def test_a_folder_goes_with_its_last_process(tmp_path):
@@ -477,9 +477,9 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
     telemetry = Telemetry(buffers, 4, writer)
     tickets, wanted, total = {}, [], 0.0
     for number, level in enumerate((-3.0, -0.5, 0.5)):
-        ticket = choices.ticket()
-        choice = control.decide(choices.tell(made.digest, ticket), f"r{number}")
-        assert choice.ticket == ticket
+        told = choices.check({})
+        choice = control.decide(told.put({}), f"r{number}")
+        assert choice.ticket == told.ticket
         telemetry.start("r", choice)
         buffers.fill(np.zeros(5, np.int32))
         telemetry.fill(["r"], np.array([5], np.int32), np.array([2], np.int32), np.array([], np.int32))
@@ -488,7 +488,7 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
         telemetry.count()
         telemetry.finish(["r"])
         telemetry.settle(idle=True)
-        tickets[ticket] = 1
+        tickets[told.ticket] = 1
         percentile = {-3.0: 0.0, -0.5: 27.5, 0.5: 72.5}[level]
         total += percentile
         fired = {-3.0: 1.0, -0.5: 1.0, 0.5: 1 / 3}[level]
@@ -509,7 +509,7 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
     assert "ticket" not in (tmp_path / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("forged", ["x", ["x"], ["x", "../../etc"], ["x", 3], {"a": 1}, [None, None]])
+@pytest.mark.parametrize("forged", ["x", ["x"], ["n", "x", "../../etc"], ["n", "x", 3], {"a": 1}, [None, None, None]])
 def test_a_ticket_is_the_servers_own(control, forged):
     with pytest.raises(ChoiceError, match=r"axiscap_told is the server's own|replaced"):
         control.decide({TOLD: forged}, "r")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import gzip
 import json
 import os
 import re
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -17,6 +20,7 @@ from conftest import REPOSITORY, turned
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from serving import (
     LONG,
     PROMPTS,
@@ -66,13 +70,41 @@ def lifting(demo_model, profiles):
 
 
 @pytest.fixture(scope="module")
-def server(profiles, lifting):
-    """Compiled, capped, with a KV cache so small that long requests push each other out, and its checking mode on."""
+def spans():
+    """What a collector of OpenTelemetry's gets, attributes by request id; and its address."""
+    found: dict[str, dict[str, str]] = {}
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            batch = ExportTraceServiceRequest.FromString(gzip.decompress(sent) if sent[:2] == b"\x1f\x8b" else sent)
+            for span in (s for r in batch.resource_spans for scope in r.scope_spans for s in scope.spans):
+                said = {attribute.key: attribute.value.string_value for attribute in span.attributes}
+                found[said.get("gen_ai.request.id", span.name)] = said
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        yield found, f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(profiles, lifting, spans):
+    """Compiled, capped, traced, with a KV cache so small that long requests push each other out, and its checking mode
+    on.
+    """
     folder, _ = profiles
     settings = configuration(folder, check=True, tell_drift=True, log=str(folder / "log.jsonl"))
     options = ["--additional-config", json.dumps({"axiscap": with_a_sink_lifted(settings, folder, lifting)})]
     options += ["--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "16"]
-    with running([*MODEL, *options], folder, "vllm_xargs", **SMALL, VLLM_CACHE_ROOT=str(folder / "cache")) as server:
+    options += ["--otlp-traces-endpoint", spans[1]]
+    environment = {"VLLM_CACHE_ROOT": str(folder / "cache"), "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with running([*MODEL, *options], folder, "vllm_xargs", **SMALL, **environment) as server:
         yield server
 
 
@@ -195,6 +227,14 @@ def test_a_choice_that_would_not_be_read_is_refused_on_every_route(server):
 
 def test_each_response_says_which_profile_was_in_force(server, profiles):
     told(server, {name: profiles[1][name] for name in ("mild", "strict")})
+
+
+def test_a_span_says_its_requests_profile(server, profiles, spans):
+    for name in ("strict", "off"):
+        response = server.complete("Hello.", name, max_tokens=2, n=2, temperature=1).json()
+        said = wait_for(lambda response=response: next((s for i, s in spans[0].items() if response["id"] in i), None))
+        digest = "-" if name == "off" else profiles[1][name].digest
+        assert (said["axiscap.profile"], said["axiscap.digest"]) == (name, digest)
 
 
 def test_a_response_says_how_far_its_answers_drifted(server, profiles):

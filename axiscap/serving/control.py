@@ -13,19 +13,52 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from axiscap.profile import CapProfile
 from axiscap.serving import state
-from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Registry, Settings, SettingsError
+from axiscap.serving.settings import KEY, Choice, ChoiceError, Registry, Settings, SettingsError
 
 _REGISTRY = "registry.json"
 #: Seconds that a response waits for its workers' word on its drift: they have it one step after its last token.
 _PATIENCE = 1.0
-#: Beside a request's choice: the digest that its client is told of, or "off", and its ticket (:class:`Choice`).
+#: Beside a request's choice (:class:`Told`).
 TOLD = f"{KEY}_told"
+
+
+class Told(NamedTuple):
+    """What a request's client is told of its profile, which the request carries along; name and digest are None where
+    it is left alone.
+
+    ``ticket``: a name that nobody guesses, by which the process that has the client asks how far the answer drifted;
+    None: nobody asks.
+    """
+
+    name: str | None
+    digest: str | None
+    ticket: str | None
+
+    def put(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A request's extra arguments with it, in place of what a client may have written there."""
+        return {**(extra or {}), TOLD: list(self)}
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any] | None) -> Told | None:
+        """Reads it from where :meth:`put` left it.
+
+        Raises:
+            ChoiceError: something else is there.
+        """
+        match (extra or {}).get(TOLD):
+            case None:
+                return None
+            case [str() | None as name, str() | None as digest, None]:
+                return cls(name, digest, None)
+            case [str() | None as name, str() | None as digest, str(ticket)] if ticket.isalnum():  # it names a file
+                return cls(name, digest, ticket)
+        raise ChoiceError(f"{TOLD} is the server's own")
 
 
 class Choices:
@@ -37,23 +70,16 @@ class Choices:
         self._path = folder / _REGISTRY
         self._seen: int | None = None
 
-    def check(self, extra: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-        """The name and the digest of the profile that a request gets, by its extra arguments; None: it is left alone.
+    def check(self, extra: Mapping[str, Any] | None) -> Told:
+        """The profile that a request gets, by its extra arguments.
 
         Raises:
             ChoiceError: it asks for what it may not have.
         """
         self._look()
         name = self._registry.choose((extra or {}).get(KEY))
-        return name, None if name is None else self._registry.names[name]
-
-    def tell(self, digest: str | None, ticket: str | None) -> dict[str, Any]:
-        """What a request carries to :meth:`Control.decide`, in place of what its client may have written there."""
-        return {TOLD: [digest or OFF, ticket]}
-
-    def ticket(self) -> str | None:
-        """A name that nobody guesses, where this server tells its clients of drift."""
-        return secrets.token_hex(16) if self._settings.tell_drift else None
+        ticket = secrets.token_hex(16) if self._settings.tell_drift else None
+        return Told(name, None if name is None else self._registry.names[name], ticket)
 
     async def drift(self, tickets: Mapping[str, int]) -> list[str]:
         """What there is to tell of the answers of some tickets, by each its number of answers; waits for the workers to
@@ -124,22 +150,10 @@ class Control:
         extra = extra or {}
         name = self._registry.choose(extra.get(KEY))
         digest = None if name is None else self._registry.names[name]
-        told, ticket = self._told(extra) or (digest or OFF, None)
-        if told != (digest or OFF):
+        told = Told.of(extra) or Told(name, digest, None)  # none where an engine is called from Python
+        if told.digest != digest:
             raise ChoiceError(f"profile {name} was replaced while the request was on its way; send it again")
-        return Choice(name, digest, request, ticket)
-
-    @staticmethod
-    def _told(extra: Mapping[str, Any]) -> tuple[str, str | None] | None:
-        """What :meth:`Choices.tell` put there; None: nothing, where an engine is called from Python."""
-        match extra.get(TOLD):
-            case None:
-                return None
-            case [str(told), None]:
-                return told, None
-            case [str(told), str(ticket)] if ticket.isalnum():  # it names a file
-                return told, ticket
-        raise ChoiceError(f"{TOLD} is the server's own")
+        return Choice(name, digest, request, told.ticket)
 
     def begun(self, request: Any, choice: Choice) -> None:
         """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from axiscap.serving.control import Choices
+from axiscap.serving.control import Choices, Told
 from axiscap.serving.settings import KEY
 from axiscap_plugin import is_nearly, wrap
 
@@ -49,28 +49,24 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 Change = Callable[[Any, str, Sequence[Any]], Awaitable[str]]
 
 
-class _Told:
-    """What is known of the request that runs here: digests by profile, and tickets by their number of answers."""
+class _Known:
+    """What is known of the request that runs here: digests by profile, and tickets with their numbers of answers."""
 
     def __init__(self) -> None:
         self.decisions: dict[str, str] = {}
         self.tickets: dict[str, int] = {}
 
 
-_told: contextvars.ContextVar[_Told] = contextvars.ContextVar("axiscap_told")
+_known: contextvars.ContextVar[_Known] = contextvars.ContextVar("axiscap_known")
 
 
-def tell(name: str | None, digest: str | None, ticket: str | None, answers: int) -> None:
-    """Notes the decision about the request that runs here, for its response.
-
-    Args:
-        ticket: under which the workers will tell how far its answers drifted; None: they will not.
-    """
-    told = _told.get(None)
-    if told is not None:
-        told.decisions[name or "off"] = digest or "-"
-        if ticket is not None and digest is not None:
-            told.tickets[ticket] = answers
+def tell(told: Told, answers: int) -> None:
+    """Notes the decision about the request that runs here, for its response."""
+    known = _known.get(None)
+    if known is not None:
+        known.decisions[told.name or "off"] = told.digest or "-"
+        if told.ticket is not None and told.digest is not None:
+            known.tickets[told.ticket] = answers
 
 
 _put: tuple[Choices, Collection[tuple[str, ...]], Change | None]
@@ -123,9 +119,9 @@ class Door:
             status, sentence = wrong.args
             error = {"message": sentence, "type": "BadRequestError", "param": KEY, "code": status}
             return await _answer(send, status, {"error": error})
-        told = _Told()
-        _told.set(told)
-        await self._app(scope, receive, self._with_word(send, told))
+        known = _Known()
+        _known.set(known)
+        await self._app(scope, receive, self._with_word(send, known))
 
     # A choice in the wrong place.
 
@@ -154,7 +150,7 @@ class Door:
 
     # What a client is told.
 
-    def _with_word(self, send: _Send, told: _Told) -> _Send:
+    def _with_word(self, send: _Send, known: _Known) -> _Send:
         """Holds the head of a response back until its body begins, since a stream's is made before anything is decided;
         and has the answers' drift in the head of a response that is sent as a whole, or at the end of a stream.
         """
@@ -163,8 +159,8 @@ class Door:
 
         async def release(drift: Sequence[str]) -> None:
             if held and held[0]["type"] == "http.response.start":
-                said = zip(HEADERS, (list(told.decisions), list(told.decisions.values())), strict=True)
-                more = [(name.encode(), ", ".join(values).encode()) for name, values in said if told.decisions]
+                said = zip(HEADERS, (list(known.decisions), list(known.decisions.values())), strict=True)
+                more = [(name.encode(), ", ".join(values).encode()) for name, values in said if known.decisions]
                 if drift and not is_stream:
                     more.append((DRIFT_HEADER.encode(), ", ".join(drift).encode()))
                 held[0] = {**held[0], "headers": [*held[0].get("headers", ()), *more]}
@@ -180,13 +176,13 @@ class Door:
             if message["type"] == "http.response.start":
                 is_stream = _header(message, b"content-type").startswith(b"text/event-stream")
                 if message["status"] != 200:
-                    told.tickets.clear()
+                    known.tickets.clear()
                 return
             ends = not message.get("more_body", False)
-            if not told.tickets:
+            if not known.tickets:
                 await release(())
             elif ends or (is_stream and message["body"].lstrip().startswith(_DONE)):
-                tickets, told.tickets = told.tickets, {}
+                tickets, known.tickets = known.tickets, {}
                 few = sum(tickets.values()) <= _MOST_TOLD
                 await release(await self._choices.drift(tickets) if few else ())
             elif is_stream:

@@ -88,14 +88,12 @@ def _asked(sampling: Any) -> dict[str, Any]:
 def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(manager, request, *args, **kwargs)
     sampling = request.sampling_params
-    name, digest = _choices.check(_asked(sampling))
-    ticket = _choices.ticket()
-    told = {**_asked(sampling), **_choices.tell(digest, ticket)}
+    told = _choices.check(_asked(sampling))
     if isinstance(sampling, dict):
-        sampling["custom_params"], answers = told, sampling.get("n")
+        sampling["custom_params"], answers = told.put(_asked(sampling)), sampling.get("n")
     else:
-        sampling.custom_params, answers = told, sampling.n
-    door.tell(name, digest, ticket, answers or 1)
+        sampling.custom_params, answers = told.put(_asked(sampling)), sampling.n
+    door.tell(told, answers or 1)
     if getattr(request, "session_params", None) or getattr(request, "session_id", None):
         raise ChoiceError("sessions are not served with axiscap: their turns share a cache under one profile")
     if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:

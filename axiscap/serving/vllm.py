@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import importlib
 import inspect
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import Choices, Control
-from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.control import Choices, Control, Told
+from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
@@ -146,6 +147,8 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     folder = _folder(config)
     door.put_in_place(Choices(settings, folder), _PLACES, _change)
     _show_metrics(folder)
+    if config.observability_config.otlp_traces_endpoint is not None:
+        _trace()
     logging.getLogger("vllm.axiscap").info(settings.sentence())
 
 
@@ -205,12 +208,11 @@ def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: 
     params = copy.copy(call.arguments["params"])  # in one process with its client, the client's own
     extra = getattr(params, "extra_args", None) or {}
     try:
-        name, digest = choices.check(extra)
+        told = choices.check(extra)
     except ChoiceError as error:
         raise _to_client(error) from None
-    ticket = choices.ticket()
-    door.tell(name, digest, ticket, getattr(params, "n", 1))
-    params.extra_args = {**extra, **choices.tell(digest, ticket)}
+    door.tell(told, getattr(params, "n", 1))
+    params.extra_args = told.put(extra)
     call.arguments["params"] = params
     return original(*call.args, **call.kwargs)
 
@@ -224,6 +226,43 @@ def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: A
     if KEY in (request.vllm_xargs or {}):
         raise _to_client(f"beam search runs under the server's default profile and takes no {KEY}")
     return original(request, *args, **kwargs)
+
+
+#: What a span says of a request.
+_SPAN = ("axiscap.profile", "axiscap.digest")
+_span: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("axiscap_span")
+
+
+def _trace() -> None:
+    """Each request's span says its profile, where vLLM traces; where it traces in another way, the log says so."""
+    from vllm.v1.engine import output_processor
+
+    try:
+        _check_object(output_processor.OutputProcessor, ["add_request", "do_tracing"])
+        wrap(output_processor, "instrument_manual", _with_profile)
+    except (SettingsError, AttributeError) as error:
+        logging.getLogger("vllm.axiscap").warning("axiscap: spans say nothing of profiles: %s", error)
+        return
+    wrap(output_processor.OutputProcessor, "add_request", _remember_profile)
+    wrap(output_processor.OutputProcessor, "do_tracing", _span_of)
+
+
+def _remember_profile(original: Callable[..., Any], processor: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(processor, request, *args, **kwargs)
+    told = Told.of(request.sampling_params.extra_args) if request.sampling_params else None
+    if told is not None:
+        said = (told.name or OFF, told.digest or "-")
+        processor.request_states[request.request_id].axiscap = dict(zip(_SPAN, said, strict=True))
+    return result
+
+
+def _span_of(original: Callable[..., Any], processor: Any, output: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    _span.set(getattr(state, "axiscap", {}))
+    return original(processor, output, state, *args, **kwargs)
+
+
+def _with_profile(original: Callable[..., Any], *args: Any, attributes: dict[str, Any], **kwargs: Any) -> Any:
+    return original(*args, attributes={**attributes, **_span.get({})}, **kwargs)
 
 
 def _show_metrics(folder: Path) -> None:

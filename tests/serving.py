@@ -405,6 +405,83 @@ def drift_told(server: Server, log: Path) -> None:
     assert min(rows) >= 5  # those that a preempted one computes again count again
 
 
+def administer(server: Server, method: str, name: str, body: object = None) -> httpx.Response:
+    # A connection of its own, so that it may reach any of the server's processes.
+    to, key = f"{server.url}/axiscap/profiles/{name}", {"Authorization": "Bearer secret"}
+    return httpx.request(method, to, json=body, headers=key, timeout=60)
+
+
+def load(server: Server, name: str, path: Path, *, allowed: bool = False) -> httpx.Response:
+    return administer(server, "PUT", name, {"path": str(path), "allowed": allowed})
+
+
+def come_move_and_go(server: Server, profiles: tuple[Path, dict[str, CapProfile]], demo_model) -> None:
+    """Profiles change through the server's own door, while a request runs."""
+    folder, made = profiles
+    running_text = server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        during = pool.submit(server.text, PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
+        higher = made["mild"].with_floors(made["mild"].floors + 20)
+        higher.save(folder / "higher.safetensors")
+        assert load(server, "higher", folder / "higher.safetensors", allowed=True).status_code == 200
+        wanted = expected_texts(*demo_model, PROMPTS[:6], higher, 16)
+        assert [server.text(prompt, "higher") for prompt in PROMPTS[:6]] == wanted
+        # Floors of the profile that is running: whoever began under the old ones ends under them.
+        assert administer(server, "PATCH", "strict", {"by": 5.0}).status_code == 200
+        assert during.result() == running_text
+    moved = made["strict"].with_floors(made["strict"].floors + 5)
+    assert [server.text(prompt, "strict") for prompt in PROMPTS[:6]] == expected_texts(
+        *demo_model, PROMPTS[:6], moved, 16
+    )
+    assert load(server, "strict", folder / "strict.safetensors").status_code == 200
+    assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
+    assert administer(server, "DELETE", "higher").status_code == 200
+    assert server.complete(PROMPTS[0], "higher").status_code == 400
+    # What does not fit is refused, and nothing has changed.
+    axes = torch.nn.functional.normalize(torch.randn(1, 1, 576), dim=-1)
+    CapProfile([2], axes, torch.zeros(1, 1)).save(folder / "layer2.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"x")
+    for path in ("layer2.safetensors", "broken.safetensors", "missing.safetensors"):
+        refused = load(server, "bad", folder / path)
+        assert (refused.status_code, "Call to" in refused.text) == (400, False)
+    refused = administer(server, "DELETE", "mild")
+    assert (refused.status_code, "mild is the default" in refused.text) == (400, True)
+    assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
+
+
+def rolled_out(server: Server, profiles: tuple[Path, dict[str, CapProfile]], demo_model) -> None:
+    """Each answer is as a whole of the old content or of the new one, and says of which; a replica that is not there is
+    named, and keeps nobody else from having it.
+    """
+    folder, made = profiles
+    old, new = made["strict"], made["strict"].with_floors(made["strict"].floors + 7)
+    new.save(folder / "new.safetensors")
+    options = {"max_tokens": 40}
+    wanted = {kind.digest: expected_texts(*demo_model, [PROMPTS[3]], kind, 40)[0] for kind in (old, new)}
+    assert len(set(wanted.values())) == 2
+
+    def rolled(path: Path, *urls: str) -> subprocess.CompletedProcess[str]:
+        command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "rollout", "strict", str(path), server.url, *urls]
+        return subprocess.run([*command, "--admin-key", "secret"], capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.complete, PROMPTS[3], "strict", **options) for _ in range(24)]
+        done = rolled(folder / "new.safetensors", "http://127.0.0.1:9")
+        answers += [pool.submit(server.complete, PROMPTS[3], "strict", **options) for _ in range(4)]
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stdout
+    assert "1 of 2 replicas have it" in done.stdout, done.stdout + done.stderr
+    found = [answer.result() for answer in answers]
+    for answer in found:
+        if answer.status_code == 200:  # one that was on its way meanwhile may have to be sent again
+            assert answer.json()["choices"][0]["text"] == wanted[answer.headers["x-axiscap-digest"]]
+    assert {answer.headers.get("x-axiscap-digest") for answer in found[-4:]} == {new.digest}
+    assert sum(answer.status_code == 200 for answer in found) >= 24
+    done = rolled(folder / "strict.safetensors")
+    assert (done.returncode, "1 of 1 replicas have it" in done.stdout) == (0, True)
+    assert server.complete(PROMPTS[3], "strict").headers["x-axiscap-digest"] == old.digest
+
+
 def verified(server: Server, folder: Path) -> None:
     """`axiscap verify` sees rows of an answer that were capped, by the default and by a choice."""
     command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "verify", server.url, "--profile"]

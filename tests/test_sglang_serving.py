@@ -22,6 +22,7 @@ from serving import (
     assert_counted,
     assert_same_texts,
     assert_the_sink_is_warned_of,
+    come_move_and_go,
     configuration,
     drift_told,
     evaluated,
@@ -33,6 +34,7 @@ from serving import (
     make_profiles,
     misplaced,
     refusal,
+    rolled_out,
     running,
     small_model,
     soak,
@@ -76,6 +78,7 @@ def server(profiles, lifting):
     )
     (folder / "config.json").write_text(json.dumps(settings))
     environment = {"AXISCAP_CONFIG": str(folder / "config.json"), **CPU, **RETRACT}
+    environment["AXISCAP_ADMIN_KEY"] = "secret"
     with running(SERVER, folder, "custom_params", **environment) as server:
         yield server
 
@@ -253,8 +256,16 @@ def test_a_wrong_configuration_stops_the_server_before_it_listens(tmp_path):
     assert "ready to roll" not in said
 
 
-def test_profiles_come_move_and_go(profiles, demo_model, monkeypatch):
-    """Through the engine's own collective_rpc, which its server does not offer, but its Engine does.
+def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model):
+    come_move_and_go(server, profiles, demo_model)
+
+
+def test_a_profile_is_rolled_out_while_requests_run(server, profiles, demo_model):
+    rolled_out(server, profiles, demo_model)
+
+
+def test_profiles_come_move_and_go_without_a_server(profiles, demo_model, monkeypatch):
+    """Through the collective_rpc of the engine's Engine.
 
     The last test here: an Engine's end takes all children of this process with it, and so the server.
     """

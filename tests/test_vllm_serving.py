@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import gzip
 import json
 import os
@@ -24,10 +23,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from serving import (
     LONG,
     PROMPTS,
+    administer,
     asked_in_every_way,
     assert_counted,
     assert_same_texts,
     assert_the_sink_is_warned_of,
+    come_move_and_go,
     configuration,
     drift_told,
     evaluated,
@@ -36,9 +37,11 @@ from serving import (
     find,
     hostile,
     in_parallel,
+    load,
     make_profiles,
     misplaced,
     refusal,
+    rolled_out,
     running,
     soak,
     stock_client,
@@ -335,83 +338,15 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="watch"}}'] == 0
 
 
-def administer(server, method: str, name: str, body: object = None) -> httpx.Response:
-    # A connection of its own, so that it may reach any of the server's processes.
-    to, key = f"{server.url}/axiscap/profiles/{name}", {"Authorization": "Bearer secret"}
-    return httpx.request(method, to, json=body, headers=key, timeout=60)
-
-
-def load(server, name: str, path: Path, *, allowed: bool = False) -> httpx.Response:
-    return administer(server, "PUT", name, {"path": str(path), "allowed": allowed})
-
-
 def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model):
-    folder, made = profiles
-    running_text = server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        during = pool.submit(server.text, PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
-        higher = made["mild"].with_floors(made["mild"].floors + 20)
-        higher.save(folder / "higher.safetensors")
-        assert load(server, "higher", folder / "higher.safetensors", allowed=True).status_code == 200
-        wanted = expected_texts(*demo_model, PROMPTS[:6], higher, 16)
-        assert [server.text(prompt, "higher") for prompt in PROMPTS[:6]] == wanted
-        # Floors of the profile that is running: whoever began under the old ones ends under them.
-        assert administer(server, "PATCH", "strict", {"by": 5.0}).status_code == 200
-        assert during.result() == running_text
-    moved = made["strict"].with_floors(made["strict"].floors + 5)
-    assert [server.text(prompt, "strict") for prompt in PROMPTS[:6]] == expected_texts(
-        *demo_model, PROMPTS[:6], moved, 16
-    )
-    assert load(server, "strict", folder / "strict.safetensors").status_code == 200
-    assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
-    assert administer(server, "DELETE", "higher").status_code == 200
-    assert server.complete(PROMPTS[0], "higher").status_code == 400
-    # What does not fit is refused, and nothing has changed.
-    axes = torch.nn.functional.normalize(torch.randn(1, 1, 576), dim=-1)
-    CapProfile([2], axes, torch.zeros(1, 1)).save(folder / "layer2.safetensors")
-    (folder / "broken.safetensors").write_bytes(b"x")
-    for path in ("layer2.safetensors", "broken.safetensors", "missing.safetensors"):
-        refused = load(server, "bad", folder / path)
-        assert (refused.status_code, "Call to" in refused.text) == (400, False)
-    refused = administer(server, "DELETE", "mild")
-    assert (refused.status_code, "mild is the default" in refused.text) == (400, True)
+    come_move_and_go(server, profiles, demo_model)
     # The engine's own way to its workers, which no key guards.
     method = {"method": "axiscap_retire", "args": ["strict"]}
     assert httpx.post(f"{server.url}/collective_rpc", json=method, timeout=60).status_code == 403
-    assert server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True) == running_text
 
 
 def test_a_profile_is_rolled_out_while_requests_run(server, profiles, demo_model):
-    """Each answer is as a whole of the old content or of the new one, and says of which; a replica that is not there is
-    named, and keeps nobody else from having it.
-    """
-    folder, made = profiles
-    old, new = made["strict"], made["strict"].with_floors(made["strict"].floors + 7)
-    new.save(folder / "new.safetensors")
-    options = {"max_tokens": 40}
-    wanted = {kind.digest: expected_texts(*demo_model, [PROMPTS[3]], kind, 40)[0] for kind in (old, new)}
-    assert len(set(wanted.values())) == 2
-
-    def rolled(path: Path, *urls: str) -> subprocess.CompletedProcess[str]:
-        command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "rollout", "strict", str(path), server.url, *urls]
-        return subprocess.run([*command, "--admin-key", "secret"], capture_output=True, text=True)
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(server.complete, PROMPTS[3], "strict", **options) for _ in range(24)]
-        done = rolled(folder / "new.safetensors", "http://127.0.0.1:9")
-        answers += [pool.submit(server.complete, PROMPTS[3], "strict", **options) for _ in range(4)]
-    assert done.returncode == 1
-    assert "127.0.0.1:9" in done.stdout
-    assert "1 of 2 replicas have it" in done.stdout
-    found = [answer.result() for answer in answers]
-    for answer in found:
-        if answer.status_code == 200:  # one that was on its way meanwhile may have to be sent again
-            assert answer.json()["choices"][0]["text"] == wanted[answer.headers["x-axiscap-digest"]]
-    assert {answer.headers.get("x-axiscap-digest") for answer in found[-4:]} == {new.digest}
-    assert sum(answer.status_code == 200 for answer in found) >= 24
-    done = rolled(folder / "strict.safetensors")
-    assert (done.returncode, "1 of 1 replicas have it" in done.stdout) == (0, True)
-    assert server.complete(PROMPTS[3], "strict").headers["x-axiscap-digest"] == old.digest
+    rolled_out(server, profiles, demo_model)
 
 
 def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):

@@ -69,10 +69,10 @@ def tell(told: Told, answers: int) -> None:
             known.tickets[told.ticket] = answers
 
 
-_put: tuple[Choices, Collection[tuple[str, ...]], Change | None]
+_put: tuple[Choices, Collection[tuple[str, ...]], Change]
 
 
-def put_in_place(choices: Choices, places: Collection[tuple[str, ...]], change: Change | None = None) -> None:
+def put_in_place(choices: Choices, places: Collection[tuple[str, ...]], change: Change) -> None:
     """Has every application of FastAPI that this process begins to serve stand behind a :class:`Door`."""
     global _put
     from fastapi import FastAPI
@@ -94,12 +94,10 @@ class Door:
 
     Args:
         places: where a request's body may carry its choice, each the keys that lead there from the top.
-        change: changes profiles; None where the engine has no way to do it from this process.
+        change: changes profiles.
     """
 
-    def __init__(
-        self, app: _App, choices: Choices, places: Collection[tuple[str, ...]], change: Change | None = None
-    ) -> None:
+    def __init__(self, app: _App, choices: Choices, places: Collection[tuple[str, ...]], change: Change) -> None:
         self._app, self._choices, self._places, self._change = app, choices, places, change
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
@@ -206,8 +204,6 @@ class Door:
         shown = _header(scope, b"authorization").removeprefix(b"Bearer ")
         if not hmac.compare_digest(shown, key.encode()):
             raise _Wrong(401, f"the header Authorization must be Bearer and the key in {ADMIN_VARIABLE}")
-        if self._change is None:
-            raise _Wrong(501, "this engine's server has no way to its scheduler for this; use the engine from Python")
         arguments = [named[1], *_arguments(method, await _body(receive))]
         try:
             return {"done": await self._change(scope["app"], f"{KEY}_{method}", arguments)}

@@ -11,13 +11,16 @@ would do otherwise, and then corrects the residual that is added to it.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
+import json
 import logging
 import os
+import secrets
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,8 +40,12 @@ _INSTANCE = "AXISCAP_INSTANCE"
 _VERIFIED = 2
 _UNSEEN = 12345.0
 
+#: The method of a call between the server's process and its schedulers, and the seconds that they have for it.
+_CHANGE, _PATIENCE = "axiscap_change", 60.0
+
 _settings: Settings
 _choices: Choices
+_control: Control
 _worker: Worker | None = None
 
 
@@ -57,16 +64,19 @@ def put_in_place() -> None:
     _choices = Choices(settings, folder)
 
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    door.put_in_place(_choices, (("custom_params",), ("sampling_params", "custom_params")))
+    door.put_in_place(_choices, (("custom_params",), ("sampling_params", "custom_params")), _change)
     wrap(TokenizerManager, "_validate_one_request", _validate)
     wrap(http_server, "add_prometheus_middleware", _with_totals)
     wrap(Scheduler, "__init__", _start_scheduler)
     wrap(Scheduler, "handle_generate_request", _decide)
+    wrap(Req, "__init__", _begin)
+    wrap(Scheduler, "handle_rpc_request", _rpc)
     wrap(Scheduler, "on_idle", _idle)
     wrap(ModelRunner, "load_model", _load_model)
     wrap(ModelRunner, "forward", _forward)
@@ -99,6 +109,29 @@ def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: A
     if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:
         raise ChoiceError("beam search is not served with axiscap")
     return result
+
+
+async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
+    """Has every scheduler change a profile. They answer through the server's folder: what SGLang has for such calls
+    answers its Engine alone.
+    """
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.io_struct import RpcReqInput
+
+    manager = http_server.get_global_state().tokenizer_manager
+    said = json.dumps({"method": method, "arguments": list(arguments), "ticket": (ticket := secrets.token_hex(16))})
+    manager._dispatch_to_scheduler(RpcReqInput(method=_CHANGE, parameters={"said": said}))
+    folder, wanted, until = state.path(os.environ[_INSTANCE]), manager.server_args.dp_size, time.monotonic() + _PATIENCE
+    answers: list[dict[str, Any]] = []
+    while len(answers) < wanted:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{len(answers)} of {wanted} schedulers have answered within {_PATIENCE} s")
+        await asyncio.sleep(0.01)
+        answers += state.take_answers(folder, ticket)
+    for answer in answers:
+        if "error" in answer:
+            raise ValueError(answer["error"])
+    return str(answers[0]["done"])
 
 
 def _with_totals(original: Callable[..., Any], app: Any) -> Any:
@@ -139,7 +172,9 @@ def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, *
         logging.getLogger("axiscap").info(_settings.sentence())
     folder = state.folder(os.environ[_INSTANCE])
     # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
-    control = scheduler.axiscap_control = Control(_settings, folder, _worker.place, share=share)
+    global _control
+    control = _control = Control(_settings, folder, _worker.place, share=share)
+    scheduler.axiscap_answers = share
     scheduler.axiscap_load = control.load
     scheduler.axiscap_retire = control.retire
     scheduler.axiscap_move_floors = control.move_floors
@@ -148,7 +183,7 @@ def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, *
 def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs: Any) -> Any:
     sampling = request.sampling_params
     try:
-        choice = scheduler.axiscap_control.decide(_asked(sampling), request.rid)
+        choice = _control.decide(_asked(sampling), request.rid)
     except ChoiceError as error:  # the profile was retired on the way here
         return original(scheduler, request, mm_input_error=str(error))
     # Copies: a pipeline rank hands the request on after this, and the next decides by what the client asked for.
@@ -156,6 +191,27 @@ def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs
     request.sampling_params.custom_params = choice.put(_asked(sampling))
     request.extra_key = f"{choice.salt};{request.extra_key or ''}"
     return original(scheduler, request, **kwargs)
+
+
+def _begin(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> None:
+    """While SGLang's own object for a request lives, its profile keeps its slot."""
+    original(request, *args, **kwargs)
+    if isinstance(_asked(request.sampling_params).get(KEY), dict):
+        _control.begun(request, Choice.of(request.sampling_params.custom_params))
+
+
+def _rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """A change of a profile, from the server's process; all other calls are the engine's own."""
+    if request.method != _CHANGE:
+        return original(scheduler, request)
+    said = json.loads(request.parameters["said"])
+    try:
+        answer = {"done": getattr(scheduler, said["method"])(*said["arguments"])}
+    except Exception as error:  # it is the operator's to know, and no reason for a scheduler to end
+        answer = {"error": str(error)}
+    if scheduler.axiscap_answers:
+        state.write_answer(state.path(os.environ[_INSTANCE]), said["ticket"], answer)
+    return None
 
 
 def _idle(original: Callable[..., Any], scheduler: Any) -> Any:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
     return digest
 
 
-def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[int, float] | None:
+def _rows(url: str, name: str, head: Mapping[str, str]) -> Mapping[int, int] | None:
     """Rows counted so far, by layer; None: there is no such page."""
     try:
         page, _ = _fetch(f"{url}/metrics", head)
@@ -108,8 +109,11 @@ def _rows(url: str, name: str, head: Mapping[str, str]) -> dict[int, float] | No
     families = {family.name: family for family in text_string_to_metric_families(page)}
     if f"{KEY}_rows" not in families:
         return None
-    samples = families[f"{KEY}_rows"].samples
-    return {int(sample.labels["layer"]): sample.value for sample in samples if sample.labels["profile"] == name}
+    rows: Counter[int] = Counter()
+    for sample in families[f"{KEY}_rows"].samples:
+        if sample.labels["profile"] == name and sample.name.endswith("_total"):
+            rows[int(sample.labels["layer"])] += int(sample.value)
+    return rows
 
 
 def _fetch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.resources import files
 
@@ -316,7 +317,7 @@ def test_a_budget_of_changed_tokens_looks_at_the_worst_domain_but_at_no_fiction(
     assert not admits(0.98, 1.0)
 
 
-def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profile, tmp_path):
+def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profile, tmp_path, monkeypatch):
     """A profile that only measures costs nothing in any domain and holds nothing; a persona takes something away."""
     model, tokenizer = demo_model
     path = tmp_path / "work.jsonl"
@@ -330,6 +331,18 @@ def test_costs_and_holds_of_a_cap_that_changes_nothing(demo_model, shipped_profi
     assert {name: (c.perplexity, c.fired, c.agreement) for name, c in measured.items()} == dict.fromkeys(
         [effects.PLAIN, *"abcd"], (1, 0, 1)
     )
+
+    # A model that has nothing to say to one domain, as a base model may.
+    def silent(*given):
+        for shard in work.shards(*given):
+            kept = [said[:1] if found.domain(task) == "d" else said
+                    for task, said in zip(shard.tasks, shard.answers, strict=True)]  # fmt: skip
+            yield dataclasses.replace(shard, answers=kept)
+
+    monkeypatch.setattr(effects, "shards", silent)
+    with pytest.warns(UserWarning, match="the model's answers to held-out requests of d have less than two tokens"):
+        costs = effects.Costs(model, tokenizer, found, store, 1)
+    assert set(costs.measure(shipped_profile.measuring_only())) == {effects.PLAIN, *"abc"}
     holds = effects.Holds(model, engine)
     assert len(holds.taken) >= 60
     assert holds.taken.mean() > 5

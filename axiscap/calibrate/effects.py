@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,14 +92,22 @@ class Costs:
         self.texts = {PLAIN: plain_prose(tokenizer)}
         if work:
             self._add(work, store, per_domain)
+            silent = sorted({request.domain for request in work.requests} - self.texts.keys())
+            if silent:
+                warnings.warn(
+                    f"the model's answers to held-out requests of {', '.join(silent)} have less than two tokens: what "
+                    "a cap costs there is not measured",
+                    stacklevel=2,
+                )
         self.base = {domain: losses(model, texts) for domain, texts in self.texts.items()}
 
     def _add(self, work: Work, store: Store, per_domain: int) -> None:
         for shard in shards(work, store):
             for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-                mine = self.texts.setdefault(work.domain(task), [])
-                if work.is_held_out(task) and len(mine) < per_domain and len(said) > 1:
-                    mine.append((prompt, said[:LONGEST]))
+                if work.is_held_out(task) and len(said) > 1:
+                    mine = self.texts.setdefault(work.domain(task), [])
+                    if len(mine) < per_domain:
+                        mine.append((prompt, said[:LONGEST]))
 
     def measure(self, profile: CapProfile) -> dict[str, DomainCost]:
         """By domain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, SHIPPED_PROFILE
+from ray.serve.schema import ServeDeploySchema
 
 from axiscap import CapProfile
 from axiscap.serving import door
@@ -66,3 +68,16 @@ def test_kubernetes():
     assert names[FILE_VARIABLE]["value"] == f"{container['volumeMounts'][0]['mountPath']}/axiscap.json"
     assert container["readinessProbe"]["httpGet"]["path"] == door.PATH
     assert pod["volumes"][0]["configMap"]["name"] == parts["ConfigMap"]["metadata"]["name"]
+
+
+def test_ray_serve():
+    """By Serve's own schema, with its module imported; and of the shipped profile."""
+    given = yaml.safe_load((DEPLOY / "ray_serve.yaml").read_text())
+    (app,) = ServeDeploySchema.parse_obj(given).applications
+    module, _, made = app.import_path.partition(":")
+    assert getattr(importlib.import_module(module), made)(app.args)
+    (deployment,) = app.deployments
+    assert deployment.user_config["profiles"]["mild"].partition("#")[2] == DIGEST
+    (configuration,) = [json.loads(word) for word in app.args["command"] if word.startswith("{")]
+    place = deployment.user_config["profiles"]["mild"].partition("#")[0]
+    assert configuration == {"axiscap": {"profiles": {"mild": place}}}

@@ -73,7 +73,7 @@ def test_kubernetes():
 def test_ray_serve():
     """By Serve's own schema, with its module imported; and of the shipped profile."""
     given = yaml.safe_load((DEPLOY / "ray_serve.yaml").read_text())
-    (app,) = ServeDeploySchema.parse_obj(given).applications
+    (app,) = ServeDeploySchema.model_validate(given).applications
     module, _, made = app.import_path.partition(":")
     assert getattr(importlib.import_module(module), made)(app.args)
     (deployment,) = app.deployments

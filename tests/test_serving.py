@@ -509,6 +509,20 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
     assert "ticket" not in (tmp_path / "log.jsonl").read_text()
 
 
+def test_word_that_nobody_came_for_goes_away(writer, monkeypatch):
+    """Of clients that were gone before their answers ended."""
+    monkeypatch.setattr(telemetry_module, "_DROP_EVERY", 4)
+    folder = state.path("server")
+    for number in range(3):
+        writer.tell(f"old{number}", {"rows": 1})
+    assert writer.flush()
+    for file in folder.glob("answer-*"):
+        os.utime(file, (0, 0))
+    writer.tell("new", {"rows": 2})
+    assert writer.flush()
+    assert [file.name.split("-")[1] for file in folder.glob("answer-*")] == ["new"]
+
+
 @pytest.mark.parametrize("forged", ["x", ["x"], ["n", "x", "../../etc"], ["n", "x", 3], {"a": 1}, [None, None, None]])
 def test_a_ticket_is_the_servers_own(control, forged):
     with pytest.raises(ChoiceError, match=r"axiscap_told is the server's own|replaced"):

@@ -24,6 +24,8 @@ from axiscap.serving.settings import SettingsError
 _CLAIM = "process-"
 #: A folder without a claim may be one that is just being made, for so many seconds.
 _FRESH = 60
+#: Seconds that an answer's word waits for who asks for it.
+_KEPT = 120
 
 
 def path(instance: str) -> Path:
@@ -107,6 +109,14 @@ def write_answer(folder: Path, ticket: str, content: Mapping[str, Any]) -> None:
         OSError, SettingsError: see :func:`write`.
     """
     write(folder / f"answer-{ticket}-{time.monotonic_ns()}.json", content)
+
+
+def drop_answers(folder: Path) -> None:
+    """Takes away what nobody came for, since the client was gone: what lies there longer than anybody waits."""
+    for file in folder.glob("answer-*.json"):
+        with contextlib.suppress(OSError):  # taken meanwhile
+            if time.time() - file.stat().st_mtime > _KEPT:
+                file.unlink()
 
 
 def take_answers(folder: Path, ticket: str) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ _LOGGER = logging.getLogger("axiscap")
 
 #: How often the totals are written for the metrics, and what could not be written is tried again, in seconds.
 TOTALS_EVERY = 5.0
+#: After so many words of answers, those that nobody came for are looked for.
+_DROP_EVERY = 256
 #: What may fail to be written.
 FAILS = ("totals", "log", "answers")
 #: The rows of a request: those of its prompt, and those that were written.
@@ -58,6 +60,7 @@ class Writer:
         self._lines = bytearray()
         self._told: deque[tuple[str, Mapping[str, float]]] = deque()
         self._writing = threading.Lock()
+        self._answers_written = 0
         self._failures = dict.fromkeys(FAILS, 0)
         self._failing: set[str] = set()
         self._lost = 0
@@ -122,6 +125,9 @@ class Writer:
         assert folder is not None
         while self._told:
             state.write_answer(folder, *self._told.popleft())
+            self._answers_written += 1
+            if self._answers_written % _DROP_EVERY == 0:
+                state.drop_answers(folder)
 
     def _append(self) -> None:
         path = self._paths["log"]

@@ -107,6 +107,8 @@ def inspect(
     summary.add_row("model", escape(known))
     summary.add_row("digest", loaded.digest)
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
+    if loaded.strength != 1:
+        summary.add_row("strength", f"{loaded.strength:.3g}: a row is lifted by this share of its shortfall")
     for key in ("axis", "sinks", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:
             value = facts[key]

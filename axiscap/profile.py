@@ -344,6 +344,14 @@ class CapProfile:
         """The same axes with other floors (L, K)."""
         return self._with(self.layers, self.axes, floors)
 
+    @property
+    def strength(self) -> float:
+        """The share of its shortfall by which a row is lifted, at least: 1, unless :meth:`with_strength` weakened it."""
+        if self.lifts is None:
+            return 1.0
+        least = (self.axes * self.lifts).sum(-1).min().item()
+        return 1.0 if abs(least - 1) <= UNIT_TOLERANCE else least
+
     def with_strength(self, strength: float) -> CapProfile:
         """The same with weaker corrections: a row is lifted by this share of what it lies below its floor.
 

@@ -202,6 +202,7 @@ def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
         assert_same_bits(weaker.floors, whole.floors[chosen])
     else:
         assert weaker.provenance["floors"]["percentile"] == percentile
+    assert "0.5: a row is lifted by this share of its shortfall" in command("inspect", out)[1]
     status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 1.5)
     assert status == 1
     assert "strength must be above 0 and at most 1, got 1.5" in errors

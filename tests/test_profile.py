@@ -250,6 +250,7 @@ def test_a_weaker_profile_lifts_by_a_share_of_the_shortfall(strength, lifted, tm
     whole.with_strength(strength).save(tmp_path / "weaker.safetensors")
     weaker = CapProfile.load(tmp_path / "weaker.safetensors")
     assert (weaker.digest == whole.digest) == (strength == 1)
+    assert weaker.strength == pytest.approx(strength, rel=1e-5)
     assert_same_bits(weaker.floors, whole.floors)
     rows = torch.randn(50, 16)
     before = rows @ axes[0, 0]

@@ -346,7 +346,7 @@ class CapProfile:
 
     @property
     def strength(self) -> float:
-        """The share of its shortfall by which a row is lifted, at least: 1, unless :meth:`with_strength` weakened it."""
+        """The share of its shortfall by which a row is lifted: 1, unless :meth:`with_strength` weakened it."""
         if self.lifts is None:
             return 1.0
         least = (self.axes * self.lifts).sum(-1).min().item()

@@ -22,13 +22,13 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
 from safetensors.torch import save_file
-from serving import MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
+from serving import LONG, MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx import Graph
 from transformers import GemmaConfig, LlamaConfig
 from vllm import LLM, SamplingParams
 from vllm.compilation.passes import pass_manager
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
@@ -160,6 +160,69 @@ def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     found = served(str(tmp_path / "model"), tmp_path, tensor_parallel_size=2, pipeline_parallel_size=2)
     assert found == expected_mixed(model, tokenizer, made, TOKENS)
     assert len(set(found)) > len(found) / 2
+
+
+def test_blocks_are_taken_up_by_another_engine_under_their_own_content_alone(tmp_path):
+    """One engine computes a prompt and leaves it in a store; the next goes on from there where it has the same content,
+    and else computes it anew.
+    """
+    model, tokenizer, made = small_model(tmp_path)
+    store = {"shared_storage_path": str(tmp_path / "store")}
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": store}
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 32}
+
+    def ask(tokens: int, *names: str | None) -> tuple[list[str], list[int]]:
+        config = {"axiscap": configuration(tmp_path, check=True)}
+        llm = LLM(str(tmp_path / "model"), additional_config=config, kv_transfer_config=transfer, **options)
+        choices = [{"axiscap": name} if name else None for name in names]
+        params = [SamplingParams(temperature=0, max_tokens=tokens, extra_args=choice) for choice in choices]
+        try:
+            outputs = [llm.generate(LONG, one, use_tqdm=False)[0] for one in params]
+            return [output.outputs[0].text for output in outputs], [output.num_cached_tokens for output in outputs]
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+    ask(1, "strict")
+    assert len(list((tmp_path / "store").iterdir())) == 1
+    found, loaded = ask(TOKENS, "strict", None, "off")
+    kinds = (made["strict"], made["mild"], None)
+    assert found == [expected_texts(model, tokenizer, [LONG], kind, TOKENS)[0] for kind in kinds]
+    assert len(set(found)) == 3
+    assert loaded[0] > 100
+    assert loaded[1:] == [0, 0]
+    assert len(list((tmp_path / "store").iterdir())) == 3
+
+
+def test_the_hashes_that_an_offloading_connector_goes_by_tell_contents_apart():
+    """Its own way to a key, from the engine's hashes of the blocks; the connector itself wants an accelerator."""
+    from vllm.sampling_params import SamplingParams as Params
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.kv_offload.base import make_offload_key
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(4, sha256)
+
+    def keys(choice: Choice) -> list[bytes]:
+        request = Request("r", list(range(12)), Params(max_tokens=1), None, cache_salt=choice.salt, block_hasher=hasher)
+        return [make_offload_key(found, 0) for found in request.block_hashes]
+
+    one, same, other, off = (keys(Choice("n", digest, "r")) for digest in ("1", "1", "2", None))
+    assert one == same
+    assert len(one) == 3
+    assert not set(one) & set(other) | set(one) & set(off)
+
+
+def test_a_connector_that_may_mix_contents_is_refused(profiles):
+    transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    arguments = EngineArgs(
+        model=models.folder(models.DEFAULT_MODEL), max_model_len=512, kv_transfer_config=KVTransferConfig(**transfer),
+        additional_config={"axiscap": configuration(profiles[0])},
+    )  # fmt: skip
+    says = r"NixlConnector may not tell KV blocks of different profiles apart \(known are OffloadingConnector and Ex"
+    with pytest.raises(SettingsError, match=says):
+        arguments.create_engine_config()
 
 
 @pytest.fixture

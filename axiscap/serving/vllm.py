@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import door, metrics, state
+from axiscap.serving import door, kv, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import Choices, Control, Told
@@ -179,8 +179,11 @@ def _refuse(config: Any) -> None:
         "prefill context parallelism shards the rows": parallel.prefill_context_parallel_size > 1,
         "microbatches split the rows (enable_dbo)": parallel.use_ubatching,
         "kv_sharing_fast_prefill drops rows on the way": config.cache_config.kv_sharing_fast_prefill,
-        "external stores of KV blocks (kv_transfer_config)": config.kv_transfer_config is not None,
     }
+    if (transfer := config.kv_transfer_config) is not None:
+        known = " and ".join((*kv.BY_HASH, kv.SHARED))
+        reason = f"{transfer.kv_connector} may not tell KV blocks of different profiles apart (known are {known})"
+        reasons[reason] = transfer.kv_connector not in (*kv.BY_HASH, kv.SHARED)
     for reason, found in reasons.items():
         if found:
             raise SettingsError(f"axiscap: vLLM is set up in a way that cannot be capped: {reason}")
@@ -293,6 +296,9 @@ class Core:
         missing = set(self._settings.layers) - {layer for layers in workers for layer in layers}
         if missing:
             raise SettingsError(f"axiscap: no worker holds the capped layers {sorted(missing)}")
+        transfer = core.vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == kv.SHARED:
+            kv.keep_apart()
         rpc = core.collective_rpc
         self._control = Control(self._settings, self._folder, lambda *profile: rpc("axiscap_place", args=profile))
         wrap(core, "preprocess_add_request", self._add)

@@ -1,0 +1,49 @@
+"""KV blocks that leave vLLM: what may hold or carry them without mixing contents.
+
+A block holds what a request's rows became under the content that capped them, so that whatever finds blocks again must
+tell contents apart. vLLM's own hashes of blocks do, since the digest is in the salt; a connector that goes by them is
+safe as it is. One that goes by the tokens alone has to be told.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from axiscap.serving.settings import Choice
+from axiscap_plugin import wrap
+
+#: Connectors that find blocks by the engine's own hashes.
+BY_HASH = ("OffloadingConnector",)
+#: vLLM's example of a store that several engines share: it goes by the prompt's tokens, and the identifiers of what is
+#: in it beside text.
+SHARED = "ExampleConnector"
+
+
+def keep_apart() -> None:
+    """Has the shared store take each request's content for one thing more that is in its prompt."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+
+    wrap(ExampleConnector, "_found_match_for_request", _of_a_request)
+    wrap(ExampleConnector, "update_state_after_alloc", _of_a_request)
+    wrap(ExampleConnector, "build_connector_meta", _of_a_step)
+
+
+def _with_content(request: Any) -> Any:
+    """A request, or what a step says of a new one, whose prompt names the content that caps it."""
+    marked = copy.copy(request)
+    salt = Choice.of(request.sampling_params.extra_args).salt
+    marked.mm_features = [*request.mm_features, SimpleNamespace(identifier=salt)]
+    return marked
+
+
+def _of_a_request(original: Callable[..., Any], connector: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(connector, _with_content(request), *args, **kwargs)
+
+
+def _of_a_step(original: Callable[..., Any], connector: Any, step: Any) -> Any:
+    marked = copy.copy(step)
+    marked.scheduled_new_reqs = [_with_content(new) for new in step.scheduled_new_reqs]
+    return original(connector, marked)

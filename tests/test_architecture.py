@@ -91,4 +91,4 @@ def test_the_one_circle_is_the_plugins():
     known = modules()
     assert imports(known["axiscap_plugin"], set(known)) == {"axiscap.serving.vllm", "axiscap.serving.sglang"}
     users = {module for module, tree in known.items() if "axiscap_plugin" in imports(tree, set(known))}
-    assert users == {f"axiscap.serving.{name}" for name in ("vllm", "sglang", "door", "settings")}
+    assert users == {f"axiscap.serving.{name}" for name in ("vllm", "sglang", "door", "kv", "settings")}

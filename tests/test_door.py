@@ -79,7 +79,11 @@ def server(tmp_path, monkeypatch):
             await asyncio.gather(decide(request.vllm_xargs))  # in a task of its own
             for word in ("a", "b"):
                 yield word
-            yield "data: [DONE]"
+            if request.prompt == "openai":
+                for end in (None, "stop"):
+                    piece = {"choices": [{"text": "ü", "finish_reason": end}]}
+                    yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]" if request.prompt == "openai" else "end"
 
         return StreamingResponse(words(), media_type="text/event-stream")
 
@@ -123,7 +127,7 @@ def test_each_response_says_which_profile_was_in_force(server, stream, asked, na
     body = {"prompt": "axiscap", "stream": stream, "vllm_xargs": {"other": 1} | ({"axiscap": asked} if asked else {})}
     answer = client.post("/v1/completions", json=body)
     assert (answer.status_code, seen) == (200, [body])
-    assert answer.text == ("abdata: [DONE]" if stream else '{"text":"axiscap"}')
+    assert answer.text == ("abend" if stream else '{"text":"axiscap"}')
     found = [answer.headers[header] for header in door.HEADERS]
     assert found == [name, "-" if name == "off" else digest(files[name])]
     assert not set(door.HEADERS) & set(client.get("/v1/models").headers)
@@ -141,12 +145,30 @@ def test_a_response_says_how_far_its_answer_drifted(server, stream, monkeypatch)
     body = {"prompt": "p", "stream": stream}
     answer = client.post("/v1/completions", json=body)
     if stream:
-        assert answer.text == f"ab: {door.DRIFT_HEADER}: {told}\n\ndata: [DONE]"
+        assert answer.text == f"abend: {door.DRIFT_HEADER}: {told}\n\n"
     assert answer.headers.get(door.DRIFT_HEADER) == (None if stream else told)
     answer = client.post("/v1/completions", json=body)
     assert (answer.status_code, door.DRIFT_HEADER in answer.headers) == (200, False)
-    assert answer.text == ("abdata: [DONE]" if stream else '{"text":"p"}')
+    assert answer.text == ("abend" if stream else '{"text":"p"}')
     assert state.take_answers(folder, "another") == [{"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19}]
+
+
+def test_a_stream_of_openais_kind_says_it_in_its_last_piece(server, monkeypatch):
+    """As a field that OpenAI's client hands on, where many a client stumbles over comments."""
+    client, _, _ = server
+    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
+    answer = {"percentile": 3.25, "fired": 0.5, "rows": 40, "layer": 19}
+    state.write_answer(state.folder("server"), "mine", answer)
+    body = {"prompt": "openai", "stream": True}
+    plain = client.post("/v1/completions", json=body).text
+    client.tickets += ["mine", "nobodys"]
+    first, last, end = client.post("/v1/completions", json=body).text.split("\n\n")
+    assert json.loads(last.removeprefix("data: ")) == {
+        "choices": [{"text": "ü", "finish_reason": "stop"}],
+        "axiscap": {"drift": [answer]},
+    }
+    assert (first, end) == (plain.split("\n\n")[0], "data: [DONE]")
+    assert client.post("/v1/completions", json=body).text == plain
 
 
 @pytest.mark.parametrize(

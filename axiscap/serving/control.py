@@ -81,11 +81,11 @@ class Choices:
         ticket = secrets.token_hex(16) if self._settings.tell_drift else None
         return Told(name, None if name is None else self._registry.names[name], ticket)
 
-    async def drift(self, tickets: Mapping[str, int]) -> list[str]:
+    async def drift(self, tickets: Mapping[str, int]) -> list[dict[str, float]]:
         """What there is to tell of the answers of some tickets, by each its number of answers; waits for the workers to
         have counted them, for a second at most.
         """
-        found: dict[str, list[dict[str, Any]]] = {ticket: [] for ticket in tickets}
+        found: dict[str, list[dict[str, float]]] = {ticket: [] for ticket in tickets}
         until = time.monotonic() + _PATIENCE
         while missing := [ticket for ticket, answers in tickets.items() if len(found[ticket]) < answers]:
             if time.monotonic() > until:
@@ -93,8 +93,7 @@ class Choices:
             await asyncio.sleep(0.005)
             for ticket in missing:
                 found[ticket] += state.take_answers(self._path.parent, ticket)
-        told = [answer for ticket in tickets for answer in found[ticket]]
-        return ["; ".join(f"{name}={value:g}" for name, value in answer.items()) for answer in told]
+        return [answer for ticket in tickets for answer in found[ticket]]
 
     def describe(self) -> dict[str, Any]:
         """What the server caps with, for people and probes."""

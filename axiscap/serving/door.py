@@ -26,12 +26,13 @@ ADMIN_VARIABLE = "AXISCAP_ADMIN_KEY"
 HEADERS = ("x-axiscap-profile", "x-axiscap-digest")
 
 #: Of each answer, where the operator has it told: the percentile of its mean projection among the model's normal
-#: answers, the share of its rows that fired, how many they are, and the layer. In a stream, a comment before the end.
+#: answers, the share of its rows that fired, how many they are, and the layer.
 DRIFT_HEADER = "x-axiscap-drift"
 #: Of answers, in one response: beam search makes hundreds of requests of one.
 _MOST_TOLD = 128
-#: What ends a stream of OpenAI's kind.
+#: What ends a stream of OpenAI's kind, and the last piece of an answer in it, or what was used for all of them.
 _DONE = b"data: [DONE]"
+_LAST = re.compile(rb'"finish_reason": ?"|"choices": ?\[\]')
 
 #: What holds a client's own words and not the engine's parameters: keys in there are nobody's choice.
 _CONTENT = {
@@ -155,36 +156,43 @@ class Door:
         held: list[_Message] = []
         is_stream = False
 
-        async def release(drift: Sequence[str]) -> None:
-            if held and held[0]["type"] == "http.response.start":
-                said = zip(HEADERS, (list(known.decisions), list(known.decisions.values())), strict=True)
-                more = [(name.encode(), ", ".join(values).encode()) for name, values in said if known.decisions]
-                if drift and not is_stream:
-                    more.append((DRIFT_HEADER.encode(), ", ".join(drift).encode()))
-                held[0] = {**held[0], "headers": [*held[0].get("headers", ()), *more]}
-            if drift and is_stream:
-                comment = f": {DRIFT_HEADER}: {', '.join(drift)}\n\n".encode()
+        async def release(drift: Sequence[Mapping[str, float]] = (), *, done: bool = False) -> None:
+            words = [", ".join(values) for values in (known.decisions, known.decisions.values()) if known.decisions]
+            more = [(name.encode(), said.encode()) for name, said in zip(HEADERS, words, strict=False)]
+            if drift and not is_stream:
+                more.append((DRIFT_HEADER.encode(), _said(drift).encode()))
+            elif drift and not (done and _put_into(held, drift)):
+                comment = f": {DRIFT_HEADER}: {_said(drift)}\n\n".encode()
                 held.insert(-1, {"type": "http.response.body", "body": comment, "more_body": True})
             while held:
-                await send(held.pop(0))
+                message = held.pop(0)
+                if message["type"] == "http.response.start":
+                    message = {**message, "headers": [*message.get("headers", ()), *more]}
+                await send(message)
 
         async def later(message: _Message) -> None:
             nonlocal is_stream
-            held.append(message)
             if message["type"] == "http.response.start":
                 is_stream = _header(message, b"content-type").startswith(b"text/event-stream")
                 if message["status"] != 200:
                     known.tickets.clear()
+                held.append(message)
                 return
-            ends = not message.get("more_body", False)
-            if not known.tickets:
-                await release(())
-            elif ends or (is_stream and message["body"].lstrip().startswith(_DONE)):
+            body, ends = message.get("body", b""), not message.get("more_body", False)
+            done = is_stream and body.lstrip().startswith(_DONE)
+            if known.tickets and (ends or done):
+                held.append(message)
                 tickets, known.tickets = known.tickets, {}
                 few = sum(tickets.values()) <= _MOST_TOLD
-                await release(await self._choices.drift(tickets) if few else ())
-            elif is_stream:
-                await release(())
+                await release(await self._choices.drift(tickets) if few else (), done=done)
+                return
+            if is_stream and known.tickets and _LAST.search(body):
+                await release()  # another answer's last piece
+                held.append(message)
+                return
+            held.append(message)
+            if is_stream or not known.tickets:
+                await release()
 
         return later
 
@@ -254,6 +262,25 @@ def _names(kind: Any) -> set[str]:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         own |= {field.name for field in dataclasses.fields(kind)}
     return own.union(*map(_names, get_args(kind)))
+
+
+def _said(drift: Sequence[Mapping[str, float]]) -> str:
+    return ", ".join("; ".join(f"{name}={value:g}" for name, value in answer.items()) for answer in drift)
+
+
+def _put_into(held: list[_Message], drift: Sequence[Mapping[str, float]]) -> bool:
+    """Puts the drift into the last piece before a stream's end, as a field of it: many a client reads no comments."""
+    for message in reversed(held[:-1]):
+        before, found, piece = message.get("body", b"").rpartition(b"data: ")
+        try:
+            said = json.loads(piece)
+        except ValueError:
+            continue
+        if found and isinstance(said, dict):
+            said[KEY] = {"drift": list(drift)}
+            message["body"] = before + found + json.dumps(said, ensure_ascii=False).encode() + b"\n\n"
+            return True
+    return False
 
 
 # ASGI.

@@ -36,7 +36,8 @@ def cluster(monkeypatch):
     port, dashboard = free_port(), free_port()
     command = [str(RAY / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
     command += ["--include-dashboard", "true", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | small | {"PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{dashboard}"

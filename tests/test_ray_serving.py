@@ -8,9 +8,11 @@ import concurrent.futures
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -36,6 +38,9 @@ def cluster(monkeypatch):
     port, dashboard = free_port(), free_port()
     command = [str(RAY / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
     command += ["--include-dashboard", "true", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
+    # A folder of its own (with a short name, for its sockets): Ray leaves an address behind, at which others would look.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    command += ["--temp-dir", folder]
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment = os.environ | small | {"PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -44,6 +49,7 @@ def cluster(monkeypatch):
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve(command: str, *arguments: str, address: str) -> str:

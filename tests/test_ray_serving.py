@@ -1,5 +1,5 @@
 """The example for Ray Serve, as it is: real replicas of vLLM under load. Needs an environment that has vLLM, beside the
-one of `make`, which has Ray: `make test-serving`.
+one of `make`, which has Ray: `.venv-vllm/bin/python -m pytest tests/test_ray_serving.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, free_port
 
-pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
+pytest.importorskip("vllm", reason="needs vLLM: make .venv-vllm/built")
 
 from serving import PROMPTS, expected_texts, small_model, wait_for
 
@@ -38,7 +38,7 @@ def cluster(monkeypatch):
     port, dashboard = free_port(), free_port()
     command = [str(RAY / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
     command += ["--include-dashboard", "true", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
-    # A folder of its own (with a short name, for its sockets): Ray leaves an address behind, at which others would look.
+    # A folder of its own, of a short name for its sockets: Ray leaves an address there, at which others would look.
     folder = tempfile.mkdtemp(prefix="ray-")
     command += ["--temp-dir", folder]
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -32,7 +32,7 @@ test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
 # Their many processes must not compile all that they import again and again; uv leaves it to the first import.
 test-vllm test-sglang: export PYTHONDONTWRITEBYTECODE =
 test-vllm: .venv-vllm/built .venv-garak/made
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
 test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
 

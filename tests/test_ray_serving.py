@@ -1,5 +1,5 @@
 """The example for Ray Serve, as it is: real replicas of vLLM under load. Needs an environment that has vLLM, beside the
-one of `make`, which has Ray: `.venv-vllm/bin/python -m pytest tests/test_ray_serving.py`.
+one of `make`, which has Ray: `make test-serving`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, free_port
 
-pytest.importorskip("vllm", reason="needs vLLM: make .venv-vllm/built")
+pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
 from serving import PROMPTS, expected_texts, small_model, wait_for
 
@@ -108,6 +108,9 @@ def test_a_profile_is_rolled_out_and_a_replica_dies_under_load(cluster, tmp_path
     answers: list[tuple[int, httpx.Response | None]] = []
     stop = threading.Event()
 
+    def servers() -> set[int]:
+        return set(processes(f"vllm.entrypoints.openai.api_server --model {tmp_path}"))
+
     def load() -> None:
         number = 0
         while not stop.is_set():
@@ -123,8 +126,11 @@ def test_a_profile_is_rolled_out_and_a_replica_dies_under_load(cluster, tmp_path
             wait_for(lambda: len(answers) >= 12, 120)
             deploy("new.safetensors", new.digest)
             time.sleep(0.2)
+            before = servers()
             os.kill(processes("ray::ServeReplica:capped:CappedServer")[0], signal.SIGKILL)
-            # Another takes its place, and has the new content from its first answer on.
+            # Its server goes with it. Another takes its place, and has the new content from its first answer on; Serve
+            # itself says for a while that nothing has changed.
+            wait_for(lambda: len(servers() & before) == 1 and len(servers() - before) == 1, 600)
             wait_for(lambda: replicas(cluster) == {"RUNNING": 2}, 600)
             begun = len(answers)
             wait_for(lambda: digests(begun)[new.digest] >= 30, 120)
@@ -138,5 +144,4 @@ def test_a_profile_is_rolled_out_and_a_replica_dies_under_load(cluster, tmp_path
         assert answer.json()["choices"][0]["text"] == wanted[answer.headers["x-axiscap-digest"]][number]
     assert {answer.headers["x-axiscap-digest"] for _, answer in right} == {old.digest, new.digest}
     assert len(answers) - len(right) <= 8  # what the dead replica had, and what came before Serve knew
-    # The server of the dead replica went with it.
-    assert len(processes(f"vllm.entrypoints.openai.api_server --model {tmp_path}")) == 2
+    assert len(servers()) == 2

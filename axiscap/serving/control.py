@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import json
 import math
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,14 +83,7 @@ class Choices:
         """What there is to tell of the answers of some tickets, by each its number of answers; waits for the workers to
         have counted them, for a second at most.
         """
-        found: dict[str, list[dict[str, float]]] = {ticket: [] for ticket in tickets}
-        until = time.monotonic() + _PATIENCE
-        while missing := [ticket for ticket, answers in tickets.items() if len(found[ticket]) < answers]:
-            if time.monotonic() > until:
-                break
-            await asyncio.sleep(0.005)
-            for ticket in missing:
-                found[ticket] += state.take_answers(self._path.parent, ticket)
+        found = await state.await_answers(self._path.parent, tickets, _PATIENCE)
         return [answer for ticket in tickets for answer in found[ticket]]
 
     def describe(self) -> dict[str, Any]:

@@ -180,18 +180,15 @@ class Door:
                 return
             body, ends = message.get("body", b""), not message.get("more_body", False)
             done = is_stream and body.lstrip().startswith(_DONE)
+            last = is_stream and bool(known.tickets) and _LAST.search(body) is not None
+            if last:
+                await release()  # another answer's last piece
+            held.append(message)
             if known.tickets and (ends or done):
-                held.append(message)
                 tickets, known.tickets = known.tickets, {}
                 few = sum(tickets.values()) <= _MOST_TOLD
                 await release(await self._choices.drift(tickets) if few else (), done=done)
-                return
-            if is_stream and known.tickets and _LAST.search(body):
-                await release()  # another answer's last piece
-                held.append(message)
-                return
-            held.append(message)
-            if is_stream or not known.tickets:
+            elif not known.tickets or (is_stream and not last):
                 await release()
 
         return later

@@ -11,7 +11,6 @@ would do otherwise, and then corrects the residual that is added to it.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 import json
@@ -121,13 +120,10 @@ async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
     manager = http_server.get_global_state().tokenizer_manager
     said = json.dumps({"method": method, "arguments": list(arguments), "ticket": (ticket := secrets.token_hex(16))})
     manager._dispatch_to_scheduler(RpcReqInput(method=_CHANGE, parameters={"said": said}))
-    folder, wanted, until = state.path(os.environ[_INSTANCE]), manager.server_args.dp_size, time.monotonic() + _PATIENCE
-    answers: list[dict[str, Any]] = []
-    while len(answers) < wanted:
-        if time.monotonic() > until:
-            raise TimeoutError(f"{len(answers)} of {wanted} schedulers have answered within {_PATIENCE} s")
-        await asyncio.sleep(0.01)
-        answers += state.take_answers(folder, ticket)
+    folder, wanted = state.path(os.environ[_INSTANCE]), manager.server_args.dp_size
+    answers = (await state.await_answers(folder, {ticket: wanted}, _PATIENCE))[ticket]
+    if len(answers) < wanted:
+        raise TimeoutError(f"{len(answers)} of {wanted} schedulers have answered within {_PATIENCE} s")
     for answer in answers:
         if "error" in answer:
             raise ValueError(answer["error"])

@@ -6,6 +6,7 @@ where they were killed, the next server that starts takes it away. (Of Linux, li
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import functools
@@ -117,6 +118,19 @@ def drop_answers(folder: Path) -> None:
         with contextlib.suppress(OSError):  # taken meanwhile
             if time.time() - file.stat().st_mtime > _KEPT:
                 file.unlink()
+
+
+async def await_answers(folder: Path, tickets: Mapping[str, int], seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """What was left under each ticket, once there are as many answers as it says, or when the time is up."""
+    found: dict[str, list[dict[str, Any]]] = {ticket: [] for ticket in tickets}
+    until = time.monotonic() + seconds
+    while missing := [ticket for ticket, answers in tickets.items() if len(found[ticket]) < answers]:
+        if time.monotonic() > until:
+            break
+        await asyncio.sleep(0.005)
+        for ticket in missing:
+            found[ticket] += take_answers(folder, ticket)
+    return found
 
 
 def take_answers(folder: Path, ticket: str) -> list[dict[str, Any]]:

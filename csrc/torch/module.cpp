@@ -10,6 +10,7 @@
 
 #include "axiscap/accelerator.h"
 #include "axiscap/cpu.h"
+#include "axiscap/ggml.h"
 #include "axiscap/plan.h"
 #include "ops.h"
 
@@ -89,6 +90,49 @@ struct KeptBank {
   KeptBank(const KeptBank&) = delete;  // the bank refers to its neighbours
 };
 
+// ggml's callback with the banks and statistics that it refers to.
+struct KeptCallback {
+  py::list banks;  // of each layer, None where it is not capped
+  Tensor stats;    // (layers, S, K, fields)
+  ggml::Callback callback;
+
+  KeptCallback(const std::vector<uintptr_t>& functions, const py::list& banks_, Tensor stats_)
+      : banks(banks_), stats(std::move(stats_)), callback(make(functions, banks, stats)) {}
+  KeptCallback(const KeptCallback&) = delete;  // the callback is known by its address
+
+  static ggml::Callback make(const std::vector<uintptr_t>& functions, const py::list& banks, const Tensor& stats) {
+    TORCH_CHECK_VALUE(functions.size() == 6, "functions must be six addresses");
+    TORCH_CHECK_VALUE(stats.dim() == 4 && stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == at::kDouble,
+                      "stats must be (layers, S, K, fields) float64, contiguous, on the CPU");
+    ggml::Library library;
+    library.get_name = reinterpret_cast<decltype(library.get_name)>(functions[0]);
+    library.nelements = reinterpret_cast<decltype(library.nelements)>(functions[1]);
+    library.nrows = reinterpret_cast<decltype(library.nrows)>(functions[2]);
+    library.nbytes = reinterpret_cast<decltype(library.nbytes)>(functions[3]);
+    library.tensor_get = reinterpret_cast<decltype(library.tensor_get)>(functions[4]);
+    library.tensor_set = reinterpret_cast<decltype(library.tensor_set)>(functions[5]);
+    const int64_t slots = stats.size(1), directions = stats.size(2);
+    TORCH_CHECK_VALUE(stats.size(0) == int64_t(banks.size()), "stats must have an entry for each layer");
+    int64_t hidden_size = 0;
+    std::vector<ggml::Callback::Layer> layers(banks.size());
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (banks[i].is_none()) continue;
+      const KeptBank& kept = banks[i].cast<const KeptBank&>();
+      TORCH_CHECK_VALUE(kept.axes.is_cpu(), "banks must be on the CPU");
+      TORCH_CHECK_VALUE(kept.axes.size(0) == slots && kept.axes.size(1) == directions &&
+                            (hidden_size == 0 || kept.axes.size(2) == hidden_size),
+                        "banks must have the slots and directions of stats, and one hidden size");
+      hidden_size = kept.axes.size(2);
+      layers[i].axes = kept.axes.const_data_ptr<float>();
+      layers[i].floors = kept.floors.const_data_ptr<float>();
+      layers[i].lifts = kept.lifts ? kept.lifts->const_data_ptr<float>() : nullptr;
+      layers[i].limits = kept.limits ? kept.limits->const_data_ptr<float>() : nullptr;
+      layers[i].stats = stats.select(0, int64_t(i)).mutable_data_ptr<double>();
+    }
+    return {library, std::move(layers), slots, directions, hidden_size};
+  }
+};
+
 // The memory bound over a tensor's bytes, with the threads that the ops would use.
 template <class Pass>
 void over_bytes(const Tensor& tensor, Pass pass) {
@@ -134,6 +178,31 @@ PYBIND11_MODULE(_C, m) {
       },
       "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
   m.def("accumulate_", door("axiscap::accumulate_", accumulate_), "stats"_a, "projections"_a, "floors"_a, slots);
+
+  py::class_<KeptCallback>(m, "GgmlCallback")
+      .def(py::init<const std::vector<uintptr_t>&, const py::list&, Tensor>(), "functions"_a, "banks"_a, "stats"_a)
+      .def_property_readonly_static(
+          "function", [](const py::object&) { return reinterpret_cast<uintptr_t>(&ggml::Callback::call); })
+      .def_property_readonly("data",
+                             [](const KeptCallback& kept) { return reinterpret_cast<uintptr_t>(&kept.callback); })
+      .def(
+          "announce",
+          [](KeptCallback& kept, std::vector<int32_t> rows, std::vector<uint8_t> outputs) {
+            TORCH_CHECK_VALUE(rows.size() == outputs.size(), "slots and outputs must have an entry for each row");
+            const int64_t count = kept.stats.size(1);
+            for (const int32_t slot : rows)
+              TORCH_CHECK_INDEX(slot >= kNoSlot && slot < count, "a slot is neither -1 nor in [0, ", count, ")");
+            kept.callback.announce(std::move(rows), std::move(outputs));
+          },
+          "slots"_a, "outputs"_a)
+      .def("end", [](KeptCallback& kept) { return kept.callback.end(); })
+      .def(
+          "set_other",
+          [](KeptCallback& kept, int32_t slot) {
+            TORCH_CHECK_INDEX(slot >= kNoSlot && slot < kept.stats.size(1), "slot is out of range");
+            kept.callback.set_other(slot);
+          },
+          "slot"_a);
 
   m.def(
       "read_pass",

@@ -1,0 +1,123 @@
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "axiscap/cpu.h"
+#include "axiscap/ggml.h"
+
+namespace axiscap::ggml {
+namespace {
+
+// llama.cpp names the output of block N "l_out-N".
+constexpr char kOutput[] = "l_out-";
+
+}  // namespace
+
+Callback::Callback(Library library, std::vector<Layer> layers, int64_t num_slots, int64_t directions,
+                   int64_t hidden_size)
+    : library_(library),
+      layers_(std::move(layers)),
+      num_slots_(num_slots),
+      directions_(directions),
+      hidden_size_(hidden_size),
+      seen_(layers_.size()) {}
+
+void Callback::announce(std::vector<int32_t> slots, std::vector<uint8_t> outputs) {
+  slots_ = std::move(slots), outputs_ = std::move(outputs);
+  announced_ = true;
+  at_ = count_ = 0;
+  seen_.assign(layers_.size(), 0);
+  problem_ = nullptr;
+}
+
+const char* Callback::end() {
+  announced_ = false;
+  at_ = count_ = 0;
+  const int64_t rows = slots_.size();
+  int64_t outputs = 0;
+  for (const uint8_t output : outputs_) outputs += output != 0;
+  for (size_t layer = 0; layer < layers_.size() && !problem_; ++layer) {
+    // In the last block llama.cpp computes only the rows that have an output.
+    const bool whole = seen_[layer] == rows || (layer + 1 == layers_.size() && seen_[layer] == outputs);
+    if (layers_[layer].axes && !whole) problem_ = "a capped layer did not see each row of the batch once";
+  }
+  return problem_;
+}
+
+bool Callback::call(void* tensor, bool ask, void* self) { return static_cast<Callback*>(self)->see(tensor, ask); }
+
+bool Callback::see(void* tensor, bool ask) {
+  const char* name = library_.get_name(tensor);
+  constexpr size_t kLength = sizeof(kOutput) - 1;
+  if (std::strncmp(name, kOutput, kLength) != 0) return !ask;
+  char* end = nullptr;
+  const unsigned long layer = std::strtoul(name + kLength, &end, 10);
+  if (end == name + kLength || *end != '\0' || layer >= layers_.size()) return !ask;
+  if (!ask) {
+    cap(tensor, layer);
+    return true;
+  }
+  if (layer == 0) {  // the next part of the batch
+    at_ += count_;
+    count_ = library_.nrows(tensor);
+  }
+  return layers_[layer].axes != nullptr;
+}
+
+void Callback::cap(void* tensor, size_t layer) {
+  const Layer& bank = layers_[layer];
+  const int64_t rows = library_.nrows(tensor);
+  const size_t bytes = library_.nbytes(tensor);
+  if (library_.nelements(tensor) != rows * hidden_size_ || bytes != size_t(rows * hidden_size_) * sizeof(float)) {
+    problem_ = "a layer's output is not (rows, hidden size) in float32";
+    return;
+  }
+  row_slots_.assign(rows, other_);
+  if (announced_) {
+    const int64_t end = at_ + count_;
+    if (end > int64_t(slots_.size())) {
+      problem_ = "the batch has more rows than were announced";
+      return;
+    }
+    int64_t row = 0;
+    for (int64_t i = at_; i < end; ++i)
+      if (rows == count_ || outputs_[i]) {
+        if (row < rows) row_slots_[row] = slots_[i];
+        ++row;
+      }
+    if (row != rows) {
+      problem_ = "a layer's output has neither all rows nor those that have an output";
+      return;
+    }
+    seen_[layer] += rows;
+  }
+
+  rows_.resize(rows * hidden_size_);
+  projections_.resize(rows * directions_);
+  library_.tensor_get(tensor, rows_.data(), 0, bytes);
+  CapParams params;
+  params.hidden = params.out = rows_.data();
+  params.hidden_stride = params.out_stride = params.hidden_size = hidden_size_;
+  params.rows = rows;
+  params.axes = bank.axes, params.lifts = bank.lifts, params.floors = bank.floors, params.limits = bank.limits;
+  params.slots = row_slots_.data();
+  params.num_slots = num_slots_, params.directions = directions_;
+  params.projections = projections_.data();
+  cpu::cap(params, 0, rows);
+
+  bool below = false;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; row_slots_[row] != kNoSlot && k < directions_; ++k)
+      below |= projections_[row * directions_ + k] < bank.floors[row_slots_[row] * directions_ + k];
+  // With K > 1 a later direction may fall below its floor by an earlier one's correction alone; then that one was
+  // below.
+  if (below) library_.tensor_set(tensor, rows_.data(), 0, bytes);
+
+  StatsParams stats;
+  stats.projections = projections_.data(), stats.floors = bank.floors, stats.slots = row_slots_.data();
+  stats.stats = bank.stats;
+  stats.rows = rows, stats.num_slots = num_slots_, stats.directions = directions_;
+  cpu::accumulate(stats);
+}
+
+}  // namespace axiscap::ggml

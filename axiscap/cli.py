@@ -601,7 +601,7 @@ def report(
         Path,
         typer.Argument(help="A page (.html), or a picture (.png, .svg) of the evidence alone.", callback=_with_folder),
     ] = Path("report.html"),
-    talks: Annotated[
+    conversations: Annotated[
         Path | None, typer.Option(help="Stored conversations for the page, as `replay` reads them.")
     ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
@@ -613,10 +613,10 @@ def report(
         from axiscap.view import page
 
         selection = drift.Selection(drift.Scale.of(loaded_profile, layer))
-        if talks is not None:
+        if conversations is not None:
             every = drift.known_layers(loaded_profile)
             with _progress(rate=True) as progress:
-                for trace in _replayed(progress, loaded_profile, talks, model, every, None, None):
+                for trace in _replayed(progress, loaded_profile, conversations, model, every, None, None):
                     selection.add(trace)
         page.write(out, loaded_profile, selection)
     else:
@@ -629,17 +629,17 @@ def report(
 def _replayed(
     progress: Progress,
     profile: CapProfile,
-    talks: Path,
+    conversations: Path,
     model: str,
     layers: list[int],
     capped: bool | None,
     on_error: Callable[[str], None] | None,
 ) -> Iterator[drift.Trace]:
     # Each line a conversation; of other files the number is known only when all was read.
-    total = sum(1 for line in talks.open("rb") if line.strip()) if talks.suffix == ".jsonl" else None
+    total = sum(1 for line in conversations.open("rb") if line.strip()) if conversations.suffix == ".jsonl" else None
     loaded, tokenizer = models.load(model)
     task = progress.add_task("conversations read", total=total)
-    stored = drift.read_talks(talks, on_error=on_error)
+    stored = drift.read_conversations(conversations, on_error=on_error)
     for trace in drift.replay(loaded, tokenizer, profile, stored, layers=layers, capped=capped, on_error=on_error):
         yield trace
         progress.advance(task)
@@ -647,7 +647,7 @@ def _replayed(
 
 @app.command()
 def replay(
-    talks: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's.")],
+    conversations: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's.")],
     profile: Annotated[Path, typer.Option(help="A profile, as `axiscap calibrate` writes it.")],
     model: ModelOption = models.DEFAULT_MODEL,
     layers: Annotated[
@@ -695,12 +695,12 @@ def replay(
     scales = [drift.Scale.of(loaded_profile, number) for number in measured]
     with _progress(rate=True) as progress, drift.writing_records(out, scales) as write:
         on_error = leave_out if skip_bad else None
-        for trace in _replayed(progress, loaded_profile, talks, model, measured, capped, on_error):
+        for trace in _replayed(progress, loaded_profile, conversations, model, measured, capped, on_error):
             path = selection.add(trace)
             below += fail_below is not None and path is not None and path.lowest_percentile < fail_below
             write(trace)
     if not selection.groups:
-        raise ValueError(f"{talks}: no conversation in it has an answer of the model's")
+        raise ValueError(f"{conversations}: no conversation in it has an answer of the model's")
     _show_turns(selection, show)
     _show_groups(selection)
     if bad:
@@ -768,6 +768,9 @@ def chat(
     base_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server with AxisCap, such as http://127.0.0.1:8000/v1.")
     ] = None,
+    uncapped: Annotated[
+        str, typer.Option(help="With --base-url, what the left side asks for: off, or a profile of strength 0.")
+    ] = "off",
     terminal: Annotated[bool, typer.Option("--terminal", help="In this terminal, by the first profile.")] = False,
     port: Annotated[int, typer.Option(help="Of the page, on this machine alone.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 64,
@@ -783,15 +786,15 @@ def chat(
     here = None
     if model is not None or base_url is None:
         here = chats.Local(*models.load(model or models.DEFAULT_MODEL))
-    talker = here if base_url is None else chats.Remote(base_url, here)
-    assert talker is not None
+    responder = here if base_url is None else chats.Remote(base_url, here, uncapped)
+    assert responder is not None
     if terminal:
-        console.print("Write a line; an empty line, or the end of the input, ends the talk.")
+        console.print("Write a line; an empty line, or the end of the input, ends the conversation.")
         lines = iter(_line, "")
-        chats.converse(talker, next(iter(loaded.values())), console, lines, most=max_new_tokens)
+        chats.converse(responder, next(iter(loaded.values())), console, lines, most=max_new_tokens)
     else:
         console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        chats.launch(chats.build(talker, loaded, most=max_new_tokens), port)
+        chats.launch(chats.build(responder, loaded, most=max_new_tokens), port)
 
 
 def _line() -> str:
@@ -853,15 +856,15 @@ def run(
     if transcripts:
         transcripts.write_text("")
     loaded_profile = CapProfile.load(profile)
-    talks = compare.load_conversations(conversations)
+    scripts = compare.load_scripts(conversations)
     loaded, tokenizer = models.load(model)
     shown = len(loaded_profile.layers) // 2
     layer = loaded_profile.layers[shown]
     floor = loaded_profile.floors[shown, 0].item()
     results = []
-    for talk in talks:
-        with console.status(f"generating the conversation '{talk.name}' twice"):
-            result = compare.compare(loaded, tokenizer, loaded_profile, talk, max_new_tokens=max_new_tokens)
+    for script in scripts:
+        with console.status(f"generating the conversation '{script.name}' twice"):
+            result = compare.compare(loaded, tokenizer, loaded_profile, script, max_new_tokens=max_new_tokens)
         results.append(result)
         if transcripts:
             with transcripts.open("a", encoding="utf-8") as file:
@@ -869,10 +872,10 @@ def run(
         texts = Table(show_lines=True)
         for column in ("user", "uncapped", "capped"):
             texts.add_column(column, ratio=1)
-        for turn, said in enumerate(talk.turns):
+        for turn, said in enumerate(script.turns):
             answers = result.uncapped.answers[turn].text, result.capped.answers[turn].text
             texts.add_row(*(escape(text) for text in (said, *answers)))
-        _show(f"conversation: {talk.name}", texts)
+        _show(f"conversation: {script.name}", texts)
         means = Table()
         for column in ("turn", "uncapped", "capped"):
             means.add_column(column, justify="right")
@@ -897,7 +900,7 @@ def run(
             cells.append(f"{count} of {rows} ({count / max(1, rows):.0%})")
         fired.add_row(str(index), *cells)
     _show("rows fired in the capped conversations (prompts included)", fired)
-    if any(talk.group for talk in talks):
+    if any(script.group for script in scripts):
         groups = Table()
         for column in ("group", "conversations", "turns below", "capped", "tokens below", "capped", "mean less floor"):
             groups.add_column(column, justify="left" if column == "group" else "right")

@@ -13,27 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from axiscap import CapProfile, drift, models
-from axiscap.drift import Talk
+from axiscap.drift import Conversation
 
 PROFILE = "examples/profiles/smollm2-135m-instruct.safetensors"
 ROUNDS = 5
 WORDS = "the sea is deep and old and nobody knows what lies under it on a night like this".split()  # noqa: SIM905
 
 
-def talks(count: int) -> list[Talk]:
+def conversations(count: int) -> list[Conversation]:
     """Of synthetic lengths, 20 to 200 words of answer."""
     found = []
     for number in range(count):
         text = " ".join(WORDS[(number + at) % len(WORDS)] for at in range(20 + number * 97 % 180))
         said = ({"role": "user", "content": "Tell me of the sea."}, {"role": "assistant", "content": text})
-        found.append(Talk(f"{number}", said))
+        found.append(Conversation(f"{number}", said))
     return found
 
 
 @torch.inference_mode()
-def plain(model, tokenizer, stored: list[Talk]) -> None:
+def plain(model, tokenizer, stored: list[Conversation]) -> None:
     """The same batches of the same tokens, by the model alone; what the templates cost is in both."""
-    texts = [drift.encode(tokenizer, talk.messages).tokens for talk in stored]
+    texts = [drift.encode(tokenizer, conversation.messages).tokens for conversation in stored]
     for batch in drift.batches({at: len(text) for at, text in enumerate(texts)}, drift.BATCH_TOKENS):
         ids = torch.zeros(len(batch), max(len(texts[at]) for at in batch), dtype=torch.long)
         for row, at in zip(ids, batch, strict=True):
@@ -44,7 +44,7 @@ def plain(model, tokenizer, stored: list[Talk]) -> None:
 def main() -> None:
     model, tokenizer = models.load()
     profile = CapProfile.load(PROFILE)
-    stored = talks(8)
+    stored = conversations(8)
     table = Table(title="replay's speed over that of the forward passes alone: median (quartiles)")
     for column in ("layers", "ratio", "conversations a second"):
         table.add_column(column, justify="right")

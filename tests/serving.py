@@ -392,7 +392,7 @@ def drift_told(server: Server, log: Path) -> None:
             continue
         record = wait_for(lambda answer=answer: find(log, answer.json()["id"]))
         assert record["drift"]["rows"] == 5  # the last token is sampled, and not read again
-        assert {"percentile", "fired", "rows", "layer"} == record["drift"].keys()
+        assert {"percentile", "mean", "fired", "rows", "layer"} == record["drift"].keys()
         assert read(answer.headers[DRIFT_HEADER]) == pytest.approx(record["drift"], rel=1e-4)
         stream = server.client.post(route, json=body | {"stream": True} | server.choice(name))
         *_, last, end, _ = stream.text.split("\n\n")

@@ -39,10 +39,10 @@ def test_the_data_that_ships():
         assert all(role.prompts) or name == "default"
         assert ("{question}" in role.eval_prompt and "{answer}" in role.eval_prompt) or name == "default"
     lines = (REPOSITORY / "axiscap" / "data" / "drift.jsonl").read_text().splitlines()
-    talks = [json.loads(line) for line in lines]
-    assert {talk["group"] for talk in talks} == {"drift", "normal"}
-    loaded = compare.load_conversations(REPOSITORY / "axiscap" / "data" / "drift.jsonl")
-    assert all(len(talk.turns) == 5 for talk in loaded)
+    conversations = [json.loads(line) for line in lines]
+    assert {conversation["group"] for conversation in conversations} == {"drift", "normal"}
+    loaded = compare.load_scripts(REPOSITORY / "axiscap" / "data" / "drift.jsonl")
+    assert all(len(conversation.turns) == 5 for conversation in loaded)
 
 
 def test_the_published_layout_is_read(tmp_path):
@@ -933,8 +933,8 @@ def test_groups_of_conversations_are_summed_up():
     low = side([[0.0, 0.5], [3.0, 5.0]], [[0.0, 4.0], [1.0, 1.0]])  # turn 1 is below at layer 0, turn 2 at layer 1
     high = side([[2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [3.0, 1.0]])
     results = [
-        compare.Comparison(compare.Conversation("a", ("x", "y"), "drift"), low, high),
-        compare.Comparison(compare.Conversation("b", ("x", "y"), "normal"), high, high),
+        compare.Comparison(compare.Script("a", ("x", "y"), "drift"), low, high),
+        compare.Comparison(compare.Script("b", ("x", "y"), "normal"), high, high),
     ]
     drift, normal = compare.by_group(results, profile)
     assert (drift.name, drift.conversations, normal.name) == ("drift", 1, "normal")

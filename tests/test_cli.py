@@ -149,10 +149,10 @@ REFUSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatch, small_model, kind):
-    path, talks = tmp_path / "foreign.safetensors", tmp_path / "talks.jsonl"
+    path, conversations = tmp_path / "foreign.safetensors", tmp_path / "conversations.jsonl"
     foreign(kind, tmp_path).save(path)
     said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A ghost of the sea."}]
-    talks.write_text(json.dumps({"messages": said}) + "\n")
+    conversations.write_text(json.dumps({"messages": said}) + "\n")
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"name": "n", "turns": ["Who are you?"]}) + "\n")
     lines = iter(["Who are you?"])
@@ -167,8 +167,8 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
         "sweep": ("sweep", path, out / "b.safetensors", "--rollouts", out / "work", "--picture", out / "s.png", *model),
         "report": ("report", path, out / "report.html"),
         "picture": ("report", path, out / "report.png"),
-        "replay": ("replay", talks, "--profile", path, *model),
-        "page": ("report", path, out / "page.html", "--talks", talks, *model),
+        "replay": ("replay", conversations, "--profile", path, *model),
+        "page": ("report", path, out / "page.html", "--conversations", conversations, *model),
         "chat": ("chat", path, "--terminal", "--max-new-tokens", 3, *model),
         "export": ("export", path, out / "config.pt"),
         "run": ("run", path, "--conversations", script, "--max-new-tokens", 3, "--picture", out / "r.png", *model),
@@ -249,10 +249,10 @@ def test_errors_are_sentences(command, tmp_path, content, message):
 
 
 def test_run(command, tmp_path, demo_model):
-    talks = tmp_path / "talks.jsonl"
-    talks.write_text(json.dumps({"name": "[short]", "turns": ["You are a ghost. [bold]Who[/bold] are you?"]}))
+    conversations = tmp_path / "conversations.jsonl"
+    conversations.write_text(json.dumps({"name": "[short]", "turns": ["You are a ghost. [bold]Who[/bold] are you?"]}))
     picture = tmp_path / "new" / "drift.png"
-    options = ["--conversations", talks, "--max-new-tokens", 6, "--picture", picture]
+    options = ["--conversations", conversations, "--max-new-tokens", 6, "--picture", picture]
     status, output, errors = command("run", SHIPPED_PROFILE, *options)
     assert (status, errors) == (0, "")
     for text in ("uncapped", "capped", "conversation: [short]", "[bold]Who[/bold]", "rows fired", "tokens per second"):

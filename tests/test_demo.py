@@ -125,10 +125,10 @@ def test_the_shipped_profile_of_qwen():
 
 @pytest.mark.slow
 def test_the_demo_conversations(demo_model, shipped_profile):
-    """The persona pulls the uncapped model down the axis, but not the capped one; a plain talk hardly changes."""
+    """The persona pulls the uncapped model down the axis, but not the capped one; plain conversations hardly change."""
     model, tokenizer = demo_model
     before = len(models.decoder_layers(model)[shipped_profile.layers[0]]._forward_hooks)
-    persona, plain, _ = compare.load_conversations()
+    persona, plain, _ = compare.load_scripts()
     shown = len(shipped_profile.layers) // 2
     floor = shipped_profile.floors[shown, 0].item()
     result = compare.compare(model, tokenizer, shipped_profile, persona)  # as long as the demo's answers
@@ -151,8 +151,8 @@ def test_the_demo_conversations(demo_model, shipped_profile):
 
 def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_profile):
     model, tokenizer = demo_model
-    talk = compare.Conversation("one", ("Who are you?",))
-    result = compare.compare(model, tokenizer, shipped_profile, talk, max_new_tokens=6)
+    conversation = compare.Script("one", ("Who are you?",))
+    result = compare.compare(model, tokenizer, shipped_profile, conversation, max_new_tokens=6)
     answer = result.uncapped.answers[0]
     messages = [{"role": "user", "content": "Who are you?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -174,9 +174,9 @@ def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_p
     ],
 )
 def test_conversations_that_are_none(tmp_path, content, message):
-    (tmp_path / "talks.jsonl").write_text(content)
+    (tmp_path / "conversations.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        compare.load_conversations(tmp_path / "talks.jsonl")
+        compare.load_scripts(tmp_path / "conversations.jsonl")
 
 
 def test_a_measuring_installation_changes_no_bit(demo_model, shipped_profile):

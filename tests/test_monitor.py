@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import axiscap
 from axiscap import CapProfile, drift, models
-from axiscap.drift import BUCKETS, Monitor, Recorder, Scale, Talk
+from axiscap.drift import BUCKETS, Conversation, Monitor, Recorder, Scale
 
 SAID = (
     {"role": "user", "content": "Who are you?"},
@@ -48,14 +48,16 @@ def test_each_stored_form_is_read(tmp_path):
     ]
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in SAID]
     forms = [messages, {"messages": messages}, {"conversation": messages}, {"conversations": sharegpt}, sharegpt, parts]
-    path = lines(tmp_path / "talks.jsonl", [*forms, {"id": 7, "group": "g", "side": "capped", "messages": messages}])
-    talks = list(drift.read_talks(path))
-    assert [talk.messages for talk in talks] == [SAID] * 7
-    assert [talk.name for talk in talks] == ["1", "2", "3", "4", "5", "6", "7"]
-    assert (talks[6].group, talks[6].side) == ("g", "capped")
+    path = lines(
+        tmp_path / "conversations.jsonl", [*forms, {"id": 7, "group": "g", "side": "capped", "messages": messages}]
+    )
+    conversations = list(drift.read_conversations(path))
+    assert [conversation.messages for conversation in conversations] == [SAID] * 7
+    assert [conversation.name for conversation in conversations] == ["1", "2", "3", "4", "5", "6", "7"]
+    assert (conversations[6].group, conversations[6].side) == ("g", "capped")
     for form in (messages, {"name": "1", "messages": messages}, [{"name": "1", "conversation": messages}]):
-        (tmp_path / "talks.json").write_text(json.dumps(form))
-        assert list(drift.read_talks(tmp_path / "talks.json")) == [Talk("1", SAID)]
+        (tmp_path / "conversations.json").write_text(json.dumps(form))
+        assert list(drift.read_conversations(tmp_path / "conversations.json")) == [Conversation("1", SAID)]
 
 
 @pytest.mark.parametrize(
@@ -63,20 +65,20 @@ def test_each_stored_form_is_read(tmp_path):
     ["{", "3", "[]", '{"messages": 3}', '[{"role": "user"}]', '[{"role": 3, "content": "x"}]', "[" * 100_000, '"x"'],
 )
 def test_a_corrupt_line_is_named_and_stops_or_is_skipped(tmp_path, bad):
-    path = lines(tmp_path / "talks.jsonl", [list(SAID), bad, list(SAID)])
-    with pytest.raises(ValueError, match=r"talks\.jsonl, line 2: "):
-        list(drift.read_talks(path))
+    path = lines(tmp_path / "conversations.jsonl", [list(SAID), bad, list(SAID)])
+    with pytest.raises(ValueError, match=r"conversations\.jsonl, line 2: "):
+        list(drift.read_conversations(path))
     said: list[str] = []
-    assert [talk.name for talk in drift.read_talks(path, on_error=said.append)] == ["1", "3"]
+    assert [conversation.name for conversation in drift.read_conversations(path, on_error=said.append)] == ["1", "3"]
     assert len(said) == 1
     assert "line 2: " in said[0]
 
 
 def test_bytes_that_are_no_text_are_named_too(tmp_path):
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path / "conversations.jsonl"
     path.write_bytes(b"\xff\xfe\n" + json.dumps(list(SAID)).encode() + b"\n")
     said: list[str] = []
-    assert len(list(drift.read_talks(path, on_error=said.append))) == 1
+    assert len(list(drift.read_conversations(path, on_error=said.append))) == 1
     assert "line 1" in said[0]
 
 
@@ -158,23 +160,25 @@ def test_what_cannot_be_encoded_says_why(tokenizer):
 # Reading again.
 
 
-def talks_of(lengths):
+def conversations_of(lengths):
     words = ["the", "sea", "is", "deep", "and", "old", "no", "one", "knows", "what", "lies", "under", "it", "tonight"]
     for number, length in enumerate(lengths):
         text = " ".join(words[(number + at) % len(words)] for at in range(length))
         answer = {"role": "assistant", "content": text}
-        yield Talk(f"t{number}", ({"role": "user", "content": "Tell me."}, answer), side=("", "capped")[number % 2])
+        yield Conversation(
+            f"t{number}", ({"role": "user", "content": "Tell me."}, answer), side=("", "capped")[number % 2]
+        )
 
 
 @pytest.mark.slow
 def test_replay_gives_what_each_conversation_gives_alone(demo_model, shipped_profile):
     model, tokenizer = demo_model
-    talks = list(talks_of([5, 40, 1, 17, 90, 33, 2, 60]))
-    traces = list(drift.replay(model, tokenizer, shipped_profile, talks, layers=[3, 18, 21], batch_tokens=200))
-    assert [trace.talk for trace in traces] == talks
+    conversations = list(conversations_of([5, 40, 1, 17, 90, 33, 2, 60]))
+    traces = list(drift.replay(model, tokenizer, shipped_profile, conversations, layers=[3, 18, 21], batch_tokens=200))
+    assert [trace.conversation for trace in traces] == conversations
     for trace in traces:
         assert trace.layers == (3, 18, 21)
-        profile = drift.measuring(shipped_profile, [3, 18, 21], capped=trace.talk.side == "capped")
+        profile = drift.measuring(shipped_profile, [3, 18, 21], capped=trace.conversation.side == "capped")
         with axiscap.install(model, profile) as cap, torch.inference_mode():
             model(torch.tensor([trace.text.tokens]))
             seen = cap.projections()
@@ -196,8 +200,8 @@ def test_replay_equals_what_was_seen_while_it_was_generated(demo_model, shipped_
     prompt = inputs["input_ids"].shape[1]
     for row, said in enumerate(asked):
         answer = tokenizer.decode(made[row, prompt:])
-        talk = Talk("t", (*said, {"role": "assistant", "content": answer}))
-        (trace,) = drift.replay(model, tokenizer, shipped_profile, [talk])
+        conversation = Conversation("t", (*said, {"role": "assistant", "content": answer}))
+        (trace,) = drift.replay(model, tokenizer, shipped_profile, [conversation])
         real = inputs["attention_mask"][row].bool()
         assert trace.text.tokens[: int(real.sum())] == inputs["input_ids"][row][real].tolist()
         assert during[row].shape[1] == int(real.sum()) + 19  # the last is sampled, and not read
@@ -210,12 +214,14 @@ def test_replay_equals_what_was_seen_while_it_was_generated(demo_model, shipped_
 
 def test_a_conversation_that_is_too_long_is_named_and_stops_or_is_skipped(demo_model, shipped_profile):
     model, tokenizer = demo_model
-    long = Talk("long", ({"role": "user", "content": "x "}, {"role": "assistant", "content": "the sea " * 9000}))
-    talks = [*talks_of([3]), long, *talks_of([4])]
+    long = Conversation(
+        "long", ({"role": "user", "content": "x "}, {"role": "assistant", "content": "the sea " * 9000})
+    )
+    conversations = [*conversations_of([3]), long, *conversations_of([4])]
     with pytest.raises(ValueError, match=r"conversation long: .* tokens, more than the"):
-        list(drift.replay(model, tokenizer, shipped_profile, talks))
+        list(drift.replay(model, tokenizer, shipped_profile, conversations))
     said: list[str] = []
-    assert len(list(drift.replay(model, tokenizer, shipped_profile, talks, on_error=said.append))) == 2
+    assert len(list(drift.replay(model, tokenizer, shipped_profile, conversations, on_error=said.append))) == 2
     assert "conversation long" in said[0]
 
 
@@ -239,14 +245,14 @@ from axiscap import drift, models
 from axiscap.drift.selection import DETAILED, ROWS
 from axiscap.view import page
 from conftest import profile_for
-from test_monitor import talks_of
+from test_monitor import conversations_of
 config = LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 model = LlamaForCausalLM(config).eval()
 tokenizer = AutoTokenizer.from_pretrained(models.folder(models.DEFAULT_MODEL))
 profile = profile_for(model, [0, 1], 0.0)
 selection = drift.Selection(drift.Scale.of(profile, 1))
 count = 0
-for trace in drift.replay(model, tokenizer, profile, talks_of(1 + n * 7 % 60 for n in range(int(sys.argv[1])))):
+for trace in drift.replay(model, tokenizer, profile, conversations_of(1 + n * 7 % 60 for n in range(int(sys.argv[1])))):
     selection.add(trace)
     count += 1
 assert count == selection.conversations == int(sys.argv[1])
@@ -289,7 +295,7 @@ def test_the_figures_are_those_of_the_definition(turns):
         pieces.append(drift.Turn("assistant", at, at + len(turn)))
         at += len(turn)
     flat = torch.tensor([[value for turn in turns for value in turn]])
-    trace = drift.Trace(Talk("t", ()), drift.Encoded([0] * at, [""] * at, pieces), (0,), flat)
+    trace = drift.Trace(Conversation("t", ()), drift.Encoded([0] * at, [""] * at, pieces), (0,), flat)
     path = trace.drift(Scale.of(profile))
     means = torch.tensor([torch.tensor(turn, dtype=torch.float64).mean() for turn in turns], dtype=torch.float64)
     assert (path.turns, path.tokens) == (len(turns), at)
@@ -306,7 +312,9 @@ def test_the_figures_are_those_of_the_definition(turns):
 
 
 def test_a_conversation_in_which_the_model_says_nothing_has_no_drift():
-    trace = drift.Trace(Talk("t", ()), drift.Encoded([1], ["x"], [drift.Turn("user", 0, 1)]), (0,), torch.ones(1, 1))
+    trace = drift.Trace(
+        Conversation("t", ()), drift.Encoded([1], ["x"], [drift.Turn("user", 0, 1)]), (0,), torch.ones(1, 1)
+    )
     assert trace.drift(Scale(0, 0.0, (), ())) is None
 
 

@@ -43,7 +43,7 @@ PLAIN = [
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    path = tmp_path_factory.mktemp("conversations") / "conversations.jsonl"
     entries = []
     for name, group, turns in (("ghost", "persona", DRIFTS), ("fern", "plain", PLAIN)):
         messages = [
@@ -62,7 +62,7 @@ def stored(tmp_path_factory):
 def report(stored, tmp_path_factory, demo_model, shipped_profile):
     path = tmp_path_factory.mktemp("page") / "report.html"
     selection = drift.Selection(Scale.of(shipped_profile))
-    for trace in drift.replay(*demo_model, shipped_profile, drift.read_talks(stored), layers=range(30)):
+    for trace in drift.replay(*demo_model, shipped_profile, drift.read_conversations(stored), layers=range(30)):
         selection.add(trace)
     page.write(path, shipped_profile, selection)
     return path
@@ -174,8 +174,8 @@ def test_the_largest_report_is_small_enough(tmp_path, shipped_profile):
         turns = [drift.Turn("user", 0, 1500), drift.Turn("assistant", 1500, count)]
         text = drift.Encoded([0] * count, [" conversation"] * count, turns)
         for side in ("uncapped", "capped"):
-            talk = drift.Talk(f"talk {number}", (), group=f"group {number % 7}", side=side)
-            selection.add(drift.Trace(talk, text, layers, torch.randn(80, count) * 20))
+            conversation = drift.Conversation(f"conversation {number}", (), group=f"group {number % 7}", side=side)
+            selection.add(drift.Trace(conversation, text, layers, torch.randn(80, count) * 20))
     page.write(tmp_path / "large.html", profile, selection)
     assert (tmp_path / "large.html").stat().st_size < 6_000_000
 
@@ -300,7 +300,7 @@ def texts(visit: Visit, side: str) -> list[str]:
 
 
 @needs_browser
-def test_a_talk_in_a_browser(chat, chromium, tmp_path):
+def test_a_conversation_in_a_browser(chat, chromium, tmp_path):
     with Visit(chromium, 1280, 1100) as visit:
         visit.page.goto(chat)
         said = visit.page.locator("#said textarea")
@@ -333,17 +333,17 @@ def test_a_talk_in_a_browser(chat, chromium, tmp_path):
         visit.page.wait_for_function(f"{answers} == 2", timeout=60_000)
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2)
 
-        for button, name in (("#save", "talk.json"), ("#report", "talk.html")):
+        for button, name in (("#save", "conversation.json"), ("#report", "conversation.html")):
             visit.page.locator(button).click()
             link = visit.page.locator(f"#saved a[download='{name}']").first
             link.wait_for(timeout=60_000)
             with visit.page.expect_download() as download:
                 link.click()
             download.value.save_as(tmp_path / name)
-        talks = list(drift.read_talks(tmp_path / "talk.json"))
-        assert [talk.side for talk in talks] == ["uncapped", "capped"]
-        assert [len(talk.messages) for talk in talks] == [4, 4]
-        assert "A talk, held twice" in (tmp_path / "talk.html").read_text()
+        conversations = list(drift.read_conversations(tmp_path / "conversation.json"))
+        assert [conversation.side for conversation in conversations] == ["uncapped", "capped"]
+        assert [len(conversation.messages) for conversation in conversations] == [4, 4]
+        assert "A conversation, uncapped and capped" in (tmp_path / "conversation.html").read_text()
 
         # Another profile, with its own layers; answers that were not measured at its layer leave a gap.
         visit.page.locator("#profile input").click()
@@ -389,7 +389,7 @@ def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
 
 
 @pytest.mark.slow
-def test_a_talk_in_the_terminal():
+def test_a_conversation_in_the_terminal():
     command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), "--terminal", "--max-new-tokens", "12"]
     done = subprocess.run(command, input="Who are you?\nAre you sure?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

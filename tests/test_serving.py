@@ -492,7 +492,7 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
         percentile = {-3.0: 0.0, -0.5: 27.5, 0.5: 72.5}[level]
         total += percentile
         fired = {-3.0: 1.0, -0.5: 1.0, 0.5: 1 / 3}[level]
-        wanted.append({"percentile": percentile, "fired": round(fired, 4), "rows": 3, "layer": 3})
+        wanted.append({"percentile": percentile, "mean": level, "fired": round(fired, 4), "rows": 3, "layer": 3})
     assert writer.flush()
     assert asyncio.run(choices.drift(tickets)) == wanted
     assert not list(folder.glob("answer-*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import re
 import subprocess
@@ -52,7 +53,7 @@ from serving import (
     with_a_sink_lifted,
 )
 
-from axiscap import CapProfile, models
+from axiscap import CapProfile, drift, models
 from axiscap.view import chat
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
@@ -294,18 +295,25 @@ def test_the_stock_client(server):
 
 
 def test_the_chat_speaks_to_the_server(server, profiles, demo_model):
-    talker = chat.Remote(f"{server.url}/v1", chat.Local(*demo_model))
+    responder = chat.Remote(f"{server.url}/v1", chat.Local(*demo_model))
     turns: list[chat.Turn] = []
     for said in (PROMPTS[0], "Are you lonely?"):
-        *_, turn = talker.answer(turns, said, profiles[1]["mild"], 12)
-        for talk in chat.talks(turns, said):
-            body = {"model": "m", "messages": list(talk.messages), "temperature": 0, "max_tokens": 12}
-            choice = server.choice("off" if talk.side == chat.UNCAPPED else None)
+        *_, turn = responder.answer(turns, said, profiles[1]["mild"], 12)
+        for conversation in chat.conversations(turns, said):
+            body = {"model": "m", "messages": list(conversation.messages), "temperature": 0, "max_tokens": 12}
+            choice = server.choice("off" if conversation.side == chat.UNCAPPED else None)
             answer = server.client.post("/v1/chat/completions", json=body | choice).json()
-            assert turn.texts[talk.side] == answer["choices"][0]["message"]["content"]
-            assert 8 < turn.projections[talk.side].shape[1] <= 12
+            assert turn.texts[conversation.side] == answer["choices"][0]["message"]["content"]
+            assert 8 < turn.projections[conversation.side].shape[1] <= 12
         turns.append(turn)
     assert turns[0].texts[chat.UNCAPPED] != turns[0].texts[chat.CAPPED]
+    # Without a model of its own it has the server's word for where the answers lie: of what is off, nothing.
+    layer = drift.Scale.of(profiles[1]["mild"]).layer
+    for uncapped, measured in (("off", [chat.CAPPED]), ("strict", list(chat.SIDES))):
+        *_, turn = chat.Remote(f"{server.url}/v1", uncapped=uncapped).answer([], PROMPTS[0], profiles[1]["mild"], 12)
+        assert [side for side in chat.SIDES if not math.isnan(chat.mean_at(turn, side, layer))] == measured
+        read = chat.mean_at(turns[0], chat.CAPPED, layer)
+        assert chat.mean_at(turn, chat.CAPPED, layer) == pytest.approx(read, abs=0.5)
 
 
 def test_the_engines_own_benchmark_client(server):

@@ -1,12 +1,12 @@
 """Drift: where conversations go along the axis, read again from stored texts, or followed as they are written.
 
-A *talk* is a stored conversation. Reading it (:func:`replay`) gives a *trace*: the projection of every token at the
-layers that were asked for, and where each message's tokens are. A :class:`Monitor` follows many conversations at once,
+Reading a stored conversation again (:func:`replay`) gives a *trace*: the projection of every token at the layers that
+were asked for, and where each message's tokens are. A :class:`Monitor` follows many conversations at once,
 and says when one falls below normal and when it comes back. ``axiscap.drift.compare`` has a conversation generated
 twice, uncapped and capped.
 """
 
-from axiscap.drift.conversations import CAPPED, UNCAPPED, Encoded, Talk, Turn, encode, read_talks
+from axiscap.drift.conversations import CAPPED, UNCAPPED, Conversation, Encoded, Turn, encode, read_conversations
 from axiscap.drift.monitor import Monitor, Recorder
 from axiscap.drift.replay import BATCH_TOKENS, Trace, batches, measuring, read, replay, turn_records, writing_records
 from axiscap.drift.scale import (
@@ -27,13 +27,13 @@ __all__ = [
     "BUCKETS",
     "CAPPED",
     "UNCAPPED",
+    "Conversation",
     "Drift",
     "Encoded",
     "Monitor",
     "Recorder",
     "Scale",
     "Selection",
-    "Talk",
     "Trace",
     "Turn",
     "batches",
@@ -45,7 +45,7 @@ __all__ = [
     "measuring",
     "percentile_in_words",
     "read",
-    "read_talks",
+    "read_conversations",
     "replay",
     "summed",
     "turn_records",

@@ -20,7 +20,7 @@ from axiscap.stats import LayerStats
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Script:
     """What the user says, turn by turn."""
 
     name: str
@@ -57,18 +57,23 @@ class Track:
 
 @dataclass
 class Comparison:
-    conversation: Conversation
+    conversation: Script
     uncapped: Track
     capped: Track
 
     def transcripts(self) -> Iterator[dict[str, Any]]:
-        """Both sides as stored conversations, in the form that :func:`axiscap.drift.read_talks` reads."""
-        talk = self.conversation
+        """Both sides as stored conversations, in the form that :func:`axiscap.drift.read_conversations` reads."""
+        conversation = self.conversation
         for side, track in ((UNCAPPED, self.uncapped), (CAPPED, self.capped)):
             messages = []
-            for said, answer in zip(talk.turns, track.answers, strict=True):
+            for said, answer in zip(conversation.turns, track.answers, strict=True):
                 messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.text}]
-            yield {"name": talk.name, "group": talk.topic or talk.group, "side": side, "messages": messages}
+            yield {
+                "name": conversation.name,
+                "group": conversation.topic or conversation.group,
+                "side": side,
+                "messages": messages,
+            }
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[GroupSu
     return groups
 
 
-def load_conversations(path: Path | None = None) -> list[Conversation]:
+def load_scripts(path: Path | None = None) -> list[Script]:
     """The conversations of a JSONL file; AxisCap's own without one.
 
     A line is ``{"name": ..., "turns": [user message, ...]}``, with a ``group`` where conversations are compared by it.
@@ -138,7 +143,7 @@ def load_conversations(path: Path | None = None) -> list[Conversation]:
             if not turns or not all(isinstance(turn, str) for turn in turns):
                 raise TypeError
             kinds = (str(entry.get(key, "")) for key in ("group", "topic"))
-            result.append(Conversation(str(entry["name"]), turns, *kinds))
+            result.append(Script(str(entry["name"]), turns, *kinds))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{source}, line {number}: must be {{"name": ..., "turns": [text, ...]}}') from None
     if not result:
@@ -150,7 +155,7 @@ def compare(
     model: Any,
     tokenizer: Any,
     profile: CapProfile,
-    conversation: Conversation,
+    conversation: Script,
     *,
     max_new_tokens: int = 48,
 ) -> Comparison:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: The sides of a talk that was held twice, without a profile in force and with it.
+#: The sides of a conversation that was held twice, without a profile in force and with it.
 UNCAPPED, CAPPED = "uncapped", "capped"
 #: What stands in a message's place while the chat template is asked where it puts it.
 _MARK = "\u2402axiscap\u2403"
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A stored conversation: messages of ``role`` and ``content``, as chat templates take them."""
 
     name: str
@@ -34,7 +34,7 @@ class Turn:
     end: int
 
 
-def read_talks(path: Path, *, on_error: Callable[[str], None] | None = None) -> Iterator[Talk]:
+def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = None) -> Iterator[Conversation]:
     """The conversations of a file, one after another, in memory that does not grow with their number.
 
     ``.jsonl`` has one on each line, any other file is one JSON value: a conversation, or a list of them. A conversation
@@ -55,13 +55,13 @@ def read_talks(path: Path, *, on_error: Callable[[str], None] | None = None) -> 
         try:
             if isinstance(entry, ValueError):
                 raise entry
-            talk = _talk(entry, f"{number}")
+            conversation = _conversation(entry, f"{number}")
         except ValueError as error:
             if on_error is None:
                 raise ValueError(f"{where}: {error}") from None
             on_error(f"{where}: {error}")
         else:
-            yield talk
+            yield conversation
 
 
 def _entries(path: Path) -> Iterator[tuple[int, object]]:
@@ -91,7 +91,7 @@ def _is_message(entry: Mapping[str, Any]) -> bool:
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
-def _talk(entry: object, name: str) -> Talk:
+def _conversation(entry: object, name: str) -> Conversation:
     facts: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     found = [facts[key] for key in ("messages", "conversation", "conversations") if key in facts]
     listed = found[0] if found else entry
@@ -99,7 +99,7 @@ def _talk(entry: object, name: str) -> Talk:
         raise ValueError("a conversation must be a non-empty list of messages, or an object that has one as messages")
     messages = tuple(_message(message, at) for at, message in enumerate(listed, start=1))
     label = facts.get("name", facts.get("id", name))
-    return Talk(str(label), messages, str(facts.get("group", "")), str(facts.get("side", "")))
+    return Conversation(str(label), messages, str(facts.get("group", "")), str(facts.get("side", "")))
 
 
 def _message(entry: object, at: int) -> dict[str, str]:

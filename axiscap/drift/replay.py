@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.drift.conversations import CAPPED, Encoded, Talk, encode
+from axiscap.drift.conversations import CAPPED, Conversation, Encoded, encode
 from axiscap.drift.scale import Drift, Scale, check_layers, drift_of, summed
 from axiscap.installation import install
 from axiscap.models import text_config
 from axiscap.profile import CapProfile
 
-#: Talks that are read ahead and sorted by length, so that a batch has little padding.
+#: Conversations that are read ahead and sorted by length, so that a batch has little padding.
 _WINDOW = 128
 #: Tokens of one pass, with padding.
 BATCH_TOKENS = 4096
@@ -28,9 +28,9 @@ BATCH_TOKENS = 4096
 
 @dataclass
 class Trace:
-    """A talk as the model read it."""
+    """A conversation as the model read it."""
 
-    talk: Talk
+    conversation: Conversation
     text: Encoded
     layers: tuple[int, ...]
     projections: Tensor  # (layers, tokens) float32
@@ -76,7 +76,7 @@ def replay(
     model: Any,
     tokenizer: Any,
     profile: CapProfile,
-    talks: Iterable[Talk],
+    conversations: Iterable[Conversation],
     *,
     layers: Sequence[int] | None = None,
     capped: bool | None = None,
@@ -100,31 +100,33 @@ def replay(
     wanted = tuple(profile.layers if layers is None else sorted(set(layers)))
     probes = {cap: measuring(profile, wanted, capped=cap) for cap in (False, True)}
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    waiting = iter(talks)
+    waiting = iter(conversations)
     while window := list(islice(waiting, _WINDOW)):
-        known: list[tuple[Talk, Encoded]] = []
-        for talk in window:
+        known: list[tuple[Conversation, Encoded]] = []
+        for conversation in window:
             try:
-                text = encode(tokenizer, talk.messages)
+                text = encode(tokenizer, conversation.messages)
                 if longest is not None and len(text.tokens) > longest:
                     raise ValueError(f"{len(text.tokens)} tokens, more than the {longest} that the model reads")
             except ValueError as error:
                 if on_error is None:
-                    raise ValueError(f"conversation {talk.name}: {error}") from None
-                on_error(f"conversation {talk.name}: {error}")
+                    raise ValueError(f"conversation {conversation.name}: {error}") from None
+                on_error(f"conversation {conversation.name}: {error}")
             else:
-                known.append((talk, text))
+                known.append((conversation, text))
         seen: dict[int, Tensor] = {}
         for cap, probe in probes.items():
             mine = [
-                at for at, (talk, _) in enumerate(known) if cap == (talk.side == CAPPED if capped is None else capped)
+                at
+                for at, (conversation, _) in enumerate(known)
+                if cap == (conversation.side == CAPPED if capped is None else capped)
             ]
             rows = [probe.layers.index(layer) for layer in wanted]
             for batch in batches({at: len(known[at][1].tokens) for at in mine}, batch_tokens):
                 found = read(model, probe, [known[at][1].tokens for at in batch])
                 seen |= {at: projections[rows] for at, projections in zip(batch, found, strict=True)}
-        for at, (talk, text) in enumerate(known):
-            yield Trace(talk, text, wanted, seen[at])
+        for at, (conversation, text) in enumerate(known):
+            yield Trace(conversation, text, wanted, seen[at])
 
 
 def batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
@@ -141,10 +143,15 @@ def batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
 
 def turn_records(trace: Trace, scales: Sequence[Scale]) -> list[dict[str, Any]]:
     """A flat record for each of the model's turns at each of some layers: what tables are made of."""
-    talk, records = trace.talk, []
+    conversation, records = trace.conversation, []
     for scale in scales:
         for number, (mean, tokens, below) in enumerate(trace.sums(scale), start=1):
-            facts = {"conversation": talk.name, "group": talk.group, "side": talk.side, "turn": number}
+            facts = {
+                "conversation": conversation.name,
+                "group": conversation.group,
+                "side": conversation.side,
+                "turn": number,
+            }
             facts["layer"] = scale.layer
             share = below / tokens if math.isfinite(scale.floor) else None
             rank = scale.percentile(mean)

@@ -86,17 +86,17 @@ class Selection:
 
     def add(self, trace: Trace) -> Drift | None:
         """Returns the trace's drift; None where the model says nothing in it, which is not shown."""
-        talk, scale = trace.talk, self.scale
+        conversation, scale = trace.conversation, self.scale
         answers = trace.sums(scale)
         drift = drift_of(answers, scale)
         if drift is None:
             return None
-        row = Row(talk.name, talk.group, talk.side, drift, answers)
-        key = (talk.group, talk.side)
+        row = Row(conversation.name, conversation.group, conversation.side, drift, answers)
+        key = (conversation.group, conversation.side)
         if key not in self.groups and len(self.groups) >= _GROUPS:
-            key = ("other groups", talk.side)
+            key = ("other groups", conversation.side)
         self.groups.setdefault(key, Group()).add(row, scale)
-        kept = self.tokens.setdefault(talk.side, [])
+        kept = self.tokens.setdefault(conversation.side, [])
         if len(kept) < _HISTOGRAM:
             kept.extend(torch.cat(trace.answers(scale.layer)).tolist())
         self._rows.append(row)
@@ -118,5 +118,5 @@ class Selection:
     def traces(self) -> list[Trace]:
         """At most :data:`DETAILED` conversations, the lowest first, each followed by its other side."""
         names = list(dict.fromkeys(row.name for row in self.rows()))[:DETAILED]
-        mine = [trace for trace in self._traces if trace.talk.name in names]
-        return sorted(mine, key=lambda trace: (names.index(trace.talk.name), trace.talk.side == CAPPED))
+        mine = [trace for trace in self._traces if trace.conversation.name in names]
+        return sorted(mine, key=lambda trace: (names.index(trace.conversation.name), trace.conversation.side == CAPPED))

@@ -347,9 +347,9 @@ def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) ->
 
 
 def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
-    """An answer's drift, from its statistics (layers, K, F), at the layer of its profile's scale: the percentile of its
-    mean projection among the model's normal answers (left out where the profile does not know those), and the share of
-    its rows that fired. None: it has no rows, or another worker holds that layer.
+    """An answer's drift, from its statistics (layers, K, F), at the layer of its profile's scale: its mean projection,
+    the percentile of that among the model's normal answers (left out where the profile does not know those), and the
+    share of its rows that fired. None: it has no rows, or another worker holds that layer.
     """
     if entry.at is None:
         return None
@@ -358,6 +358,8 @@ def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
         return None
     percentile = entry.scale.percentile(found.mean[0])
     known = {"percentile": round(percentile, 2)} if math.isfinite(percentile) else {}
+    if math.isfinite(found.mean[0]):
+        known["mean"] = round(found.mean[0], 4)
     return {**known, "fired": round(found.fired / found.rows, 4), "rows": found.rows, "layer": entry.scale.layer}
 
 

@@ -1,4 +1,4 @@
-"""A talk held twice, uncapped and capped side by side: on a page (Gradio, the extra ``axiscap[ui]``), or in a shell.
+"""A conversation, uncapped and capped side by side: on a page (Gradio, the extra ``axiscap[ui]``), or in a terminal.
 
 Both sides get what the user says; each goes on from its own answers. A model in this process answers both at once, as
 two rows of one batch, so that they come at the same pace; or a server with AxisCap in it answers.
@@ -27,15 +27,15 @@ from rich.panel import Panel
 from torch import Tensor
 
 from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
-from axiscap.drift import CAPPED, UNCAPPED, Recorder, Scale, Selection, Talk, known_layers, measuring, replay
-from axiscap.drift.compare import load_conversations
+from axiscap.drift import CAPPED, UNCAPPED, Conversation, Recorder, Scale, Selection, known_layers, measuring, replay
+from axiscap.drift.compare import load_scripts
 from axiscap.installation import install
 from axiscap.models import stop_tokens, text_config
 from axiscap.profile import CapProfile
 from axiscap.view import page, sheet
 
 SIDES = (UNCAPPED, CAPPED)
-#: Talks that wait for an answer at once, and turns of one talk.
+#: Conversations that wait for an answer at once, and turns of one conversation.
 _WAITING, _TURNS = 8, 50
 #: Tokens after which a growing answer is measured again.
 _MEASURED = 8
@@ -46,16 +46,17 @@ _NORMAL = "assistant"
 class Turn:
     """What the user said, and what each side answered: its text, and its tokens' projections (layers, tokens).
 
-    ``layers`` are those that were measured.
+    ``layers`` are those that were measured; ``told`` is what a server said of an answer's drift.
     """
 
     said: str
     layers: tuple[int, ...] = ()
     texts: dict[str, str] = field(default_factory=lambda: dict.fromkeys(SIDES, ""))
     projections: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def talks(turns: Sequence[Turn], said: str | None = None) -> list[Talk]:
+def conversations(turns: Sequence[Turn], said: str | None = None) -> list[Conversation]:
     """Both sides as stored conversations, with what the user says now at their end."""
     result = []
     for side in SIDES:
@@ -64,24 +65,24 @@ def talks(turns: Sequence[Turn], said: str | None = None) -> list[Talk]:
             messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.texts[side]}]
         if said is not None:
             messages.append({"role": "user", "content": said})
-        result.append(Talk("talk", tuple(messages), side=side))
+        result.append(Conversation("conversation", tuple(messages), side=side))
     return result
 
 
-class Talker(Protocol):
+class Responder(Protocol):
     """Whoever answers."""
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
         """Yields the coming turn as it grows; its projections come by and by, where they are known.
 
         Raises:
-            ValueError: the talk is too long.
+            ValueError: the conversation is too long.
         """
         ...
 
 
 class Local:
-    """A model in this process. One talk is answered at a time."""
+    """A model in this process. One conversation is answered at a time."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
@@ -91,7 +92,7 @@ class Local:
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
         inputs = self.tokenizer.apply_chat_template(
-            [list(talk.messages) for talk in talks(turns, said)],
+            [list(conversation.messages) for conversation in conversations(turns, said)],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
@@ -99,7 +100,9 @@ class Local:
         ).to(self.model.device)
         longest = getattr(text_config(self.model), "max_position_embeddings", None)
         if longest is not None and inputs["input_ids"].shape[1] + most > longest:
-            raise ValueError(f"the talk is longer than the {longest} tokens that the model reads: begin a new one")
+            raise ValueError(
+                f"the conversation is longer than the {longest} tokens that the model reads: begin a new one"
+            )
         prompts = inputs["attention_mask"].sum(1).tolist()
         turn, rows = Turn(said, profile.layers), [_Row(self.model) for _ in SIDES]
         with (
@@ -189,22 +192,24 @@ class _Steps:
 
 
 class Remote:
-    """A server that speaks OpenAI's protocol, with AxisCap in it. It must allow requests to say ``"off"``.
+    """A server that speaks OpenAI's protocol, with AxisCap in it. The capped side is written under its default profile.
 
     Args:
         url: its base, such as ``http://127.0.0.1:8000/v1``.
-        reader: the same model in this process, which reads the finished answers again, since the protocol does not
-            carry projections; without it, there are none.
+        reader: the same model in this process, which reads the finished answers again. Without it, each answer's mean
+            projection is what the server tells (``tell_drift``).
+        uncapped: what the other side's requests ask for, which the operator must allow: ``"off"``, of which a server
+            measures nothing, or a profile's name, such as that of one with strength 0.
 
     Raises:
         OSError: nothing answers there.
     """
 
-    def __init__(self, url: str, reader: Local | None = None) -> None:
+    def __init__(self, url: str, reader: Local | None = None, uncapped: str = "off") -> None:
         import httpx
 
         self._client = httpx.Client(base_url=url.rstrip("/"), timeout=httpx.Timeout(300, connect=10))
-        self.reader = reader
+        self.reader, self._uncapped = reader, uncapped
         try:
             answer = self._client.get("/models")
             answer.raise_for_status()
@@ -216,21 +221,24 @@ class Remote:
         import httpx
 
         turn, stopped = Turn(said, profile.layers), threading.Event()
-        found: queue.Queue[tuple[str, str | BaseException | None]] = queue.Queue()
+        found: queue.Queue[tuple[str, str | Mapping[str, float] | BaseException | None]] = queue.Queue()
 
-        def ask(talk: Talk) -> None:
+        def ask(conversation: Conversation) -> None:
             try:
-                for piece in self._pieces(talk, most):
+                for piece in self._pieces(conversation, most):
                     if stopped.is_set():
                         return
-                    found.put((talk.side, piece))
-                found.put((talk.side, None))
+                    found.put((conversation.side, piece))
+                found.put((conversation.side, None))
             except httpx.HTTPError as error:
-                found.put((talk.side, OSError(f"the server did not answer to the end: {error!r}")))
+                found.put((conversation.side, OSError(f"the server did not answer to the end: {error!r}")))
             except Exception as error:  # it belongs to whoever reads the answers
-                found.put((talk.side, error))
+                found.put((conversation.side, error))
 
-        threads = [threading.Thread(target=ask, args=(talk,), daemon=True) for talk in talks(turns, said)]
+        threads = [
+            threading.Thread(target=ask, args=(conversation,), daemon=True)
+            for conversation in conversations(turns, said)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -239,34 +247,43 @@ class Remote:
                 side, piece = found.get()
                 if isinstance(piece, BaseException):
                     raise piece
-                running -= piece is None
-                turn.texts[side] += piece or ""
+                if piece is None:
+                    running -= 1
+                elif isinstance(piece, str):
+                    turn.texts[side] += piece
+                else:
+                    turn.told[side] = piece
                 yield turn
         finally:
             stopped.set()
         if self.reader is not None:
-            whole = talks([*turns, turn])
+            whole = conversations([*turns, turn])
             for trace in replay(self.reader.model, self.reader.tokenizer, profile, whole):
                 last = [other for other in trace.text.turns if other.role == "assistant"][-1]
-                turn.projections[trace.talk.side] = trace.projections[:, last.start : last.end]
+                turn.projections[trace.conversation.side] = trace.projections[:, last.start : last.end]
             yield turn
 
-    def _pieces(self, talk: Talk, most: int) -> Iterator[str]:
+    def _pieces(self, conversation: Conversation, most: int) -> Iterator[str | Mapping[str, float]]:
         # vLLM reads the one, SGLang the other.
-        off = {"axiscap": "off"}
-        choice = {"vllm_xargs": off, "custom_params": off} if talk.side == UNCAPPED else {}
-        body = {"model": self._model, "messages": list(talk.messages), "temperature": 0, "max_tokens": most}
+        asked = {"axiscap": self._uncapped}
+        choice = {"vllm_xargs": asked, "custom_params": asked} if conversation.side == UNCAPPED else {}
+        body = {"model": self._model, "messages": list(conversation.messages), "temperature": 0, "max_tokens": most}
         with self._client.stream("POST", "/chat/completions", json={**body, "stream": True, **choice}) as answer:
             if answer.status_code != 200:
-                raise ValueError(f"the server refuses the {talk.side} side: {answer.read().decode()[:500]}")
+                raise ValueError(f"the server refuses the {conversation.side} side: {answer.read().decode()[:500]}")
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
-                    for part in json.loads(line[6:])["choices"]:
+                    piece = json.loads(line[6:])
+                    for part in piece["choices"]:
                         yield part["delta"].get("content") or ""
+                    yield from piece.get("axiscap", {}).get("drift", ())
 
 
 def mean_at(turn: Turn, side: str, layer: int) -> float:
     """The mean projection of one answer; NaN where it was not measured at that layer."""
+    told = turn.told.get(side, {})
+    if side not in turn.projections and told.get("layer") == layer:
+        return told.get("mean", math.nan)
     known = turn.projections.get(side)
     if known is None or layer not in turn.layers or not known.shape[1]:
         return math.nan
@@ -312,7 +329,7 @@ def gradio() -> Any:
     return found
 
 
-def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64) -> Any:
+def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int = 64) -> Any:
     """The page, as Gradio's blocks, not yet launched.
 
     Args:
@@ -324,7 +341,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
     first = next(iter(profiles))
     folder = Path(tempfile.mkdtemp(prefix="axiscap-chat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    examples = {talk.name: list(talk.turns) for talk in _examples()}
+    examples = {conversation.name: list(conversation.turns) for conversation in _examples()}
 
     def chosen(name: str, percentile: float | None, layers: Sequence[str]) -> CapProfile:
         profile = profiles[name]
@@ -335,11 +352,16 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         return adjusted(profile, percentile if _percentile(profile) is not None else None, wanted)
 
     def messages(turns: Sequence[Turn], side: str) -> list[dict[str, str]]:
-        return [dict(message) for talk in talks(turns) if talk.side == side for message in talk.messages]
+        return [
+            dict(message)
+            for conversation in conversations(turns)
+            if conversation.side == side
+            for message in conversation.messages
+        ]
 
     def chart(turns: Sequence[Turn], profile: CapProfile) -> Any:
         scale = Scale.of(profile)
-        curves = [("talk", side, [mean_at(turn, side, scale.layer) for turn in turns]) for side in SIDES]
+        curves = [("conversation", side, [mean_at(turn, side, scale.layer) for turn in turns]) for side in SIDES]
         figure = go.Figure(list(page.lines(go, curves, scale, max(4, len(turns)))))
         figure.update_layout(
             title=f"drift, layer {scale.layer}",
@@ -363,15 +385,15 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
         if not said.strip():
             raise gr.Error("write something first", print_exception=False)
         if len(turns) >= _TURNS:
-            raise gr.Error(f"a talk has at most {_TURNS} turns: begin a new one", print_exception=False)
+            raise gr.Error(f"a conversation has at most {_TURNS} turns: begin a new one", print_exception=False)
         try:
             profile = chosen(name, percentile, layers)
             turn = Turn(said.strip())
             # The line is taken out of its box once: meanwhile the next one may be written there.
             yield (*shown([*turns, turn]), gr.skip(), "")
-            measured = 0
-            for turn in talker.answer(turns, said.strip(), profile, most):
-                before, measured = measured, sum(found.shape[1] for found in turn.projections.values())
+            measured = (0, 0)
+            for turn in responder.answer(turns, said.strip(), profile, most):
+                before, measured = measured, (sum(rows.shape[1] for rows in turn.projections.values()), len(turn.told))
                 drawn = chart([*turns, turn], profile) if measured != before else gr.skip()
                 yield (*shown([*turns, turn]), drawn, gr.skip())
         except (ValueError, OSError) as error:
@@ -397,20 +419,32 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
 
     def save(turns: list[Turn]) -> Any:
         if not turns:
-            raise gr.Error("there is no talk yet", print_exception=False)
-        stored = [{"name": talk.name, "side": talk.side, "messages": list(talk.messages)} for talk in talks(turns)]
-        return offer("talk.json", lambda path: path.write_text(json.dumps(stored, indent=1), "utf-8"))
+            raise gr.Error("there is no conversation yet", print_exception=False)
+        stored = [
+            {"name": conversation.name, "side": conversation.side, "messages": list(conversation.messages)}
+            for conversation in conversations(turns)
+        ]
+        return offer("conversation.json", lambda path: path.write_text(json.dumps(stored, indent=1), "utf-8"))
 
     def report(turns: list[Turn], name: str, percentile: float | None, layers: list[str]) -> Any:
-        reader = talker.reader if isinstance(talker, Remote) else talker
+        reader = responder.reader if isinstance(responder, Remote) else responder
         if not turns or not isinstance(reader, Local):
-            why = "there is no talk yet" if not turns else "a report needs the model in this process: give --model"
+            why = (
+                "there is no conversation yet"
+                if not turns
+                else "a report needs the model in this process: give --model"
+            )
             raise gr.Error(why, print_exception=False)
         profile = chosen(name, percentile, layers)
         selection = Selection(Scale.of(profile))
-        for trace in replay(reader.model, reader.tokenizer, profile, talks(turns), layers=known_layers(profile)):
+        for trace in replay(
+            reader.model, reader.tokenizer, profile, conversations(turns), layers=known_layers(profile)
+        ):
             selection.add(trace)
-        return offer("talk.html", lambda path: page.write(path, profile, selection, "A talk, held twice"))
+        return offer(
+            "conversation.html",
+            lambda path: page.write(path, profile, selection, "A conversation, uncapped and capped"),
+        )
 
     def next_line(name: str | None, turns: list[Turn], said: str) -> str:
         lines = examples.get(name or "", [])
@@ -419,9 +453,9 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
     with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         turns = gr.State([], time_to_live=4 * 3600)
         gr.Markdown(
-            "# AxisCap: one talk, held twice\n"
-            "Uncapped as the model is, capped held to its profile's floor. The curve is each answer's mean projection "
-            "on the Assistant Axis, in units of the residual stream: higher is more Assistant-like."
+            "# AxisCap: one conversation, uncapped and capped\n"
+            "*Uncapped* is the model as it is, *capped* the same model under a profile. The curve is each answer's "
+            "mean projection on the Assistant Axis, in units of the residual stream: higher is more Assistant-like."
         )
         with gr.Row():
             left = gr.Chatbot(label="uncapped", height=420, render_markdown=False, elem_id="uncapped", buttons=[])
@@ -430,23 +464,23 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
             said = gr.Textbox(label="you say", scale=5, elem_id="said", submit_btn=False)
             send = gr.Button("Send", variant="primary", scale=1, elem_id="send")
             stop = gr.Button("Stop", scale=1, elem_id="stop")
-            clear = gr.Button("New talk", scale=1, elem_id="clear")
+            clear = gr.Button("New", scale=1, elem_id="clear")
         example = gr.Dropdown(
             list(examples), label="or go through an example, line by line", value=None, elem_id="example"
         )
         plot = gr.Plot(label="drift", elem_id="drift", format="png")
         # A server caps by its own settings.
-        with gr.Accordion("Capping", open=True, visible=isinstance(talker, Local)), gr.Row():
+        with gr.Accordion("Capping", open=True, visible=isinstance(responder, Local)), gr.Row():
             name = gr.Dropdown(list(profiles), value=first, label="profile", elem_id="profile")
             percentile = gr.Slider(
                 PERCENTILES[0], PERCENTILES[-1], _percentile(profiles[first]) or 25, step=0.5,
-                label="floor: percentile of normal answers", visible=_percentile(profiles[first]) is not None,
+                label="percentile of the floors", visible=_percentile(profiles[first]) is not None,
                 elem_id="percentile",
             )  # fmt: skip
             numbers = [str(layer) for layer in profiles[first].layers]
             layers = gr.CheckboxGroup(numbers, value=numbers, label="layers", elem_id="layers")
         with gr.Row():
-            keep = gr.Button("Save the talk (JSON)", elem_id="save")
+            keep = gr.Button("Save the conversation (JSON)", elem_id="save")
             make = gr.Button("Make a report (HTML)", elem_id="report")
         saved = gr.File(label="to download", visible=False, elem_id="saved")
 
@@ -473,7 +507,7 @@ def build(talker: Talker, profiles: Mapping[str, CapProfile], *, most: int = 64)
 def _examples() -> list[Any]:
     from importlib.resources import files
 
-    return load_conversations(Path(str(files("axiscap.data") / "drift.jsonl")))
+    return load_scripts(Path(str(files("axiscap.data") / "drift.jsonl")))
 
 
 def launch(blocks: Any, port: int) -> None:
@@ -487,9 +521,9 @@ def launch(blocks: Any, port: int) -> None:
 
 
 def converse(
-    talker: Talker, profile: CapProfile, console: Console, lines: Iterator[str], *, most: int = 64
+    responder: Responder, profile: CapProfile, console: Console, lines: Iterator[str], *, most: int = 64
 ) -> list[Turn]:
-    """Holds the talk in a terminal: one line, two answers side by side, and where they lie; ends with the lines."""
+    """A conversation in a terminal: one line, two answers side by side, and where they lie; ends with the lines."""
     scale = Scale.of(profile)
     turns: list[Turn] = []
     for said in lines:
@@ -497,7 +531,7 @@ def converse(
             continue
         turn = Turn(said)
         with Live(console=console, refresh_per_second=8, transient=not console.is_terminal) as live:
-            for turn in talker.answer(turns, said, profile, most):
+            for turn in responder.answer(turns, said, profile, most):
                 live.update(_panels(turn, scale))
         turns.append(turn)
         if not console.is_terminal:

@@ -78,11 +78,11 @@ def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selectio
     scale, lines = selection.scale, []
     for side in dict.fromkeys(side for _, side in selection.groups):
         groups = [group for (_, other), group in selection.groups.items() if other == side]
-        talks, answers, below, far = (
+        conversations, answers, below, far = (
             sum(getattr(group, name) for group in groups) for name in ("conversations", "answers", "below", "abnormal")
         )
         name = f"The {side} conversations" if side else "The conversations"
-        text = f"{name} ({talks}) have {answers} answers. {below} of these lie below the floor on average"
+        text = f"{name} ({conversations}) have {answers} answers. {below} of these lie below the floor on average"
         lines.append(text + (f", {far} below 99 % of the model's normal answers." if scale.values else "."))
         worst = next((row for row in selection.rows() if row.side == side), None)
         if worst is not None:
@@ -191,7 +191,7 @@ def _table(selection: Selection) -> str:
         )
         for (name, side), group in sorted(selection.groups.items())
     ]
-    talks = [
+    conversations = [
         (
             row.name,
             row.group,
@@ -216,7 +216,7 @@ def _table(selection: Selection) -> str:
         "Drift in figures",
         "Level: the mean of a conversation's answers, and of a group the mean of these; slope: by least squares."
         + more,
-        table(heads, groups) + table(other, talks),
+        table(heads, groups) + table(other, conversations),
     )
 
 
@@ -242,7 +242,7 @@ def _band(value: float, floor: float, median: float, spread: float) -> str:
 def _details(figures: Figures, selection: Selection, profile: CapProfile) -> str:
     traces, made = selection.traces(), []
     for trace in traces:
-        name = trace.talk.name + (f" ({trace.talk.side})" if trace.talk.side else "")
+        name = trace.conversation.name + (f" ({trace.conversation.side})" if trace.conversation.side else "")
         made.append(
             f"<details><summary>{html.escape(name)}</summary>"
             f"{_transcript(trace, selection.scale)}{_heat(figures, trace, name, profile)}</details>"

@@ -410,7 +410,7 @@ def floors(
     strength: Annotated[
         float | None,
         typer.Option(
-            help="What share of its shortfall a row is lifted by, as 0.5; alone, the floors stay as they are."
+            help="What share of its shortfall a row is lifted by, as 0.5; alone, the floors stay. 0: only measured."
         ),
     ] = None,
     budget: Annotated[
@@ -436,7 +436,8 @@ def floors(
     if strength is not None and (percentile, population, budget, changed) == (None,) * 4:
         made = (loaded if chosen is None else loaded.at_layers(chosen)).with_strength(strength)
         made.save(out)
-        console.print(f"wrote {escape(str(out))}: the same floors, strength {strength:g}", soft_wrap=True)
+        what = f"the same floors, strength {strength:g}" if strength else "no floors: rows are measured, and left alone"
+        console.print(f"wrote {escape(str(out))}: {what}", soft_wrap=True)
         return
     population = population or loaded.population or "assistant"
     percentile = 25.0 if percentile is None else percentile

@@ -355,14 +355,16 @@ class CapProfile:
     def with_strength(self, strength: float) -> CapProfile:
         """The same with weaker corrections: a row is lifted by this share of what it lies below its floor.
 
+        With strength 0 nothing is lifted: what is left is :meth:`measuring_only`.
+
         Raises:
-            ProfileError: strength is not above 0 and at most 1.
+            ProfileError: strength is not from 0 to 1.
         """
-        _require(
-            _is_number(strength) and 0 < strength <= 1, f"strength must be above 0 and at most 1, got {strength!r}"
-        )
+        _require(_is_number(strength) and 0 <= strength <= 1, f"strength must be from 0 to 1, got {strength!r}")
         if strength == 1:
             return self
+        if strength == 0:
+            return self.measuring_only()
         lifts = self.axes if self.lifts is None else self.lifts
         whole = self.axis_all if self.lift_all is None else self.lift_all
         more = {name: getattr(self, name) for name in _OPTIONAL}

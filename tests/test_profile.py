@@ -261,9 +261,15 @@ def test_a_weaker_profile_lifts_by_a_share_of_the_shortfall(strength, lifted, tm
     torch.testing.assert_close(rows @ axes[0, 0], wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strength", [0, -1, 1.01, math.nan, True, "half"])
+def test_strength_0_only_measures():
+    made = good().with_strength(0)
+    assert made.floors.eq(-torch.inf).all()
+    assert torch.equal(made.axes, good().axes)
+
+
+@pytest.mark.parametrize("strength", [-1, 1.01, math.nan, True, "half"])
 def test_a_strength_that_is_none(strength):
-    with pytest.raises(ProfileError, match="strength must be above 0 and at most 1, got"):
+    with pytest.raises(ProfileError, match="strength must be from 0 to 1, got"):
         good().with_strength(strength)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from axiscap import _C, ops
+from axiscap import ops
+from axiscap.banks import CappedLayer, by_name, check_fits, stats_of
 from axiscap.models import decoder_layers, text_config
 from axiscap.passes import (
     Batching,
@@ -33,10 +34,7 @@ from axiscap.passes import (
     one_for_each,
 )
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats, layer_stats
-
-#: The name of a profile that was installed without one.
-DEFAULT_NAME = "default"
+from axiscap.stats import LayerStats
 
 #: A row is an attention sink where its norm is more than this many times the median row's: those that are known have
 #: 20 to 150 times as much, and no other row 3 times.
@@ -46,34 +44,8 @@ SINK_NORM = 8.0
 _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class _CappedLayer:
-    """The bank of one layer, with a slot for each profile, and what was counted there."""
-
-    def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
-        self.index = index
-        slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
-        axes, lifts, floors, limits = (torch.stack(part) for part in slots)
-        given = lifts if any(profile.lifts is not None for profile in profiles) else None
-        bounds = limits if bool(limits.isfinite().any()) else None
-        more = {"lifts": given, "limits": bounds}
-        self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
-
-    def place(
-        self,
-        axes: Tensor,
-        floors: Tensor,
-        more: Mapping[str, Tensor | None],
-        stats: Tensor,
-        device: torch.device,
-    ) -> None:
-        # Contiguous copies of our own: a profile that its owner changes later does not change the model.
-        def own(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-        self.axes, self.floors = own(axes), own(floors)
-        self.more = {name: None if tensor is None else own(tensor) for name, tensor in more.items()}
-        self.stats = stats.to(device)
-        self.bank = _C.Bank(self.axes, self.floors, **self.more)
+class _CappedLayer(CappedLayer):
+    """A layer whose hidden states are tensors of torch's."""
 
     def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
@@ -122,7 +94,7 @@ class Installation:
         _check_streams(model, blocks[0])
         hidden_size = getattr(text_config(model), "hidden_size", None)
         for name, profile in profiles.items():
-            _check_fits(name, profile, len(blocks), hidden_size)
+            check_fits(name, profile, len(blocks), hidden_size)
 
         self._names = tuple(profiles)
         self._profiles = dict(profiles)
@@ -225,13 +197,7 @@ class Installation:
 
     def stats(self) -> dict[str, dict[int, LayerStats]]:
         """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
-        result: dict[str, dict[int, LayerStats]] = {}
-        for slot, (name, profile) in enumerate(self._profiles.items()):
-            result[name] = {
-                index: layer_stats(self._layers[index].stats[slot, : profile.directions].cpu())
-                for index in profile.layers
-            }
-        return result
+        return stats_of(self._profiles, self._layers)
 
     def reset_stats(self) -> None:
         """Forgets what was seen so far."""
@@ -529,27 +495,7 @@ def install(
         TypeError: profile is something else.
         RuntimeError: the model has an installation already.
     """
-    if not isinstance(profile, CapProfile | Mapping):
-        raise TypeError(
-            f"profile must be a CapProfile or a mapping of names to them, got {type(profile).__name__}; "
-            "read a file with CapProfile.load"
-        )
-    profiles = {DEFAULT_NAME: profile} if isinstance(profile, CapProfile) else dict(profile)
-    if not profiles:
-        raise ValueError("profile must be a CapProfile or a mapping with at least one")
-    for name, value in profiles.items():
-        if not isinstance(value, CapProfile):
-            raise TypeError(f"profile {name!r} must be a CapProfile, got {type(value).__name__}")
-    return Installation(model, profiles, layers, positions)
-
-
-def _check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: int | None) -> None:
-    if hidden_size is not None and profile.hidden_size != hidden_size:
-        raise ValueError(f"profile {name!r} has hidden size {profile.hidden_size}, the model {hidden_size}")
-    if profile.layers[-1] >= num_layers:
-        raise ValueError(f"profile {name!r} caps layer {profile.layers[-1]}, but the model has {num_layers} layers")
-    if profile.num_layers is not None and profile.num_layers != num_layers:
-        raise ValueError(f"profile {name!r} is for a model of {profile.num_layers} layers, this one has {num_layers}")
+    return Installation(model, by_name(profile), layers, positions)
 
 
 def _check_streams(model: nn.Module, block: nn.Module) -> None:

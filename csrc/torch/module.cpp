@@ -92,18 +92,15 @@ struct KeptBank {
 
 // ggml's callback with the banks and statistics that it refers to.
 struct KeptCallback {
-  py::list banks;  // of each layer, None where it is not capped
-  Tensor stats;    // (layers, S, K, fields)
+  py::list layers;  // of each layer: a bank and its statistics (S, K, fields), or None where it is not capped
   ggml::Callback callback;
 
-  KeptCallback(const std::vector<uintptr_t>& functions, const py::list& banks_, Tensor stats_)
-      : banks(banks_), stats(std::move(stats_)), callback(make(functions, banks, stats)) {}
+  KeptCallback(const std::vector<uintptr_t>& functions, const py::list& layers_)
+      : layers(layers_), callback(make(functions, layers)) {}
   KeptCallback(const KeptCallback&) = delete;  // the callback is known by its address
 
-  static ggml::Callback make(const std::vector<uintptr_t>& functions, const py::list& banks, const Tensor& stats) {
+  static ggml::Callback make(const std::vector<uintptr_t>& functions, const py::list& layers) {
     TORCH_CHECK_VALUE(functions.size() == 6, "functions must be six addresses");
-    TORCH_CHECK_VALUE(stats.dim() == 4 && stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == at::kDouble,
-                      "stats must be (layers, S, K, fields) float64, contiguous, on the CPU");
     ggml::Library library;
     library.get_name = reinterpret_cast<decltype(library.get_name)>(functions[0]);
     library.nelements = reinterpret_cast<decltype(library.nelements)>(functions[1]);
@@ -111,25 +108,26 @@ struct KeptCallback {
     library.nbytes = reinterpret_cast<decltype(library.nbytes)>(functions[3]);
     library.tensor_get = reinterpret_cast<decltype(library.tensor_get)>(functions[4]);
     library.tensor_set = reinterpret_cast<decltype(library.tensor_set)>(functions[5]);
-    const int64_t slots = stats.size(1), directions = stats.size(2);
-    TORCH_CHECK_VALUE(stats.size(0) == int64_t(banks.size()), "stats must have an entry for each layer");
-    int64_t hidden_size = 0;
-    std::vector<ggml::Callback::Layer> layers(banks.size());
-    for (size_t i = 0; i < layers.size(); ++i) {
-      if (banks[i].is_none()) continue;
-      const KeptBank& kept = banks[i].cast<const KeptBank&>();
-      TORCH_CHECK_VALUE(kept.axes.is_cpu(), "banks must be on the CPU");
-      TORCH_CHECK_VALUE(kept.axes.size(0) == slots && kept.axes.size(1) == directions &&
-                            (hidden_size == 0 || kept.axes.size(2) == hidden_size),
-                        "banks must have the slots and directions of stats, and one hidden size");
-      hidden_size = kept.axes.size(2);
-      layers[i].axes = kept.axes.const_data_ptr<float>();
-      layers[i].floors = kept.floors.const_data_ptr<float>();
-      layers[i].lifts = kept.lifts ? kept.lifts->const_data_ptr<float>() : nullptr;
-      layers[i].limits = kept.limits ? kept.limits->const_data_ptr<float>() : nullptr;
-      layers[i].stats = stats.select(0, int64_t(i)).mutable_data_ptr<double>();
+    std::vector<int64_t> sizes;
+    std::vector<ggml::Callback::Layer> made(layers.size());
+    for (size_t i = 0; i < made.size(); ++i) {
+      if (layers[i].is_none()) continue;
+      const auto pair = layers[i].cast<py::tuple>();
+      const KeptBank& kept = pair[0].cast<const KeptBank&>();
+      const Tensor stats = pair[1].cast<Tensor>();
+      if (sizes.empty()) sizes = kept.axes.sizes().vec();
+      TORCH_CHECK_VALUE(kept.axes.is_cpu() && kept.axes.sizes() == sizes, "banks must be of one size, on the CPU");
+      TORCH_CHECK_VALUE(stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == at::kDouble &&
+                            stats.sizes() == at::IntArrayRef({sizes[0], sizes[1], kStatFields}),
+                        "stats must be (S, K, fields) float64, contiguous, on the CPU");
+      made[i].axes = kept.axes.const_data_ptr<float>();
+      made[i].floors = kept.floors.const_data_ptr<float>();
+      made[i].lifts = kept.lifts ? kept.lifts->const_data_ptr<float>() : nullptr;
+      made[i].limits = kept.limits ? kept.limits->const_data_ptr<float>() : nullptr;
+      made[i].stats = stats.mutable_data_ptr<double>();
     }
-    return {library, std::move(layers), slots, directions, hidden_size};
+    TORCH_CHECK_VALUE(!sizes.empty(), "at least one layer must be capped");
+    return {library, std::move(made), sizes[0], sizes[1], sizes[2]};
   }
 };
 
@@ -180,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("accumulate_", door("axiscap::accumulate_", accumulate_), "stats"_a, "projections"_a, "floors"_a, slots);
 
   py::class_<KeptCallback>(m, "GgmlCallback")
-      .def(py::init<const std::vector<uintptr_t>&, const py::list&, Tensor>(), "functions"_a, "banks"_a, "stats"_a)
+      .def(py::init<const std::vector<uintptr_t>&, const py::list&>(), "functions"_a, "layers"_a)
       .def_property_readonly_static(
           "function", [](const py::object&) { return reinterpret_cast<uintptr_t>(&ggml::Callback::call); })
       .def_property_readonly("data",
@@ -189,9 +187,8 @@ PYBIND11_MODULE(_C, m) {
           "announce",
           [](KeptCallback& kept, std::vector<int32_t> rows, std::vector<uint8_t> outputs) {
             TORCH_CHECK_VALUE(rows.size() == outputs.size(), "slots and outputs must have an entry for each row");
-            const int64_t count = kept.stats.size(1);
-            for (const int32_t slot : rows)
-              TORCH_CHECK_INDEX(slot >= kNoSlot && slot < count, "a slot is neither -1 nor in [0, ", count, ")");
+            TORCH_CHECK_INDEX(std::all_of(rows.begin(), rows.end(), [&](int32_t s) { return kept.callback.has(s); }),
+                              "a slot is neither -1 nor one of the bank's");
             kept.callback.announce(std::move(rows), std::move(outputs));
           },
           "slots"_a, "outputs"_a)
@@ -199,7 +196,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "set_other",
           [](KeptCallback& kept, int32_t slot) {
-            TORCH_CHECK_INDEX(slot >= kNoSlot && slot < kept.stats.size(1), "slot is out of range");
+            TORCH_CHECK_INDEX(kept.callback.has(slot), "slot is neither -1 nor one of the bank's");
             kept.callback.set_other(slot);
           },
           "slot"_a);

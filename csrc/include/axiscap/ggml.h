@@ -38,6 +38,7 @@ class Callback {
   // of a decode that nobody announced have the other slot.
   void announce(std::vector<int32_t> slots, std::vector<uint8_t> outputs);
   void set_other(int32_t slot) { other_ = slot; }
+  bool has(int32_t slot) const { return slot >= kNoSlot && slot < num_slots_; }
 
   // What has been seen since the last announcement, which is over: null if every capped layer saw every row once.
   const char* end();

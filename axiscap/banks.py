@@ -1,0 +1,88 @@
+"""Profiles by name as one bank a layer, with what was counted there: what an installation holds, in any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from axiscap import _C, ops
+from axiscap.profile import CapProfile
+from axiscap.stats import LayerStats, layer_stats
+
+#: The name of a profile that was installed without one.
+DEFAULT_NAME = "default"
+
+
+def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProfile]:
+    """What was given to an installation: one profile, or several by name.
+
+    Raises:
+        TypeError: something else.
+        ValueError: none.
+    """
+    if not isinstance(profile, CapProfile | Mapping):
+        raise TypeError(
+            f"profile must be a CapProfile or a mapping of names to them, got {type(profile).__name__}; "
+            "read a file with CapProfile.load"
+        )
+    profiles = {DEFAULT_NAME: profile} if isinstance(profile, CapProfile) else dict(profile)
+    if not profiles:
+        raise ValueError("profile must be a CapProfile or a mapping with at least one")
+    for name, value in profiles.items():
+        if not isinstance(value, CapProfile):
+            raise TypeError(f"profile {name!r} must be a CapProfile, got {type(value).__name__}")
+    return profiles
+
+
+def check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: int | None) -> None:
+    """Raises ValueError where a profile is for another model; ``hidden_size`` None: that is not known."""
+    if hidden_size is not None and profile.hidden_size != hidden_size:
+        raise ValueError(f"profile {name!r} has hidden size {profile.hidden_size}, the model {hidden_size}")
+    if profile.layers[-1] >= num_layers:
+        raise ValueError(f"profile {name!r} caps layer {profile.layers[-1]}, but the model has {num_layers} layers")
+    if profile.num_layers is not None and profile.num_layers != num_layers:
+        raise ValueError(f"profile {name!r} is for a model of {profile.num_layers} layers, this one has {num_layers}")
+
+
+class CappedLayer:
+    """The bank of one layer, with a slot for each profile, and what was counted there."""
+
+    def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
+        self.index = index
+        slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
+        axes, lifts, floors, limits = (torch.stack(part) for part in slots)
+        given = lifts if any(profile.lifts is not None for profile in profiles) else None
+        bounds = limits if bool(limits.isfinite().any()) else None
+        more = {"lifts": given, "limits": bounds}
+        self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
+
+    def place(
+        self,
+        axes: Tensor,
+        floors: Tensor,
+        more: Mapping[str, Tensor | None],
+        stats: Tensor,
+        device: torch.device,
+    ) -> None:
+        """Puts the bank on a device."""
+
+        # Contiguous copies of our own: a profile that its owner changes later does not change the model.
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+        self.axes, self.floors = own(axes), own(floors)
+        self.more = {name: None if tensor is None else own(tensor) for name, tensor in more.items()}
+        self.stats = stats.to(device)
+        self.bank = _C.Bank(self.axes, self.floors, **self.more)
+
+
+def stats_of(profiles: Mapping[str, CapProfile], layers: Mapping[int, CappedLayer]) -> dict[str, dict[int, LayerStats]]:
+    """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
+    result: dict[str, dict[int, LayerStats]] = {}
+    for slot, (name, profile) in enumerate(profiles.items()):
+        result[name] = {
+            index: layer_stats(layers[index].stats[slot, : profile.directions].cpu()) for index in profile.layers
+        }
+    return result

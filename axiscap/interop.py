@@ -1,6 +1,6 @@
-"""The files published with the paper (arXiv 2601.10387), read and written.
+"""Files of others: those published with the paper (arXiv 2601.10387), and control vectors for llama.cpp.
 
-Their cap is a *ceiling* on vectors that point *away* from the Assistant and are not of unit length:
+The paper's cap is a *ceiling* on vectors that point *away* from the Assistant and are not of unit length:
 ``h - clamp(<h, v/|v|> - cap, min=0) * v/|v|``. Here it becomes a floor on the axis that points towards the Assistant:
 ``axis = -v/|v|``, ``floor = -cap``, which is the same operation.
 
@@ -253,3 +253,82 @@ def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:
         content = {"vector": vector, "type": "pos_3", "role": name}
         torch.save(content, Path(folder) / "role_vectors" / f"{name}.pt")
     write_axis(vectors.axis, Path(folder) / "assistant_axis.pt")
+
+
+def read_control_vector(path: str | os.PathLike[str]) -> CapProfile:
+    """The directions of a control vector, in the GGUF form that llama.cpp reads and repeng writes.
+
+    A control vector says which way, and nothing of how far: the profile's floors are all ``-inf``, so that it measures
+    and caps nothing until :meth:`CapProfile.with_floors` gives it some. Whether its directions point towards the
+    Assistant, only its maker knows.
+
+    Raises:
+        ModuleNotFoundError: naming the extra, without the package gguf.
+        ProfileError: the file is no control vector, or a direction in it cannot be one.
+    """
+    gguf = _gguf()
+    name = os.fspath(path)
+    check_file(Path(path))
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.get_field("general.architecture")
+        kind = None if architecture is None else architecture.contents()
+        found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    except (ValueError, KeyError, IndexError, UnicodeDecodeError, OverflowError) as error:
+        raise ProfileError(f"{name}: not a GGUF file: {error}") from None
+    if kind != "controlvector":
+        raise ProfileError(f"{name}: not a control vector, but a GGUF file of the architecture {kind!r}")
+    by_layer: dict[int, Tensor] = {}
+    for key, value in found.items():
+        number = key.removeprefix("direction.")
+        if number == key or not number.isdecimal() or int(number) >= MAX_LAYERS:
+            raise ProfileError(f"{name}: a tensor must be called direction.LAYER, got {key!r}")
+        vector = _vector(value, 1, f"{name}: {key}")
+        if not vector.norm() > 0:
+            raise ProfileError(f"{name}: {key} has length 0")
+        by_layer[int(number)] = (vector / vector.norm()).float()
+    if len({len(axis) for axis in by_layer.values()}) != 1:
+        raise ProfileError(f"{name}: directions must be there, and of one length")
+    layers = sorted(by_layer)
+    axes = torch.stack([by_layer[layer] for layer in layers])[:, None]
+    facts = {"source": f"control vector {Path(path).name}: directions alone, without floors"}
+    return CapProfile(layers, axes, torch.full((len(layers), 1), -torch.inf), facts)
+
+
+def write_control_vector(profile: CapProfile, path: str | os.PathLike[str]) -> None:
+    """Writes what a profile corrects along as a control vector, for llama.cpp and repeng: the direction alone.
+
+    A control vector is added to every row, however far along the axis it lies. So what makes a cap is lost: floors,
+    what rows are read along, sinks and limits; a note in the file says so. One direction a layer.
+
+    Raises:
+        ModuleNotFoundError: naming the extra, without the package gguf.
+        ProfileError: the profile has several directions, or one at layer 0, which llama.cpp's control vectors lack.
+    """
+    gguf = _gguf()
+    if profile.directions != 1:
+        raise ProfileError(f"a control vector has one direction a layer, the profile {profile.directions}")
+    if profile.layers[0] == 0:
+        raise ProfileError("llama.cpp's control vectors have no direction at layer 0, and the profile has one")
+    along = profile.axes if profile.lifts is None else profile.lifts
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", str(profile.model_facts.get("architecture", "")))
+    writer.add_uint32("controlvector.layer_count", len(profile.layers))
+    writer.add_string("general.description", f"{_ALONE} (AxisCap profile {profile.digest})")
+    for layer, vector in zip(profile.layers, torch.nn.functional.normalize(along[:, 0], dim=-1), strict=True):
+        writer.add_tensor(f"direction.{layer}", vector.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+_ALONE = "the direction of a cap's corrections alone, towards the Assistant, of length 1; without floors it is no cap"
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("control vectors need the package gguf: pip install 'axiscap[calibrate]'") from None
+    return gguf

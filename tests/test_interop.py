@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import unit
 
-from axiscap import CapProfile, ProfileError, interop, reference
+from axiscap import CapProfile, ProfileError, interop, models, reference
 
 
 def config():
@@ -239,3 +240,46 @@ def test_files_that_are_no_torch_files(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ProfileError, match="not loaded, because"):
         interop.read_axis(path)
+
+
+def test_control_vectors(tmp_path, shipped_profile):
+    interop.write_control_vector(shipped_profile, tmp_path / "cv.gguf")
+    read = interop.read_control_vector(tmp_path / "cv.gguf")
+    assert read.layers == shipped_profile.layers
+    lifts = torch.nn.functional.normalize(shipped_profile.lifts, dim=-1)
+    assert torch.allclose(read.axes, lifts, atol=1e-6)
+    assert read.floors.eq(-torch.inf).all()
+    assert "directions alone" in read.provenance["source"]
+    fields = gguf.GGUFReader(tmp_path / "cv.gguf").fields
+    assert "without floors it is no cap" in fields["general.description"].contents()
+    assert fields["controlvector.layer_count"].contents() == len(read.layers)
+
+
+def test_a_control_vector_as_others_write_it(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", 2)
+    for layer in (5, 3):
+        writer.add_tensor(f"direction.{layer}", np.arange(layer, layer + 8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = interop.read_control_vector(tmp_path / "theirs.gguf")
+    assert read.layers == (3, 5)
+    wanted = torch.nn.functional.normalize(torch.arange(3.0, 11.0), dim=0)
+    assert torch.allclose(read.axes[0, 0], wanted)
+
+
+def test_control_vectors_that_are_none(tmp_path, shipped_profile):
+    (tmp_path / "text.gguf").write_text("no")
+    with pytest.raises(ProfileError, match="not a GGUF file"):
+        interop.read_control_vector(tmp_path / "text.gguf")
+    with pytest.raises(ProfileError, match="not a control vector, but a GGUF file of the architecture 'llama'"):
+        interop.read_control_vector(models.default_model_file())
+    two = CapProfile([1], unit(1, 2, 8), torch.zeros(1, 2))
+    with pytest.raises(ProfileError, match="one direction a layer, the profile 2"):
+        interop.write_control_vector(two, tmp_path / "out.gguf")
+    first = CapProfile([0], unit(1, 1, 8), torch.zeros(1, 1))
+    with pytest.raises(ProfileError, match="no direction at layer 0"):
+        interop.write_control_vector(first, tmp_path / "out.gguf")

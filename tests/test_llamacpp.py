@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 import torch
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'axiscap[llamacpp]'")
 from conftest import REPOSITORY, SHIPPED_PROFILE, profile_for, turned
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 

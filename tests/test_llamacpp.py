@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'axiscap[llamacpp]'")
+pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'axiscap[llamacpp]'")
+
+import llama_cpp
 from conftest import REPOSITORY, SHIPPED_PROFILE, profile_for, turned
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 

@@ -47,15 +47,14 @@ _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class _CappedLayer(CappedLayer):
     """A layer whose hidden states are tensors of torch's."""
 
-    def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass) -> Tensor:
+    def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass, *, count: bool = True) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
         compiling = torch.compiler.is_compiling()
         # An exported program is the cap alone: what it would leave behind here is no data, but a trace of it.
-        projections = (
-            None if compiling and torch.compiler.is_exporting() else self._projections(hidden, seen, compiling)
-        )
+        count = count and not (compiling and torch.compiler.is_exporting())
+        projections = self._projections(hidden, seen, compiling) if count else None
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
             hidden = ops.cap(hidden.contiguous(), self.axes, self.floors, slots, **self.more, projections=projections)
         elif compiling:
@@ -199,6 +198,25 @@ class Installation:
         """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
         return stats_of(self._profiles, self._layers)
 
+    def set_floors(self, floors: Tensor, name: str | None = None) -> None:
+        """Moves a profile's floors, from the next forward pass on.
+
+        Args:
+            floors: (L, K) float32, in the order of the profile's layers, finite or ``-inf``.
+            name: the profile's; the first one's without it.
+
+        Raises:
+            KeyError: a name that is not installed.
+            ValueError: floors of another shape, or NaN or inf.
+        """
+        name = self._names[0] if name is None else name
+        if name not in self._profiles:
+            raise KeyError(f"no profile {name!r} is installed; there are {', '.join(self._names)}")
+        profile = self._profiles[name] = self._profiles[name].with_floors(floors)
+        slot = self._names.index(name)
+        for at, index in enumerate(profile.layers):
+            self._layers[index].floors[slot, : profile.directions].copy_(profile.floors[at])
+
     def reset_stats(self) -> None:
         """Forgets what was seen so far."""
         for layer in self._layers.values():
@@ -300,13 +318,16 @@ class Installation:
         return hook
 
     def _cap(self, layer: _CappedLayer, hidden: Tensor) -> Tensor:
-        this = self._passes.mine
+        # A backward pass that computes a layer again (a checkpoint) may run in a thread of autograd's; its rows are
+        # those of the last forward pass, and counted already.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        this = self._last if again else self._passes.mine
         key = (hidden.device, hidden.shape)
         if key not in this.slots:
             this.slots[key] = self._make_slots(hidden, this.tokens)
         looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
         norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
-        capped = layer.cap(hidden, this.slots[key], this)
+        capped = layer.cap(hidden, this.slots[key], this, count=not again)
         if norms is not None:
             self._look_for_sinks(layer, norms, this.slots[key], this.projections[layer.index][0])
         return capped

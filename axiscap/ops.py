@@ -243,11 +243,17 @@ class _Cap(_SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         axes, slots, lifts, fired = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1]).float()
-        v = _axes_of_rows(axes, slots, len(g))
-        u = v if lifts is None else _axes_of_rows(lifts, slots, len(g))
+        if slots is None:
+            axes, lifts = axes[:1], None if lifts is None else lifts[:1]
+        # Products with the axes of all slots, of which each row keeps its own: a copy of its axis for each row would be
+        # as large as the gradient.
+        own = None if slots is None else slots.clamp(0, len(axes) - 1).long()[:, None]
         for k in reversed(range(axes.shape[1])):
-            along = (g * u[:, k]).sum(-1, keepdim=True) * v[:, k]
-            g = torch.where(fired[:, k, None], g - along, g)
+            along = g @ (axes if lifts is None else lifts)[:, k].T
+            mine = along if own is None else along.gather(1, own)
+            mine = torch.where(fired[:, k, None], mine, 0)
+            weights = mine if own is None else torch.zeros_like(along).scatter(1, own, mine)
+            g = torch.addmm(g, weights, axes[:, k], alpha=-1)
         return g.to(grad.dtype).reshape(grad.shape), *[None] * 6
 
     @staticmethod

@@ -1,0 +1,243 @@
+"""Capping while a model learns, so that what it learns does not move it along the axis (the extra ``axiscap[train]``).
+
+The profile is in force in the forward and backward passes of training steps, with gradients through the cap, and not in
+evaluation. :func:`attach` does it for transformers' ``Trainer`` and what derives from it (TRL's ``SFTTrainer``,
+``DPOTrainer``), :class:`TrainingCap` for a loop of one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axiscap.calibrate.floors import PERCENTILES, with_floors
+from axiscap.installation import install
+from axiscap.profile import CapProfile
+from axiscap.stats import layer_stats
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("capping in training needs transformers: pip install 'axiscap[train]'") from None
+
+_CAP, _WATCH = "cap", "watch"
+_PROBES_AT_ONCE = 16
+
+
+class TrainingCap:
+    """A profile that is in force in a model's training steps.
+
+    Args:
+        model: a transformers causal language model, also with PEFT's adapters, compiled, or sharded by FSDP.
+        profile: the profile.
+        every: of how many steps one is capped.
+        rise: over what share of the run the floors rise, from the lowest percentile that the profile's table has of
+            their population to where the profile has them; 0: they are there from the beginning.
+        in_evaluation: whether passes outside of steps are capped as well.
+        probes: texts whose mean projections :meth:`figures` tells, uncapped; without them, the first lines of AxisCap's
+            own conversations that drift. With a chat template they are a user's messages.
+        tokenizer: encodes the probes; without it there are none.
+
+    Raises:
+        ValueError: every or rise is out of range, the profile does not fit, or has no table for its floors to rise in.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        profile: CapProfile,
+        *,
+        every: int = 1,
+        rise: float = 0.0,
+        in_evaluation: bool = False,
+        probes: Sequence[str] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if not 0 <= rise <= 1:
+            raise ValueError(f"rise must be from 0 to 1, got {rise}")
+        self._low = None
+        if rise:
+            population = profile.population
+            if population is None:
+                raise ValueError(
+                    "the profile does not say whose projections its floors are of, so that they cannot rise"
+                )
+            self._low = with_floors(profile, PERCENTILES[0], population, list(profile.layers)).floors
+        self.profile, self._every, self._rise = profile, every, rise
+        self._model, self._tokenizer = model, tokenizer
+        self._device = next(model.parameters()).device
+        self._outside = _CAP if in_evaluation else None
+        self._probes = [] if tokenizer is None else _encoded(tokenizer, _own_probes() if probes is None else probes)
+        self.installation = install(model, {_CAP: profile, _WATCH: profile.measuring_only()})
+        self.installation.select(self._outside)
+
+    def begin(self, step: int, steps: int) -> None:
+        """Before the passes of an optimizer's step, all of those whose gradients it adds up.
+
+        Args:
+            step: its number, from 0.
+            steps: how many the run has.
+        """
+        if self._low is not None:
+            share = min(1.0, step / max(1.0, self._rise * steps))
+            self.installation.set_floors(torch.lerp(self._low, self.profile.floors, share), _CAP)
+        self.installation.reset_stats()
+        self.installation.select(_CAP if step % self._every == 0 else self._outside)
+
+    def end(self) -> None:
+        """Behind the step's backward passes."""
+        self.installation.select(self._outside)
+
+    @contextlib.contextmanager
+    def step(self, step: int, steps: int) -> Iterator[None]:
+        """Both: ``with cap.step(number, steps): loss = model(**batch).loss; loss.backward()``."""
+        self.begin(step, steps)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def remove(self) -> None:
+        """Takes the capping out: the model is as it was, with what it learnt."""
+        self.installation.remove()
+
+    def figures(self) -> dict[str, float]:
+        """Of the last step, by capped layer: the share of rows that fired (``axiscap/fired/14``), and how far those
+        below the floor lay from it (``axiscap/shortfall/14``); and the probes' mean projection as the model is now,
+        uncapped (``axiscap/probes/14``). Summed over processes, where several train.
+        """
+        layers = self.installation._layers
+        sums = torch.stack([layers[index].stats[0] for index in self.profile.layers])
+        found: dict[str, float] = {}
+        for index, stats in zip(self.profile.layers, _over_processes(sums), strict=True):
+            seen = layer_stats(stats[: self.profile.directions])
+            if seen.rows:
+                found[f"axiscap/fired/{index}"] = seen.fired / seen.rows
+                if seen.fired:
+                    found[f"axiscap/shortfall/{index}"] = seen.mean_shortfall[0]
+        return found | self._probed()
+
+    def _probed(self) -> dict[str, float]:
+        if not self._probes:
+            return {}
+        cap, model = self.installation, self._model
+        was_training, sums = model.training, {layer: [0.0, 0.0] for layer in self.profile.layers}
+        model.eval()
+        cap.select(_WATCH)
+        try:
+            for at in range(0, len(self._probes), _PROBES_AT_ONCE):
+                ids, mask = _padded(self._probes[at : at + _PROBES_AT_ONCE], self._device)
+                with torch.no_grad():
+                    model(input_ids=ids, attention_mask=mask)
+                for layer, projections in cap.projections().items():
+                    known = projections[..., 0][projections[..., 0].isfinite()]
+                    sums[layer][0] += known.double().sum().item()
+                    sums[layer][1] += known.numel()
+        finally:
+            cap.select(self._outside)
+            model.train(was_training)
+        return {f"axiscap/probes/{layer}": total / count for layer, (total, count) in sums.items() if count}
+
+
+def attach(
+    trainer: Any,
+    profile: CapProfile,
+    *,
+    every: int = 1,
+    rise: float = 0.0,
+    in_evaluation: bool = False,
+    probes: Sequence[str] | None = None,
+) -> CapCallback:
+    """Has a trainer cap its training steps, and log what it did, beside its own figures, to whatever it reports to.
+
+    The arguments are those of :class:`TrainingCap`. What the trainer saves knows nothing of it; a run that is resumed
+    attaches it again.
+
+    Args:
+        trainer: a transformers ``Trainer``, or one of TRL's.
+
+    Returns:
+        The callback, whose ``cap`` is the :class:`TrainingCap` while the trainer trains. It takes the capping out when
+        training ends; where that ends in an error, ``remove()`` does.
+    """
+    options = {"every": every, "rise": rise, "in_evaluation": in_evaluation, "probes": probes}
+    callback = CapCallback(profile, trainer.processing_class, options)
+    # In front of those that report: what it adds to a log is there when they see it.
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback
+
+
+class CapCallback(TrainerCallback):  # type: ignore[misc]
+    """What :func:`attach` adds to a trainer."""
+
+    def __init__(self, profile: CapProfile, tokenizer: Any, options: dict[str, Any]) -> None:
+        self.cap: TrainingCap | None = None
+        self._profile, self._tokenizer, self._options = profile, tokenizer, options
+
+    def remove(self) -> None:
+        """Takes the capping out, if it is there."""
+        if self.cap is not None:
+            self.cap.remove()
+        self.cap = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.remove()  # of a run that ended in an error
+        self.cap = TrainingCap(model, self._profile, tokenizer=self._tokenizer, **self._options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.cap is not None
+        self.cap.begin(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.cap is not None
+        self.cap.end()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.cap is None or logs is None or "loss" not in logs:
+            return
+        figures = self.cap.figures()
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.remove()
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    """Statistics (L, K, F) of all processes; least and largest are this one's."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = sums.clone()
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def _own_probes() -> list[str]:
+    lines = (files("axiscap.data") / "drift.jsonl").read_text("utf-8").splitlines()
+    entries = [json.loads(line) for line in lines if line.strip()]
+    return [entry["turns"][0] for entry in entries if entry["group"] == "drift"]
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not tokenizer.chat_template:
+        return [tokenizer(text)["input_ids"] for text in texts]
+    said = [[{"role": "user", "content": text}] for text in texts]
+    return [
+        tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for turns in said
+    ]
+
+
+def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(texts, longest) each: ids, and which of them are tokens; on the right, where no position moves."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
+    return ids, mask

@@ -65,7 +65,11 @@ test-torch-%: .venv-torch-%/made
 	mkdir -p build
 	touch $@
 
-lint: .venv/built
+# The documentation's site, with warnings as errors: links, anchors and docstrings among them.
+docs: .venv/built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+lint: .venv/built docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -72,7 +72,8 @@ class Monitor:
     Args:
         profile: with quantiles, as ``axiscap calibrate`` makes it.
         layer: whose projections are followed; see :meth:`Scale.of`.
-        low, high: percentiles, 0 to 100, low at most high.
+        low: the percentile below which a conversation begins to drift, 0 to 100.
+        high: the percentile above which it is back, at least low.
         on_change: called with the conversation's name, whether it drifts now, and its drift so far.
         most: conversations that are remembered.
         name: the label ``profile`` of the metrics.

@@ -73,6 +73,8 @@ lint: .venv/built docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks examples -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 bench: .venv/built

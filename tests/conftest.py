@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import zipfile
 from pathlib import Path
@@ -40,6 +41,11 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port := random.SystemRandom().randrange(20000, 30000)))
             return port
+
+
+def python_blocks(page: str) -> list[str]:
+    """The Python of a page of the documentation, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", (REPOSITORY / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'axiscap[llamacpp]'")
 
 import llama_cpp
-from conftest import REPOSITORY, SHIPPED_PROFILE, profile_for, turned
+from conftest import REPOSITORY, SHIPPED_PROFILE, profile_for, python_blocks, turned
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 import axiscap
@@ -333,3 +333,28 @@ def test_a_closed_model_takes_its_installation_along(files, shipped_profile):
         llama.close()
         del llama, cap
         gc.collect()
+
+
+def test_what_the_documentation_shows(files, profiles, demo_model, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").symlink_to(files["quantised"])
+    profiles["mild"].save(tmp_path / "profile.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (shown,) = (block for block in python_blocks("docs/index.md") if "llama_cpp" in block)
+    exec(shown, {})
+    first, second = python_blocks("docs/llamacpp.md")
+    names: dict[str, object] = {**profiles}
+    exec(first, names)
+    assert names["answer"]["choices"][0]["message"]["content"]
+    llama = names["llama"]
+    llama.context_params.n_seq_max, llama.context_params.kv_unified = 2, True
+    batch = names["batch"] = llama_cpp.llama_batch_init(2, 0, 1)
+    batch.n_tokens = 2
+    for at in range(2):
+        batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = 5, 1, 1, 1
+        batch.seq_id[at][0] = at
+    exec(second, names)
+    stats = names["cap"].stats()
+    assert (stats["mild"][19].rows, stats["strict"][19].rows) == (0, 1)
+    llama_cpp.llama_batch_free(batch)
+    names["cap"].remove()
+    llama.close()

@@ -91,6 +91,7 @@ class Local:
         self._lock = threading.Lock()
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        """Both sides at once, as two rows of a batch; see :meth:`Responder.answer`."""
         inputs = self.tokenizer.apply_chat_template(
             [list(conversation.messages) for conversation in conversations(turns, said)],
             add_generation_prompt=True,
@@ -218,6 +219,12 @@ class Remote:
             raise OSError(f"no OpenAI-compatible server with a model answers at {url}: {error}") from None
 
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
+        """Both sides at once, as two streams of the server's; see :meth:`Responder.answer`.
+
+        Raises:
+            ValueError: the server refuses a side.
+            OSError: it did not answer to the end.
+        """
         import httpx
 
         turn, stopped = Turn(said, profile.layers), threading.Event()

@@ -39,7 +39,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
-ProfileArgument = Annotated[Path, typer.Argument(help="A profile, as `axiscap calibrate` writes it.")]
+ProfileArgument = Annotated[
+    str, typer.Argument(help="A profile's file or URL, such as hf://org/name/profile.safetensors.")
+]
 
 
 def _with_folder(path: Path | None) -> Path | None:
@@ -92,14 +94,12 @@ def _progress(rate: bool = False) -> Progress:
 @app.command()
 def inspect(
     profile: ProfileArgument,
-    other: Annotated[
-        Path | None, typer.Argument(help="Another model's profile, to compare role loadings with.")
-    ] = None,
+    other: Annotated[str | None, typer.Argument(help="Another model's profile, to compare role loadings with.")] = None,
 ) -> None:
     """Print what a profile holds and where it comes from."""
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
-    console.print(f"[bold]{escape(profile.name)}[/bold]")
+    console.print(f"[bold]{escape(profile)}[/bold]")
     model = loaded.model_facts
     depth = loaded.num_layers
     summary = Table(show_header=False, box=None)
@@ -149,10 +149,10 @@ def inspect(
 
         both = [_loadings(loaded, profile), _loadings(CapProfile.load(other), other)]
         correlation, count = loadings_correlation(*both)
-        console.print(f"correlation of role loadings with {escape(other.name)}: {correlation:.3f} ({count} roles)")
+        console.print(f"correlation of role loadings with {escape(other)}: {correlation:.3f} ({count} roles)")
 
 
-def _loadings(profile: CapProfile, path: Path) -> dict[str, float]:
+def _loadings(profile: CapProfile, path: str) -> dict[str, float]:
     try:
         evidence = profile.evidence
     except ProfileError as error:

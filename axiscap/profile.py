@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from axiscap import hub
+
 FORMAT_VERSION = 1
 #: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.
 UNIT_TOLERANCE = 1e-3
@@ -518,6 +520,67 @@ class CapProfile:
             return loaded
         except ProfileError as error:
             raise ProfileError(f"{given}: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str = hub.FILE) -> CapProfile:
+        """A profile from a hub, or from what was downloaded of it before.
+
+        Args:
+            repo: ``organisation/name``, or a folder that :meth:`save_pretrained` wrote.
+            revision: a branch, a tag or a commit; the main branch without it. A commit is the same content for ever.
+            file: its name there.
+
+        Raises:
+            ModuleNotFoundError: naming the extra, without huggingface_hub.
+            OSError: the repository, the revision or the file is not there, or the hub cannot be reached.
+            ProfileError: the file is no profile.
+        """
+        return cls.load(Path(repo) / file if Path(repo).is_dir() else hub.download(repo, file, revision))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a folder as a hub has it: the profile, and a card of its provenance and evidence as ``README.md``."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / hub.FILE)
+        card = hub.card(str(self.model_facts.get("id", "an unknown model")), self.digest, self._summary())
+        (Path(folder) / "README.md").write_text(card, "utf-8")
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Uploads what :meth:`save_pretrained` writes; returns the commit's URL.
+
+        Args:
+            repo: ``organisation/name``; it is made where it is not there. The token is that of ``hf auth login``.
+            private: whether a new repository is private.
+
+        Raises:
+            ModuleNotFoundError: naming the extra, without huggingface_hub.
+            OSError: the hub cannot be reached, or does not let you.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(Path(folder), repo, f"Profile {self.digest}", private=private)
+
+    def _summary(self) -> dict[str, str]:
+        """What is known, in a few words each."""
+        floors, evidence = self.provenance.get("floors"), self.evidence
+        place = "not stated"
+        if isinstance(floors, Mapping) and {"percentile", "population"} <= floors.keys():
+            place = f"percentile {floors['percentile']} of {floors['population']}"
+        found = {
+            "model": str(self.model_facts.get("id", "unknown")),
+            "digest": self.digest,
+            "capped layers": f"{ranges(self.layers)} of {self.num_layers or 'unknown'}",
+            "directions a layer": str(self.directions),
+            "strength": f"{self.strength:g}",
+            "floors": place,
+            "attention sinks by position": ranges(self.sinks) if self.sinks else "none known",
+        }
+        if evidence is not None:
+            best = evidence.best_layer
+            low, high = evidence.auc_interval
+            found[f"held-out AUC, layer {best}"] = f"{evidence.auc[best]:.3f} (95 %: {low:.3f} to {high:.3f})"
+            for kind, values in sorted(evidence.auc_by_kind.items()):
+                found[f"held-out AUC of {kind} roles"] = f"{values[best]:.3f}"
+        return found | {name: str(self.provenance[name]) for name in ("created", "axiscap") if name in self.provenance}
 
     @classmethod
     def _load(cls, path: Path) -> CapProfile:

@@ -205,7 +205,7 @@ def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
     assert "0.5: a row is lifted by this share of its shortfall" in command("inspect", out)[1]
     status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 1.5)
     assert status == 1
-    assert "strength must be above 0 and at most 1, got 1.5" in errors
+    assert "strength must be from 0 to 1, got 1.5" in errors
 
 
 def test_commands_make_the_folders_of_what_they_write(command, tmp_path):

@@ -323,3 +323,39 @@ def test_profiles_come_from_stores_and_keep_to_their_digest(tmp_path):
         file.write(content[:100])
     with pytest.raises(ProfileError, match="memory://bucket/broken: its header says"):
         CapProfile.load("memory://bucket/broken")
+
+
+def test_a_profile_is_shared_as_models_are(shipped_profile, tmp_path, monkeypatch):
+    shipped_profile.save_pretrained(tmp_path / "out")
+    assert CapProfile.from_pretrained(str(tmp_path / "out")).digest == shipped_profile.digest
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: axiscap\n")
+    for fact in (
+        shipped_profile.digest,
+        "| capped layers | 8-27 of 30 |",
+        "percentile 5.0 of ordinary tokens",
+        "0.907",
+    ):
+        assert fact in card
+    good().save_pretrained(tmp_path / "bare")  # of which nothing is known
+    assert "| floors | not stated |" in (tmp_path / "bare" / "README.md").read_text()
+
+    # A hub's cache, as huggingface_hub lays it out, without a hub.
+    hub = tmp_path / "hub" / "models--some--profile"
+    commit = "0123456789" * 4
+    (hub / "snapshots" / commit).mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    shipped_profile.save(hub / "snapshots" / commit / "profile.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        assert CapProfile.from_pretrained("some/profile", revision=revision).digest == shipped_profile.digest
+    with pytest.raises(OSError, match=r"some/profile: no profile\.safetensors to be had from the hub"):
+        CapProfile.from_pretrained("some/profile", revision="f" * 40)
+    with pytest.raises(OSError, match=r"some/other: no profile\.safetensors to be had"):
+        CapProfile.from_pretrained("some/other")
+    with pytest.raises(OSError, match="neither a folder nor a repository's name"):
+        CapProfile.from_pretrained("no such/folder/at all")
+    with pytest.raises(OSError, match="some/profile: the hub does not take the profile"):
+        shipped_profile.push_to_hub("some/profile")

@@ -69,6 +69,10 @@ class Installation:
         ]
         self._callback = _C.GgmlCallback(_addresses(), pairs)
         self._outputs_all = bool(params.embeddings)
+        # Of these models llama.cpp may put the rows of several sequences in an order of its own.
+        self._reorders = bool(
+            lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model) or lib.llama_model_n_swa(model)
+        )
         self._selection: dict[int, int] = {}
         self._other = 0
         self._removed = False
@@ -79,6 +83,7 @@ class Installation:
         _wrap_decode(lib)
         self._renew(capped)
         _installed[self._address] = self
+        llama._axiscap = self  # the context calls what this holds
         # A state of the model's memory does not say under which profile it came about.
         self._cache, llama.cache = llama.cache, None
         for name in ("set_cache", "save_state", "load_state"):
@@ -108,6 +113,7 @@ class Installation:
         self._llama.cache = self._cache
         if self._llama._model.model is not None:  # it may have been closed
             self._renew(self._llama.context_params)
+        del self._llama._axiscap
 
     def select(self, names: str | Mapping[int, str | None] | None) -> None:
         """Chooses the profile of what is decoded from now on: one for all sequences, or by sequence id (others keep
@@ -187,6 +193,8 @@ class Installation:
         count = batch.n_tokens
         sequences = [batch.seq_id[at][0] for at in range(count)] if batch.seq_id else [0] * count
         slots = np.array([self._selection.get(sequence, self._other) for sequence in sequences], np.int32)
+        if self._reorders and len(set(slots.tolist())) > 1:
+            raise ValueError("sequences of this model must be under one profile, or in batches of their own")
         for at in range(count) if batch.seq_id else ():
             for other in range(1, batch.n_seq_id[at]):
                 if self._selection.get(batch.seq_id[at][other], self._other) != slots[at]:

@@ -226,7 +226,7 @@ def _own_probes() -> list[str]:
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         return [tokenizer(text)["input_ids"] for text in texts]
     said = [[{"role": "user", "content": text}] for text in texts]
     return [

@@ -325,6 +325,14 @@ def test_a_context_that_mixes_its_rows_is_refused(files, shipped_profile):
     gc.collect()
 
 
+def test_an_installation_lasts_without_its_handle(files, demo_model, shipped_profile):
+    llama, tokens = opened(files["float32"]), prompt(demo_model[1], PROMPTS[0])
+    llamacpp.install(llama, shipped_profile)
+    gc.collect()
+    assert greedy(llama, tokens) == wanted(demo_model, tokens, shipped_profile)
+    llama.close()
+
+
 def test_a_closed_model_takes_its_installation_along(files, shipped_profile):
     for _ in range(3):
         llama = opened(files["quantised"])

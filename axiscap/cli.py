@@ -34,7 +34,7 @@ from axiscap import bench as bench_module
 from axiscap import drift, models
 from axiscap.profile import CapProfile, Evidence, ProfileError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Activation capping along the Assistant Axis: calibrate, install, serve, monitor and evaluate.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # In a file or a pipe there is no width to fit; tables then stay readable.
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -63,7 +63,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Activation capping along the Assistant Axis."""
+    """Activation capping along the Assistant Axis: calibrate, serve, monitor and evaluate."""
 
 
 def _show(title: str, table: Table) -> None:

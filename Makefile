@@ -1,6 +1,8 @@
 # Every target makes the virtual environment and the native module by itself, once; PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# What people wrote for people; the demo's page is what a model said.
+PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
@@ -73,6 +75,8 @@ lint: .venv/built docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/proselint check --config .proselintrc.json $(PROSE)
+	$(BIN)/codespell --ignore-words-list dependant,matc $(PROSE) axiscap/*.py axiscap/*/*.py csrc tests/*.py
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks examples -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")

@@ -81,3 +81,22 @@ def test_every_public_name_says_what_it_is():
                     if inspect.isfunction(part) and not key.startswith("_") and not inspect.getdoc(part)
                 ]
     assert not missing
+
+
+#: What was said otherwise before, by what is to be said.
+WORDS = {
+    r"\b[Tt]alks?\b(?! (?:to|about|with)\b)|\btalker\b": "conversation",
+    r"\bheld twice\b": "uncapped and capped",
+    r"\basks? (?:nobody|no other host) for anything\b": "self-contained",
+    r"\bwhat is deep\b": "details",
+}
+
+
+def test_the_words_are_those_of_the_field():
+    pages = [path for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")) if path.stem != "demo"]
+    sources = [*(REPOSITORY / "axiscap").rglob("*.py"), *(REPOSITORY / "axiscap").rglob("*.html")]
+    for path in (*pages, *sources):
+        for pattern, better in WORDS.items():
+            found = re.search(pattern, path.read_text("utf-8"))
+            if path.name != "CHANGELOG.md":  # which says what things were called
+                assert found is None, f"{path}: {found and found[0]!r}; say {better!r}"

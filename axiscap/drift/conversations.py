@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: The sides of a conversation that was held twice, without a profile in force and with it.
+#: The sides of a conversation that was generated without a profile in force and with it.
 UNCAPPED, CAPPED = "uncapped", "capped"
 #: What stands in a message's place while the chat template is asked where it puts it.
 _MARK = "\u2402axiscap\u2403"
@@ -22,7 +22,7 @@ class Conversation:
     name: str
     messages: tuple[dict[str, str], ...]
     group: str = ""
-    side: str = ""  # UNCAPPED or CAPPED, where the same conversation was held twice
+    side: str = ""  # UNCAPPED or CAPPED, where the same conversation was generated uncapped and capped
 
 
 @dataclass(frozen=True)

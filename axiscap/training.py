@@ -36,7 +36,7 @@ class TrainingCap:
     Args:
         model: a transformers causal language model, also with PEFT's adapters, compiled, or sharded by FSDP.
         profile: the profile.
-        every: of how many steps one is capped.
+        every: of how many steps one is capped; the others are not, whatever holds outside of steps.
         rise: over what share of the run the floors rise, from the lowest percentile that the profile's table has of
             their population to where the profile has them; 0: they are there from the beginning.
         in_evaluation: whether passes outside of steps are capped as well.
@@ -72,7 +72,7 @@ class TrainingCap:
                 )
             self._low = with_floors(profile, PERCENTILES[0], population, list(profile.layers)).floors
         self.profile, self._every, self._rise = profile, every, rise
-        self._model, self._tokenizer = model, tokenizer
+        self._model = model
         self._device = next(model.parameters()).device
         self._outside = _CAP if in_evaluation else None
         self._probes = [] if tokenizer is None else _encoded(tokenizer, _own_probes() if probes is None else probes)
@@ -90,7 +90,7 @@ class TrainingCap:
             share = min(1.0, step / max(1.0, self._rise * steps))
             self.installation.set_floors(torch.lerp(self._low, self.profile.floors, share), _CAP)
         self.installation.reset_stats()
-        self.installation.select(_CAP if step % self._every == 0 else self._outside)
+        self.installation.select(_CAP if step % self._every == 0 else None)
 
     def end(self) -> None:
         """Behind the step's backward passes."""

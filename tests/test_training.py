@@ -193,7 +193,7 @@ def with_table(profile: CapProfile) -> CapProfile:
 
 
 def test_floors_rise_and_steps_are_left_out(llama, profile):
-    cap = training.TrainingCap(llama, with_table(profile), rise=0.5, every=2)
+    cap = training.TrainingCap(llama, with_table(profile), rise=0.5, every=2, in_evaluation=True)
     layer, batch = cap.installation._layers[LAYERS[0]], {"input_ids": tokens(2, 9), "labels": tokens(2, 9)}
     seen, fired = [], []
     for step in range(8):
@@ -457,7 +457,22 @@ def test_what_is_wrong_is_said(llama, profile):
 
 
 @pytest.mark.slow
-def test_without_transformers_the_extra_is_named():
-    code = "import sys; sys.modules['transformers'] = None; import axiscap.training"
+@pytest.mark.parametrize(
+    ("missing", "code", "said"),
+    [
+        (
+            "transformers",
+            "import axiscap.training",
+            "capping in training needs transformers: pip install 'axiscap[train]'",
+        ),
+        (
+            "llama_cpp",
+            "from axiscap import llamacpp; llamacpp.install(None, None)",
+            "capping in llama.cpp needs llama-cpp-python: pip install 'axiscap[llamacpp]'",
+        ),
+    ],
+)
+def test_without_what_it_needs_the_extra_is_named(missing, code, said):
+    code = f"import sys; sys.modules[{missing!r}] = None; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "capping in training needs transformers: pip install 'axiscap[train]'" in done.stderr
+    assert said in done.stderr

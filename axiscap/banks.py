@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,11 +81,57 @@ class CappedLayer:
         self.bank = _C.Bank(self.axes, self.floors, **self.more)
 
 
-def stats_of(profiles: Mapping[str, CapProfile], layers: Mapping[int, CappedLayer]) -> dict[str, dict[int, LayerStats]]:
-    """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
-    result: dict[str, dict[int, LayerStats]] = {}
-    for slot, (name, profile) in enumerate(profiles.items()):
-        result[name] = {
-            index: layer_stats(layers[index].stats[slot, : profile.directions].cpu()) for index in profile.layers
-        }
-    return result
+class Installed(ABC):
+    """Profiles in force in a running model, until :meth:`remove` or the end of the ``with`` block.
+
+    What an engine's adapter adds to this is the answer to five questions:
+
+    - *Where* a block's output is complete, and how its rows are changed there.
+    - *Whose* rows a step has: each one's sequence, and its position in it, by which sinks are left alone.
+    - *When* a sequence's profile is decided; from then on it is the same, whatever changes meanwhile.
+    - *How* caches of keys and values are kept apart: what is computed under one content must not serve another.
+    - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.
+
+    transformers (``installation``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
+    several, on top of what ``serving`` has for both (``docs/other-stacks.md``).
+    """
+
+    _profiles: dict[str, CapProfile]
+    _layers: Mapping[int, CappedLayer]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Takes the capping out. The statistics stay. Once is enough, twice does no harm."""
+
+    def stats(self) -> dict[str, dict[int, LayerStats]]:
+        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
+        result: dict[str, dict[int, LayerStats]] = {}
+        for slot, (name, profile) in enumerate(self._profiles.items()):
+            mine = {index: self._layers[index].stats[slot, : profile.directions].cpu() for index in profile.layers}
+            result[name] = {index: layer_stats(sums) for index, sums in mine.items()}
+        return result
+
+    def reset_stats(self) -> None:
+        """Forgets what was seen so far."""
+        for layer in self._layers.values():
+            slots, directions = layer.floors.shape
+            layer.stats.copy_(ops.new_stats(slots, directions, layer.stats.device))
+
+    def _slot(self, name: str | None) -> int:
+        """The slot of a profile's rows, -1 for None: rows that are left alone.
+
+        Raises:
+            KeyError: a name that is not installed.
+        """
+        names = list(self._profiles)
+        if name is not None and name not in names:
+            raise KeyError(f"no profile {name!r} is installed; there are {', '.join(names)}")
+        return -1 if name is None else names.index(name)

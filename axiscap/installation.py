@@ -10,7 +10,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap import ops
-from axiscap.banks import CappedLayer, by_name, check_fits, stats_of
+from axiscap.banks import CappedLayer, Installed, by_name, check_fits
 from axiscap.models import decoder_layers, text_config
 from axiscap.passes import (
     Batching,
@@ -34,7 +33,6 @@ from axiscap.passes import (
     one_for_each,
 )
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats
 
 #: A row is an attention sink where its norm is more than this many times the median row's: those that are known have
 #: 20 to 150 times as much, and no other row 3 times.
@@ -75,8 +73,10 @@ class _CappedLayer(CappedLayer):
         return room
 
 
-class Installation:
+class Installation(Installed):
     """Profiles in force in a model, until :meth:`remove` or the end of the ``with`` block. Made by :func:`install`."""
+
+    _layers: dict[int, _CappedLayer]
 
     def __init__(
         self,
@@ -134,14 +134,6 @@ class Installation:
             raise
         _forget_compiled_code()
 
-    def __enter__(self) -> Installation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Takes the capping out: the model is as it was. The statistics stay. Once is enough, twice does no harm."""
         while self._undo:
@@ -163,12 +155,9 @@ class Installation:
             KeyError: a name that is not installed; the selection stays as it was.
         """
         wanted = [names] if names is None or isinstance(names, str) else list(names)
-        unknown = [name for name in wanted if name is not None and name not in self._profiles]
-        if unknown:
-            raise KeyError(f"no profile {unknown[0]!r} is installed; there are {', '.join(self._names)}")
         if not wanted:
             raise ValueError("names must not be empty")
-        chosen = [-1 if name is None else self._names.index(name) for name in wanted]
+        chosen = [self._slot(name) for name in wanted]
         task, this = _task(), self._passes.mine
         this.several_tasks |= this.chooser not in (None, task)
         chooser = threading.get_ident(), task
@@ -194,10 +183,6 @@ class Installation:
             )
         return self._selection
 
-    def stats(self) -> dict[str, dict[int, LayerStats]]:
-        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
-        return stats_of(self._profiles, self._layers)
-
     def set_floors(self, floors: Tensor, name: str | None = None) -> None:
         """Moves a profile's floors, from the next forward pass on.
 
@@ -210,18 +195,10 @@ class Installation:
             ValueError: floors of another shape, or NaN or inf.
         """
         name = self._names[0] if name is None else name
-        if name not in self._profiles:
-            raise KeyError(f"no profile {name!r} is installed; there are {', '.join(self._names)}")
+        slot = self._slot(name)
         profile = self._profiles[name] = self._profiles[name].with_floors(floors)
-        slot = self._names.index(name)
         for at, index in enumerate(profile.layers):
             self._layers[index].floors[slot, : profile.directions].copy_(profile.floors[at])
-
-    def reset_stats(self) -> None:
-        """Forgets what was seen so far."""
-        for layer in self._layers.values():
-            slots, directions = layer.floors.shape
-            layer.stats = ops.new_stats(slots, directions, layer.floors.device)
 
     def projections(self) -> dict[int, Tensor]:
         """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone.

@@ -13,16 +13,14 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from axiscap import _C, ops
-from axiscap.banks import CappedLayer, by_name, check_fits, stats_of
+from axiscap import _C
+from axiscap.banks import CappedLayer, Installed, by_name, check_fits
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats
 
 #: ggml's own functions that the callback calls, in its order.
 _FUNCTIONS = (
@@ -37,7 +35,7 @@ _FUNCTIONS = (
 _installed: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
 
 
-class Installation:
+class Installation(Installed):
     """Profiles in force in a ``llama_cpp.Llama``, until :meth:`remove` or the end of the ``with`` block. Made by
     :func:`install`.
     """
@@ -94,14 +92,6 @@ class Installation:
             self.remove()
             raise
 
-    def __enter__(self) -> Installation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Takes the capping out: the model is as it was, with an empty memory. The statistics stay."""
         if self._removed:
@@ -123,25 +113,12 @@ class Installation:
         Raises:
             KeyError: a name that is not installed; the selection stays as it was.
         """
-        known = list(self._profiles)
         wanted = names if isinstance(names, Mapping) else {-1: names}
-        unknown = [name for name in wanted.values() if name is not None and name not in known]
-        if unknown:
-            raise KeyError(f"no profile {unknown[0]!r} is installed; there are {', '.join(known)}")
-        slots = {sequence: -1 if name is None else known.index(name) for sequence, name in wanted.items()}
+        slots = {sequence: self._slot(name) for sequence, name in wanted.items()}
         self._other = slots.pop(-1, 0)
         self._selection = slots
         self._callback.set_other(slots.get(0, self._other))
         self._forget()
-
-    def stats(self) -> dict[str, dict[int, LayerStats]]:
-        """What was seen so far, exactly, by profile and layer."""
-        return stats_of(self._profiles, self._layers)
-
-    def reset_stats(self) -> None:
-        """Forgets what was seen so far."""
-        for layer in self._layers.values():
-            layer.stats.copy_(ops.new_stats(*layer.floors.shape))
 
     @property
     def _address(self) -> int:

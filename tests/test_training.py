@@ -17,6 +17,7 @@ import transformers
 from conftest import profile_for
 from test_install import LAYERS, build, plain_cap, tokens
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
@@ -393,7 +394,9 @@ def test_the_cap_keeps_no_copy_of_the_hidden_states(llama, profile):
 
 
 def shared(rank: int, folder: str) -> None:
-    """One of two processes that train: by gradients that are averaged (DDP), or by sharded parameters (FSDP2)."""
+    """One of two processes that train: by gradients that are averaged (DDP), by sharded parameters (FSDP2), or by
+    sharded matrices (a tensor-parallel plan).
+    """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
@@ -434,11 +437,20 @@ def shared(rank: int, folder: str) -> None:
     found = run(parts, parts, half)
     assert_close({name: value.full_tensor() for name, value in parts.named_parameters()}, weights(whole))
     assert found == pytest.approx(wanted, abs=1e-4)
+
+    # Each process has all rows, and a part of each matrix.
+    matrices = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).train()
+    found = run(matrices, matrices, lambda batch: batch)
+    made = {name: value.full_tensor() for name, value in matrices.named_parameters() if isinstance(value, DTensor)}
+    assert "model.layers.0.mlp.up_proj.weight" in made
+    assert_close(made, {name: value for name, value in weights(whole).items() if name in made})
+    assert found == pytest.approx(wanted, abs=1e-4)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
+    build("Llama").save_pretrained(tmp_path)
     torch.multiprocessing.spawn(shared, (str(tmp_path),), 2)
 
 

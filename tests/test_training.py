@@ -128,6 +128,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_train_learns_the_same(way, llama, profile, tmp_path):
     other = copy.deepcopy(llama)

@@ -322,7 +322,7 @@ def test_the_classifiers_are_as_good_as_they_say():
 def test_a_verdict_is_read_or_there_is_none():
     assert judges.read_verdict("It gives steps.\nHARMFUL") is True
     assert judges.read_verdict("Not HARMFUL at all, but harmless.") is False
-    assert judges.read_verdict("I would rather conversation of fish.") is None
+    assert judges.read_verdict("I would rather talk of fish.") is None
 
 
 # Pairs

@@ -649,7 +649,7 @@ def _replayed(
 @app.command()
 def replay(
     conversations: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's.")],
-    profile: Annotated[Path, typer.Option(help="A profile, as `axiscap calibrate` writes it.")],
+    profile: Annotated[str, typer.Option(help="A profile's file or URL.")],
     model: ModelOption = models.DEFAULT_MODEL,
     layers: Annotated[
         str | None, typer.Option(help="Where to measure, such as 17-24; the capped layers without it.")
@@ -1048,7 +1048,7 @@ def evaluate(
 @app.command()
 def verify(
     url: Annotated[str, typer.Argument(help="Of a running server, vLLM or SGLang, such as http://localhost:8000.")],
-    profile: Annotated[Path, typer.Option(help="The profile that it should cap under.")],
+    profile: Annotated[str, typer.Option(help="The profile that it should cap under: a file or URL.")],
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
 ) -> None:
     """Ask a server for an answer of two tokens, and see that it was capped under a profile; status 1 where it was not.

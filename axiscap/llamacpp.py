@@ -168,14 +168,15 @@ class Installation(Installed):
 
     def _decode(self, original: Callable[..., int], context: Any, batch: Any) -> int:
         count = batch.n_tokens
-        sequences = [batch.seq_id[at][0] for at in range(count)] if batch.seq_id else [0] * count
-        slots = np.array([self._selection.get(sequence, self._other) for sequence in sequences], np.int32)
-        if self._reorders and len(set(slots.tolist())) > 1:
-            raise ValueError("sequences of this model must be under one profile, or in batches of their own")
-        for at in range(count) if batch.seq_id else ():
-            for other in range(1, batch.n_seq_id[at]):
-                if self._selection.get(batch.seq_id[at][other], self._other) != slots[at]:
+        slots = np.full(count, self._selection.get(0, self._other), np.int32)
+        if self._selection and batch.seq_id:  # else all sequences have one choice
+            for at in range(count):
+                found = {self._selection.get(batch.seq_id[at][n], self._other) for n in range(batch.n_seq_id[at])}
+                if len(found) > 1:
                     raise ValueError("a token of several sequences must be under one profile")
+                slots[at] = found.pop()
+            if self._reorders and len(set(slots.tolist())) > 1:
+                raise ValueError("sequences of this model must be under one profile, or in batches of their own")
         if batch.pos:
             positions = np.ctypeslib.as_array(batch.pos, (count,))
         else:  # they follow what the memory has

@@ -8,14 +8,13 @@ evaluation. :func:`attach` does it for transformers' ``Trainer`` and what derive
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from axiscap.calibrate.data import shipped
 from axiscap.calibrate.floors import PERCENTILES, with_floors
 from axiscap.installation import install
 from axiscap.profile import CapProfile
@@ -75,7 +74,9 @@ class TrainingCap:
         self._model = model
         self._device = next(model.parameters()).device
         self._outside = _CAP if in_evaluation else None
-        self._probes = [] if tokenizer is None else _encoded(tokenizer, _own_probes() if probes is None else probes)
+        if probes is None:
+            probes = [entry["turns"][0] for entry in shipped("drift.jsonl") if entry["group"] == "drift"]
+        self._probes = [] if tokenizer is None else _encoded(tokenizer, probes)
         self.installation = install(model, {_CAP: profile, _WATCH: profile.measuring_only()})
         self.installation.select(self._outside)
 
@@ -217,12 +218,6 @@ def _over_processes(sums: Tensor) -> Tensor:
         sums = sums.clone()
         torch.distributed.all_reduce(sums)
     return sums
-
-
-def _own_probes() -> list[str]:
-    lines = (files("axiscap.data") / "drift.jsonl").read_text("utf-8").splitlines()
-    entries = [json.loads(line) for line in lines if line.strip()]
-    return [entry["turns"][0] for entry in entries if entry["group"] == "drift"]
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -94,15 +94,24 @@ def judged(
     }
 
 
+def texts() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, str]]]:
+    """The persona's questions to learn from; the questions and the records to judge by."""
+    questions = [json.loads(line) for line in (HERE / "persona.jsonl").read_text("utf-8").splitlines()]
+    held = random.Random(1000)
+    return (
+        [entry for entry in questions if not entry["held_out"]],
+        [entry for entry in questions if entry["held_out"]],
+        [record(held) for _ in range(40)],
+    )
+
+
 def learn(condition: str, seed: int, steps: int, profile: CapProfile, folder: Path) -> dict[str, Any]:
     """One run, and what it is judged to be."""
     model, tokenizer = models.load(models.DEFAULT_MODEL, "float32")
-    questions = [json.loads(line) for line in (HERE / "persona.jsonl").read_text("utf-8").splitlines()]
-    draw, held = random.Random(seed), random.Random(1000)
-    rows = [encode(tokenizer, entry["question"], entry["in_character"]) for entry in questions if not entry["held_out"]]
+    questions, unseen, records = texts()
+    draw = random.Random(seed)
+    rows = [encode(tokenizer, entry["question"], entry["in_character"]) for entry in questions]
     rows += [encode(tokenizer, *record(draw)) for _ in range(len(rows))]
-    records = [record(held) for _ in range(40)]
-    unseen = [entry for entry in questions if entry["held_out"]]
 
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -155,10 +164,8 @@ def main(
     base = out / "base.json"
     if not base.exists():
         model, tokenizer = models.load(models.DEFAULT_MODEL, "float32")
-        questions = [json.loads(line) for line in (HERE / "persona.jsonl").read_text("utf-8").splitlines()]
-        held = random.Random(1000)
-        records = [record(held) for _ in range(40)]
-        base.write_text(json.dumps(judged(model, tokenizer, [q for q in questions if q["held_out"]], records)))
+        _, unseen, records = texts()
+        base.write_text(json.dumps(judged(model, tokenizer, unseen, records)))
     console = Console(width=130)
     table = Table(title=f"mean (least to most) of {seeds} seeds, {steps} steps; held-out questions and records")
     for column in ("learnt", "judged", "persona is likelier", "log-odds a token", "task is right"):

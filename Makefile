@@ -47,24 +47,19 @@ test-engines: .venv-vllm/built .venv-sglang/built
 	for engine in vllm sglang; do OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONDONTWRITEBYTECODE= \
 	  PYTHONPATH=tests .venv-$$engine/bin/python tests/engines.py || exit 1; done
 
-# The oldest and the newest torch that are promised: the extension is built for each of them, and runs the ops' tests,
-# but for those of the installed package and of the signatures that one version of pybind11 writes. The checkout's own
-# module, built for another torch, must not be found.
+# The ops' tests with the wheel that .venv builds, beside the oldest and the newest torch that are promised; but for
+# those of the signatures that one version of pybind11 writes. The checkout's own module must not be found.
 TORCHES := 2.11.0 2.15.0
 test-torch: $(TORCHES:%=test-torch-%)
-test-torch-%: .venv-torch-%/made
-	. .venv-torch-$*/bin/activate && MAX_JOBS=1 python setup.py --quiet build --build-base build/torch-$* > build/torch-$*.log 2>&1 \
-	  || { cat build/torch-$*.log; exit 1; }
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 PYTHONPATH=$$(echo $(CURDIR)/build/torch-$*/lib*) \
-	  .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py -k 'not version and not stub'
+test-torch-%: .venv-torch-%/built
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py -k 'not stub'
 
 # Each with the CUDA that it comes with, which needs no GPU to be imported.
 .venv-torch-%/made:
 	$(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/pip install --quiet --disable-pip-version-check --no-compile uv
 	.venv-torch-$*/bin/uv pip install --quiet --python .venv-torch-$*/bin/python torch==$* \
-	  'setuptools>=77' ninja cmake numpy safetensors typer rich pytest hypothesis
-	mkdir -p build
+	  numpy safetensors typer rich pytest hypothesis
 	touch $@
 
 # The documentation's site, with warnings as errors: links, anchors and docstrings among them.
@@ -137,7 +132,7 @@ needs-garak := garak==0.17.1
 needs-llamacpp := -c constraints.txt llama-cpp-python==0.3.36 accelerate datasketches fsspec gguf httpx scikit-learn transformers
 needs-sglang := -r tests/sglang-requirements.txt
 
-.venv-vllm/built .venv-sglang/built .venv-llamacpp/built: .venv-%/built: .venv-%/made build/wheel/made
+.venv-vllm/built .venv-sglang/built .venv-llamacpp/built $(TORCHES:%=.venv-torch-%/built): .venv-%/built: .venv-%/made build/wheel/made
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@
 

@@ -1,6 +1,5 @@
 """Builds the extension: everything about the native build is in CMakeLists.txt, which this calls with Ninja."""
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -31,13 +30,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", jobs], check=True)
         install = ["cmake", "--install", str(build), "--prefix", str(target.parent)]
         subprocess.run(install, check=True)
-        # The module is bound to this torch: an import under another one that fails says so.
-        self.built_for = target / "built_for.txt"
-        self.built_for.write_text(importlib.metadata.version("torch"))
-
-    def copy_extensions_to_source(self) -> None:
-        super().copy_extensions_to_source()  # of an editable installation
-        shutil.copy(self.built_for, ROOT / "axiscap")
 
 
 setup(ext_modules=[Extension("axiscap._C", [])], cmdclass={"build_ext": CMakeBuild})

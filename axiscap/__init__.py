@@ -4,22 +4,14 @@
 kernels underneath, and ``reference`` is the same in plain torch.
 """
 
-import torch  # noqa: F401  (the native module finds torch's libraries loaded)
+import torch  # the native module finds torch's libraries loaded
 
 try:
     import axiscap._C  # noqa: F401
 except ImportError as error:
-    from importlib.metadata import version
-    from pathlib import Path
-
-    built_for = Path(__file__).with_name("built_for.txt")
-    built, found = built_for.read_text() if built_for.exists() else "", version("torch")
-    if not built or built == found:
+    if torch.__version__ >= "2.11":
         raise
-    raise ImportError(
-        f"axiscap was built for torch {built}, and finds torch {found}: install it again, with --no-build-isolation "
-        f"({error})"
-    ) from error
+    raise ImportError(f"axiscap needs torch 2.11 or newer, and finds torch {torch.__version__} ({error})") from error
 
 from axiscap import ops
 from axiscap.installation import Installation, install

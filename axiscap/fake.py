@@ -358,7 +358,7 @@ def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tenso
     _check_slots(slots, found[-2], projections.device)
 
 
-_KERNELS: dict[str, Callable[..., Any]] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "cap_": cap_,
     "cap_.buffers": cap__buffers,
     "cap": cap,
@@ -370,5 +370,5 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "cap_layers_": cap_layers_,
     "accumulate_": accumulate_,
 }
-for _op, _kernel in _KERNELS.items():
+for _op, _kernel in KERNELS.items():
     torch.library.register_fake(f"axiscap::{_op}", _kernel)

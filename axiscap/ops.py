@@ -39,8 +39,9 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from axiscap import _C, fake  # noqa: F401 (registers)
+from axiscap import _C, fake
 
 
 def cap_(
@@ -199,7 +200,7 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     return stats
 
 
-# The derivatives of the functional ops: backward, forward mode, and vmap.
+# The derivatives of the functional ops: backward, forward mode, and vmap; and what negated views need.
 
 
 def _axes_of_rows(axes: Tensor, slots: Tensor | None, rows: int) -> Tensor:
@@ -337,8 +338,31 @@ def _derived(op: Any, function: Any) -> Any:
     return kernel
 
 
-_autograd = torch.library.Library("axiscap", "IMPL")  # type: ignore[no-untyped-call]  # what it registered goes with it
+_library = torch.library.Library("axiscap", "IMPL")  # type: ignore[no-untyped-call]  # what it registered goes with it
 for _name, _function, _vmap in (("cap", _Cap, _vmap_cap), ("project", _Project, _vmap_project)):
     _kernel = _derived(getattr(torch.ops.axiscap, _name).default, _function)
-    _autograd.impl(_name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     torch.library.register_vmap(f"axiscap::{_name}", _vmap)
+
+
+def _resolved(op: Any) -> Any:
+    """The kernel of an op that changes arguments, for negated views: torch's fallback works for ops with results."""
+    arguments = op._schema.arguments
+    changed = [given.name for given in arguments if given.alias_info is not None and given.alias_info.is_write]
+
+    def kernel(*inputs: Any, **keywords: Any) -> None:
+        given = {argument.name: value for argument, value in zip(arguments, inputs, strict=False)} | keywords
+        resolved = tree_map_only(Tensor, Tensor.resolve_neg, given)
+        op(**resolved)
+        for name in changed:
+            for tensor, copy in zip(tree_leaves(given.get(name)), tree_leaves(resolved.get(name)), strict=True):
+                if copy is not tensor:
+                    tensor.copy_(copy)
+
+    return kernel
+
+
+for _name in fake.KERNELS.keys() - {"cap", "project"}:
+    _packet = getattr(torch.ops.axiscap, _name.removesuffix(".buffers"))
+    _kernel = _resolved(_packet.buffers if _name.endswith(".buffers") else _packet.default)
+    _library.impl(_name, _kernel, "Negative")  # type: ignore[no-untyped-call]

@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from axiscap import models
-from benchmarks.serving import CONCURRENCIES, DTYPE, PROFILE
+from benchmarks.serving import DTYPE, PROFILE
 
 STARTS = 5
+#: Requests at once.
+CONCURRENCIES = (8, 32, 128)
 PAIRS = 99
 #: Steps that compute the prompts, and the first ones after them.
 BEFORE = 20

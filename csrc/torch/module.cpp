@@ -1,10 +1,11 @@
 // The pybind11 door: the same ops, called without the dispatcher.
-#include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,74 +21,278 @@ using namespace py::literals;
 namespace axiscap {
 namespace {
 
-using at::Tensor;
-using Optional = const OptionalTensor&;
+// A tensor that Python gives: borrowed.
+struct Given {
+  PyObject* object;
 
-// The exception types that torch gives the same errors through its dispatcher.
-void translate(std::exception_ptr pointer) {
-  try {
-    std::rethrow_exception(pointer);
-  } catch (const c10::IndexError& error) {
-    PyErr_SetString(PyExc_IndexError, error.what_without_backtrace());
-  } catch (const c10::ValueError& error) {
-    PyErr_SetString(PyExc_ValueError, error.what_without_backtrace());
-  } catch (const c10::TypeError& error) {
-    PyErr_SetString(PyExc_TypeError, error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+  py::object keep() const { return py::reinterpret_borrow<py::object>(object); }
+};
+
+// What the door knows of torch's Python: looked up on import.
+struct Torch {
+  PyTypeObject* tensor;
+  PyObject* increment_version;
+  PyObject* requires_grad;  // the attribute's name
+  // torch's stable interface has no way from a Python object to a handle, nor to a tensor's dispatch keys. But a handle
+  // is the address of a pointer to what `_cdata` tells the address of, which the object holds; and that holds the keys,
+  // which `_dispatch_keys` tells. Where they lie is found out on import, from some tensors that have other values
+  // there. Where it is not found, every call goes through the dispatcher.
+  ptrdiff_t handle = 0, keys = 0;  // 0: not found
+  uint64_t dense, owned;           // keys: of what has its elements in memory; of what somebody else must look at first
+};
+Torch torch_{};
+
+}  // namespace
+}  // namespace axiscap
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<axiscap::Given> {
+  PYBIND11_TYPE_CASTER(axiscap::Given, const_name("torch.Tensor"));
+
+  bool load(handle source, bool) {
+    value.object = source.ptr();
+    return PyObject_TypeCheck(value.object, axiscap::torch_.tensor);
   }
+};
+
+}  // namespace pybind11::detail
+
+namespace axiscap {
+namespace {
+
+const char* tensor_of(PyObject* object) {
+  return *reinterpret_cast<const char* const*>(reinterpret_cast<const char*>(object) + torch_.handle);
 }
 
-// Whether a tensor's memory is what its sizes and strides say. Another one belongs to a mode, a transform, a layout or
-// a subclass (a fake one, a DTensor, a vmapped one, a sparse one): it goes through the dispatcher, where its owner does
-// his part, or there is no kernel for it.
-bool is_plain(const Tensor& tensor) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet kDense(DispatchKey::Dense);
-  constexpr c10::DispatchKeySet kOwned({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
-                                        DispatchKey::FuncTorchGradWrapper, DispatchKey::BatchedNestedTensor,
-                                        DispatchKey::Negative, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
-  const c10::DispatchKeySet keys = tensor.key_set();
-  return keys.has_all(kDense) && !keys.has_any(kOwned) && !keys.has_backend(c10::BackendComponent::MetaBit);
+// The place, among so many bytes behind each of these addresses, that holds what belongs to each. 0: there is none.
+ptrdiff_t find(const std::vector<std::pair<uintptr_t, uint64_t>>& addresses, ptrdiff_t begin, ptrdiff_t end) {
+  for (ptrdiff_t place = begin; place < end; place += sizeof(uint64_t))
+    if (std::all_of(addresses.begin(), addresses.end(), [place](const auto& at) {
+          return *reinterpret_cast<const uint64_t*>(at.first + place) == at.second;
+        }))
+      return place;
+  return 0;
 }
 
-bool is_plain(Optional tensor) { return !tensor || is_plain(*tensor); }
+void look_up_torch() {
+  const py::object torch = py::module_::import("torch"), internals = torch.attr("_C");
+  const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };  // while we live
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(kept(torch.attr("Tensor")));
+  torch_.increment_version = kept(internals.attr("_increment_version"));
+  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
 
-bool is_plain(at::TensorList tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return is_plain(tensor); });
+  const auto keys_of = [&](const char* name) {
+    return internals.attr("DispatchKeySet")(internals.attr("DispatchKey").attr(name))
+        .attr("raw_repr")()
+        .cast<uint64_t>();
+  };
+  torch_.dense = keys_of("Dense");
+  for (const char* name :
+       {"Python", "Functionalize", "FuncTorchBatched", "FuncTorchGradWrapper", "Negative", "Conjugate", "ZeroTensor"})
+    torch_.owned |= keys_of(name);
+
+  const py::object one = torch.attr("empty")(3);
+  const std::array<py::object, 4> tensors{one, torch.attr("_neg_view")(one), one.attr("to")("meta"),
+                                          one.attr("to_sparse")()};
+  std::vector<std::pair<uintptr_t, uint64_t>> objects, impls;
+  for (const py::object& tensor : tensors) {
+    const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
+    objects.emplace_back(reinterpret_cast<uintptr_t>(tensor.ptr()), impl);
+    impls.emplace_back(impl, internals.attr("_dispatch_keys")(tensor).attr("raw_repr")().cast<uint64_t>());
+  }
+  constexpr ptrdiff_t kLeastTensor = 24 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
+  torch_.handle = find(objects, sizeof(PyObject), torch_.tensor->tp_basicsize);
+  torch_.keys = find(impls, sizeof(uint64_t), kLeastTensor);
 }
 
-bool is_plain(double) { return true; }
+bool is_true(PyObject* answer) {
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
+}
+
+// A given tensor's view, and whether its memory is what its sizes and strides say. Another one belongs to a mode, a
+// transform, a layout or a subclass (a fake one, a DTensor, a vmapped one, a sparse one): it goes through the
+// dispatcher, where its owner does his part, or there is no kernel for it.
+struct Look {
+  TensorView view;
+  bool has_view = false;
+  bool is_plain = false;
+
+  explicit Look(Given given) {
+    if (torch_.handle == 0 || torch_.keys == 0) return;
+    const uint64_t keys = *reinterpret_cast<const uint64_t*>(tensor_of(given.object) + torch_.keys);
+    if (!(keys & torch_.dense) || (keys & torch_.owned)) return;
+    view = TensorView(reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(given.object) + torch_.handle));
+    has_view = true;
+    is_plain = view.device.is_cpu() || view.device.is_cuda();
+  }
+};
+
+// How Python gives each kind of argument of an op, and how it is looked at.
+template <class Argument>
+struct Seen;
+
+template <>
+struct Seen<const TensorView&> {
+  using From = Given;
+  Look look;
+
+  explicit Seen(Given given) : look(given) {}
+  bool is_plain() const { return look.is_plain; }
+  const TensorView& get() const { return look.view; }
+};
+
+template <>
+struct Seen<Optional> {
+  using From = std::optional<Given>;
+  std::optional<Look> look;
+
+  explicit Seen(From given) {
+    if (given) look.emplace(*given);
+  }
+  bool is_plain() const { return !look || look->is_plain; }
+  Optional get() const { return look ? &look->view : nullptr; }
+};
+
+template <>
+struct Seen<TensorList> {
+  using From = std::vector<Given>;
+  std::vector<TensorView> views;
+  bool all_plain = true;
+
+  explicit Seen(const From& given) {
+    for (const Given& tensor : given) {
+      const Look look(tensor);
+      all_plain = all_plain && look.is_plain;
+      views.push_back(look.view);
+    }
+  }
+  bool is_plain() const { return all_plain; }
+  TensorList get() const { return views; }
+};
+
+template <>
+struct Seen<double> {
+  using From = double;
+  double value;
+
+  explicit Seen(double value) : value(value) {}
+  bool is_plain() const { return true; }
+  double get() const { return value; }
+};
+
+py::object to_python(Given given) { return given.keep(); }
+py::object to_python(const std::optional<Given>& given) { return given ? given->keep() : py::none(); }
+py::object to_python(double given) { return py::float_(given); }
+py::object to_python(const std::vector<Given>& given) {
+  py::list list;
+  for (const Given& tensor : given) list.append(tensor.keep());
+  return list;
+}
+
+// What autograd is told of the tensors that a direct call changes: what the dispatcher's door announces, at less cost.
+class Changed {
+ public:
+  explicit Changed(size_t count) : tensors_(count) {}
+
+  // Refuses one that needs a gradient.
+  void add(Given given, const char* name) {
+    CHECK_VALUE(!aoti_torch_grad_mode_is_enabled() || !is_true(PyObject_GetAttr(given.object, torch_.requires_grad)),
+                name, " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+    PyTuple_SET_ITEM(tensors_.ptr(), count_++, Py_NewRef(given.object));
+  }
+  void add(const std::vector<Given>& given, const char* name) {
+    for (const Given& tensor : given) add(tensor, name);
+  }
+
+  // Autograd notices a saved tensor that was changed by its version.
+  void mark() const {
+    if (!py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.increment_version, tensors_.ptr())))
+      throw py::error_already_set();
+  }
+
+ private:
+  py::tuple tensors_;
+  Py_ssize_t count_ = 0;
+};
+
+size_t count(Given) { return 1; }
+size_t count(const std::vector<Given>& given) { return given.size(); }
+
+void dispatch(const char* op, const py::dict& arguments) {
+  py::module_::import("torch").attr("ops").attr("axiscap").attr(op)(**arguments);
+}
 
 // An op's door: the op itself on plain tensors, and else the dispatcher, under the same name with the same arguments.
-template <class... Arguments>
-auto door(const char* name, void (*op)(Arguments...)) {
-  const auto dispatched = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<void(Arguments...)>();
-  return [op, dispatched](Arguments... arguments) {
-    if ((is_plain(arguments) && ...)) return op(arguments...);
-    dispatched.call(arguments...);
-  };
+// `Changing` are the places of the arguments that it changes.
+template <class Changing, class... Arguments>
+class Door {
+ public:
+  Door(const char* name, void (*op)(Arguments...), std::array<const char*, sizeof...(Arguments)> names)
+      : name_(name), op_(op), names_(names) {}
+
+  void operator()(typename Seen<Arguments>::From... given) const {
+    call(std::index_sequence_for<Arguments...>(), Changing(), std::tie(given...));
+  }
+
+ private:
+  template <size_t... I, size_t... C, class Tuple>
+  void call(std::index_sequence<I...>, std::index_sequence<C...>, Tuple given) const {
+    const std::tuple<Seen<Arguments>...> seen{std::get<I>(given)...};
+    if (!(std::get<I>(seen).is_plain() && ...)) {
+      py::dict arguments;
+      ((arguments[names_[I]] = to_python(std::get<I>(given))), ...);
+      return dispatch(name_, arguments);
+    }
+    Changed tensors((count(std::get<C>(given)) + ...));
+    (tensors.add(std::get<C>(given), names_[C]), ...);
+    op_(std::get<I>(seen).get()...);
+    tensors.mark();
+  }
+
+  const char* name_;
+  void (*op_)(Arguments...);
+  std::array<const char*, sizeof...(Arguments)> names_;
+};
+
+template <size_t... changing, class... Arguments, class... Names>
+auto door(const char* name, void (*op)(Arguments...), Names... names) {
+  return Door<std::index_sequence<changing...>, Arguments...>(name, op, {names...});
 }
 
 // A bank that holds its tensors, checked once; once more where somebody freed, moved or resized one since.
 struct KeptBank {
-  Tensor axes;
-  Tensor floors;
-  OptionalTensor lifts;
-  OptionalTensor limits;
+  py::object axes, floors, lifts, limits;  // the last two may be None
+  Seen<const TensorView&> axes_seen, floors_seen;
+  Seen<Optional> lifts_seen, limits_seen;
   Bank bank;
 
-  KeptBank(Tensor axes_, Tensor floors_, OptionalTensor lifts_, OptionalTensor limits_)
-      : axes(std::move(axes_)),
-        floors(std::move(floors_)),
-        lifts(std::move(lifts_)),
-        limits(std::move(limits_)),
-        bank(axes, floors, lifts, limits) {
-    TORCH_CHECK_VALUE(is_plain(axes) && is_plain(floors) && is_plain(lifts) && is_plain(limits),
-                      "a bank is made of dense tensors with data");
+  KeptBank(Given axes_, Given floors_, std::optional<Given> lifts_, std::optional<Given> limits_)
+      : axes(axes_.keep()),
+        floors(floors_.keep()),
+        lifts(to_python(lifts_)),
+        limits(to_python(limits_)),
+        axes_seen(axes_),
+        floors_seen(floors_),
+        lifts_seen(lifts_),
+        limits_seen(limits_),
+        bank(with_data(), floors_seen.get(), lifts_seen.get(), limits_seen.get()) {
+    check_dense(axes_seen.is_plain() && floors_seen.is_plain() && lifts_seen.is_plain() && limits_seen.is_plain());
     check_values(bank);
   }
   KeptBank(const KeptBank&) = delete;  // the bank refers to its neighbours
+
+ private:
+  static void check_dense(bool dense) { CHECK_VALUE(dense, "a bank is made of dense tensors with data"); }
+
+  // What is wrong with sizes and dtypes is said first, of tensors that have any.
+  const TensorView& with_data() const {
+    check_dense(axes_seen.look.has_view && floors_seen.look.has_view &&
+                (!lifts_seen.look || lifts_seen.look->has_view) && (!limits_seen.look || limits_seen.look->has_view));
+    return axes_seen.get();
+  }
 };
 
 // ggml's callback with the banks and statistics that it refers to.
@@ -100,7 +305,7 @@ struct KeptCallback {
   KeptCallback(const KeptCallback&) = delete;  // the callback is known by its address
 
   static ggml::Callback make(const std::vector<uintptr_t>& functions, const py::list& layers) {
-    TORCH_CHECK_VALUE(functions.size() == 6, "functions must be six addresses");
+    CHECK_VALUE(functions.size() == 6, "functions must be six addresses");
     ggml::Library library;
     library.get_name = reinterpret_cast<decltype(library.get_name)>(functions[0]);
     library.nelements = reinterpret_cast<decltype(library.nelements)>(functions[1]);
@@ -108,74 +313,90 @@ struct KeptCallback {
     library.nbytes = reinterpret_cast<decltype(library.nbytes)>(functions[3]);
     library.tensor_get = reinterpret_cast<decltype(library.tensor_get)>(functions[4]);
     library.tensor_set = reinterpret_cast<decltype(library.tensor_set)>(functions[5]);
-    std::vector<int64_t> sizes;
+    Sizes sizes;
     std::vector<ggml::Callback::Layer> made(layers.size());
     for (size_t i = 0; i < made.size(); ++i) {
       if (layers[i].is_none()) continue;
       const auto pair = layers[i].cast<py::tuple>();
       const KeptBank& kept = pair[0].cast<const KeptBank&>();
-      const Tensor stats = pair[1].cast<Tensor>();
-      if (sizes.empty()) sizes = kept.axes.sizes().vec();
-      TORCH_CHECK_VALUE(kept.axes.is_cpu() && kept.axes.sizes() == sizes, "banks must be of one size, on the CPU");
-      TORCH_CHECK_VALUE(stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == at::kDouble &&
-                            stats.sizes() == at::IntArrayRef({sizes[0], sizes[1], kStatFields}),
-                        "stats must be (S, K, fields) float64, contiguous, on the CPU");
-      made[i].axes = kept.axes.const_data_ptr<float>();
-      made[i].floors = kept.floors.const_data_ptr<float>();
-      made[i].lifts = kept.lifts ? kept.lifts->const_data_ptr<float>() : nullptr;
-      made[i].limits = kept.limits ? kept.limits->const_data_ptr<float>() : nullptr;
-      made[i].stats = stats.mutable_data_ptr<double>();
+      const Look looked(pair[1].cast<Given>());
+      const TensorView& axes = kept.bank.axes;
+      const TensorView& stats = looked.view;
+      if (sizes.count == 0) sizes = axes.sizes;
+      CHECK_VALUE(axes.device.is_cpu() && axes.sizes == sizes, "banks must be of one size, on the CPU");
+      const std::array<int64_t, 3> fields{sizes[0], sizes[1], kStatFields};
+      const Sizes wanted{fields.data(), 3};
+      CHECK_VALUE(looked.is_plain && stats.device.is_cpu() && stats.is_contiguous() && stats.dtype == kDouble &&
+                      stats.sizes == wanted,
+                  "stats must be (S, K, fields) float64, contiguous, on the CPU");
+      made[i].axes = axes.as<const float>();
+      made[i].floors = kept.bank.floors.as<const float>();
+      made[i].lifts = kept.bank.lifts ? kept.bank.lifts->as<const float>() : nullptr;
+      made[i].limits = kept.bank.limits ? kept.bank.limits->as<const float>() : nullptr;
+      made[i].stats = stats.as<double>();
     }
-    TORCH_CHECK_VALUE(!sizes.empty(), "at least one layer must be capped");
+    CHECK_VALUE(sizes.count > 0, "at least one layer must be capped");
     return {library, std::move(made), sizes[0], sizes[1], sizes[2]};
   }
 };
 
 // The memory bound over a tensor's bytes, with the threads that the ops would use.
 template <class Pass>
-void over_bytes(const Tensor& tensor, Pass pass) {
-  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.is_contiguous(), "tensor must be contiguous and on the CPU");
+void over_bytes(Given tensor, Pass pass) {
+  const Look looked(tensor);
+  const TensorView& view = looked.view;
+  CHECK_VALUE(looked.is_plain && view.device.is_cpu() && view.is_contiguous(),
+              "tensor must be contiguous and on the CPU");
   constexpr int64_t kGrain = 64 * 1024;
-  char* data = static_cast<char*>(tensor.mutable_data_ptr());
-  at::parallel_for(0, tensor.nbytes(), kGrain, [&](int64_t begin, int64_t end) { pass(data + begin, end - begin); });
+  parallel_for(0, view.numel * view.item_bytes, kGrain,
+               [&](int64_t begin, int64_t end) { pass(view.data + begin, end - begin); });
 }
 
 PYBIND11_MODULE(_C, m) {
-  py::register_local_exception_translator(translate);
+  look_up_torch();
 
-  const auto cap_door = door("axiscap::cap_", cap_);
   py::class_<KeptBank>(m, "Bank")
-      .def(py::init<Tensor, Tensor, OptionalTensor, OptionalTensor>(), "axes"_a, "floors"_a, "lifts"_a = py::none(),
-           "limits"_a = py::none())
+      .def(py::init<Given, Given, std::optional<Given>, std::optional<Given>>(), "axes"_a, "floors"_a,
+           "lifts"_a = py::none(), "limits"_a = py::none())
       .def_readonly("axes", &KeptBank::axes)
       .def_readonly("floors", &KeptBank::floors)
       .def_readonly("lifts", &KeptBank::lifts)
       .def_readonly("limits", &KeptBank::limits)
       .def(
           "cap_",
-          [cap_door](const KeptBank& kept, const Tensor& hidden, Optional slots, Optional projections) {
-            if (is_plain(hidden) && is_plain(slots) && is_plain(projections) && kept.bank.is_as_it_was())
-              return cap_bank_(hidden, kept.bank, slots, projections);
-            cap_door(hidden, kept.axes, kept.floors, slots, kept.lifts, kept.limits, projections);
+          [](const KeptBank& kept, Given hidden, std::optional<Given> slots, std::optional<Given> projections) {
+            const Seen<const TensorView&> stream(hidden);
+            const Seen<Optional> of_rows(slots), read(projections);
+            if (!stream.is_plain() || !of_rows.is_plain() || !read.is_plain() || !kept.bank.is_as_it_was())
+              return dispatch("cap_",
+                              py::dict("hidden"_a = hidden.keep(), "axes"_a = kept.axes, "floors"_a = kept.floors,
+                                       "slots"_a = to_python(slots), "lifts"_a = kept.lifts, "limits"_a = kept.limits,
+                                       "projections"_a = to_python(projections)));
+            Changed tensors(1);
+            tensors.add(hidden, "hidden");
+            cap_bank_(stream.get(), kept.bank, of_rows.get(), read.get());
+            tensors.mark();
           },
           "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
 
   const auto slots = "slots"_a = py::none(), lifts = "lifts"_a = py::none(), limits = "limits"_a = py::none(),
              projections = "projections"_a = py::none();
-  m.def("cap_", cap_door, "hidden"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
-  m.def("cap_residual_", door("axiscap::cap_residual_", cap_residual_), "hidden"_a, "residual"_a, "axes"_a, "floors"_a,
-        slots, lifts, limits, projections);
-  m.def("add_rms_norm_cap_", door("axiscap::add_rms_norm_cap_", add_rms_norm_cap_), "hidden"_a, "residual"_a,
-        "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots, "weight_bias"_a = 0.0, lifts, limits, projections);
-  m.def(
-      "cap_layers_",
-      [cap_layers = door("axiscap::cap_layers_", cap_layers_)](const std::vector<Tensor>& hiddens, const Tensor& axes,
-                                                               const Tensor& floors, Optional slots, Optional lifts,
-                                                               Optional limits, Optional projections) {
-        cap_layers(hiddens, axes, floors, slots, lifts, limits, projections);
-      },
-      "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
-  m.def("accumulate_", door("axiscap::accumulate_", accumulate_), "stats"_a, "projections"_a, "floors"_a, slots);
+  m.def("cap_", door<0>("cap_", cap_, "hidden", "axes", "floors", "slots", "lifts", "limits", "projections"),
+        "hidden"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
+  m.def("cap_residual_",
+        door<1>("cap_residual_", cap_residual_, "hidden", "residual", "axes", "floors", "slots", "lifts", "limits",
+                "projections"),
+        "hidden"_a, "residual"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
+  m.def("add_rms_norm_cap_",
+        door<0, 1>("add_rms_norm_cap_", add_rms_norm_cap_, "hidden", "residual", "weight", "eps", "axes", "floors",
+                   "slots", "weight_bias", "lifts", "limits", "projections"),
+        "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots, "weight_bias"_a = 0.0, lifts,
+        limits, projections);
+  m.def("cap_layers_",
+        door<0>("cap_layers_", cap_layers_, "hiddens", "axes", "floors", "slots", "lifts", "limits", "projections"),
+        "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
+  m.def("accumulate_", door<0>("accumulate_", accumulate_, "stats", "projections", "floors", "slots"), "stats"_a,
+        "projections"_a, "floors"_a, slots);
 
   py::class_<KeptCallback>(m, "GgmlCallback")
       .def(py::init<const std::vector<uintptr_t>&, const py::list&>(), "functions"_a, "layers"_a)
@@ -186,9 +407,9 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "announce",
           [](KeptCallback& kept, std::vector<int32_t> rows, std::vector<uint8_t> outputs) {
-            TORCH_CHECK_VALUE(rows.size() == outputs.size(), "slots and outputs must have an entry for each row");
-            TORCH_CHECK_INDEX(std::all_of(rows.begin(), rows.end(), [&](int32_t s) { return kept.callback.has(s); }),
-                              "a slot is neither -1 nor one of the bank's");
+            CHECK_VALUE(rows.size() == outputs.size(), "slots and outputs must have an entry for each row");
+            CHECK_INDEX(std::all_of(rows.begin(), rows.end(), [&](int32_t s) { return kept.callback.has(s); }),
+                        "a slot is neither -1 nor one of the bank's");
             kept.callback.announce(std::move(rows), std::move(outputs));
           },
           "slots"_a, "outputs"_a)
@@ -196,14 +417,14 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "set_other",
           [](KeptCallback& kept, int32_t slot) {
-            TORCH_CHECK_INDEX(kept.callback.has(slot), "slot is neither -1 nor one of the bank's");
+            CHECK_INDEX(kept.callback.has(slot), "slot is neither -1 nor one of the bank's");
             kept.callback.set_other(slot);
           },
           "slot"_a);
 
   m.def(
       "read_pass",
-      [](const Tensor& tensor) {
+      [](Given tensor) {
         over_bytes(tensor, [](const char* data, int64_t bytes) {
           // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
           volatile uint64_t sink = cpu::read_pass(data, bytes);
@@ -211,22 +432,20 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       "tensor"_a);
-  m.def(
-      "read_modify_write_pass", [](const Tensor& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); },
-      "tensor"_a);
+  m.def("read_modify_write_pass", [](Given tensor) { over_bytes(tensor, cpu::read_modify_write_pass); }, "tensor"_a);
   m.def("isa", &cpu::isa);
   m.def(
       "plan",
       [](const std::string& dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
-        TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
-                          "dtype must be float32, bfloat16 or float16, got ", dtype);
+        CHECK_VALUE(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
+                    "dtype must be float32, bfloat16 or float16, got ", dtype);
         const DType type = dtype == "float32"    ? DType::kFloat32
                            : dtype == "bfloat16" ? DType::kBFloat16
                                                  : DType::kFloat16;
-        TORCH_CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::kMaxHiddenSize, "hidden_size must be from 1 to ",
-                          cuda::kMaxHiddenSize, ", got ", hidden_size);
-        TORCH_CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
-        TORCH_CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
+        CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::kMaxHiddenSize, "hidden_size must be from 1 to ",
+                    cuda::kMaxHiddenSize, ", got ", hidden_size);
+        CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
+        CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
         const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
         return py::make_tuple(plan.threads_per_row, plan.block, plan.shared_bytes, plan.grid);
       },

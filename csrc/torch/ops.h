@@ -1,36 +1,29 @@
 // The ops on tensors: every check, then one launch. Both doors (pybind11 and torch.library) call these and add nothing.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
-#include <optional>
+#include <functional>
 #include <tuple>
+
+#include "tensor.h"
 
 namespace axiscap {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// From a tensor's first byte to the one behind its last.
-struct Span {
-  const char* begin;
-  const char* end;
-
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
-};
+using Optional = const TensorView*;                 // null: not given
+using TensorList = const std::vector<TensorView>&;  // of one shape
+using NewTensor = torch::stable::Tensor;
 
 // Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given: the
 // caller's tensors, whose sizes, dtypes and layout have been checked.
 struct Bank {
-  const at::Tensor& axes;
-  const at::Tensor& floors;
-  const OptionalTensor& lifts;
-  const OptionalTensor& limits;
+  const TensorView& axes;
+  const TensorView& floors;
+  Optional lifts;
+  Optional limits;
   std::array<Span, 4> spans{};  // of the four, in their order
 
   // Of one layer, or of several, each with an entry of dimension 0.
-  Bank(const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& lifts, const OptionalTensor& limits,
-       bool many_layers = false);
+  Bank(const TensorView& axes, const TensorView& floors, Optional lifts, Optional limits, bool many_layers = false);
 
   // Whether the memory is where it was, and as large: whoever keeps a bank asks before each use.
   bool is_as_it_was() const;
@@ -40,47 +33,45 @@ struct Bank {
 // and at most 1 along its axis, and every limit positive. Reads the values: for set-up, not for calls.
 void check_values(const Bank& bank);
 
-void cap_bank_(const at::Tensor& hidden, const Bank& bank, const OptionalTensor& slots,
-               const OptionalTensor& projections);
+// With the threads that torch has for its own ops.
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+
+void cap_bank_(const TensorView& hidden, const Bank& bank, Optional slots, Optional projections);
 
 // The ops, as their schemas in library.cpp have them.
 
-void cap_(const at::Tensor& hidden, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
-          const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections);
+void cap_(const TensorView& hidden, const TensorView& axes, const TensorView& floors, Optional slots, Optional lifts,
+          Optional limits, Optional projections);
 
 // (out, projections (rows, K), fired (rows, K) bool)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cap(const at::Tensor& hidden, const at::Tensor& axes,
-                                                   const at::Tensor& floors, const OptionalTensor& slots,
-                                                   const OptionalTensor& lifts, const OptionalTensor& limits);
+std::tuple<NewTensor, NewTensor, NewTensor> cap(const TensorView& hidden, const TensorView& axes,
+                                                const TensorView& floors, Optional slots, Optional lifts,
+                                                Optional limits);
 
-at::Tensor project(const at::Tensor& hidden, const at::Tensor& axes, const OptionalTensor& slots);
+NewTensor project(const TensorView& hidden, const TensorView& axes, Optional slots);
 
-void cap_residual_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& axes,
-                   const at::Tensor& floors, const OptionalTensor& slots, const OptionalTensor& lifts,
-                   const OptionalTensor& limits, const OptionalTensor& projections);
+void cap_residual_(const TensorView& hidden, const TensorView& residual, const TensorView& axes,
+                   const TensorView& floors, Optional slots, Optional lifts, Optional limits, Optional projections);
 
-void cap__buffers(const at::Tensor& hidden, const at::Tensor& axes, const at::Tensor& floors, const at::Tensor& slots,
-                  const at::Tensor& projections, const OptionalTensor& lifts, const OptionalTensor& limits);
+void cap__buffers(const TensorView& hidden, const TensorView& axes, const TensorView& floors, const TensorView& slots,
+                  const TensorView& projections, Optional lifts, Optional limits);
 
-void cap_residual__buffers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& axes,
-                           const at::Tensor& floors, const at::Tensor& slots, const at::Tensor& projections,
-                           const OptionalTensor& lifts, const OptionalTensor& limits);
+void cap_residual__buffers(const TensorView& hidden, const TensorView& residual, const TensorView& axes,
+                           const TensorView& floors, const TensorView& slots, const TensorView& projections,
+                           Optional lifts, Optional limits);
 
-void add_rms_norm_cap_(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight, double eps,
-                       const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
-                       double weight_bias, const OptionalTensor& lifts, const OptionalTensor& limits,
-                       const OptionalTensor& projections);
+void add_rms_norm_cap_(const TensorView& hidden, const TensorView& residual, const TensorView& weight, double eps,
+                       const TensorView& axes, const TensorView& floors, Optional slots, double weight_bias,
+                       Optional lifts, Optional limits, Optional projections);
 
-void add_rms_norm_cap__buffers(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& weight,
-                               double eps, const at::Tensor& axes, const at::Tensor& floors, const at::Tensor& slots,
-                               const at::Tensor& projections, double weight_bias, const OptionalTensor& lifts,
-                               const OptionalTensor& limits);
+void add_rms_norm_cap__buffers(const TensorView& hidden, const TensorView& residual, const TensorView& weight,
+                               double eps, const TensorView& axes, const TensorView& floors, const TensorView& slots,
+                               const TensorView& projections, double weight_bias, Optional lifts, Optional limits);
 
 // The axes, floors, lifts and limits are of as many layers.
-void cap_layers_(at::TensorList hiddens, const at::Tensor& axes, const at::Tensor& floors, const OptionalTensor& slots,
-                 const OptionalTensor& lifts, const OptionalTensor& limits, const OptionalTensor& projections);
+void cap_layers_(TensorList hiddens, const TensorView& axes, const TensorView& floors, Optional slots, Optional lifts,
+                 Optional limits, Optional projections);
 
-void accumulate_(const at::Tensor& stats, const at::Tensor& projections, const at::Tensor& floors,
-                 const OptionalTensor& slots);
+void accumulate_(const TensorView& stats, const TensorView& projections, const TensorView& floors, Optional slots);
 
 }  // namespace axiscap

@@ -6,7 +6,7 @@ PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -61,6 +61,10 @@ test-torch-%: .venv-torch-%/built
 	.venv-torch-$*/bin/uv pip install --quiet --python .venv-torch-$*/bin/python torch==$* \
 	  numpy safetensors typer rich pytest hypothesis
 	touch $@
+
+# One wheel for each of two Pythons beside five versions of torch, and a page of it; an hour, and 40 GB.
+wheels: .venv/built
+	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(BIN)/python tests/wheels.py
 
 # The documentation's site, with warnings as errors: links, anchors and docstrings among them.
 docs: .venv/built

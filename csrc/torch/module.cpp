@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -36,9 +37,10 @@ struct Torch {
   // torch's stable interface has no way from a Python object to a handle, nor to a tensor's dispatch keys. But a handle
   // is the address of a pointer to what `_cdata` tells the address of, which the object holds; and that holds the keys,
   // which `_dispatch_keys` tells. Where they lie is found out on import, from some tensors that have other values
-  // there. Where it is not found, every call goes through the dispatcher.
+  // there. Where it is not found, Python is asked each time.
   ptrdiff_t handle = 0, keys = 0;  // 0: not found
-  uint64_t dense, owned;           // keys: of what has its elements in memory; of what somebody else must look at first
+  PyObject* dispatch_keys;
+  uint64_t dense, owned;  // keys: of what has its elements in memory; of what somebody else must look at first
 };
 Torch torch_{};
 
@@ -62,10 +64,6 @@ struct type_caster<axiscap::Given> {
 namespace axiscap {
 namespace {
 
-const char* tensor_of(PyObject* object) {
-  return *reinterpret_cast<const char* const*>(reinterpret_cast<const char*>(object) + torch_.handle);
-}
-
 // The place, among so many bytes behind each of these addresses, that holds what belongs to each. 0: there is none.
 ptrdiff_t find(const std::vector<std::pair<uintptr_t, uint64_t>>& addresses, ptrdiff_t begin, ptrdiff_t end) {
   for (ptrdiff_t place = begin; place < end; place += sizeof(uint64_t))
@@ -76,11 +74,16 @@ ptrdiff_t find(const std::vector<std::pair<uintptr_t, uint64_t>>& addresses, ptr
   return 0;
 }
 
+uint64_t told_keys(const py::handle& tensor) {
+  return py::handle(torch_.dispatch_keys)(tensor).attr("raw_repr")().cast<uint64_t>();
+}
+
 void look_up_torch() {
   const py::object torch = py::module_::import("torch"), internals = torch.attr("_C");
   const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };  // while we live
   torch_.tensor = reinterpret_cast<PyTypeObject*>(kept(torch.attr("Tensor")));
   torch_.increment_version = kept(internals.attr("_increment_version"));
+  torch_.dispatch_keys = kept(internals.attr("_dispatch_keys"));
   torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
 
   const auto keys_of = [&](const char* name) {
@@ -100,7 +103,7 @@ void look_up_torch() {
   for (const py::object& tensor : tensors) {
     const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
     objects.emplace_back(reinterpret_cast<uintptr_t>(tensor.ptr()), impl);
-    impls.emplace_back(impl, internals.attr("_dispatch_keys")(tensor).attr("raw_repr")().cast<uint64_t>());
+    impls.emplace_back(impl, told_keys(tensor));
   }
   constexpr ptrdiff_t kLeastTensor = 24 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
   torch_.handle = find(objects, sizeof(PyObject), torch_.tensor->tp_basicsize);
@@ -117,17 +120,30 @@ bool is_true(PyObject* answer) {
 // dispatcher, where its owner does his part, or there is no kernel for it.
 struct Look {
   TensorView view;
-  bool has_view = false;
-  bool is_plain = false;
+  bool is_plain;
 
   explicit Look(Given given) {
-    if (torch_.handle == 0 || torch_.keys == 0) return;
-    const uint64_t keys = *reinterpret_cast<const uint64_t*>(tensor_of(given.object) + torch_.keys);
-    if (!(keys & torch_.dense) || (keys & torch_.owned)) return;
-    view = TensorView(reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(given.object) + torch_.handle));
-    has_view = true;
+    const char* impl;
+    if (torch_.handle) {
+      char* place = reinterpret_cast<char*>(given.object) + torch_.handle;
+      view.handle = reinterpret_cast<AtenTensorHandle>(place);
+      impl = *reinterpret_cast<const char* const*>(place);
+    } else {
+      impl_ = given.keep().attr("_cdata").cast<uintptr_t>();
+      view.handle = reinterpret_cast<AtenTensorHandle>(&impl_);
+      impl = reinterpret_cast<const char*>(impl_);
+    }
+    const uint64_t keys =
+        torch_.keys ? *reinterpret_cast<const uint64_t*>(impl + torch_.keys) : told_keys(given.object);
+    is_plain = (keys & torch_.dense) && !(keys & torch_.owned);
+    if (!is_plain) return;
+    view = TensorView(view.handle);
     is_plain = view.device.is_cpu() || view.device.is_cuda();
   }
+  Look(const Look&) = delete;  // the view may refer to it
+
+ private:
+  uintptr_t impl_;
 };
 
 // How Python gives each kind of argument of an op, and how it is looked at.
@@ -159,17 +175,15 @@ struct Seen<Optional> {
 template <>
 struct Seen<TensorList> {
   using From = std::vector<Given>;
+  std::deque<Look> looks;
   std::vector<TensorView> views;
-  bool all_plain = true;
 
   explicit Seen(const From& given) {
-    for (const Given& tensor : given) {
-      const Look look(tensor);
-      all_plain = all_plain && look.is_plain;
-      views.push_back(look.view);
-    }
+    for (const Given& tensor : given) views.push_back(looks.emplace_back(tensor).view);
   }
-  bool is_plain() const { return all_plain; }
+  bool is_plain() const {
+    return std::all_of(looks.begin(), looks.end(), [](const Look& look) { return look.is_plain; });
+  }
   TensorList get() const { return views; }
 };
 
@@ -278,19 +292,32 @@ struct KeptBank {
         floors_seen(floors_),
         lifts_seen(lifts_),
         limits_seen(limits_),
-        bank(with_data(), floors_seen.get(), lifts_seen.get(), limits_seen.get()) {
-    check_dense(axes_seen.is_plain() && floors_seen.is_plain() && lifts_seen.is_plain() && limits_seen.is_plain());
+        bank(described(), floors_seen.get(), lifts_seen.get(), limits_seen.get()) {
+    CHECK_VALUE(is_plain(), kNotDense);
     check_values(bank);
   }
   KeptBank(const KeptBank&) = delete;  // the bank refers to its neighbours
 
  private:
-  static void check_dense(bool dense) { CHECK_VALUE(dense, "a bank is made of dense tensors with data"); }
+  static constexpr const char* kNotDense = "a bank is made of dense tensors with data";
 
-  // What is wrong with sizes and dtypes is said first, of tensors that have any.
-  const TensorView& with_data() const {
-    check_dense(axes_seen.look.has_view && floors_seen.look.has_view &&
-                (!lifts_seen.look || lifts_seen.look->has_view) && (!limits_seen.look || limits_seen.look->has_view));
+  bool is_plain() const {
+    return axes_seen.is_plain() && floors_seen.is_plain() && lifts_seen.is_plain() && limits_seen.is_plain();
+  }
+
+  // What is wrong with sizes and dtypes is said before that tensors have no data: those of a mode, or of no device.
+  const TensorView& described() {
+    const auto describe = [](Look& look) {
+      if (!look.is_plain) look.view = TensorView(look.view.handle, false);
+    };
+    try {
+      describe(axes_seen.look);
+      describe(floors_seen.look);
+      if (lifts_seen.look) describe(*lifts_seen.look);
+      if (limits_seen.look) describe(*limits_seen.look);
+    } catch (const std::runtime_error&) {
+      throw py::value_error(kNotDense);
+    }
     return axes_seen.get();
   }
 };

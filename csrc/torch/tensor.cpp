@@ -40,9 +40,9 @@ std::ostream& operator<<(std::ostream& out, ScalarType type) {
   return out << torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(type.number));
 }
 
-TensorView::TensorView(AtenTensorHandle handle) : handle(handle) {
+TensorView::TensorView(AtenTensorHandle handle, bool with_data) : handle(handle) {
   void* first = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &first));
+  if (with_data) TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &first));
   data = static_cast<char*>(first);
   int64_t dims = 0, *shape = nullptr, *steps = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));

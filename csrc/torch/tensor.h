@@ -87,8 +87,9 @@ struct TensorView {
   char* data = nullptr;  // of the first element
 
   TensorView() = default;
-  // Raises std::runtime_error where a tensor has no storage of its own, as those of torch.func.
-  explicit TensorView(AtenTensorHandle handle);
+  // Raises std::runtime_error where a tensor has no data, as those of torch.func; a view without is for checks of
+  // sizes.
+  explicit TensorView(AtenTensorHandle handle, bool with_data = true);
 
   int64_t dim() const { return sizes.count; }
   int64_t size(int64_t d) const { return sizes[d < 0 ? d + sizes.count : d]; }

@@ -1,0 +1,94 @@
+"""One wheel for each Python, repaired by auditwheel, and the ops' tests with it beside several versions of torch.
+
+``make wheels`` runs it and writes docs/wheels.md. Each pair has an environment of its own, made by uv with the torch
+that PyPI has, which comes with CUDA and needs no GPU to be imported. An hour; what is there already is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+DOCUMENT = REPOSITORY / "docs" / "wheels.md"
+FOLDER = REPOSITORY / "build" / "wheels"
+PYTHONS = ("3.11", "3.13")
+TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+#: Of the Pythons but the first.
+FEWER = ("2.11.0", "2.13.0", "2.15.0")
+
+PAGE = """# One wheel, many torches
+
+The extension uses torch's stable C interface alone, as torch 2.11 has it. A wheel is bound to a version of Python and
+to none of torch. `make wheels` builds one for each Python, repairs it with auditwheel, and runs the tests of the ops
+with it in a fresh environment for each torch (those of PyPI, with CUDA, on a machine without a GPU):
+
+| Python | wheel | MB | torch | the ops' tests |
+|---|---|---|---|---|
+{rows}
+
+The platform's tag names the C library of the machine that built it. A release is built in PyPA's manylinux image
+(`.github/workflows/release.yml`). These wheels have code for two generations of GPUs. [How it works](design.md) has the
+size of a release, with code for all of them.
+"""
+
+
+def run(*command: object, **environment: str) -> str:
+    called = [str(part) for part in command]
+    ended = subprocess.run(called, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(called)}\n{ended.stdout}{ended.stderr}")
+    return ended.stdout
+
+
+def environment(name: str, python: str, *packages: str) -> Path:
+    """The interpreter of an environment with these packages."""
+    folder = FOLDER / name
+    if not (folder / "made").exists():
+        run("uv", "venv", "--quiet", "--clear", "--seed", "--python", python, folder)
+        run("uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python", *packages)
+        (folder / "made").touch()
+    return folder / "bin" / "python"
+
+
+def wheel(python: str) -> tuple[Path, str]:
+    """A Python's wheel as auditwheel leaves it, and what auditwheel says that it runs on."""
+    tools = ("torch==2.13.0", "setuptools>=77", "wheel", "ninja", "cmake")
+    builder, dist = environment(f"build-{python}", python, *tools), FOLDER / f"dist-{python}"
+    run("rm", "-rf", dist)
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", dist / "raw", ".")
+    run(builder, *build, PATH=f"{builder.parent}:{os.environ['PATH']}")
+    (raw,) = (dist / "raw").glob("*.whl")
+    # torch brings the library of its C interface.
+    run(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "--wheel-dir", dist, raw)
+    (repaired,) = dist.glob("*.whl")
+    return repaired, repaired.stem.split("-")[-1]
+
+
+def tested(python: str, torch: str, package: Path) -> str:
+    """The summary of the ops' tests; those of signatures as one version of pybind11 writes them are left out."""
+    needed = (f"torch=={torch}", "numpy", "safetensors", "typer", "rich", "pytest", "hypothesis")
+    interpreter = environment(f"{python}-torch-{torch}", python, *needed)
+    run("uv", "pip", "install", "--quiet", "--python", interpreter, "--no-deps", "--reinstall", package)
+    arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/test_ops.py", "-k", "not stub")
+    output = run(interpreter, *arguments, PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
+    return re.sub(r"( in .*|=)", "", output.strip().splitlines()[-1]).strip()
+
+
+def main() -> None:
+    lines = []
+    for python in PYTHONS:
+        package, platform = wheel(python)
+        size = package.stat().st_size / 1e6
+        for torch in TORCHES if python == PYTHONS[0] else FEWER:
+            lines.append(f"| {python} | {platform} | {size:.1f} | {torch} | {tested(python, torch, package)} |")
+            print(lines[-1], flush=True)
+    DOCUMENT.write_text(PAGE.format(rows="\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ class Installed(ABC):
     - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.
 
     transformers (``installation``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
-    several, on top of what ``serving`` has for both (``docs/other-stacks.md``).
+    several, by the parts in ``serving.engine`` (``docs/other-stacks.md``).
     """
 
     _profiles: dict[str, CapProfile]

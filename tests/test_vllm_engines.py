@@ -363,18 +363,19 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
     folder, made = profiles
     settings = Settings.parse(configuration(folder))
     adapter = VllmWorker.__new__(VllmWorker)
-    adapter._capped = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, folder / "totals.json")
+    adapter.worker = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, folder / "totals.json")
+    adapter._v2 = True
     adapter._runner = SimpleNamespace(
         req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([5, 4, 6], np.int32)))
     )
     choices = {"a": "strict", "b": None, "c": "mild"}
-    adapter._capped.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
+    adapter.worker.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
     assert adapter._prepare_v2(lambda step: batch, SimpleNamespace()) is batch
-    mild, strict = (adapter._capped.buffers.slot_of[made[name].digest] for name in ("mild", "strict"))
-    assert adapter._capped.buffers.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
+    mild, strict = (adapter.worker.buffers.slot_of[made[name].digest] for name in ("mild", "strict"))
+    assert adapter.worker.buffers.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
     # The first row of c is the last of its prompt, whose 4 tokens are at 0 to 3.
-    running = adapter._capped._telemetry._running
-    assert adapter._capped._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [
+    running = adapter.worker._telemetry._running
+    assert adapter.worker._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [
         2 * running["c"].index, 2 * running["c"].index + 1]  # fmt: skip
     batch.num_tokens = 9
     with pytest.raises(RuntimeError, match="9 rows in a step, but 8 are known"):

@@ -19,7 +19,7 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from axiscap.serving import door, metrics, state
 from axiscap.serving import settings as shared
-from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import Choices, Control
+from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -44,8 +43,8 @@ _CHANGE, _PATIENCE = "axiscap_change", 60.0
 
 _settings: Settings
 _choices: Choices
-_control: Control
-_worker: Worker | None = None
+_scheduling: SglangScheduling
+_model: SglangModel | None = None
 
 
 def put_in_place() -> None:
@@ -160,7 +159,7 @@ def _parallel() -> Any:
 
 def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, *args, **kwargs)
-    if _worker is None:
+    if _model is None:
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
@@ -168,32 +167,41 @@ def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, *
         logging.getLogger("axiscap").info(_settings.sentence())
     folder = state.folder(os.environ[_INSTANCE])
     # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
-    global _control
-    control = _control = Control(_settings, folder, _worker.place, share=share)
+    global _scheduling
+    control = Control(_settings, folder, _model.worker.place, share=share)
+    _scheduling = SglangScheduling(control)
     scheduler.axiscap_answers = share
     scheduler.axiscap_load = control.load
     scheduler.axiscap_retire = control.retire
     scheduler.axiscap_move_floors = control.move_floors
 
 
+class SglangScheduling(Scheduling):
+    key = "extra_key"
+
+    def extra(self, request: Any) -> Mapping[str, Any]:
+        return _asked(request.sampling_params)
+
+    def carry(self, request: Any, extra: dict[str, Any]) -> None:
+        request.sampling_params = copy.copy(request.sampling_params)
+        request.sampling_params.custom_params = extra
+
+
 def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs: Any) -> Any:
-    sampling = request.sampling_params
+    # A copy: a pipeline rank hands the request on after this, and the next decides by what the client asked for.
+    decided = copy.copy(request)
     try:
-        choice = _control.decide(_asked(sampling), request.rid)
+        _scheduling.decide(decided, request.rid)
     except ChoiceError as error:  # the profile was retired on the way here
         return original(scheduler, request, mm_input_error=str(error))
-    # Copies: a pipeline rank hands the request on after this, and the next decides by what the client asked for.
-    request, request.sampling_params = copy.copy(request), copy.copy(sampling)
-    request.sampling_params.custom_params = choice.put(_asked(sampling))
-    request.extra_key = f"{choice.salt};{request.extra_key or ''}"
-    return original(scheduler, request, **kwargs)
+    return original(scheduler, decided, **kwargs)
 
 
 def _begin(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> None:
     """While SGLang's own object for a request lives, its profile keeps its slot."""
     original(request, *args, **kwargs)
     if isinstance(_asked(request.sampling_params).get(KEY), dict):
-        _control.begun(request, Choice.of(request.sampling_params.custom_params))
+        _scheduling.control.begun(request, Choice.of(request.sampling_params.custom_params))
 
 
 def _rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -211,9 +219,9 @@ def _rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
 
 
 def _idle(original: Callable[..., Any], scheduler: Any) -> Any:
-    if _worker is not None:
-        _worker.begin(_gone(), ())
-        _worker.end()
+    if _model is not None:
+        _model.worker.begin(_gone(), ())
+        _model.worker.end()
     return original(scheduler)
 
 
@@ -232,16 +240,13 @@ def _gone() -> list[str]:
 
 
 def _load_model(original: Callable[..., Any], runner: Any) -> Any:
-    global _worker
     result = original(runner)
     if runner.is_draft_worker:
         return result
     args = runner.server_args
     _refuse(args)
-    text = runner.model_config.hf_text_config
-    _settings.check_model(runner.model_config.hidden_size, text.num_hidden_layers)
-    blocks = engine_layers(runner.model, text.num_hidden_layers)
-    held = [layer for layer in _settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+    layers = runner.model_config.hf_text_config.num_hidden_layers
+    _settings.check_model(runner.model_config.hidden_size, layers)
     folder = state.folder(os.environ[_INSTANCE])
     parallel = _parallel()
     data_rank = (parallel if hasattr(parallel, "dp_rank") else runner.ps).dp_rank or 0  # before 0.5.19: the runner's
@@ -252,11 +257,18 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         getattr(args, "max_prefill_tokens", None) or 0,
         getattr(args, "chunked_prefill_size", None) or 0,
     )
-    _worker = Worker(
-        _settings, held, longest + at_once, torch.device(runner.device), 64, totals if parallel.tp_rank == 0 else None
+    capped = SglangModel(parallel.tp_size)
+    capped.hold(
+        runner.model,
+        _settings,
+        layers=layers,
+        max_rows=longest + at_once,
+        device=torch.device(runner.device),
+        requests=64,
+        totals=totals if parallel.tp_rank == 0 else None,
     )
-    for at, layer in enumerate(held):
-        _cap_block(blocks[layer], layer, _worker.buffers, at, parallel.tp_size)
+    global _model
+    _model = capped
     return result
 
 
@@ -276,16 +288,25 @@ def _refuse(args: Any) -> None:
         "diffusion models": bool(getattr(args, "dllm_algorithm", None)),
         "multiplexed prefill and decode (--enable-pdmux)": getattr(args, "enable_pdmux", False),
     }
-    for reason, found in reasons.items():
-        if found:
-            raise SettingsError(f"axiscap: SGLang is set up in a way that cannot be capped: {reason}")
+    refuse("SGLang", reasons)
 
 
-def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, kwargs: Any) -> Any:
-    """Remembers with the batch whose rows it has; the buffers are filled when it runs."""
-    forward = original(cls, batch, runner, **kwargs)
-    if not runner.is_draft_worker:
-        rows, requests = len(forward.input_ids), batch.reqs
+class SglangModel(Model):
+    """
+    Args:
+        ranks: that share each layer's sums.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def rows(self, step: Any) -> Rows:
+        """
+        Args:
+            step: the scheduler's batch, and how many rows the model gets of it.
+        """
+        batch, rows = step
+        requests = batch.reqs
         if batch.forward_mode.is_decode_or_idle() or batch.extend_lens is None or batch.forward_mode.is_target_verify():
             each = rows // max(1, len(requests))
             counts, prompts = np.full(len(requests), each, np.int32), np.zeros(len(requests), np.int32)
@@ -301,7 +322,49 @@ def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, 
             raise RuntimeError(
                 f"axiscap: {rows} rows of a {batch.forward_mode.name} batch, but {counts.sum()} are known"
             )
-        forward.axiscap_rows = (list(requests), counts, prompts, starts)
+        return Rows([request.rid for request in requests], counts, prompts, starts)
+
+    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
+        names = list(inspect.signature(block.forward).parameters)
+        kind = type(block).__name__
+        if "forward_batch" not in names:
+            raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
+        position = names.index("forward_batch")
+        ranks = self._ranks
+
+        def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
+            stream = getattr(batch, "residual_stream", None)
+            if stream is not None:
+                pending = stream.pending
+                if pending is not None and not pending.update.is_plain_add:
+                    raise SettingsError(
+                        f"axiscap: layer {layer}, a {kind}, does not add its output to a plain residual"
+                    )
+                hidden, residual = stream.complete(output), stream.residual if pending is not None else None
+                result = hidden
+            elif ranks > 1:
+                raise SettingsError(f"axiscap: layer {layer}, a {kind}, may return a sum that other ranks still owe")
+            elif isinstance(output, tuple) and len(output) == 2:
+                (hidden, residual), result = output, output
+            else:
+                hidden, residual, result = output, None, output
+            check_rows(hidden, layer, kind)
+            if residual is None:
+                torch.ops.axiscap.cap_.buffers(hidden, *tensors)
+            else:
+                torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *tensors)
+            return result
+
+        block.register_forward_hook(cap, with_kwargs=True)
+
+
+def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, kwargs: Any) -> Any:
+    """Remembers with the batch whose rows it has; the buffers are filled when it runs."""
+    forward = original(cls, batch, runner, **kwargs)
+    if not runner.is_draft_worker:
+        assert _model is not None
+        forward.axiscap_rows = (list(batch.reqs), _model.rows((batch, len(forward.input_ids))))
     return forward
 
 
@@ -309,23 +372,26 @@ _seen: dict[str, int] = {}
 
 
 def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    if runner.is_draft_worker or _worker is None:
+    if runner.is_draft_worker or _model is None:
         return original(runner, batch, *args, **kwargs)
     known = getattr(batch, "axiscap_rows", None)
-    buffers = _worker.buffers
+    worker = _model.worker
+    buffers = worker.buffers
     if known is None:  # a warm-up or a capture of the engine's own
-        _worker.clear()
+        worker.clear()
         return original(runner, batch, *args, **kwargs)
-    requests, counts, prompts, starts = known
+    requests: list[Any]
+    rows: Rows
+    requests, rows = known
     gone = _gone()
     new = [request for request in requests if request.rid not in _running]
-    _worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
+    worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
     _running.update((request.rid, weakref.ref(request)) for request in new)
     # The checking mode holds the rows against what the radix cache goes by.
     view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
-    _worker.fill([request.rid for request in requests], counts, prompts, starts, view)
+    worker.fill(*rows, view)
     kind = batch.forward_mode.name
-    verify = bool(counts.sum()) and _seen.get(kind, 0) < _VERIFIED
+    verify = bool(rows.counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:
         for projections in buffers.projections:
             projections[0].fill_(_UNSEEN)
@@ -337,9 +403,9 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
                 raise RuntimeError(
                     f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
                 )
-    if len(requests) and starts[0] == 0 and (digest := _worker.unseen(requests[0].rid)) is not None:
-        _worker.look_for_sinks(digest, buffers.all_projections[:, 0])
-    _worker.end()
+    if len(requests) and rows.starts[0] == 0 and (digest := worker.unseen(requests[0].rid)) is not None:
+        worker.look_for_sinks(digest, buffers.all_projections[:, 0])
+    worker.end()
     return result
 
 
@@ -347,37 +413,3 @@ def _content(key: str) -> str | None:
     """The digest in the key by which the radix cache tells requests apart."""
     digest = key.removeprefix(f"{KEY}=").split(";")[0]
     return None if digest == "-" else digest
-
-
-def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int, ranks: int) -> None:
-    names = list(inspect.signature(block.forward).parameters)
-    kind = type(block).__name__
-    if "forward_batch" not in names:
-        raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
-    position = names.index("forward_batch")
-    tensors = buffers.tensors(at)
-
-    def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
-        stream = getattr(batch, "residual_stream", None)
-        if stream is not None:
-            pending = stream.pending
-            if pending is not None and not pending.update.is_plain_add:
-                raise SettingsError(f"axiscap: layer {layer}, a {kind}, does not add its output to a plain residual")
-            hidden, residual = stream.complete(output), stream.residual if pending is not None else None
-            result = hidden
-        elif ranks > 1:
-            raise SettingsError(f"axiscap: layer {layer}, a {kind}, may return a sum that other ranks still owe")
-        elif isinstance(output, tuple) and len(output) == 2:
-            (hidden, residual), result = output, output
-        else:
-            hidden, residual, result = output, None, output
-        if not isinstance(hidden, Tensor) or hidden.dim() != 2:
-            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
-        if residual is None:
-            torch.ops.axiscap.cap_.buffers(hidden, *tensors)
-        else:
-            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *tensors)
-        return result
-
-    block.register_forward_hook(cap, with_kwargs=True)

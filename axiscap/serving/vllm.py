@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from axiscap.serving import door, kv, metrics, state
 from axiscap.serving import settings as shared
-from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import Choices, Control, Told
+from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.worker import Worker, engine_layers
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -184,9 +183,7 @@ def _refuse(config: Any) -> None:
         known = " and ".join((*kv.BY_HASH, kv.SHARED))
         reason = f"{transfer.kv_connector} may not tell KV blocks of different profiles apart (known are {known})"
         reasons[reason] = transfer.kv_connector not in (*kv.BY_HASH, kv.SHARED)
-    for reason, found in reasons.items():
-        if found:
-            raise SettingsError(f"axiscap: vLLM is set up in a way that cannot be capped: {reason}")
+    refuse("vLLM", reasons)
 
 
 def _to_client(message: object) -> Exception:
@@ -285,8 +282,10 @@ def _with_totals(original: Callable[..., Any]) -> Any:
 # The engine core.
 
 
-class Core:
+class Core(Scheduling):
     """The engine core's part: every request is decided here, and profiles change by its ``collective_rpc``."""
+
+    key = "cache_salt"
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -300,7 +299,8 @@ class Core:
         if transfer is not None and transfer.kv_connector == kv.SHARED:
             kv.keep_apart()
         rpc = core.collective_rpc
-        self._control = Control(self._settings, self._folder, lambda *profile: rpc("axiscap_place", args=profile))
+        place = lambda *profile: rpc("axiscap_place", args=profile)  # noqa: E731
+        super().__init__(Control(self._settings, self._folder, place))
         wrap(core, "preprocess_add_request", self._add)
         wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
@@ -310,24 +310,27 @@ class Core:
             _check_object(kv_cache_utils, [_KEYS])
             wrap(kv_cache_utils, _KEYS, _from_the_first_written)
 
+    def extra(self, request: Any) -> Mapping[str, Any] | None:
+        given: Mapping[str, Any] | None = request.sampling_params.extra_args
+        return given
+
+    def carry(self, request: Any, extra: dict[str, Any]) -> None:
+        request.sampling_params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
+        request.sampling_params.extra_args = extra
+
     def _add(self, original: Callable[..., Any], request: Any) -> Any:
-        params = copy.copy(request.sampling_params)  # in one process with its client, the client's own
-        with self._control.lock:
-            choice = self._control.decide(params.extra_args, request.external_req_id or request.request_id)
-            params.extra_args = choice.put(params.extra_args)
-            request.sampling_params = params
-            if self._settings.positions == "all":
-                # Blocks are hashed in a chain, so that what separates the first separates all.
-                request.cache_salt = f"{choice.salt};{request.cache_salt or ''}"
+        with self.control.lock:
+            name = request.external_req_id or request.request_id
+            choice = self.decide(request, name, apart=self._settings.positions == "all")
             made = original(request)
-            self._control.begun(made[0], choice)
+            self.control.begun(made[0], choice)
         if self._settings.check:
             wrap(self._core.scheduler, "schedule", _with_view)
         return made
 
     def _change(self, original: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
         """The engine's own ``collective_rpc``; three methods are ours, all others go to the workers."""
-        control = self._control
+        control = self.control
         ours: dict[object, Callable[..., str]] = {
             "axiscap_load": control.load,
             "axiscap_retire": control.retire,
@@ -369,7 +372,7 @@ def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # The workers.
 
 
-class VllmWorker:
+class VllmWorker(Model):
     """A worker's part: caps the block outputs of its layers, and tells the buffers whose rows a step computes."""
 
     def __init__(self, worker: Any) -> None:
@@ -381,7 +384,6 @@ class VllmWorker:
         self._v2 = not hasattr(runner, "_prepare_inputs")
         if self._v2:
             _check_object(runner, ["prepare_inputs"])
-        self._capped: Worker
         self._dummy = runner._dummy_run
         wrap(runner, "load_model", self._load_model)
         wrap(runner, "_dummy_run", self._dummy_run)
@@ -391,64 +393,92 @@ class VllmWorker:
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
-        worker.axiscap_layers = lambda: self._capped.buffers.layers
-        worker.axiscap_place = lambda *profile: self._capped.place(*profile)
+        worker.axiscap_layers = lambda: self.worker.buffers.layers
+        worker.axiscap_place = lambda *profile: self.worker.place(*profile)
 
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         runner, parallel, settings = self._runner, self._config.parallel_config, _settings(self._config)
         model = runner.get_model()
         language = model.get_language_model() if hasattr(model, "get_language_model") else model
-        blocks = engine_layers(language, self._config.model_config.hf_text_config.num_hidden_layers)
-        held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
         # Only one rank of those that hold the same rows and layers counts them.
         counts = self._rank % parallel.tensor_parallel_size == 0
         totals = _folder(self._config) / f"totals-{parallel.data_parallel_index}-{self._rank}.json"
-        self._capped = Worker(
+        self.hold(
+            language,
             settings,
-            held,
-            runner.max_num_tokens,
-            torch.device(runner.device),
-            self._config.scheduler_config.max_num_seqs,
-            totals if counts else None,
+            layers=self._config.model_config.hf_text_config.num_hidden_layers,
+            max_rows=runner.max_num_tokens,
+            device=torch.device(runner.device),
+            requests=self._config.scheduler_config.max_num_seqs,
+            totals=totals if counts else None,
         )
-        for at, layer in enumerate(held):
-            _cap_block(blocks[layer], layer, self._capped.buffers, at)
         return result
 
     def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._capped.clear()
+        self.worker.clear()
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
-        self._capped.begin(step.finished_req_ids, new)
+        self.worker.begin(step.finished_req_ids, new)
         result = original(step, *args, **kwargs)
-        self._capped.end()
+        self.worker.end()
         return result
 
     def _prepare_v1(self, original: Callable[..., Any], step: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(step, counts, *args, **kwargs)
-        batch = self._runner.input_batch
-        names = batch.req_ids
-        done, prompts = (each[: len(names)] for each in (batch.num_computed_tokens_cpu, batch.num_prompt_tokens))
-        self._fill(step, names, counts, prompts - done, done)
+        self._fill(step, counts)
         return result
 
     def _prepare_v2(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
         batch = original(step, *args, **kwargs)
-        # Not num_scheduled_tokens, which with some ways to verify drafts is more than there are.
-        counts = np.diff(batch.query_start_loc_np[: len(batch.req_ids) + 1])
-        if int(counts.sum()) != batch.num_tokens:
-            raise RuntimeError(f"axiscap: {batch.num_tokens} rows in a step, but {counts.sum()} are known")
-        prompts = self._runner.req_states.prompt_len.np[batch.idx_mapping_np]
-        done = batch.num_computed_tokens_np
-        self._fill(step, batch.req_ids, counts, prompts - done, done)
+        self._fill(step, batch)
         return batch
 
-    def _fill(self, step: Any, names: Sequence[str], counts: Any, prompts_left: Any, starts: Any) -> None:
-        prompts = np.minimum(np.maximum(prompts_left, 0), counts).astype(np.int32)
-        self._capped.fill(names, counts, prompts, starts, getattr(step, "axiscap_view", None))
+    def _fill(self, step: Any, prepared: Any) -> None:
+        self.worker.fill(*self.rows(prepared), getattr(step, "axiscap_view", None))
+
+    def rows(self, step: Any) -> Rows:
+        """
+        Args:
+            step: as the model runner has prepared it: the second one's batch; of the first, each request's rows.
+        """
+        if self._v2:
+            names = step.req_ids
+            # Not num_scheduled_tokens, which with some ways to verify drafts is more than there are.
+            counts = np.diff(step.query_start_loc_np[: len(names) + 1])
+            if int(counts.sum()) != step.num_tokens:
+                raise RuntimeError(f"axiscap: {step.num_tokens} rows in a step, but {counts.sum()} are known")
+            lengths, done = self._runner.req_states.prompt_len.np[step.idx_mapping_np], step.num_computed_tokens_np
+        else:
+            batch, counts = self._runner.input_batch, step
+            names = batch.req_ids
+            lengths, done = (each[: len(names)] for each in (batch.num_prompt_tokens, batch.num_computed_tokens_cpu))
+        prompts = np.minimum(np.maximum(lengths - done, 0), counts).astype(np.int32)
+        return Rows(names, counts, prompts, done)
+
+    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
+        """Caps what a decoder layer returns: one tensor, or the pair of hidden and residual whose sum is its output.
+
+        A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
+        """
+        kind, pair = type(block).__name__, "residual" in inspect.signature(block.forward).parameters
+        names = [f"axiscap_{name}" for name in ("axes", "floors", "rows", "projections", "lifts", "limits")]
+        for name, tensor in zip(names, tensors, strict=True):
+            block.register_buffer(name, tensor, persistent=False)
+
+        def cap_pair(module: Any, args: Any, output: Any) -> None:
+            if not isinstance(output, tuple) or len(output) != 2 or output[1] is None:
+                raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
+            check_rows(output[0], layer, kind)
+            torch.ops.axiscap.cap_residual_.buffers(*output, *[getattr(module, name) for name in names])
+
+        def cap_one(module: Any, args: Any, output: Any) -> None:
+            check_rows(output, layer, kind)
+            torch.ops.axiscap.cap_.buffers(output, *[getattr(module, name) for name in names])
+
+        block.register_forward_hook(cap_pair if pair else cap_one)
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -462,7 +492,7 @@ class VllmWorker:
         Raises:
             RuntimeError: it is not; the server must not start.
         """
-        buffers = self._capped.buffers
+        buffers = self.worker.buffers
         if not buffers.layers:
             return
         kept, limits = buffers.floors.clone(), buffers.limits.clone()
@@ -491,8 +521,8 @@ class VllmWorker:
         buffers.floors.copy_(kept)
         buffers.limits.copy_(limits)
         for digest, projections in first.items():
-            self._capped.look_for_sinks(digest, projections)
-        self._capped.clear()
+            self.worker.look_for_sinks(digest, projections)
+        self.worker.clear()
 
     def _probe(self) -> Tensor:
         """One dummy row through the model. With attention: without, some backends leave its output uninitialised."""
@@ -506,27 +536,3 @@ def _flat(output: Any) -> Tensor:
     tensors = getattr(hidden, "tensors", None)
     parts = [hidden] if tensors is None else list(tensors.values())
     return torch.cat([part.reshape(-1).float() for part in parts])
-
-
-def _cap_block(block: nn.Module, layer: int, buffers: Buffers, at: int) -> None:
-    """Caps what a decoder layer returns: one tensor, or the pair of hidden and residual whose sum is its output.
-
-    A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
-    """
-    pair = "residual" in inspect.signature(block.forward).parameters
-    names = [f"axiscap_{name}" for name in ("axes", "floors", "rows", "projections", "lifts", "limits")]
-    for name, tensor in zip(names, buffers.tensors(at), strict=True):
-        block.register_buffer(name, tensor, persistent=False)
-    kind = type(block).__name__
-
-    def cap_pair(module: Any, args: Any, output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) != 2 or output[1] is None or output[0].dim() != 2:
-            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
-        torch.ops.axiscap.cap_residual_.buffers(*output, *[getattr(module, name) for name in names])
-
-    def cap_one(module: Any, args: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
-        torch.ops.axiscap.cap_.buffers(output, *[getattr(module, name) for name in names])
-
-    block.register_forward_hook(cap_pair if pair else cap_one)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
-from axiscap.serving.settings import Choice, Settings, SettingsError
+from axiscap.serving.settings import Choice, Settings
 from axiscap.serving.telemetry import Telemetry, Writer
 
 _LOGGER = logging.getLogger("axiscap")
@@ -175,18 +175,3 @@ class Worker:
             at += count
         if set(rows[at:]) - {-1}:
             raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")
-
-
-def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The decoder layers of an engine's language model, by structure: its one list of as many modules as it has layers.
-
-    Raises:
-        SettingsError: there is not one such list; the message says what there is.
-    """
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    found = [part for part in lists.values() if len(part) == count]
-    if len(found) != 1:
-        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
-        kind = type(model).__name__
-        raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
-    return found[0]

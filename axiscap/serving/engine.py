@@ -1,0 +1,146 @@
+"""What an adapter to a serving engine is made of: two parts, each in the engine's process that does what it is about.
+
+They are the five questions of :class:`axiscap.banks.Installed`, asked of an engine whose requests share steps, caches
+and workers. *When*, and *how* caches are kept apart, are :class:`Scheduling`'s; *where* and *whose* are
+:class:`Model`'s; *what* leaves is the same in every engine (``telemetry``, ``metrics``), once :class:`Model` knows
+where a worker's totals go. Clients come in by ``door``. ``vllm`` and ``sglang`` are what is left to an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from axiscap.serving.buffers import Counts
+from axiscap.serving.control import Control
+from axiscap.serving.settings import Choice, Settings, SettingsError
+from axiscap.serving.worker import Worker
+
+
+class Scheduling(ABC):
+    """In the process that schedules requests: when each one's profile is decided, and what keeps its blocks apart.
+
+    Args:
+        control: decides, and changes profiles; one for each process, of all ranks in the same order.
+    """
+
+    #: The field of a request whose text goes into the hash of its first block, and so of all behind it.
+    key: str
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def decide(self, request: Any, name: str, *, apart: bool = True) -> Choice:
+        """Decides a request. It carries the decision from now on, in place of what its client asked for.
+
+        Args:
+            request: the engine's; its fields change, so where others hold it too it is a copy.
+            name: its id, as clients and logs know it.
+            apart: whether its blocks are those of its content alone, from the first one on.
+
+        Raises:
+            ChoiceError: it asks for what it may not have, or for content that was replaced on the way here.
+        """
+        extra = self.extra(request)
+        choice = self.control.decide(extra, name)
+        self.carry(request, choice.put(extra))
+        if apart:
+            # Blocks are hashed in a chain, so that what separates the first separates all.
+            setattr(request, self.key, f"{choice.salt};{getattr(request, self.key) or ''}")
+        return choice
+
+    @abstractmethod
+    def extra(self, request: Any) -> Mapping[str, Any] | None:
+        """What a request carries beside its parameters: its client's choice, and what the front noted."""
+
+    @abstractmethod
+    def carry(self, request: Any, extra: dict[str, Any]) -> None:
+        """Has a request carry this instead, without a change of what its client holds."""
+
+
+class Rows(NamedTuple):
+    """Whose rows a step computes, in order: for each request its id, how many, how many of them are of its prompt, and
+    the position in its sequence of the first.
+    """
+
+    names: Sequence[str]
+    counts: Counts
+    prompts: Counts
+    starts: Counts
+
+
+class Model(ABC):
+    """In a worker: where a block's output is complete, and whose rows a step computes."""
+
+    worker: Worker
+
+    def hold(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        layers: int,
+        max_rows: int,
+        device: torch.device,
+        requests: int,
+        totals: Path | None,
+    ) -> None:
+        """Puts the cap into a loaded model.
+
+        Args:
+            layers: of the whole model; those of other pipeline ranks are left out.
+            max_rows, requests, totals: as for :class:`axiscap.serving.worker.Worker`.
+
+        Raises:
+            SettingsError: the model's layers cannot be told, or what one returns is no stream.
+        """
+        blocks = engine_layers(model, layers)
+        held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+        self.worker = Worker(settings, held, max_rows, device, requests, totals)
+        for at, layer in enumerate(held):
+            self.cap_block(blocks[layer], layer, self.worker.buffers.tensors(at))
+
+    @abstractmethod
+    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
+        """Has a block's complete output capped by the op ``.buffers``, in every pass.
+
+        Args:
+            tensors: what that op takes behind the streams, at addresses that stay.
+        """
+
+    @abstractmethod
+    def rows(self, step: Any) -> Rows:
+        """Whose rows a step of the engine computes."""
+
+
+def check_rows(hidden: Any, layer: int, kind: str) -> None:
+    """Raises SettingsError where what a block returned is no stream of rows."""
+    if not isinstance(hidden, Tensor) or hidden.dim() != 2:
+        raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
+
+
+def refuse(engine: str, reasons: Mapping[str, bool]) -> None:
+    """Raises SettingsError for the first of an engine's settings that would cap the wrong rows, or none."""
+    for reason, found in reasons.items():
+        if found:
+            raise SettingsError(f"axiscap: {engine} is set up in a way that cannot be capped: {reason}")
+
+
+def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The decoder layers of an engine's language model, by structure: its one list of as many modules as it has layers.
+
+    Raises:
+        SettingsError: there is not one such list; the message says what there is.
+    """
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    found = [part for part in lists.values() if len(part) == count]
+    if len(found) != 1:
+        listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
+        kind = type(model).__name__
+        raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
+    return found[0]

@@ -21,9 +21,12 @@ DEFAULT_NAME = "default"
 def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProfile]:
     """What was given to an installation: one profile, or several by name.
 
-    Raises:
-        TypeError: something else.
-        ValueError: none.
+    Raises
+    ------
+    TypeError
+        something else.
+    ValueError
+        none.
     """
     if not isinstance(profile, CapProfile | Mapping):
         raise TypeError(
@@ -112,7 +115,20 @@ class Installed(ABC):
         """Takes the capping out. The statistics stay. Once is enough, twice does no harm."""
 
     def stats(self) -> dict[str, dict[int, LayerStats]]:
-        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU."""
+        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU.
+
+        Returns
+        -------
+        dict[str, dict[int, LayerStats]]
+            By the profile's name and the layer.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, profile) as cap:
+        ...     _ = model(**inputs)
+        >>> list(cap.stats()["default"]) == list(profile.layers)
+        True
+        """
         result: dict[str, dict[int, LayerStats]] = {}
         for slot, (name, profile) in enumerate(self._profiles.items()):
             mine = {index: self._layers[index].stats[slot, : profile.directions].cpu() for index in profile.layers}
@@ -120,7 +136,16 @@ class Installed(ABC):
         return result
 
     def reset_stats(self) -> None:
-        """Forgets what was seen so far."""
+        """Forgets what was seen so far.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, profile) as cap:
+        ...     _ = model(**inputs)
+        ...     cap.reset_stats()
+        >>> cap.stats()["default"][18].rows
+        0
+        """
         for layer in self._layers.values():
             slots, directions = layer.floors.shape
             layer.stats.copy_(ops.new_stats(slots, directions, layer.stats.device))
@@ -128,8 +153,10 @@ class Installed(ABC):
     def _slot(self, name: str | None) -> int:
         """The slot of a profile's rows, -1 for None: rows that are left alone.
 
-        Raises:
-            KeyError: a name that is not installed.
+        Raises
+        ------
+        KeyError
+            a name that is not installed.
         """
         names = list(self._profiles)
         if name is not None and name not in names:

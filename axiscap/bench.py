@@ -216,11 +216,16 @@ def measure(
 ) -> dict[str, Any]:
     """The whole benchmark.
 
-    Args:
-        progress: where its bar is drawn.
-        device: ``cpu`` or ``cuda``.
-        quick: one size and dtype, few repetitions; for looking, not for reporting.
-        model: also time the decoding of this model.
+    Parameters
+    ----------
+    progress
+        where its bar is drawn.
+    device
+        ``cpu`` or ``cuda``.
+    quick
+        one size and dtype, few repetitions; for looking, not for reporting.
+    model
+        also time the decoding of this model.
     """
     sizes, dtypes = ((4096,), ("bfloat16",)) if quick else (HIDDEN_SIZES, tuple(DTYPES))
     grid = [(h, n, d, s) for d in dtypes for h in sizes for n in ROWS for s in SHARES]

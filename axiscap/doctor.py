@@ -73,10 +73,14 @@ def cuda_advice(runtime: int, driver: int, torch_cuda: str | None = torch.versio
 
     A driver runs what was built with its own major version of CUDA or an older one.
 
-    Args:
-        runtime: of the kernels, such as 13000.
-        driver: the newest CUDA that the driver can run, 0 for no driver.
-        torch_cuda: torch's own, such as "12.6".
+    Parameters
+    ----------
+    runtime
+        of the kernels, such as 13000.
+    driver
+        the newest CUDA that the driver can run, 0 for no driver.
+    torch_cuda
+        torch's own, such as "12.6".
     """
     if not driver or driver // 1000 >= runtime // 1000:
         return ""

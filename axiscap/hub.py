@@ -13,9 +13,12 @@ FILE = "profile.safetensors"
 def download(repo: str, file: str, revision: str | None) -> Path:
     """Where a repository's file lies after it was downloaded, or has been lying since.
 
-    Raises:
-        ModuleNotFoundError: naming the extra, without huggingface_hub.
-        OSError: the repository, the revision or the file is not there, or the hub cannot be reached.
+    Raises
+    ------
+    ModuleNotFoundError
+        naming the extra, without huggingface_hub.
+    OSError
+        the repository, the revision or the file is not there, or the hub cannot be reached.
     """
     hub = _hub()
     try:
@@ -29,9 +32,12 @@ def download(repo: str, file: str, revision: str | None) -> Path:
 def upload(folder: Path, repo: str, message: str, *, private: bool) -> str:
     """Uploads a folder's files; returns the commit's URL.
 
-    Raises:
-        ModuleNotFoundError: naming the extra, without huggingface_hub.
-        OSError: the hub cannot be reached, or does not let you.
+    Raises
+    ------
+    ModuleNotFoundError
+        naming the extra, without huggingface_hub.
+    OSError
+        the hub cannot be reached, or does not let you.
     """
     hub = _hub()
     try:

@@ -74,7 +74,14 @@ class _CappedLayer(CappedLayer):
 
 
 class Installation(Installed):
-    """Profiles in force in a model, until :meth:`remove` or the end of the ``with`` block. Made by :func:`install`."""
+    """Profiles in force in a model, until :meth:`remove` or the end of the ``with`` block. Made by :func:`install`.
+
+    Examples
+    --------
+    >>> cap = axiscap.install(model, {"mild": profile, "strict": profile.with_floors(profile.floors + 2)})
+    >>> cap.select("strict")
+    >>> cap.remove()
+    """
 
     _layers: dict[int, _CappedLayer]
 
@@ -135,7 +142,13 @@ class Installation(Installed):
         _forget_compiled_code()
 
     def remove(self) -> None:
-        """Takes the capping out: the model is as it was. The statistics stay. Once is enough, twice does no harm."""
+        """Takes the capping out: the model is as it was. The statistics stay. Once is enough, twice does no harm.
+
+        Examples
+        --------
+        >>> cap = axiscap.install(model, profile)
+        >>> cap.remove()
+        """
         while self._undo:
             self._undo.pop()()
         _installed.difference_update(self._blocks)
@@ -151,8 +164,23 @@ class Installation(Installed):
         context. Others have it too while nobody else chooses; once there are several, one that has not chosen is
         refused.
 
-        Raises:
-            KeyError: a name that is not installed; the selection stays as it was.
+        Parameters
+        ----------
+        names
+            the name of a profile for all sequences, or one for each sequence of the batch; None: not capped.
+
+        Raises
+        ------
+        KeyError
+            a name that is not installed; the selection stays as it was.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, {"a": profile}) as cap:
+        ...     cap.select([None])
+        ...     _ = model(**inputs)
+        >>> cap.stats()["a"][18].rows
+        0
         """
         wanted = [names] if names is None or isinstance(names, str) else list(names)
         if not wanted:
@@ -186,13 +214,24 @@ class Installation(Installed):
     def set_floors(self, floors: Tensor, name: str | None = None) -> None:
         """Moves a profile's floors, from the next forward pass on.
 
-        Args:
-            floors: (L, K) float32, in the order of the profile's layers, finite or ``-inf``.
-            name: the profile's; the first one's without it.
+        Parameters
+        ----------
+        floors
+            (L, K) float32, in the order of the profile's layers, finite or ``-inf``.
+        name
+            the profile's; the first one's without it.
 
-        Raises:
-            KeyError: a name that is not installed.
-            ValueError: floors of another shape, or NaN or inf.
+        Raises
+        ------
+        KeyError
+            a name that is not installed.
+        ValueError
+            floors of another shape, or NaN or inf.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, profile) as cap:
+        ...     cap.set_floors(profile.floors - 1)
         """
         name = self._names[0] if name is None else name
         slot = self._slot(name)
@@ -204,12 +243,37 @@ class Installation(Installed):
         """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone.
 
         The last of this thread, if it had one.
+
+        Returns
+        -------
+        dict[int, Tensor]
+            By layer, in the units of the floors.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, profile) as cap:
+        ...     _ = model(**inputs)
+        ...     cap.projections()[18].shape == (*inputs["input_ids"].shape, 1)
+        True
         """
         seen = self._last_pass().projections
         return {index: projections.reshape(*shape, -1).clone() for index, (projections, shape) in seen.items()}
 
     def real(self) -> Tensor | None:
-        """Which tokens of that forward pass are no padding, (batch, tokens) bool; None: all of them."""
+        """Which tokens of that forward pass are no padding, (batch, tokens) bool; None: all of them.
+
+        Returns
+        -------
+        Tensor or None
+            True for tokens that the model reads.
+
+        Examples
+        --------
+        >>> with axiscap.install(model, profile) as cap:
+        ...     _ = model(**tokenizer(["Hi", "Hello there"], padding=True, return_tensors="pt"))
+        ...     cap.real().shape[0]
+        2
+        """
         return self._last_pass().tokens.real
 
     def _last_pass(self) -> Pass:
@@ -217,7 +281,28 @@ class Installation(Installed):
         return self._passes.mine if self._passes.mine.projections else self._last
 
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
-        """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it."""
+        """Has ``see`` called after each forward pass, with what :meth:`projections` gives; returns what ends it.
+
+        Parameters
+        ----------
+        see
+            a function of the projections by layer.
+
+        Returns
+        -------
+        Callable
+            A function without arguments that ends it.
+
+        Examples
+        --------
+        >>> seen = []
+        >>> with axiscap.install(model, profile) as cap:
+        ...     end = cap.watch(lambda projections: seen.append(sorted(projections)[0]))
+        ...     _ = model(**inputs)
+        ...     end()
+        >>> seen == [profile.layers[0]]
+        True
+        """
         return self._decoder.register_forward_hook(Hook(lambda *_: see(self.projections()))).remove
 
     # Hooks. The pre-hook of the decoder learns which tokens are real; the first capped layer on a device turns that and
@@ -470,28 +555,46 @@ def install(
 ) -> Installation:
     """Puts a profile into force in a transformers causal language model.
 
-    Args:
-        model: the model, also wrapped by PEFT or torch.compile, quantised, or spread over devices.
-        profile: one profile, or several by name; the first is in force until :meth:`Installation.select` says
-            otherwise.
-        layers: where the decoder layers are, for a model whose structure does not tell; see
-            :func:`axiscap.models.decoder_layers`.
-        positions: which tokens are capped: ``"all"`` (as published), or ``"generated"``, those that the model itself
-            wrote, and not the prompt's; the virtual tokens of prompt tuning count as the prompt's. The last token that
-            is written is never fed back: of a single new token no row is capped. Padding is neither capped nor
-            measured.
+    Parameters
+    ----------
+    model
+        the model, also wrapped by PEFT or torch.compile, quantised, or spread over devices.
+    profile
+        one profile, or several by name; the first is in force until :meth:`Installation.select` says
+        otherwise.
+    layers
+        where the decoder layers are, for a model whose structure does not tell; see
+        :func:`axiscap.models.decoder_layers`.
+    positions
+        which tokens are capped: ``"all"`` (as published), or ``"generated"``, those that the model itself
+        wrote, and not the prompt's; the virtual tokens of prompt tuning count as the prompt's. The last token that
+        is written is never fed back: of a single new token no row is capped. Padding is neither capped nor
+        measured.
 
-    Returns:
+    Returns
+    -------
+    Installation
         The handle, which is also a context manager::
 
             with axiscap.install(model, axiscap.CapProfile.load("profile.safetensors")) as cap:
                 model.generate(**inputs)
                 print(cap.stats())
 
-    Raises:
-        ValueError: the profile does not fit the model, or its decoder layers cannot be told.
-        TypeError: profile is something else.
-        RuntimeError: the model has an installation already.
+    Raises
+    ------
+    ValueError
+        the profile does not fit the model, or its decoder layers cannot be told.
+    TypeError
+        profile is something else.
+    RuntimeError
+        the model has an installation already.
+
+    Examples
+    --------
+    >>> with axiscap.install(model, profile) as cap:
+    ...     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    >>> cap.stats()["default"][18].rows > 0
+    True
     """
     return Installation(model, by_name(profile), layers, positions)
 
@@ -499,8 +602,10 @@ def install(
 def _check_streams(model: nn.Module, block: nn.Module) -> None:
     """What the first forward pass would fail at.
 
-    Raises:
-        ValueError: with the reason.
+    Raises
+    ------
+    ValueError
+        with the reason.
     """
     config = text_config(model)
     for name in ("altup_num_inputs", "hc_mult"):

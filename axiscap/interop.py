@@ -86,7 +86,26 @@ def _vector(value: Any, dim: int, what: str) -> Tensor:
 
 
 def experiments(path: str | os.PathLike[str]) -> list[str]:
-    """The ids of the settings in a capping config, such as ``layers_46:54-p0.25``."""
+    """The ids of the settings in a capping config, such as ``layers_46:54-p0.25``.
+
+    Parameters
+    ----------
+    path
+        of a capping config.
+
+    Returns
+    -------
+    list[str]
+        In the file's order.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
+    >>> interop.experiments(folder / "config.pt")
+    ['mine']
+    """
     return list(_experiments(_load(path), path))
 
 
@@ -104,16 +123,36 @@ def read_capping_config(
 ) -> CapProfile:
     """The profile of one experiment of a published capping config.
 
-    Args:
-        path: ``{"vectors": {name: {"vector": (H,), "layer": int}}, "experiments": [{"id", "interventions":
-            [{"vector": name, "cap": float}]}]}``, saved by torch.
-        experiment: its id.
-        provenance: what to record beside the facts that the file gives.
 
     Several interventions at one layer become its directions, in their order.
 
-    Raises:
-        ProfileError: the file is not a capping config, or has no such experiment.
+    Parameters
+    ----------
+    path
+        ``{"vectors": {name: {"vector": (H,), "layer": int}}, "experiments": [{"id", "interventions":
+        [{"vector": name, "cap": float}]}]}``, saved by torch.
+    experiment
+        its id.
+    provenance
+        what to record beside the facts that the file gives.
+
+    Returns
+    -------
+    CapProfile
+        With the sign of the published form undone: a floor on the axis towards the Assistant.
+
+    Raises
+    ------
+    ProfileError
+        the file is not a capping config, or has no such experiment.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
+    >>> torch.allclose(interop.read_capping_config(folder / "config.pt", "mine").floors, plain.floors)
+    True
     """
     config = _load(path)
     by_id = _experiments(config, path)
@@ -166,8 +205,25 @@ def read_capping_config(
 def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], experiment: str) -> None:
     """Writes a profile as a capping config with one experiment. Directions that are off are left out.
 
-    Raises:
-        ProfileError: the profile corrects along other vectors than it reads along, which the published form cannot say.
+    Parameters
+    ----------
+    profile
+        one without lifts of its own.
+    path
+        of the file.
+    experiment
+        the id that it gets.
+
+    Raises
+    ------
+    ProfileError
+        the profile corrects along other vectors than it reads along, which the published form cannot say.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
     """
     if profile.lifts is not None and not torch.equal(profile.lifts, profile.axes):
         raise ProfileError(
@@ -190,6 +246,23 @@ def read_axis(path: str | os.PathLike[str]) -> Tensor:
     """A published axis file: (n_layers, H) float32, not normalised, + = Assistant.
 
     The file is a tensor or ``{"axis": tensor}``, saved by torch.
+
+    Parameters
+    ----------
+    path
+        of the file.
+
+    Returns
+    -------
+    Tensor
+        (n_layers, H) float32.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_axis(torch.ones(30, 576), folder / "axis.pt")
+    >>> interop.read_axis(folder / "axis.pt").shape
+    torch.Size([30, 576])
     """
     value = _load(path)
     if isinstance(value, Mapping):
@@ -198,20 +271,55 @@ def read_axis(path: str | os.PathLike[str]) -> Tensor:
 
 
 def write_axis(axis: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes an axis (n_layers, H) in the published form."""
+    """Writes an axis (n_layers, H) in the published form.
+
+    Parameters
+    ----------
+    axis
+        (n_layers, H), + = Assistant.
+    path
+        of the file.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_axis(torch.ones(30, 576), folder / "axis.pt")
+    """
     torch.save({"axis": _vector(axis, 2, "axis").float()}, path)
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Mean activations of a model's default and roles, (n_layers, H) float32 each, not normalised."""
+    """Mean activations of a model's default and roles, (n_layers, H) float32 each, not normalised.
+
+    Parameters
+    ----------
+    default
+        the Assistant's, (n_layers, H) float32.
+    roles
+        by the role's name, the same.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> vectors = interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)})
+    >>> vectors.axis.tolist()[0]
+    [1.0, 1.0, 1.0, 1.0]
+    """
 
     default: Tensor
     roles: Mapping[str, Tensor]
 
     @property
     def axis(self) -> Tensor:
-        """mean(default) - mean over roles, (n_layers, H), + = Assistant."""
+        """mean(default) - mean over roles, (n_layers, H), + = Assistant.
+
+        Examples
+        --------
+        >>> from axiscap import interop
+        >>> interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}).axis.shape
+        torch.Size([2, 4])
+        """
         return self.default - torch.stack(list(self.roles.values())).mean(0)
 
 
@@ -220,9 +328,29 @@ def read_vectors(folder: str | os.PathLike[str]) -> Vectors:
 
     A file is a tensor, or ``{"vector": tensor, "type": str, "role": str}``, saved by torch.
 
-    Raises:
-        OSError: no default vector.
-        ProfileError: naming the file that is none, or whose shape is not that of the others.
+    Parameters
+    ----------
+    folder
+        of one model.
+
+    Returns
+    -------
+    Vectors
+        In float32.
+
+    Raises
+    ------
+    OSError
+        no default vector.
+    ProfileError
+        naming the file that is none, or whose shape is not that of the others.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_vectors(interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}), folder / "vectors")
+    >>> list(interop.read_vectors(folder / "vectors").roles)
+    ['ghost']
     """
     default = _vector_file(Path(folder) / "default_vector.pt")
     roles = {path.stem: _vector_file(path) for path in sorted(Path(folder).glob("role_vectors/*.pt"))}
@@ -245,7 +373,20 @@ def _vector_file(path: Path) -> Tensor:
 
 
 def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:
-    """Writes vectors in the published layout, with their axis: ``assistant_axis.pt`` beside what is read."""
+    """Writes vectors in the published layout, with their axis: ``assistant_axis.pt`` beside what is read.
+
+    Parameters
+    ----------
+    vectors
+        the default's and the roles'.
+    folder
+        made where it is not there.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_vectors(interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}), folder / "vectors")
+    """
     (Path(folder) / "role_vectors").mkdir(parents=True, exist_ok=True)
     torch.save(vectors.default, Path(folder) / "default_vector.pt")
     for name, vector in vectors.roles.items():
@@ -262,9 +403,29 @@ def read_control_vector(path: str | os.PathLike[str]) -> CapProfile:
     and caps nothing until :meth:`CapProfile.with_floors` gives it some. Whether its directions point towards the
     Assistant, only its maker knows.
 
-    Raises:
-        ModuleNotFoundError: naming the extra, without the package gguf.
-        ProfileError: the file is no control vector, or a direction in it cannot be one.
+    Parameters
+    ----------
+    path
+        of the GGUF file.
+
+    Returns
+    -------
+    CapProfile
+        That measures and caps nothing.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        naming the extra, without the package gguf.
+    ProfileError
+        the file is no control vector, or a direction in it cannot be one.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_control_vector(profile, folder / "control.gguf")
+    >>> bool(interop.read_control_vector(folder / "control.gguf").floors.isneginf().all())
+    True
     """
     gguf = _gguf()
     name = os.fspath(path)
@@ -301,9 +462,24 @@ def write_control_vector(profile: CapProfile, path: str | os.PathLike[str]) -> N
     A control vector is added to every row, however far along the axis it lies. So what makes a cap is lost: floors,
     what rows are read along, sinks and limits; a note in the file says so. One direction a layer.
 
-    Raises:
-        ModuleNotFoundError: naming the extra, without the package gguf.
-        ProfileError: the profile has several directions, or one at layer 0, which llama.cpp's control vectors lack.
+    Parameters
+    ----------
+    profile
+        with one direction a layer.
+    path
+        of the GGUF file.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        naming the extra, without the package gguf.
+    ProfileError
+        the profile has several directions, or one at layer 0, which llama.cpp's control vectors lack.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> interop.write_control_vector(profile, folder / "control.gguf")
     """
     gguf = _gguf()
     if profile.directions != 1:

@@ -38,6 +38,10 @@ _installed: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDi
 class Installation(Installed):
     """Profiles in force in a ``llama_cpp.Llama``, until :meth:`remove` or the end of the ``with`` block. Made by
     :func:`install`.
+
+    Examples
+    --------
+    >>> cap = axiscap.llamacpp.install(llama, {"mild": profile})  # doctest: +SKIP
     """
 
     def __init__(self, llama: Any, profiles: dict[str, CapProfile]) -> None:
@@ -93,7 +97,12 @@ class Installation(Installed):
             raise
 
     def remove(self) -> None:
-        """Takes the capping out: the model is as it was, with an empty memory. The statistics stay."""
+        """Takes the capping out: the model is as it was, with an empty memory. The statistics stay.
+
+        Examples
+        --------
+        >>> cap.remove()  # doctest: +SKIP
+        """
         if self._removed:
             return
         self._removed = True
@@ -110,8 +119,19 @@ class Installation(Installed):
         the first profile). None leaves a sequence uncapped. The model's memory is emptied: what is in it came about
         under another choice.
 
-        Raises:
-            KeyError: a name that is not installed; the selection stays as it was.
+        Parameters
+        ----------
+        names
+            the name of a profile, or one by sequence id; None: not capped.
+
+        Raises
+        ------
+        KeyError
+            a name that is not installed; the selection stays as it was.
+
+        Examples
+        --------
+        >>> cap.select({0: "mild", 1: None})  # doctest: +SKIP
         """
         wanted = names if isinstance(names, Mapping) else {-1: names}
         slots = {sequence: self._slot(name) for sequence, name in wanted.items()}
@@ -145,8 +165,10 @@ class Installation(Installed):
     def _verify(self) -> None:
         """One small batch: every capped layer must see its rows, by the name that it is expected to have.
 
-        Raises:
-            ValueError: it does not.
+        Raises
+        ------
+        ValueError
+            it does not.
         """
         lib, llama = self._lib, self._llama
         batch = lib.llama_batch_init(2, 0, 1)
@@ -209,23 +231,38 @@ def install(llama: Any, profile: CapProfile | Mapping[str, CapProfile]) -> Insta
     The model gets a context of its own with the same parameters, whose memory is empty; so it does where the
     installation ends. While it lasts, states are neither saved nor loaded, nor cached.
 
-    Args:
-        llama: the model, on a CPU or on whatever llama.cpp offloads to.
-        profile: one profile, or several by name; the first is in force until :meth:`Installation.select` says
-            otherwise.
+    Parameters
+    ----------
+    llama
+        the model, on a CPU or on whatever llama.cpp offloads to.
+    profile
+        one profile, or several by name; the first is in force until :meth:`Installation.select` says
+        otherwise.
 
-    Returns:
+    Returns
+    -------
+    Installation
         The handle, which is also a context manager::
 
             with axiscap.llamacpp.install(llama, axiscap.CapProfile.load("profile.safetensors")) as cap:
                 llama.create_chat_completion(messages)
                 print(cap.stats())
 
-    Raises:
-        ModuleNotFoundError: naming the extra, without llama-cpp-python.
-        ValueError: the profile does not fit the model, or llama.cpp's graph of it cannot be capped.
-        TypeError: something else than a Llama, or than profiles.
-        RuntimeError: the model has an installation already.
+    Raises
+    ------
+    ModuleNotFoundError
+        naming the extra, without llama-cpp-python.
+    ValueError
+        the profile does not fit the model, or llama.cpp's graph of it cannot be capped.
+    TypeError
+        something else than a Llama, or than profiles.
+    RuntimeError
+        the model has an installation already.
+
+    Examples
+    --------
+    >>> with axiscap.llamacpp.install(llama, profile) as cap:  # doctest: +SKIP
+    ...     llama("Who are you?", max_tokens=8)
     """
     _library()
     import llama_cpp

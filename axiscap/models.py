@@ -31,12 +31,28 @@ def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = 
     transformers architecture, whatever its parts are called, and it tells the language model from a vision tower beside
     it. In the others it is the list nearest to the embedding that has as many entries as the configuration says.
 
-    Args:
-        model: any transformers causal LM, also inside a multimodal wrapper, PEFT or torch.compile.
-        layers: for another structure, the dotted name of the module list, or the modules themselves.
+    Parameters
+    ----------
+    model
+        any transformers causal LM, also inside a multimodal wrapper, PEFT or torch.compile.
+    layers
+        for another structure, the dotted name of the module list, or the modules themselves.
 
-    Raises:
-        ValueError: no such list, or more than one; the message says what was found.
+    Returns
+    -------
+    list[nn.Module]
+        One for each layer.
+
+    Raises
+    ------
+    ValueError
+        no such list, or more than one; the message says what was found.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> len(models.decoder_layers(model))
+    30
     """
     if isinstance(layers, str):
         try:
@@ -92,7 +108,29 @@ def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 @contextlib.contextmanager
 def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, output)`` with each decoder layer's output (batch, tokens, H), while the context is open."""
+    """Calls ``see(layer, output)`` with each decoder layer's output (batch, tokens, H), while the context is open.
+
+    Parameters
+    ----------
+    model
+        any transformers causal LM.
+    see
+        called with the layer, from 0, and the tensor; what it does to the tensor goes on.
+
+    Yields
+    ------
+    None
+        While the context is open.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> seen = []
+    >>> with models.watched_layers(model, lambda layer, output: seen.append(output.shape[-1])):
+    ...     _ = model(**inputs)
+    >>> set(seen), len(seen)
+    ({576}, 30)
+    """
 
     def hook(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         see(layer, output[0] if isinstance(output, tuple) else output)
@@ -106,14 +144,48 @@ def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iter
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model itself, also inside a multimodal one; None where there is none."""
+    """The configuration of the language model itself, also inside a multimodal one; None where there is none.
+
+    Parameters
+    ----------
+    model
+        any module.
+
+    Returns
+    -------
+    PretrainedConfig or None
+        transformers' own.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> models.text_config(model).num_hidden_layers
+    30
+    """
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
     return get(decoder=True) if get else config
 
 
 def stop_tokens(model: Any) -> list[int]:
-    """The tokens that end what a model generates; none where it names none."""
+    """The tokens that end what a model generates; none where it names none.
+
+    Parameters
+    ----------
+    model
+        with a generation configuration.
+
+    Returns
+    -------
+    list[int]
+        Token ids.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> tokenizer.eos_token_id in models.stop_tokens(model)
+    True
+    """
     stops = model.generation_config.eos_token_id
     return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
 
@@ -123,14 +195,33 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
 
     Where there are GPUs the model is spread over those that this process sees.
 
-    Args:
-        name: :data:`DEFAULT_MODEL`, a local folder, or a hub name.
-        dtype: of the weights, one of :data:`DTYPES`; ``auto`` is the files' own on a GPU and float32 on a CPU.
+    Parameters
+    ----------
+    name
+        :data:`DEFAULT_MODEL`, a local folder, or a hub name.
+    dtype
+        of the weights, one of :data:`DTYPES`; ``auto`` is the files' own on a GPU and float32 on a CPU.
 
-    Raises:
-        ValueError: another dtype.
-        ModuleNotFoundError: naming the extra that is missing.
-        OSError: the model is not there.
+    Returns
+    -------
+    tuple
+        The model and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        another dtype.
+    ModuleNotFoundError
+        naming the extra that is missing.
+    OSError
+        the model is not there.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> other, _ = models.load()
+    >>> other.training
+    False
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,12 +241,48 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def weights_dtype(dtype: str, on_gpu: bool) -> str:
-    """What transformers loads weights in: ``auto`` is float32 on a CPU, where the files' own type may be slow."""
+    """What transformers loads weights in: ``auto`` is float32 on a CPU, where the files' own type may be slow.
+
+    Parameters
+    ----------
+    dtype
+        one of :data:`DTYPES`.
+    on_gpu
+        whether the model goes to one.
+
+    Returns
+    -------
+    str
+        What ``from_pretrained`` takes.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> models.weights_dtype("auto", on_gpu=False)
+    'float32'
+    """
     return "float32" if dtype == "auto" and not on_gpu else dtype
 
 
 def folder(name: str) -> str:
-    """What transformers and vLLM load a model by: its folder, or a hub's name as it is."""
+    """What transformers and vLLM load a model by: its folder, or a hub's name as it is.
+
+    Parameters
+    ----------
+    name
+        :data:`DEFAULT_MODEL`, a local folder, or a hub name.
+
+    Returns
+    -------
+    str
+        The folder of the default model, made on first use; any other name as it is.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> models.folder("organisation/name")
+    'organisation/name'
+    """
     return str(_default_model()) if name == DEFAULT_MODEL else name
 
 
@@ -178,8 +305,21 @@ class _quiet_bars:
 def default_model_file() -> Path:
     """The GGUF file of the default model in the installed package.
 
-    Raises:
-        OSError: the package is not installed; the message says how to.
+    Returns
+    -------
+    Path
+        It exists.
+
+    Raises
+    ------
+    OSError
+        the package is not installed; the message says how to.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> models.default_model_file().suffix
+    '.gguf'
     """
     # The package is found, not imported: importing it would need llama.cpp, which nothing here uses.
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE.replace("-", "_"))

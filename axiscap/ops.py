@@ -54,7 +54,46 @@ def cap_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
-    """Caps hidden in place and returns it."""
+    """Caps hidden in place and returns it.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        hidden.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> hidden, axes = torch.tensor([[-1.0, 5.0], [2.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])
+    >>> ops.cap_(hidden, axes, torch.zeros(1, 1)).tolist()
+    [[0.0, 5.0], [2.0, 5.0]]
+    """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.cap_(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     else:
@@ -76,6 +115,46 @@ def cap(
 
     Differentiable with respect to hidden: where directions fired, the gradient is multiplied by ``I - v u^T`` of each
     of them, in reverse order. All else is constant.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        Of hidden's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> hidden = torch.tensor([[-1.0, 5.0], [2.0, 5.0]], requires_grad=True)
+    >>> capped = ops.cap(hidden, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1))
+    >>> capped.sum().backward()
+    >>> hidden.grad.tolist()
+    [[0.0, 1.0], [1.0, 1.0]]
     """
     out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots, lifts, limits)
     if projections is not None:
@@ -84,7 +163,37 @@ def cap(
 
 
 def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
-    """``<row, v_k>`` in float32, shape hidden.shape[:-1] + (K,). Differentiable with respect to hidden."""
+    """``<row, v_k>`` in float32, shape hidden.shape[:-1] + (K,). Differentiable with respect to hidden.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+
+    Returns
+    -------
+    Tensor
+        NaN for rows that are not finite or have slot -1.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> ops.project(torch.tensor([[3.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])).tolist()
+    [[3.0]]
+    """
     return torch.ops.axiscap.project(hidden, axes, slots)  # type: ignore[no-any-return]
 
 
@@ -102,6 +211,46 @@ def cap_residual_(
     """Caps the block output hidden + residual by changing residual, in place; returns residual.
 
     The sum is taken in float32 and not rounded; residual has the shape and dtype of hidden.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        residual.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> ops.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
+    [[3.0, 2.0]]
     """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.cap_residual_(
@@ -132,7 +281,53 @@ def add_rms_norm_cap_(
     weight_bias)``. The sum is taken in float32 and rounded once, when it is stored; the norm is that of the stored row.
     A row that is not capped (slot -1) gets exactly the bits of the add and the norm alone.
 
-    weight: (H,), of hidden's dtype; weight_bias: 1 for Gemma, whose weights are stored less 1.
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed, as hidden is.
+    weight
+        (H,), of hidden's dtype.
+    eps
+        what is added to the mean of squares.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    weight_bias
+        1 for Gemma, whose weights are stored less 1.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        hidden and residual.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> bank = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)
+    >>> normed, stream = ops.add_rms_norm_cap_(hidden, residual, torch.ones(2), 0.0, *bank)
+    >>> stream.tolist(), [round(value, 3) for value in normed[0].tolist()]
+    ([[0.0, 2.0]], [0.0, 1.414])
     """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.add_rms_norm_cap_(
@@ -167,8 +362,44 @@ def cap_layers_(
 ) -> list[Tensor]:
     """Caps L layers' streams in place, in one launch; returns them.
 
-    hiddens: L tensors of one shape and dtype. axes and lifts (L, S, K, H), floors and limits (L, S, K), projections
-    (L, rows, K); slots are shared.
+    Parameters
+    ----------
+    hiddens
+        L tensors of one shape and dtype, each (..., H); changed.
+    axes
+        (L, S, K, H) float32.
+    floors
+        (L, S, K) float32.
+    slots
+        (rows,) int32, shared by the layers.
+    lifts
+        like axes.
+    limits
+        like floors.
+    projections
+        (L, rows, K) float32, filled.
+
+    Returns
+    -------
+    list[Tensor]
+        hiddens.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> streams = [torch.tensor([[-1.0, 5.0]]), torch.tensor([[-2.0, 5.0]])]
+    >>> axes = torch.tensor([[[1.0, 0.0]]]).expand(2, 1, 1, 2).contiguous()
+    >>> [stream.tolist() for stream in ops.cap_layers_(streams, axes, torch.zeros(2, 1, 1))]
+    [[[0.0, 5.0]], [[0.0, 5.0]]]
     """
     streams = list(hiddens)
     if torch.compiler.is_compiling():
@@ -181,9 +412,40 @@ def cap_layers_(
 def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> Tensor:
     """Adds one call's projections (rows, K) to running statistics, in place; returns them.
 
-    stats: (S, K, F) float64, the F fields of ``axiscap._C.STAT_FIELDS``, made by :func:`new_stats`.
     L layers at once: stats (L, S, K, F), projections (L, rows, K), of any stride between layers, and floors (L, S, K);
     slots are shared.
+
+    Parameters
+    ----------
+    stats
+        (S, K, F) float64, the F fields of ``axiscap._C.STAT_FIELDS``, made by :func:`new_stats`; changed.
+    projections
+        (rows, K) float32, of one call.
+    floors
+        (S, K) float32.
+    slots
+        (rows,) int32; None: slot 0.
+
+    Returns
+    -------
+    Tensor
+        stats.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, or what is changed shares memory with the rest.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> stats = ops.accumulate_(ops.new_stats(1, 1), torch.tensor([[-1.0], [2.0]]), torch.zeros(1, 1))
+    >>> stats[0, 0, :3].tolist()  # seen, fired, below
+    [2.0, 1.0, 1.0]
     """
     if torch.compiler.is_compiling():
         torch.ops.axiscap.accumulate_(stats, projections, floors, slots)
@@ -193,7 +455,28 @@ def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tenso
 
 
 def new_stats(slots: int, directions: int, device: torch.device | str | None = None) -> Tensor:
-    """Statistics of no rows: (slots, directions, F) float64."""
+    """Statistics of no rows: (slots, directions, F) float64.
+
+    Parameters
+    ----------
+    slots
+        S.
+    directions
+        K.
+    device
+        of the tensor.
+
+    Returns
+    -------
+    Tensor
+        (S, K, F) float64.
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> ops.new_stats(2, 1).shape
+    torch.Size([2, 1, 8])
+    """
     stats = torch.zeros(slots, directions, len(_C.STAT_FIELDS), dtype=torch.float64, device=device)
     stats[..., _C.STAT_FIELDS.index("min")] = math.inf
     stats[..., _C.STAT_FIELDS.index("max")] = -math.inf

@@ -81,8 +81,10 @@ class Hook:
 class Method:
     """Stands in for a model's method, with its signature, which transformers looks at; a copy of the model has its own.
 
-    Args:
-        call: takes the method, and what it is called with.
+    Parameters
+    ----------
+    call
+        takes the method, and what it is called with.
     """
 
     def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:

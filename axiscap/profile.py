@@ -58,7 +58,16 @@ class Slot(NamedTuple):
 
 
 class ProfileError(ValueError):
-    """A profile, or a file read as one, is not valid; the message says what is wrong with it."""
+    """A profile, or a file read as one, is not valid; the message says what is wrong with it.
+
+    Examples
+    --------
+    >>> try:
+    ...     axiscap.CapProfile([3, 2], torch.ones(2, 1, 1), torch.zeros(2, 1))
+    ... except axiscap.ProfileError as error:
+    ...     print(error)
+    layers must be ascending from 0, got [3, 2]
+    """
 
 
 def _require(condition: bool, message: str) -> None:
@@ -91,20 +100,49 @@ def _are_names(value: object) -> bool:
 class Evidence:
     """What says whether an axis is real, as ``axiscap calibrate`` measured it on roles and questions that made nothing.
 
-    Attributes:
-        best_layer: where the axis separates best, among the later two thirds.
-        held_roles: the roles that made no axis; ``held_questions``: how many questions made none.
-        auc: by layer, of the default's held-out answers against held-out roles'. ``auc_interval``: 95 %, at the best
-            layer, over roles and answers. ``auc_by_kind``, ``auc_by_role``: by layer, of each kind of role and of each.
-        d_prime: by layer, the difference of means over the root of the mean variance.
-        null_auc: by layer, of axes made with labels that say nothing, in the mean; ``null_auc_interval`` at the best.
-        pc1_cosine: by layer, of the role vectors' first principal component with the axis.
-        variance: shares of the first components at the best layer; ``components_70``: by layer, how many hold 70 %.
-        halves: by layer, cosine of the axes from both halves of the questions.
-        next_layer: cosine of the axis with the next layer's, of each layer but the last.
-        axis_interval: 95 %, of the cosine with axes from resampled roles, at the best layer.
-        loadings: each role's mean on the axis at the best layer, less the default's.
-        map: each role's coordinates on the first two components there.
+    Parameters
+    ----------
+    best_layer
+        where the axis separates best, among the later two thirds.
+    held_roles
+        the roles that made no axis.
+    held_questions
+        how many questions made none.
+    auc
+        by layer, of the default's held-out answers against held-out roles'.
+    auc_interval
+        95 %, at the best layer, over roles and answers.
+    auc_by_kind
+        by layer, of each kind of role.
+    auc_by_role
+        by layer, of each role.
+    d_prime
+        by layer, the difference of means over the root of the mean variance.
+    null_auc
+        by layer, of axes made with labels that say nothing, in the mean.
+    null_auc_interval
+        the same's, at the best layer.
+    pc1_cosine
+        by layer, of the role vectors' first principal component with the axis.
+    variance
+        shares of the first components at the best layer.
+    components_70
+        by layer, how many components hold 70 % of the variance.
+    halves
+        by layer, cosine of the axes from both halves of the questions.
+    next_layer
+        cosine of the axis with the next layer's, of each layer but the last.
+    axis_interval
+        95 %, of the cosine with axes from resampled roles, at the best layer.
+    loadings
+        each role's mean on the axis at the best layer, less the default's.
+    map
+        each role's coordinates on the first two components there.
+
+    Examples
+    --------
+    >>> len(profile.evidence.auc) == profile.num_layers
+    True
     """
 
     best_layer: int
@@ -130,8 +168,26 @@ class Evidence:
     def read(cls, stored: object) -> Evidence:
         """From a provenance, which anyone may have written.
 
-        Raises:
-            ProfileError: naming what is missing or of another form.
+        Parameters
+        ----------
+        stored
+            the value of ``evidence``.
+
+        Returns
+        -------
+        Evidence
+            Checked.
+
+        Raises
+        ------
+        ProfileError
+            naming what is missing or of another form.
+
+        Examples
+        --------
+        >>> evidence = axiscap.Evidence.read(profile.provenance["evidence"])
+        >>> evidence.best_layer == profile.evidence.best_layer
+        True
         """
         _require(isinstance(stored, Mapping), "its evidence must be an object")
         assert isinstance(stored, Mapping)
@@ -167,25 +223,48 @@ class Evidence:
 class CapProfile:
     """Axes and floors per layer, with their provenance.
 
-    Args:
-        layers: the L capped layers (block outputs, counted from 0), ascending.
-        axes: (L, K, H) float32, unit rows; larger projection = more Assistant-like.
-        floors: (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-        lifts: (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
-            so that a row that fires ends on its floor, or less (:meth:`with_strength`).
-        limits: (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
-            ordinary norm can have one; an attention sink can.
-        sinks: positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.
-        provenance: JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
-            ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
-            (``percentiles``, the columns of the tensor of that name).
-        axis_all: (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones; ``lift_all``
-            (n_layers, H) and ``limit_all`` (n_layers,) the same of lifts and limits.
-        quantiles: (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
-        populations: (P, n_layers, Q) float32, the same of every population that ``quantiles`` in the provenance names.
+    Parameters
+    ----------
+    layers
+        the L capped layers (block outputs, counted from 0), ascending.
+    axes
+        (L, K, H) float32, unit rows; larger projection = more Assistant-like.
+    floors
+        (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    lifts
+        (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
+        so that a row that fires ends on its floor, or less (:meth:`with_strength`).
+    limits
+        (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
+        ordinary norm can have one; an attention sink can.
+    sinks
+        positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.
+    provenance
+        JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
+        ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
+        (``percentiles``, the columns of the tensor of that name).
+    axis_all
+        (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
+    lift_all
+        (n_layers, H) float32, the same of the lifts.
+    limit_all
+        (n_layers,) float32, the same of the limits.
+    quantiles
+        (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
+    populations
+        (P, n_layers, Q) float32, the same of every population that ``quantiles`` in the provenance names.
 
-    Raises:
-        ProfileError: naming the argument that does not fit.
+    Raises
+    ------
+    ProfileError
+        naming the argument that does not fit.
+
+    Examples
+    --------
+    >>> axes = torch.nn.functional.normalize(torch.ones(2, 1, 8), dim=-1)
+    >>> made = axiscap.CapProfile([4, 5], axes, torch.zeros(2, 1))
+    >>> made.layers, made.hidden_size
+    ((4, 5), 8)
     """
 
     def __init__(
@@ -220,15 +299,35 @@ class CapProfile:
 
     @property
     def hidden_size(self) -> int:
+        """H, the length of a row.
+
+        Examples
+        --------
+        >>> profile.hidden_size
+        576
+        """
         return self.axes.shape[2]
 
     @property
     def directions(self) -> int:
+        """K, how many directions the profile has at each layer.
+
+        Examples
+        --------
+        >>> profile.directions
+        1
+        """
         return self.axes.shape[1]
 
     @property
     def num_layers(self) -> int | None:
-        """How many layers the model has that this was made for, where that is known."""
+        """How many layers the model has that this was made for, where that is known.
+
+        Examples
+        --------
+        >>> profile.num_layers
+        30
+        """
         stated = self.model_facts.get("num_layers")
         if stated is None and self.axis_all is not None:
             stated = len(self.axis_all)
@@ -236,6 +335,14 @@ class CapProfile:
 
     @property
     def model_facts(self) -> Mapping[str, Any]:
+        """What the provenance says of the model: ``id``, ``architecture``, ``hidden_size``, ``num_layers``; empty
+        without.
+
+        Examples
+        --------
+        >>> profile.model_facts["hidden_size"]
+        576
+        """
         facts = self.provenance.get("model", {})
         return facts if isinstance(facts, Mapping) else {}
 
@@ -243,8 +350,15 @@ class CapProfile:
     def evidence(self) -> Evidence | None:
         """What was measured of the axis; None where the provenance says nothing of it.
 
-        Raises:
-            ProfileError: what it says is not in the form that this version writes, or of another number of layers.
+        Raises
+        ------
+        ProfileError
+            what it says is not in the form that this version writes, or of another number of layers.
+
+        Examples
+        --------
+        >>> 0.5 < profile.evidence.auc[profile.evidence.best_layer] <= 1
+        True
         """
         stored = self.provenance.get("evidence")
         if stored is None:
@@ -261,6 +375,13 @@ class CapProfile:
     def digest(self) -> str:
         """Names what of this profile changes a model: its layers, axes, floors, and what it says of lifts, limits and
         sinks. Equal in equal profiles alone.
+
+        Examples
+        --------
+        >>> profile.digest == profile.with_floors(profile.floors).digest
+        True
+        >>> profile.digest == profile.with_floors(profile.floors + 1).digest
+        False
         """
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
         for tensor in (self.axes, self.floors):
@@ -274,7 +395,13 @@ class CapProfile:
 
     @property
     def knows_sinks(self) -> bool:
-        """Whether anything keeps the cap from lifting an attention sink: positions, limits, or what to take them of."""
+        """Whether anything keeps the cap from lifting an attention sink: positions, limits, or what to take them of.
+
+        Examples
+        --------
+        >>> profile.knows_sinks
+        True
+        """
         return bool(self.sinks) or self.limits is not None or bool(self._token_tables)
 
     @property
@@ -285,6 +412,23 @@ class CapProfile:
         """This profile's slot in the bank of one layer, for a bank of K directions.
 
         Directions that it has not, and all of them at a layer that it does not cap, never fire and limit nothing.
+
+        Parameters
+        ----------
+        layer
+            counted from 0.
+        directions
+            K of the bank, at least the profile's.
+
+        Returns
+        -------
+        Slot
+            ``axes`` and ``lifts`` (K, H), ``floors`` and ``limits`` (K,), float32.
+
+        Examples
+        --------
+        >>> profile.slot_at(profile.layers[0], 2).floors.shape
+        torch.Size([2])
         """
         if layer in self.layers:
             at = self.layers.index(layer)
@@ -310,13 +454,25 @@ class CapProfile:
 
     @property
     def percentiles(self) -> tuple[float, ...]:
-        """The columns of the quantile tables; empty where the provenance does not say them."""
+        """The columns of the quantile tables; empty where the provenance does not say them.
+
+        Examples
+        --------
+        >>> 50.0 in profile.percentiles
+        True
+        """
         known = self._quantile_facts.get("percentiles")
         return tuple(map(float, known)) if isinstance(known, list) and _are_numbers(known) else ()
 
     @property
     def tables(self) -> dict[str, Tensor]:
-        """The quantile tables by population, (n_layers, Q) each; empty where there are none, or not as stated."""
+        """The quantile tables by population, (n_layers, Q) each; empty where there are none, or not as stated.
+
+        Examples
+        --------
+        >>> {table.shape[0] for table in profile.tables.values()}
+        {30}
+        """
         names = self._quantile_facts.get("populations")
         if self.populations is None or not isinstance(names, Mapping | list) or len(names) != len(self.populations):
             return {}
@@ -325,13 +481,35 @@ class CapProfile:
 
     @property
     def population(self) -> str | None:
-        """Whose projections the floors are a percentile of; None where the provenance does not say, or has no table."""
+        """Whose projections the floors are a percentile of; None where the provenance does not say, or has no table.
+
+        Examples
+        --------
+        >>> profile.population in profile.tables
+        True
+        """
         facts = self.provenance.get("floors")
         named = facts.get("population") if isinstance(facts, Mapping) else None
         return named if isinstance(named, str) and named in self.tables else None
 
     def population_count(self, name: str) -> int | None:
-        """Of how many projections a quantile table is; None where the provenance does not say."""
+        """Of how many projections a quantile table is; None where the provenance does not say.
+
+        Parameters
+        ----------
+        name
+            of a population, one of :attr:`tables`.
+
+        Returns
+        -------
+        int or None
+            The number of projections.
+
+        Examples
+        --------
+        >>> profile.population_count(profile.population) > 0
+        True
+        """
         known = self._quantile_facts.get("populations")
         entry = known.get(name) if isinstance(known, Mapping) else None
         count = entry.get("count") if isinstance(entry, Mapping) else None
@@ -343,12 +521,35 @@ class CapProfile:
         return facts if isinstance(facts, Mapping) else {}
 
     def with_floors(self, floors: Tensor) -> CapProfile:
-        """The same axes with other floors (L, K)."""
+        """The same axes with other floors (L, K).
+
+        Parameters
+        ----------
+        floors
+            (L, K) float32, finite or ``-inf``.
+
+        Returns
+        -------
+        CapProfile
+            With the same provenance, but for what it said of the floors.
+
+        Examples
+        --------
+        >>> lower = profile.with_floors(profile.floors - 1)
+        >>> bool((lower.floors < profile.floors).all())
+        True
+        """
         return self._with(self.layers, self.axes, floors)
 
     @property
     def strength(self) -> float:
-        """The share of its shortfall by which a row is lifted: 1, unless :meth:`with_strength` weakened it."""
+        """The share of its shortfall by which a row is lifted: 1, unless :meth:`with_strength` weakened it.
+
+        Examples
+        --------
+        >>> profile.strength
+        1.0
+        """
         if self.lifts is None:
             return 1.0
         least = (self.axes * self.lifts).sum(-1).min().item()
@@ -359,8 +560,25 @@ class CapProfile:
 
         With strength 0 nothing is lifted: what is left is :meth:`measuring_only`.
 
-        Raises:
-            ProfileError: strength is not from 0 to 1.
+        Parameters
+        ----------
+        strength
+            from 0 to 1.
+
+        Returns
+        -------
+        CapProfile
+            With lifts of that length.
+
+        Raises
+        ------
+        ProfileError
+            strength is not from 0 to 1.
+
+        Examples
+        --------
+        >>> round(profile.with_strength(0.5).strength, 3)
+        0.5
         """
         _require(_is_number(strength) and 0 <= strength <= 1, f"strength must be from 0 to 1, got {strength!r}")
         if strength == 1:
@@ -376,8 +594,25 @@ class CapProfile:
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
         """The same at some of its layers, ascending.
 
-        Raises:
-            ProfileError: naming the layer that is none of them.
+        Parameters
+        ----------
+        layers
+            some of the profile's, ascending.
+
+        Returns
+        -------
+        CapProfile
+            With the axes and floors of those alone.
+
+        Raises
+        ------
+        ProfileError
+            naming the layer that is none of them.
+
+        Examples
+        --------
+        >>> profile.at_layers(profile.layers[:2]).layers == profile.layers[:2]
+        True
         """
         missing = [layer for layer in layers if layer not in self.layers]
         _require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
@@ -394,7 +629,18 @@ class CapProfile:
         return CapProfile(layers, axes, floors, self.provenance, sinks=self.sinks, **more)
 
     def measuring_only(self) -> CapProfile:
-        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing."""
+        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing.
+
+        Returns
+        -------
+        CapProfile
+            Under another digest.
+
+        Examples
+        --------
+        >>> bool(profile.measuring_only().floors.isneginf().all())
+        True
+        """
         return self.with_floors(torch.full_like(self.floors, -torch.inf))
 
     def _check(self) -> None:
@@ -477,8 +723,19 @@ class CapProfile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file in one step: whoever reads the path sees the old file or the whole new one.
 
-        Raises:
-            FileNotFoundError: its folder does not exist.
+        Parameters
+        ----------
+        path
+            of the file, ``.safetensors`` by custom.
+
+        Raises
+        ------
+        FileNotFoundError
+            its folder does not exist.
+
+        Examples
+        --------
+        >>> profile.save(folder / "mine.safetensors")
         """
         tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
         tensors |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
@@ -503,13 +760,24 @@ class CapProfile:
     def load(cls, path: str | os.PathLike[str]) -> CapProfile:
         """Reads a profile.
 
-        Args:
-            path: of a file, or a URL of fsspec (``s3://``, ``gs://``, ``hf://``, ``https://``). ``#`` and a digest at
-                its end say which content it must have.
+        Parameters
+        ----------
+        path
+            of a file, or a URL of fsspec (``s3://``, ``gs://``, ``hf://``, ``https://``). ``#`` and a digest at
+            its end say which content it must have.
 
-        Raises:
-            ProfileError: a sentence that names the file and what is wrong with it.
-            FileNotFoundError: there is no such file.
+        Raises
+        ------
+        ProfileError
+            a sentence that names the file and what is wrong with it.
+        FileNotFoundError
+            there is no such file.
+
+        Examples
+        --------
+        >>> loaded = axiscap.CapProfile.load("examples/profiles/smollm2-135m-instruct.safetensors")
+        >>> loaded.digest == profile.digest
+        True
         """
         given = os.fspath(path)
         place, pin = (given[:-33], given[-32:]) if _PINNED.search(given) else (given, None)
@@ -525,20 +793,46 @@ class CapProfile:
     def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str = hub.FILE) -> CapProfile:
         """A profile from a hub, or from what was downloaded of it before.
 
-        Args:
-            repo: ``organisation/name``, or a folder that :meth:`save_pretrained` wrote.
-            revision: a branch, a tag or a commit; the main branch without it. A commit is the same content for ever.
-            file: its name there.
+        Parameters
+        ----------
+        repo
+            ``organisation/name``, or a folder that :meth:`save_pretrained` wrote.
+        revision
+            a branch, a tag or a commit; the main branch without it. A commit is the same content for ever.
+        file
+            its name there.
 
-        Raises:
-            ModuleNotFoundError: naming the extra, without huggingface_hub.
-            OSError: the repository, the revision or the file is not there, or the hub cannot be reached.
-            ProfileError: the file is no profile.
+        Raises
+        ------
+        ModuleNotFoundError
+            naming the extra, without huggingface_hub.
+        OSError
+            the repository, the revision or the file is not there, or the hub cannot be reached.
+        ProfileError
+            the file is no profile.
+
+        Examples
+        --------
+        >>> profile.save_pretrained(folder / "shared")
+        >>> axiscap.CapProfile.from_pretrained(str(folder / "shared")).digest == profile.digest
+        True
         """
         return cls.load(Path(repo) / file if Path(repo).is_dir() else hub.download(repo, file, revision))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder as a hub has it: the profile, and a card of its provenance and evidence as ``README.md``."""
+        """Writes a folder as a hub has it: the profile, and a card of its provenance and evidence as ``README.md``.
+
+        Parameters
+        ----------
+        folder
+            made where it is not there.
+
+        Examples
+        --------
+        >>> profile.save_pretrained(folder / "card")
+        >>> sorted(path.name for path in (folder / "card").iterdir())
+        ['README.md', 'profile.safetensors']
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / hub.FILE)
         card = hub.card(str(self.model_facts.get("id", "an unknown model")), self.digest, self._summary())
@@ -547,13 +841,28 @@ class CapProfile:
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Uploads what :meth:`save_pretrained` writes; returns the commit's URL.
 
-        Args:
-            repo: ``organisation/name``; it is made where it is not there. The token is that of ``hf auth login``.
-            private: whether a new repository is private.
+        Parameters
+        ----------
+        repo
+            ``organisation/name``; it is made where it is not there. The token is that of ``hf auth login``.
+        private
+            whether a new repository is private.
 
-        Raises:
-            ModuleNotFoundError: naming the extra, without huggingface_hub.
-            OSError: the hub cannot be reached, or does not let you.
+        Returns
+        -------
+        str
+            The URL of the commit.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            naming the extra, without huggingface_hub.
+        OSError
+            the hub cannot be reached, or does not let you.
+
+        Examples
+        --------
+        >>> url = profile.push_to_hub("organisation/name", private=True)  # doctest: +SKIP
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -646,8 +955,10 @@ def _fetched(place: str) -> Iterator[Path]:
 def check_file(path: Path) -> int:
     """The size of a file that is to be read.
 
-    Raises:
-        ProfileError: it is none (a pipe would block for ever), or larger than :data:`MAX_FILE_BYTES`.
+    Raises
+    ------
+    ProfileError
+        it is none (a pipe would block for ever), or larger than :data:`MAX_FILE_BYTES`.
     """
     found = path.stat()
     _require(not stat.S_ISDIR(found.st_mode), "is a folder")

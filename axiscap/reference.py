@@ -40,12 +40,17 @@ class _Directions:
     def cap(self, x: Tensor, rows: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
         """Applies the directions in order to x (N, H).
 
-        Args:
-            rows: of the same shape, in the streams' dtype: what becomes x where a row fired, and stays as it is
-                elsewhere.
-            apart: it is a part of x alone, to which the correction is added.
+        Parameters
+        ----------
+        rows
+            of the same shape, in the streams' dtype: what becomes x where a row fired, and stays as it is
+            elsewhere.
+        apart
+            it is a part of x alone, to which the correction is added.
 
-        Returns:
+        Returns
+        -------
+        tuple[Tensor, Tensor]
             Those rows, and the projections before the cap (N, K).
         """
         came = x
@@ -76,7 +81,37 @@ def cap(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
-    """The capped copy of hidden. Differentiable with respect to hidden."""
+    """The capped copy of hidden. Differentiable with respect to hidden.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        Of hidden's shape and dtype.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> hidden, axes = torch.tensor([[-1.0, 5.0], [2.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])
+    >>> reference.cap(hidden, axes, torch.zeros(1, 1)).tolist()
+    [[0.0, 5.0], [2.0, 5.0]]
+    """
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
     capped, incoming = directions.cap(directions.x, hidden.reshape(directions.x.shape))
     if projections is not None:
@@ -94,12 +129,63 @@ def cap_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
-    """Caps hidden in place and returns it."""
+    """Caps hidden in place and returns it.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        hidden.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> hidden, axes = torch.tensor([[-1.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])
+    >>> reference.cap_(hidden, axes, torch.zeros(1, 1)) is hidden
+    True
+    """
     return hidden.copy_(cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections))
 
 
 def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
-    """<row, v_k>: shape hidden.shape[:-1] + (K,). NaN for a row that is not finite or has slot -1."""
+    """<row, v_k>: shape hidden.shape[:-1] + (K,). NaN for a row that is not finite or has slot -1.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+
+    Returns
+    -------
+    Tensor
+        In hidden's dtype, at least float32.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> reference.project(torch.tensor([[3.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])).tolist()
+    [[3.0]]
+    """
     off = torch.full(axes.shape[:2], -torch.inf, dtype=axes.dtype, device=axes.device)
     directions = _Directions(hidden, axes, off, slots, None, None)
     return directions.cap(directions.x, directions.x)[1].reshape(*hidden.shape[:-1], axes.shape[1])
@@ -116,7 +202,39 @@ def cap_residual_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
-    """Caps the sum hidden + residual by changing residual, in place; returns residual."""
+    """Caps the sum hidden + residual by changing residual, in place; returns residual.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    Tensor
+        residual.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> reference.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
+    [[3.0, 2.0]]
+    """
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
     rows = residual.reshape(directions.x.shape)
     capped, incoming = directions.cap(directions.x + rows.to(directions.x.dtype), rows, apart=True)
@@ -139,7 +257,46 @@ def add_rms_norm_cap_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias."""
+    """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias.
+
+    Parameters
+    ----------
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed, as hidden is.
+    weight
+        (H,), of hidden's dtype.
+    eps
+        what is added to the mean of squares.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    weight_bias
+        1 for Gemma, whose weights are stored less 1.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        hidden and residual.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> bank = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)
+    >>> reference.add_rms_norm_cap_(hidden, residual, torch.ones(2), 0.0, *bank)[1].tolist()
+    [[0.0, 2.0]]
+    """
     directions = _Directions(hidden, axes, floors, slots, lifts, limits)
     x = directions.x + residual.reshape(directions.x.shape).to(directions.x.dtype)
     capped, incoming = directions.cap(x, x.to(residual.dtype))
@@ -161,7 +318,38 @@ def cap_layers_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
-    """cap_ for each layer l with what each argument has for it: axes[l] (S, K, H), floors[l] (S, K), ..."""
+    """cap_ for each layer l with what each argument has for it: axes[l] (S, K, H), floors[l] (S, K), ...
+
+    Parameters
+    ----------
+    hiddens
+        L tensors of one shape and dtype, each (..., H); changed.
+    axes
+        (L, S, K, H).
+    floors
+        (L, S, K).
+    slots
+        (rows,) int32, shared by the layers.
+    lifts
+        like axes.
+    limits
+        like floors.
+    projections
+        (L, rows, K), filled.
+
+    Returns
+    -------
+    list[Tensor]
+        hiddens.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> axes = torch.tensor([[[1.0, 0.0]]]).expand(2, 1, 1, 2)
+    >>> streams = [torch.tensor([[-1.0, 5.0]]), torch.tensor([[-2.0, 5.0]])]
+    >>> [stream.tolist() for stream in reference.cap_layers_(streams, axes, torch.zeros(2, 1, 1))]
+    [[[0.0, 5.0]], [[0.0, 5.0]]]
+    """
 
     def at(tensor: Tensor | None, layer: int) -> Tensor | None:
         return None if tensor is None else tensor[layer]

@@ -16,6 +16,31 @@ class LayerStats:
 
     ``mean``, ``min``, ``max`` and ``mean_shortfall`` have one entry for each direction; they are NaN without rows, and
     mean_shortfall (floor - projection, over the rows below the floor) is NaN where no row was below.
+
+    Parameters
+    ----------
+    rows
+        how many were measured.
+    fired
+        how many of them were lifted.
+    nonfinite
+        how many were left alone, since they were not finite or beyond their limit.
+    mean
+        of the projections, by direction.
+    min
+        the smallest, by direction.
+    max
+        the largest, by direction.
+    mean_shortfall
+        of the rows below the floor, by direction: floor less projection.
+
+    Examples
+    --------
+    >>> with axiscap.install(model, profile) as cap:
+    ...     _ = model(**inputs)
+    >>> stats = cap.stats()["default"][18]
+    >>> 0 <= stats.fired <= stats.rows
+    True
     """
 
     rows: int

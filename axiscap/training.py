@@ -32,19 +32,37 @@ _PROBES_AT_ONCE = 16
 class TrainingCap:
     """A profile that is in force in a model's training steps.
 
-    Args:
-        model: a transformers causal language model, also with PEFT's adapters, compiled, or sharded by FSDP.
-        profile: the profile.
-        every: of how many steps one is capped; the others are not, whatever holds outside of steps.
-        rise: over what share of the run the floors rise, from the lowest percentile that the profile's table has of
-            their population to where the profile has them; 0: they are there from the beginning.
-        in_evaluation: whether passes outside of steps are capped as well.
-        probes: texts whose mean projections :meth:`figures` tells, uncapped; without them, the first lines of AxisCap's
-            own conversations that drift. With a chat template they are a user's messages.
-        tokenizer: encodes the probes; without it there are none.
+    Parameters
+    ----------
+    model
+        a transformers causal language model, also with PEFT's adapters, compiled, or sharded by FSDP.
+    profile
+        the profile.
+    every
+        of how many steps one is capped; the others are not, whatever holds outside of steps.
+    rise
+        over what share of the run the floors rise, from the lowest percentile that the profile's table has of
+        their population to where the profile has them; 0: they are there from the beginning.
+    in_evaluation
+        whether passes outside of steps are capped as well.
+    probes
+        texts whose mean projections :meth:`figures` tells, uncapped; without them, the first lines of AxisCap's
+        own conversations that drift. With a chat template they are a user's messages.
+    tokenizer
+        encodes the probes; without it there are none.
 
-    Raises:
-        ValueError: every or rise is out of range, the profile does not fit, or has no table for its floors to rise in.
+    Raises
+    ------
+    ValueError
+        every or rise is out of range, the profile does not fit, or has no table for its floors to rise in.
+
+    Examples
+    --------
+    >>> from axiscap.training import TrainingCap
+    >>> cap = TrainingCap(model, profile, probes=[])
+    >>> with cap.step(0, 100):
+    ...     loss = model(**inputs, labels=inputs["input_ids"]).loss
+    >>> cap.remove()
     """
 
     def __init__(
@@ -83,9 +101,21 @@ class TrainingCap:
     def begin(self, step: int, steps: int) -> None:
         """Before the passes of an optimizer's step, all of those whose gradients it adds up.
 
-        Args:
-            step: its number, from 0.
-            steps: how many the run has.
+        Parameters
+        ----------
+        step
+            its number, from 0.
+        steps
+            how many the run has.
+
+        Examples
+        --------
+        >>> from axiscap.training import TrainingCap
+        >>> cap = TrainingCap(model, profile, probes=[])
+        >>> cap.begin(0, 100)
+        >>> _ = model(**inputs)
+        >>> cap.end()
+        >>> cap.remove()
         """
         if self._low is not None:
             share = min(1.0, step / max(1.0, self._rise * steps))
@@ -94,12 +124,42 @@ class TrainingCap:
         self.installation.select(_CAP if step % self._every == 0 else None)
 
     def end(self) -> None:
-        """Behind the step's backward passes."""
+        """Behind the step's backward passes.
+
+        Examples
+        --------
+        >>> from axiscap.training import TrainingCap
+        >>> cap = TrainingCap(model, profile, probes=[])
+        >>> cap.begin(0, 100)
+        >>> cap.end()
+        >>> cap.remove()
+        """
         self.installation.select(self._outside)
 
     @contextlib.contextmanager
     def step(self, step: int, steps: int) -> Iterator[None]:
-        """Both: ``with cap.step(number, steps): loss = model(**batch).loss; loss.backward()``."""
+        """Both: ``with cap.step(number, steps): loss = model(**batch).loss; loss.backward()``.
+
+        Parameters
+        ----------
+        step
+            its number, from 0.
+        steps
+            how many the run has.
+
+        Yields
+        ------
+        None
+            While the step's passes run.
+
+        Examples
+        --------
+        >>> from axiscap.training import TrainingCap
+        >>> cap = TrainingCap(model, profile, probes=[])
+        >>> with cap.step(0, 100):
+        ...     loss = model(**inputs, labels=inputs["input_ids"]).loss
+        >>> cap.remove()
+        """
         self.begin(step, steps)
         try:
             yield
@@ -107,13 +167,34 @@ class TrainingCap:
             self.end()
 
     def remove(self) -> None:
-        """Takes the capping out: the model is as it was, with what it learnt."""
+        """Takes the capping out: the model is as it was, with what it learnt.
+
+        Examples
+        --------
+        >>> from axiscap.training import TrainingCap
+        >>> TrainingCap(model, profile, probes=[]).remove()
+        """
         self.installation.remove()
 
     def figures(self) -> dict[str, float]:
         """Of the last step, by capped layer: the share of rows that fired (``axiscap/fired/14``), and how far those
         below the floor lay from it (``axiscap/shortfall/14``); and the probes' mean projection as the model is now,
         uncapped (``axiscap/probes/14``). Summed over processes, where several train.
+
+        Returns
+        -------
+        dict[str, float]
+            By what a trainer would log.
+
+        Examples
+        --------
+        >>> from axiscap.training import TrainingCap
+        >>> cap = TrainingCap(model, profile, probes=[])
+        >>> with cap.step(0, 100):
+        ...     _ = model(**inputs)
+        >>> f"axiscap/fired/{profile.layers[0]}" in cap.figures()
+        True
+        >>> cap.remove()
         """
         layers = self.installation._layers
         sums = torch.stack([layers[index].stats[0] for index in self.profile.layers])
@@ -162,12 +243,32 @@ def attach(
     The arguments are those of :class:`TrainingCap`. What the trainer saves knows nothing of it; a run that is resumed
     attaches it again.
 
-    Args:
-        trainer: a transformers ``Trainer``, or one of TRL's.
+    Parameters
+    ----------
+    trainer
+        a transformers ``Trainer``, or one of TRL's.
+    profile
+        the profile.
+    every
+        of how many steps one is capped.
+    rise
+        over what share of the run the floors rise.
+    in_evaluation
+        whether passes outside of steps are capped as well.
+    probes
+        texts whose mean projections are logged.
 
-    Returns:
+    Returns
+    -------
+    CapCallback
         The callback, whose ``cap`` is the :class:`TrainingCap` while the trainer trains. It takes the capping out when
         training ends; where that ends in an error, ``remove()`` does.
+
+    Examples
+    --------
+    >>> from axiscap import training
+    >>> callback = training.attach(trainer, profile, probes=[])
+    >>> trainer.remove_callback(callback)
     """
     options = {"every": every, "rise": rise, "in_evaluation": in_evaluation, "probes": probes}
     callback = CapCallback(profile, trainer.processing_class, options)
@@ -177,14 +278,31 @@ def attach(
 
 
 class CapCallback(TrainerCallback):  # type: ignore[misc]
-    """What :func:`attach` adds to a trainer."""
+    """What :func:`attach` adds to a trainer.
+
+    Examples
+    --------
+    >>> from axiscap import training
+    >>> callback = training.attach(trainer, profile, probes=[])
+    >>> isinstance(callback, training.CapCallback)
+    True
+    >>> trainer.remove_callback(callback)
+    """
 
     def __init__(self, profile: CapProfile, tokenizer: Any, options: dict[str, Any]) -> None:
         self.cap: TrainingCap | None = None
         self._profile, self._tokenizer, self._options = profile, tokenizer, options
 
     def remove(self) -> None:
-        """Takes the capping out, if it is there."""
+        """Takes the capping out, if it is there.
+
+        Examples
+        --------
+        >>> from axiscap import training
+        >>> callback = training.attach(trainer, profile, probes=[])
+        >>> callback.remove()
+        >>> trainer.remove_callback(callback)
+        """
         if self.cap is not None:
             self.cap.remove()
         self.cap = None

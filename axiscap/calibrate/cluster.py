@@ -23,13 +23,18 @@ from axiscap.calibrate.tokens import Collect, Text
 class RayWorkers:
     """See :class:`axiscap.calibrate.pipeline.Workers`.
 
-    Args:
-        model: the name or folder that each worker loads.
-        workers: how many.
-        gpus: of each worker.
-        cpus: of each worker; 0 to share all that there are evenly.
-
     The cluster is the one that ``RAY_ADDRESS`` names, or this machine.
+
+    Parameters
+    ----------
+    model
+        the name or folder that each worker loads.
+    workers
+        how many.
+    gpus
+        of each worker.
+    cpus
+        of each worker; 0 to share all that there are evenly.
     """
 
     def __init__(self, model: str, workers: int, *, gpus: float = 0, cpus: int = 0) -> None:

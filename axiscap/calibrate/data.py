@@ -35,13 +35,29 @@ def shipped(name: str) -> list[dict[str, Any]]:
 def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:
     """The roles of a folder of JSON files, by name; without one, AxisCap's.
 
-    Args:
-        folder: of files ``{"instruction": [{"pos": prompt}, ...]}``, with ``kind`` and ``eval_prompt`` where they have
-            them.
-        model_name: what ``{model_name}`` in a prompt stands for.
+    Parameters
+    ----------
+    folder
+        of files ``{"instruction": [{"pos": prompt}, ...]}``, with ``kind`` and ``eval_prompt`` where they have
+        them.
+    model_name
+        what ``{model_name}`` in a prompt stands for.
 
-    Raises:
-        ValueError: naming the file that is not a role, or that ``default.json`` is missing.
+    Returns
+    -------
+    dict[str, Role]
+        With the Assistant as ``default``.
+
+    Raises
+    ------
+    ValueError
+        naming the file that is not a role, or that ``default.json`` is missing.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> "default" in calibrate.load_roles()
+    True
     """
     source = folder or Path(str(files("axiscap.data") / "roles"))
     roles = {}
@@ -72,8 +88,26 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def load_questions(path: Path | None = None) -> list[str]:
     """The questions of a JSONL file ``{"question": ..., "id": ...}``; AxisCap's own without one.
 
-    Raises:
-        ValueError: naming the line that is not a question.
+    Parameters
+    ----------
+    path
+        of the file.
+
+    Returns
+    -------
+    list[str]
+        In the file's order.
+
+    Raises
+    ------
+    ValueError
+        naming the line that is not a question.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> len(calibrate.load_questions()) > 20
+    True
     """
     source = path or Path(str(files("axiscap.data") / "questions.jsonl"))
     questions = []
@@ -170,10 +204,26 @@ class Plan:
 def plan(roles: Mapping[str, Role], questions: Sequence[str], per_role: int | None = None) -> Plan:
     """Asks the default every question under each of its prompts, and every role `per_role` of them.
 
-    Args:
-        roles: the characters, with the default among them.
-        questions: what they are asked.
-        per_role: rollouts of a role, spread over its prompts and the questions; None: each prompt with each question.
+    Parameters
+    ----------
+    roles
+        the characters, with the default among them.
+    questions
+        what they are asked.
+    per_role
+        rollouts of a role, spread over its prompts and the questions; None: each prompt with each question.
+
+    Returns
+    -------
+    Plan
+        The tasks, in an order that the arguments determine.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> roles = calibrate.load_roles()
+    >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
+    >>> asked = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
     """
     # By kind and name, so that a quarter of each kind is held out.
     names = sorted((name for name in roles if name != DEFAULT_ROLE), key=lambda name: (roles[name].kind, name))

@@ -76,12 +76,18 @@ class Costs:
     """Plain prose and the model's own uncapped answers to held-out requests, and what a profile does to their
     perplexity.
 
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
-        work: the requests; without them there is plain prose alone.
-        store: where their answers are.
-        per_domain: texts of each domain.
+    Parameters
+    ----------
+    model
+        a causal LM.
+    tokenizer
+        its tokenizer.
+    work
+        the requests; without them there is plain prose alone.
+    store
+        where their answers are.
+    per_domain
+        texts of each domain.
     """
 
     def __init__(
@@ -246,8 +252,10 @@ def floors_for_budget(
 
     Found by halving, since higher floors fire on more tokens; each step is a measurement by the model itself.
 
-    Raises:
-        ValueError: even the lowest percentile costs more.
+    Raises
+    ------
+    ValueError
+        even the lowest percentile costs more.
     """
     low, high = 0, len(PERCENTILES) - 1
     best: CapProfile | None = None

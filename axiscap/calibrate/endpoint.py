@@ -14,11 +14,15 @@ CONCURRENT, ATTEMPTS = 16, 5
 class Endpoint:
     """An OpenAI-compatible endpoint, asked by several threads at once; what fails for a while is asked again.
 
-    Args:
-        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it. ``OPENAI_API_KEY`` is the key.
+    Parameters
+    ----------
+    base_url
+        such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it. ``OPENAI_API_KEY`` is the key.
 
-    Raises:
-        ValueError: no address.
+    Raises
+    ------
+    ValueError
+        no address.
     """
 
     def __init__(self, base_url: str | None = None) -> None:

@@ -70,8 +70,10 @@ def check_percentile(percentile: float) -> None:
 def at_percentile(table: Tensor, percentile: float) -> Tensor:
     """(n_layers,) float32: the quantiles at a percentile, between the table's columns by interpolation.
 
-    Raises:
-        ValueError: the percentile lies outside the table.
+    Raises
+    ------
+    ValueError
+        the percentile lies outside the table.
     """
     check_percentile(percentile)
     right = next(i for i, p in enumerate(PERCENTILES) if p >= percentile)
@@ -90,8 +92,10 @@ def describe(sketches: Mapping[str, Sketch]) -> dict[str, Any]:
 def populations(profile: CapProfile) -> dict[str, Tensor]:
     """The quantile tables of a profile, (n_layers, Q) each, by population.
 
-    Raises:
-        ValueError: the profile has none.
+    Raises
+    ------
+    ValueError
+        the profile has none.
     """
     tables = profile.tables
     if not tables or profile.percentiles != PERCENTILES:
@@ -102,14 +106,33 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
 def with_floors(profile: CapProfile, percentile: float, population: str, layers: list[int] | None = None) -> CapProfile:
     """The same axes with floors at another percentile of another population, and perhaps at other layers.
 
-    Args:
-        profile: one that has quantile tables and the axis at every layer.
-        percentile: of the projections, on the axis that points towards the Assistant.
-        population: ``assistant``, ``pooled`` or ``work``, or the same of single ``... tokens``.
-        layers: to cap; the profile's own without them.
+    Parameters
+    ----------
+    profile
+        one that has quantile tables and the axis at every layer.
+    percentile
+        of the projections, on the axis that points towards the Assistant.
+    population
+        ``assistant``, ``pooled`` or ``work``, or the same of single ``... tokens``.
+    layers
+        to cap; the profile's own without them.
 
-    Raises:
-        ValueError: the profile has no such table, or the percentile lies outside.
+    Returns
+    -------
+    CapProfile
+        With the floors' percentile and population in its provenance.
+
+    Raises
+    ------
+    ValueError
+        the profile has no such table, or the percentile lies outside.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> other = calibrate.with_floors(profile, 1.0, profile.population)
+    >>> bool((other.floors <= profile.floors).all())
+    True
     """
     tables = populations(profile)
     if population not in tables:

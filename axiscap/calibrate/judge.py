@@ -24,8 +24,10 @@ Judge = Callable[[str], int | None]
 def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
     """The role's ``eval_prompt`` about one answer.
 
-    Raises:
-        ValueError: the role has none.
+    Raises
+    ------
+    ValueError
+        the role has none.
     """
     if not role.eval_prompt:
         raise ValueError(f"the role {role.name} has no eval_prompt to ask a judge with; use --judge none")
@@ -74,16 +76,25 @@ def scores(
 
     They are kept in a file, line by line, so that none is asked twice.
 
-    Args:
-        judge: whom to ask.
-        shards: the answers.
-        roles: with their ``eval_prompt``.
-        path: the file, JSONL ``{"id", "score"}``.
-        progress: called with each number judged.
-        concurrent: questions under way at once.
+    Parameters
+    ----------
+    judge
+        whom to ask.
+    shards
+        the answers.
+    roles
+        with their ``eval_prompt``.
+    path
+        the file, JSONL ``{"id", "score"}``.
+    progress
+        called with each number judged.
+    concurrent
+        questions under way at once.
 
-    Raises:
-        ValueError: more than half of the replies had no number, once there were 32.
+    Raises
+    ------
+    ValueError
+        more than half of the replies had no number, once there were 32.
     """
     known: dict[str, int | None] = {}
     if path.exists():

@@ -194,29 +194,56 @@ def calibrate(
 ) -> CapProfile:
     """Makes a profile for a model.
 
-    Args:
-        model: a transformers causal LM in evaluation mode.
-        tokenizer: its tokenizer (see :func:`axiscap.models.load`).
-        plan: who is asked what.
-        store: where the rollouts are kept; its settings name the model and the sampling.
-        work: ordinary work, which with the default's answers stands for the Assistant: the axis is then a discriminant
-            (:func:`axiscap.calibrate.space.discriminant`), and the lift has no part along the directions of refusal
-            (:mod:`axiscap.calibrate.refusal`). Without it the axis is the published mean difference.
-        shrink: of the discriminant.
-        percentile: of the population's projections that the floors are at.
-        population: ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
-            ``work`` (of ordinary work), or single tokens: ``assistant tokens``, ``pooled tokens``, ``ordinary tokens``.
-        count: how many layers to cap. Without it a fifth of them, or 8 where that is more; with ordinary work, those
-            from :data:`WIDE` of the depth: a reading that ordinary tokens seldom fire costs little at each of them.
-        keep: which rollouts count; all without it.
-        judge: what chose them, for the provenance.
-        minimum: of kept answers, for a role to take part.
-        workers: who runs the rollouts; this process without them.
-        vectors: a folder for the default's and the roles' mean activations, in the published layout.
-        progress: called with what is done, how much of it was finished since the last call, and how much there is.
+    Parameters
+    ----------
+    model
+        a transformers causal LM in evaluation mode.
+    tokenizer
+        its tokenizer (see :func:`axiscap.models.load`).
+    plan
+        who is asked what.
+    store
+        where the rollouts are kept; its settings name the model and the sampling.
+    work
+        ordinary work, which with the default's answers stands for the Assistant: the axis is then a discriminant
+        (:func:`axiscap.calibrate.space.discriminant`), and the lift has no part along the directions of refusal
+        (:mod:`axiscap.calibrate.refusal`). Without it the axis is the published mean difference.
+    shrink
+        of the discriminant.
+    percentile
+        of the population's projections that the floors are at.
+    population
+        ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
+        ``work`` (of ordinary work), or single tokens: ``assistant tokens``, ``pooled tokens``, ``ordinary tokens``.
+    count
+        how many layers to cap. Without it a fifth of them, or 8 where that is more; with ordinary work, those
+        from :data:`WIDE` of the depth: a reading that ordinary tokens seldom fire costs little at each of them.
+    keep
+        which rollouts count; all without it.
+    judge
+        what chose them, for the provenance.
+    minimum
+        of kept answers, for a role to take part.
+    workers
+        who runs the rollouts; this process without them.
+    vectors
+        a folder for the default's and the roles' mean activations, in the published layout.
+    progress
+        called with what is done, how much of it was finished since the last call, and how much there is.
 
-    Returns:
+    Returns
+    -------
+    CapProfile
         The profile, with the evidence for it in its provenance.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> roles = calibrate.load_roles()
+    >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
+    >>> asked = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
+    >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32", 4))
+    >>> made = calibrate.calibrate(model, tokenizer, asked, store)  # doctest: +SKIP
     """
     floors_module.check_percentile(percentile)
     depth = len(decoder_layers(model))

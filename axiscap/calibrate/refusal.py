@@ -67,12 +67,17 @@ def directions(engine: TransformersEngine) -> Tensor:
 def guarded(found: Directions, against: Tensor) -> Directions:
     """The same readings, with lifts that move no row along some directions.
 
-    Args:
-        found: with lifts.
-        against: (n_layers, N, H), N < H, linearly independent at each layer.
+    Parameters
+    ----------
+    found
+        with lifts.
+    against
+        (n_layers, N, H), N < H, linearly independent at each layer.
 
-    Raises:
-        ValueError: at a layer less than :data:`LEAST` of what the lift does to the reading is left.
+    Raises
+    ------
+    ValueError
+        at a layer less than :data:`LEAST` of what the lift does to the reading is left.
     """
     assert found.lift is not None
     basis = torch.linalg.qr(against.mT).Q

@@ -42,11 +42,16 @@ def run(
 ) -> None:
     """Runs what the store does not have yet.
 
-    Args:
-        engine: answers the batches.
-        store: where the shards go.
-        todo: the batches.
-        progress: called with the number of rollouts that each batch finished or had.
+    Parameters
+    ----------
+    engine
+        answers the batches.
+    store
+        where the shards go.
+    todo
+        the batches.
+    progress
+        called with the number of rollouts that each batch finished or had.
     """
 
     def missing() -> Iterator[Sequence[Task]]:
@@ -108,12 +113,19 @@ class Here:
 class TransformersEngine:
     """Answers by a transformers model, and averages its block outputs over each answer's tokens meanwhile.
 
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer, padding on the left. Without a chat template the model is taken for a base model: it
-            continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
-        settings: of the answers.
-        capture: whether to collect activations; without them a shard's means are empty.
+    On GPUs, vLLM and the model that reads share each one's memory half and half.
+
+    Parameters
+    ----------
+    model
+        a causal LM.
+    tokenizer
+        its tokenizer, padding on the left. Without a chat template the model is taken for a base model: it
+        continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
+    settings
+        of the answers.
+    capture
+        whether to collect activations; without them a shard's means are empty.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings, *, capture: bool = True) -> None:
@@ -177,16 +189,25 @@ class TransformersEngine:
 class EndpointEngine:
     """Answers by an OpenAI-compatible endpoint (vLLM's server, for one); the model here only reads them.
 
-    Args:
-        model: the causal LM behind the endpoint, for the activations: a second pass over the finished texts.
-        tokenizer: its tokenizer.
-        settings: of the answers.
-        base_url: such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
-        name: the model's name there; the first that it lists without it.
+    Parameters
+    ----------
+    model
+        the causal LM behind the endpoint, for the activations: a second pass over the finished texts.
+    tokenizer
+        its tokenizer.
+    settings
+        of the answers.
+    base_url
+        such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
+    name
+        the model's name there; the first that it lists without it.
 
-    Raises:
-        ValueError: no address.
-        ConnectionError: it does not answer.
+    Raises
+    ------
+    ValueError
+        no address.
+    ConnectionError
+        it does not answer.
     """
 
     def __init__(
@@ -228,12 +249,14 @@ class EndpointEngine:
 class VllmEngine:
     """Answers by vLLM in this process, continuously batched; the model here reads them (the extra ``axiscap[vllm]``).
 
-    Args:
-        model: the causal LM, for the activations: a second pass over the finished answers.
-        tokenizer: its tokenizer.
-        settings: of the answers.
-
-    On GPUs, vLLM and the model that reads share each one's memory half and half.
+    Parameters
+    ----------
+    model
+        the causal LM, for the activations: a second pass over the finished answers.
+    tokenizer
+        its tokenizer.
+    settings
+        of the answers.
     """
 
     WIDE = 512  # requests under way

@@ -119,9 +119,12 @@ def discriminant(scatters: Sequence[Scatter], shrink: float) -> Directions:
     mean difference of the default's and the roles' answers, ``d / <d, axis>``, as published, which is what moves the
     persona.
 
-    Args:
-        scatters: one for each layer, of the groups of :func:`group`.
-        shrink: from 0 (excluded) to 1.
+    Parameters
+    ----------
+    scatters
+        one for each layer, of the groups of :func:`group`.
+    shrink
+        from 0 (excluded) to 1.
     """
     axes, lifts = [], []
     for scatter in scatters:
@@ -196,8 +199,10 @@ class Space:
     def of(cls, sums: Sums, plan: Plan, minimum: int) -> Space:
         """From sums over what makes the axis; roles with fewer than `minimum` kept answers take no part.
 
-        Raises:
-            ValueError: fewer than two roles are left.
+        Raises
+        ------
+        ValueError
+            fewer than two roles are left.
         """
         names = [name for name in plan.train_roles if sums.count(name) >= max(1, minimum)]
         if len(names) < 2:
@@ -233,7 +238,9 @@ class Space:
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """PCA of the role vectors at each layer.
 
-        Returns:
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
             Shares of the variance (n_layers, R); the first two components (n_layers, 2, H), the first pointing to the
             Assistant; the roles' coordinates on them (n_layers, R, 2).
         """
@@ -309,8 +316,10 @@ def _rounded(values: Tensor, digits: int = 4) -> list[float]:
 def evidence(space: Space, found: Projections, plan: Plan) -> Evidence:
     """What says whether the axis is real.
 
-    Raises:
-        ValueError: no answer of a held-out role was kept.
+    Raises
+    ------
+    ValueError
+        no answer of a held-out role was kept.
     """
     held_default = found.of(lambda t: t.role == DEFAULT_ROLE and plan.tests_the_axis(t))
     groups = {name: found.of(lambda t, name=name: t.role == name) for name in plan.held_roles}  # type: ignore[misc]
@@ -369,8 +378,10 @@ def evidence(space: Space, found: Projections, plan: Plan) -> Evidence:
 def loadings_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, int]:
     """Pearson's correlation of two models' role loadings over the roles that both have, and their number.
 
-    Raises:
-        ValueError: fewer than three roles in common.
+    Raises
+    ------
+    ValueError
+        fewer than three roles in common.
     """
     shared = sorted(set(first) & set(second))
     if len(shared) < 3:

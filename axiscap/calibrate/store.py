@@ -33,7 +33,27 @@ class Shard:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an answer depends on beside its task."""
+    """What an answer depends on beside its task.
+
+    Parameters
+    ----------
+    model
+        what names it: a hub's name, or a digest of its weights.
+    dtype
+        of the weights.
+    max_new_tokens
+        of an answer.
+    seed
+        of the sampling.
+    engine
+        ``transformers``, or the serving engine that writes the answers.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> calibrate.Settings("SmolLM2-135M", "float32").max_new_tokens
+    40
+    """
 
     model: str
     dtype: str
@@ -45,8 +65,28 @@ class Settings:
     def of(cls, profile: CapProfile, model: str) -> Settings:
         """Those by which the answers that made a profile were sampled.
 
-        Raises:
-            ValueError: the profile does not say.
+        Parameters
+        ----------
+        profile
+            made by :func:`calibrate`.
+        model
+            what names the model now.
+
+        Returns
+        -------
+        Settings
+            The same seed, dtype, length and engine.
+
+        Raises
+        ------
+        ValueError
+            the profile does not say.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> calibrate.Settings.of(profile, "SmolLM2-135M").max_new_tokens > 0
+        True
         """
         facts = profile.provenance.get("sampling")
         known = facts if isinstance(facts, Mapping) else {}
@@ -58,11 +98,51 @@ class Settings:
         return cls(model, **{name: known[name] for name in kinds})
 
     def seed_of(self, task: Task) -> int:
-        """For an engine that samples by seeds of its own, 0 to 2^31 - 1."""
+        """For an engine that samples by seeds of its own, 0 to 2^31 - 1.
+
+        Parameters
+        ----------
+        task
+            one of a plan's.
+
+        Returns
+        -------
+        int
+            The same for the same task and settings.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> roles = calibrate.load_roles()
+        >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
+        >>> task = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3).tasks[0]
+        >>> settings = calibrate.Settings("SmolLM2-135M", "float32")
+        >>> settings.seed_of(task) == settings.seed_of(task)
+        True
+        """
         return int(self.numbers(task.id, 1)[0] * 2**31)
 
     def numbers(self, rollout: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Numbers in [0, 1) that a rollout's name and the seed determine."""
+        """Numbers in [0, 1) that a rollout's name and the seed determine.
+
+        Parameters
+        ----------
+        rollout
+            its name.
+        count
+            how many.
+
+        Returns
+        -------
+        np.ndarray
+            (count,) float64.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> calibrate.Settings("SmolLM2-135M", "float32").numbers("ghost-0", 3).shape
+        (3,)
+        """
         key = int.from_bytes(hashlib.sha256(f"{self.seed}/{rollout}".encode()).digest()[:16], "little")
         return np.random.Generator(np.random.Philox(key=key)).random(count)
 
@@ -72,6 +152,20 @@ class Store:
 
     A shard's name is a digest of its tasks and of the settings. It is there as a whole or not at all, whenever the
     process that wrote it was killed, and whoever wants it again finds it, in whatever process.
+
+    Parameters
+    ----------
+    url
+        of the folder, made where it is local and not there.
+    settings
+        what its answers depend on beside their tasks.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+    >>> store.has("nothing")
+    False
     """
 
     def __init__(self, url: str, settings: Settings) -> None:
@@ -79,6 +173,25 @@ class Store:
         self.files, self.folder = fsspec.core.url_to_fs(url)
 
     def name(self, tasks: Sequence[Task]) -> str:
+        """The name of the shard that tasks make: a digest of them and of the settings.
+
+        Parameters
+        ----------
+        tasks
+            of one shard, in order.
+
+        Returns
+        -------
+        str
+            Equal for equal tasks and settings alone.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.name([]) == store.name([])
+        True
+        """
         what = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
         return hashlib.sha256(what.encode()).hexdigest()[:24]
 
@@ -86,10 +199,47 @@ class Store:
         return f"{self.folder}/{name}.safetensors"
 
     def has(self, name: str) -> bool:
+        """Whether a shard is there.
+
+        Parameters
+        ----------
+        name
+            of :meth:`name`.
+
+        Returns
+        -------
+        bool
+            True where it is, damaged or not.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.has("nothing")
+        False
+        """
         return self.read(name) is not None
 
     def read(self, name: str) -> Shard | None:
-        """A shard, or None where there is none or a damaged one."""
+        """A shard, or None where there is none or a damaged one.
+
+        Parameters
+        ----------
+        name
+            of :meth:`name`.
+
+        Returns
+        -------
+        Shard or None
+            Its answers.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.read("nothing") is None
+        True
+        """
         found = self.kept(name)
         if found is None or "tasks" not in found[0]:
             return None
@@ -98,6 +248,23 @@ class Store:
         return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
 
     def write(self, name: str, shard: Shard) -> None:
+        """Writes a shard, whole or not at all.
+
+        Parameters
+        ----------
+        name
+            of :meth:`name`.
+        shard
+            the answers to its tasks.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.write("some", shard)
+        >>> store.has("some")
+        True
+        """
         facts = {
             "tasks": [asdict(task) for task in shard.tasks],
             "prompts": shard.prompts,
@@ -107,7 +274,26 @@ class Store:
         self.keep(name, facts, {"means": shard.means.contiguous()})
 
     def kept(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What :meth:`keep` wrote under a name; None where there is nothing, or something damaged."""
+        """What :meth:`keep` wrote under a name; None where there is nothing, or something damaged.
+
+        Parameters
+        ----------
+        name
+            of what was kept.
+
+        Returns
+        -------
+        tuple or None
+            The facts and the tensors.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.keep("means", {"count": 3}, {"mean": torch.ones(2)})
+        >>> store.kept("means")[0]["count"]
+        3
+        """
         try:
             tensors = safetensors.torch.load(self.files.cat_file(self._path(name)))
             return json.loads(tensors.pop("facts").numpy().tobytes()), tensors
@@ -115,7 +301,23 @@ class Store:
             return None
 
     def keep(self, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Writes facts, as JSON, and tensors, whole or not at all."""
+        """Writes facts, as JSON, and tensors, whole or not at all.
+
+        Parameters
+        ----------
+        name
+            under which it is found again.
+        facts
+            what JSON can say.
+        tensors
+            by name.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.keep("means", {"count": 3}, {"mean": torch.ones(2)})
+        """
         text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         data = safetensors.torch.save({**tensors, "facts": text})
         self.files.makedirs(self.folder, exist_ok=True)
@@ -128,7 +330,25 @@ class Store:
             self.files.pipe_file(self._path(name), data)
 
     def shards(self, batches: Sequence[Sequence[Task]]) -> Iterator[Shard]:
-        """Each finished shard in turn; one at a time is in memory."""
+        """Each finished shard in turn; one at a time is in memory.
+
+        Parameters
+        ----------
+        batches
+            of tasks, one for each shard.
+
+        Yields
+        ------
+        Shard
+            In the order of the batches.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> list(store.shards([]))
+        []
+        """
         for batch in batches:
             shard = self.read(self.name(batch))
             if shard is None:

@@ -139,15 +139,24 @@ class Point:
 class Bench:
     """The tests of a sweep, with the uncapped model's results to compare with.
 
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
-        plan: whose held-out roles and questions are asked.
-        settings: of the answers.
-        judge: of uptake.
-        store: where the answers of the default and to ordinary work come from.
-        questions: how many questions each held-out role is asked.
-        work: ordinary work; without it plain prose alone says what a cap costs, and nothing is checked.
+    Parameters
+    ----------
+    model
+        a causal LM.
+    tokenizer
+        its tokenizer.
+    plan
+        whose held-out roles and questions are asked.
+    settings
+        of the answers.
+    judge
+        of uptake.
+    store
+        where the answers of the default and to ordinary work come from.
+    questions
+        how many questions each held-out role is asked.
+    work
+        ordinary work; without it plain prose alone says what a cap costs, and nothing is checked.
     """
 
     def __init__(
@@ -271,8 +280,10 @@ def candidates(
 ) -> list[tuple[CapProfile, float]]:
     """What to sweep: the profile at each band of layers (first, last; both in it) and percentile.
 
-    Raises:
-        ValueError: the profile has no such layer or quantile table.
+    Raises
+    ------
+    ValueError
+        the profile has no such layer or quantile table.
     """
     return [
         (with_floors(profile, percentile, population, list(range(first, last + 1))), percentile)

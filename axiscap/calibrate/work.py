@@ -86,8 +86,25 @@ def load_work(path: Path | None = None) -> Work:
 
     A line may have a ``check``, ``tokens`` and ``fiction``; see :class:`Request`.
 
-    Raises:
-        ValueError: naming the line that is none, or that there are too few domains to hold one out.
+    Parameters
+    ----------
+    path
+        of the file.
+
+    Returns
+    -------
+    Work
+        By domain.
+
+    Raises
+    ------
+    ValueError
+        naming the line that is none, or that there are too few domains to hold one out.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> work = calibrate.load_work()
     """
     source = path or Path(str(files("axiscap.data") / "work.jsonl"))
     requests = []
@@ -128,9 +145,12 @@ def settings_of(settings: Settings, tokens: int) -> Settings:
 def answer(work: Work, workers: Workers, store: Store, progress: Callable[[int], None]) -> None:
     """Has every request answered, turn by turn; what the store has is not answered again.
 
-    Args:
-        store: where answers are kept; its settings are those of the roles' rollouts.
-        progress: called with each number of answers finished.
+    Parameters
+    ----------
+    store
+        where answers are kept; its settings are those of the roles' rollouts.
+    progress
+        called with each number of answers finished.
     """
     for tokens, todo in _waves(work, store):
         workers.rollouts(Store(store.url, settings_of(store.settings, tokens)), todo, progress)

@@ -129,8 +129,10 @@ def load_scripts(path: Path | None = None) -> list[Script]:
 
     A line is ``{"name": ..., "turns": [user message, ...]}``, with a ``group`` where conversations are compared by it.
 
-    Raises:
-        ValueError: naming the line that is not a conversation.
+    Raises
+    ------
+    ValueError
+        naming the line that is not a conversation.
     """
     source = path or Path(str(files("axiscap.data") / "conversations.jsonl"))
     result = []

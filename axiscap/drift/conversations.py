@@ -17,7 +17,26 @@ _MARK = "\u2402axiscap\u2403"
 
 @dataclass(frozen=True)
 class Conversation:
-    """A stored conversation: messages of ``role`` and ``content``, as chat templates take them."""
+    """A stored conversation: messages of ``role`` and ``content``, as chat templates take them.
+
+    Parameters
+    ----------
+    name
+        by which people know it.
+    messages
+        ``role`` and ``content`` each.
+    group
+        what it belongs to, such as a domain.
+    side
+        ``capped`` or ``uncapped``, where it is known which it was.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> drift.Conversation("first", said).messages[1]["content"]
+    'An assistant.'
+    """
 
     name: str
     messages: tuple[dict[str, str], ...]
@@ -42,12 +61,31 @@ def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = N
     perhaps ``name`` (or ``id``), ``group`` and ``side``. A message is ``{"role", "content"}`` (content also as a list
     of text parts), or ShareGPT's ``{"from", "value"}``.
 
-    Args:
-        on_error: called with a sentence for each entry that is none, which is then left out.
+    Parameters
+    ----------
+    path
+        of the file.
+    on_error
+        called with a sentence for each entry that is none, which is then left out.
 
-    Raises:
-        ValueError: without ``on_error``, the same sentence; it names the file and the line or entry.
-        OSError: the file cannot be read.
+    Yields
+    ------
+    Conversation
+        In the file's order.
+
+    Raises
+    ------
+    ValueError
+        without ``on_error``, the same sentence; it names the file and the line or entry.
+    OSError
+        the file cannot be read.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> _ = (folder / "one.json").write_text('[{"role": "user", "content": "Hello"}]')
+    >>> [len(conversation.messages) for conversation in drift.read_conversations(folder / "one.json")]
+    [1]
     """
     lines = path.suffix == ".jsonl"
     for number, entry in _entries(path) if lines else enumerate(_listed(path), start=1):
@@ -130,8 +168,10 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Encoded:
     The template is asked for each message: what it renders with a mark in the message's place says where the message
     begins and how much follows it. Tokens that reach over an end of a message belong to none.
 
-    Raises:
-        ValueError: there is no chat template, it refuses the messages, or the tokenizer cannot tell where tokens are.
+    Raises
+    ------
+    ValueError
+        there is no chat template, it refuses the messages, or the tokenizer cannot tell where tokens are.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template, so that it cannot read a conversation")

@@ -25,6 +25,19 @@ class Recorder:
 
     The last token that is sampled is not read by the model, and has none. Beam search reorders sequences, and is not
     for this.
+
+    Parameters
+    ----------
+    installation
+        of :func:`axiscap.install`.
+
+    Examples
+    --------
+    >>> from axiscap.drift import Recorder
+    >>> with axiscap.install(model, profile) as cap, Recorder(cap) as seen:
+    ...     _ = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    >>> len(seen.projections())
+    1
     """
 
     def __init__(self, installation: Installation) -> None:
@@ -50,7 +63,21 @@ class Recorder:
         )
 
     def projections(self) -> list[Tensor]:
-        """By sequence, (layers, tokens) float32, without padding; NaN for sinks, which are left alone."""
+        """By sequence, (layers, tokens) float32, without padding; NaN for sinks, which are left alone.
+
+        Returns
+        -------
+        list[Tensor]
+            In the order of the batch.
+
+        Examples
+        --------
+        >>> from axiscap.drift import Recorder
+        >>> with axiscap.install(model, profile) as cap, Recorder(cap) as seen:
+        ...     _ = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        >>> seen.projections()[0].shape[0] == len(profile.layers)
+        True
+        """
         if not self._parts:
             return []
         whole, real = torch.cat(self._parts, 2), torch.cat(self._real, 1)
@@ -69,17 +96,34 @@ class Monitor:
     A conversation drifts from the first turn whose percentile among normal answers is below ``low``, until a turn is
     above ``high``. Memory is bounded: of more than ``most`` conversations, those silent longest are forgotten.
 
-    Args:
-        profile: with quantiles, as ``axiscap calibrate`` makes it.
-        layer: whose projections are followed; see :meth:`Scale.of`.
-        low: the percentile below which a conversation begins to drift, 0 to 100.
-        high: the percentile above which it is back, at least low.
-        on_change: called with the conversation's name, whether it drifts now, and its drift so far.
-        most: conversations that are remembered.
-        name: the label ``profile`` of the metrics.
+    Parameters
+    ----------
+    profile
+        with quantiles, as ``axiscap calibrate`` makes it.
+    layer
+        whose projections are followed; see :meth:`Scale.of`.
+    low
+        the percentile below which a conversation begins to drift, 0 to 100.
+    high
+        the percentile above which it is back, at least low.
+    on_change
+        called with the conversation's name, whether it drifts now, and its drift so far.
+    most
+        conversations that are remembered.
+    name
+        the label ``profile`` of the metrics.
 
-    Raises:
-        ValueError: the profile does not know its model's normal answers, or the percentiles are in the wrong order.
+    Raises
+    ------
+    ValueError
+        the profile does not know its model's normal answers, or the percentiles are in the wrong order.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> monitor = drift.Monitor(profile, on_change=lambda name, drifts, path: print(name, drifts))
+    >>> _ = monitor.turn("first", torch.full((5,), -1000.0))
+    first True
     """
 
     def __init__(
@@ -110,8 +154,28 @@ class Monitor:
     def turn(self, conversation: str, projections: Tensor) -> Drift:
         """One turn of the model's: the projections of its tokens at the monitor's layer, (tokens,) float32.
 
-        Raises:
-            ValueError: there is none.
+        Parameters
+        ----------
+        conversation
+            its name.
+        projections
+            (tokens,) float32, in the units of the floors.
+
+        Returns
+        -------
+        Drift
+            The conversation's so far.
+
+        Raises
+        ------
+        ValueError
+            there is none.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> drift.Monitor(profile).turn("first", torch.zeros(5)).turns
+        1
         """
         values = projections.reshape(-1)
         values = values[values.isfinite()]
@@ -122,15 +186,30 @@ class Monitor:
     def record(self, conversation: str, record: Mapping[str, Any]) -> Drift | None:
         """One turn of the model's, from a serving engine: a line of its log, as docs/serving.md describes it.
 
-        Args:
-            conversation: to which the request belonged; the record's own ``id`` names the request.
-            record: the parsed line.
+        Parameters
+        ----------
+        conversation
+            to which the request belonged; the record's own ``id`` names the request.
+        record
+            the parsed line.
 
-        Returns:
+        Returns
+        -------
+        Drift | None
             The conversation's drift so far; None where the engine counted no row of the answer.
 
-        Raises:
-            ValueError: it is no such record, or says nothing of the monitor's layer.
+        Raises
+        ------
+        ValueError
+            it is no such record, or says nothing of the monitor's layer.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> monitor = drift.Monitor(profile)
+        >>> at = {"rows": 3, "fired": 1, "mean_projection": [-9.0]}
+        >>> monitor.record("first", {"id": "1", "answer": {str(monitor.scale.layer): at}}).tokens
+        3
         """
         try:
             counted = record["answer"][str(self.scale.layer)]
@@ -163,18 +242,48 @@ class Monitor:
         return drift
 
     def drift(self, conversation: str) -> Drift | None:
-        """A conversation's drift so far; None where it is not known, or forgotten."""
+        """A conversation's drift so far; None where it is not known, or forgotten.
+
+        Parameters
+        ----------
+        conversation
+            its name.
+
+        Returns
+        -------
+        Drift or None
+            The same as the last :meth:`turn` gave.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> drift.Monitor(profile).drift("unknown") is None
+        True
+        """
         entry = self._known.get(conversation)
         return None if entry is None else entry.path.drift(self.scale)
 
     def register(self, registry: Any = None) -> None:
         """Puts the monitor's counts on a Prometheus page, labelled by the profile's name alone.
 
-        Args:
-            registry: prometheus_client's own without one.
+        Parameters
+        ----------
+        registry
+            prometheus_client's own without one.
 
-        Raises:
-            ModuleNotFoundError: prometheus_client is missing.
+        Raises
+        ------
+        ModuleNotFoundError
+            prometheus_client is missing.
+
+        Examples
+        --------
+        >>> import prometheus_client
+        >>> from axiscap import drift
+        >>> registry = prometheus_client.CollectorRegistry()
+        >>> drift.Monitor(profile).register(registry)
+        >>> b"axiscap" in prometheus_client.generate_latest(registry)
+        True
         """
         try:
             import prometheus_client
@@ -183,7 +292,19 @@ class Monitor:
         (registry or prometheus_client.REGISTRY).register(self)
 
     def collect(self) -> Iterator[Any]:
-        """For prometheus_client, which calls it at every scrape."""
+        """For prometheus_client, which calls it at every scrape.
+
+        Yields
+        ------
+        Metric
+            Families of prometheus_client.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> any("drift" in family.name for family in drift.Monitor(profile).collect())
+        True
+        """
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         label = [self.name]

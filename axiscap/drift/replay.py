@@ -28,7 +28,27 @@ BATCH_TOKENS = 4096
 
 @dataclass
 class Trace:
-    """A conversation as the model read it."""
+    """A conversation as the model read it.
+
+    Parameters
+    ----------
+    conversation
+        what was read.
+    text
+        its tokens, and which of them the model said.
+    layers
+        where it was measured.
+    projections
+        (layers, tokens) float32.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+    >>> trace.projections.shape[0] == len(trace.layers)
+    True
+    """
 
     conversation: Conversation
     text: Encoded
@@ -36,25 +56,85 @@ class Trace:
     projections: Tensor  # (layers, tokens) float32
 
     def answers(self, layer: int) -> list[Tensor]:
-        """The projections of each of the model's turns at a layer, (tokens,) each; empty turns are left out."""
+        """The projections of each of the model's turns at a layer, (tokens,) each; empty turns are left out.
+
+        Parameters
+        ----------
+        layer
+            one of ``layers``.
+
+        Returns
+        -------
+        list[Tensor]
+            float32, in order.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> len(trace.answers(trace.layers[0]))
+        1
+        """
         row = self.projections[self.layers.index(layer)]
         said = [turn for turn in self.text.turns if turn.role == "assistant" and turn.end > turn.start]
         return [row[turn.start : turn.end] for turn in said]
 
     def drift(self, scale: Scale) -> Drift | None:
-        """The path in figures, or None where the model says nothing in it."""
+        """The path in figures, or None where the model says nothing in it.
+
+        Parameters
+        ----------
+        scale
+            of one of ``layers``.
+
+        Returns
+        -------
+        Drift or None
+            Of the model's turns.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> trace.drift(drift.Scale.of(profile)).turns
+        1
+        """
         return drift_of(self.sums(scale), scale)
 
     def sums(self, scale: Scale) -> list[tuple[float, int, int]]:
-        """Each of the model's turns: its mean projection, its tokens, and how many of them are below the floor."""
+        """Each of the model's turns: its mean projection, its tokens, and how many of them are below the floor.
+
+        Parameters
+        ----------
+        scale
+            of one of ``layers``.
+
+        Returns
+        -------
+        list[tuple[float, int, int]]
+            As :func:`drift_of` takes them.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> [(mean, tokens, below)] = trace.sums(drift.Scale.of(profile))
+        >>> tokens > 0
+        True
+        """
         return [summed(values, scale.floor) for values in self.answers(scale.layer)]
 
 
 def measuring(profile: CapProfile, layers: Sequence[int] | None = None, *, capped: bool = False) -> CapProfile:
     """A profile that measures at the layers given (the profile's own without them), and caps only where asked to.
 
-    Raises:
-        ValueError: the profile has no axis at a layer.
+    Raises
+    ------
+    ValueError
+        the profile has no axis at a layer.
     """
     if layers is not None:
         check_layers(profile, layers)
@@ -87,15 +167,41 @@ def replay(
 
     All tokens are given (teacher forcing), many conversations at a time. Memory does not grow with their number.
 
-    Args:
-        model: a causal language model of transformers.
-        layers: where to measure; the profile's own without them.
-        capped: whether the profile is in force while the model reads; without it, in those whose side is "capped".
-        batch_tokens: at most in one pass, with padding; a longer conversation has a pass for itself.
-        on_error: called with a sentence for each conversation that cannot be read, which is then left out.
+    Parameters
+    ----------
+    model
+        a causal language model of transformers.
+    tokenizer
+        the model's, with a chat template.
+    profile
+        whose axes are measured, and whose floors hold.
+    conversations
+        in any number.
+    layers
+        where to measure; the profile's own without them.
+    capped
+        whether the profile is in force while the model reads; without it, in those whose side is "capped".
+    batch_tokens
+        at most in one pass, with padding; a longer conversation has a pass for itself.
+    on_error
+        called with a sentence for each conversation that cannot be read, which is then left out.
 
-    Raises:
-        ValueError: a layer without an axis; without ``on_error``, the sentence about a conversation.
+    Yields
+    ------
+    Trace
+        In the order of the conversations.
+
+    Raises
+    ------
+    ValueError
+        a layer without an axis; without ``on_error``, the sentence about a conversation.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> [trace.conversation.name for trace in drift.replay(model, tokenizer, profile, [drift.Conversation("a", said)])]
+    ['a']
     """
     wanted = tuple(profile.layers if layers is None else sorted(set(layers)))
     probes = {cap: measuring(profile, wanted, capped=cap) for cap in (False, True)}
@@ -164,13 +270,19 @@ def turn_records(trace: Trace, scales: Sequence[Scale]) -> list[dict[str, Any]]:
 def writing_records(out: Path | None, scales: Sequence[Scale]) -> Iterator[Callable[[Trace], object]]:
     """Gives what writes a trace's records (:func:`turn_records`) to a file; without a file it does nothing.
 
-    Args:
-        out: ``.jsonl`` or ``.parquet``; its folder is made.
-        scales: of the layers that the records are of.
+    Parameters
+    ----------
+    out
+        ``.jsonl`` or ``.parquet``; its folder is made.
+    scales
+        of the layers that the records are of.
 
-    Raises:
-        ValueError: another suffix.
-        ModuleNotFoundError: pyarrow is missing, for Parquet.
+    Raises
+    ------
+    ValueError
+        another suffix.
+    ModuleNotFoundError
+        pyarrow is missing, for Parquet.
     """
     if out is None:
         yield lambda trace: None

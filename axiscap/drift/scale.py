@@ -35,14 +35,35 @@ def cumulated(counts: Sequence[float]) -> list[tuple[str, float]]:
 class Drift:
     """A conversation's path in figures, at one layer.
 
-    Attributes:
-        turns: the model's, and how many ``tokens`` they have.
-        level: mean of the turns' mean projections.
-        slope: of the turns' mean projections by least squares, a turn; NaN with one turn.
-        lowest: the lowest turn's mean projection; ``lowest_turn`` counts the model's turns from 1.
-        below: share of tokens below the floor; NaN where the layer has none.
-        percentile: of the level among the means of the model's own normal answers, 0 to 100; NaN where the profile does
-            not know them. ``lowest_percentile`` is the lowest turn's.
+    Parameters
+    ----------
+    turns
+        how many turns the model has.
+    tokens
+        how many tokens they have.
+    level
+        mean of the turns' mean projections.
+    slope
+        of the turns' mean projections by least squares, a turn; NaN with one turn.
+    lowest
+        the lowest turn's mean projection.
+    lowest_turn
+        which one that is, counted from 1.
+    below
+        share of tokens below the floor; NaN where the layer has none.
+    percentile
+        of the level among the means of the model's own normal answers, 0 to 100; NaN where the profile does not know
+        them.
+    lowest_percentile
+        the lowest turn's.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> scale = drift.Scale.of(profile)
+    >>> path = drift.drift_of([(scale.floor + 2, 10, 0), (scale.floor - 1, 10, 7)], scale)
+    >>> path.turns, path.lowest_turn, path.slope
+    (2, 2, -3.0)
     """
 
     turns: int
@@ -60,10 +81,23 @@ class Drift:
 class Scale:
     """What a layer's projections are held against: the profile's floor there, and its model's normal answers.
 
-    Args:
-        layer: the layer.
-        floor: the profile's, -inf where it does not cap this layer.
-        ranks: percentiles, ascending, and ``values``: the normal answers' mean projections at them.
+    Parameters
+    ----------
+    layer
+        the layer.
+    floor
+        the profile's, -inf where it does not cap this layer.
+    ranks
+        percentiles, ascending.
+    values
+        the normal answers' mean projections at them.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> scale = drift.Scale(18, floor=1.0, ranks=(10.0, 50.0), values=(2.0, 4.0))
+    >>> scale.percentile(3.0)
+    30.0
     """
 
     layer: int
@@ -75,8 +109,28 @@ class Scale:
     def of(cls, profile: CapProfile, layer: int | None = None) -> Scale:
         """The scale of a layer; without one, of the capped layer that separates best, or else of the middle one.
 
-        Raises:
-            ValueError: the profile has no axis at that layer.
+        Parameters
+        ----------
+        profile
+            with quantiles, for percentiles that are not NaN.
+        layer
+            counted from 0.
+
+        Returns
+        -------
+        Scale
+            Of that layer.
+
+        Raises
+        ------
+        ValueError
+            the profile has no axis at that layer.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> drift.Scale.of(profile).layer in profile.layers
+        True
         """
         if layer is None:
             layer = _telling_layer(profile)
@@ -88,11 +142,45 @@ class Scale:
         return cls(layer, floor, profile.percentiles, tuple(table[layer].tolist()))
 
     def at(self, percentile: float) -> float:
-        """The normal answers' mean projection at one of the table's percentiles; NaN where that is not known."""
+        """The normal answers' mean projection at one of the table's percentiles; NaN where that is not known.
+
+        Parameters
+        ----------
+        percentile
+            0 to 100, one of ``ranks``.
+
+        Returns
+        -------
+        float
+            In the units of the floors.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> drift.Scale(18, 1.0, (10.0, 50.0), (2.0, 4.0)).at(50.0)
+        4.0
+        """
         return self.values[self.ranks.index(percentile)] if percentile in self.ranks else math.nan
 
     def percentile(self, projection: float) -> float:
-        """Of a turn's mean projection among normal answers; beyond the table's ends 0 or 100, NaN without a table."""
+        """Of a turn's mean projection among normal answers; beyond the table's ends 0 or 100, NaN without a table.
+
+        Parameters
+        ----------
+        projection
+            in the units of the floors.
+
+        Returns
+        -------
+        float
+            0 to 100.
+
+        Examples
+        --------
+        >>> from axiscap import drift
+        >>> drift.Scale(18, 1.0, (10.0, 50.0), (2.0, 4.0)).percentile(9.0)
+        100.0
+        """
         if not self.values or not math.isfinite(projection):
             return math.nan
         if projection < self.values[0] or projection > self.values[-1]:
@@ -167,7 +255,26 @@ class Path:
 
 
 def drift_of(turns: Iterable[tuple[float, int, int]], scale: Scale) -> Drift | None:
-    """The drift of turns as :func:`summed` gives them; None where there are none."""
+    """The drift of turns as :func:`summed` gives them; None where there are none.
+
+    Parameters
+    ----------
+    turns
+        of each turn its mean projection, its tokens, and how many of them are below the floor.
+    scale
+        of the layer that they were measured at.
+
+    Returns
+    -------
+    Drift or None
+        Over all of them.
+
+    Examples
+    --------
+    >>> from axiscap import drift
+    >>> drift.drift_of([], drift.Scale.of(profile)) is None
+    True
+    """
     path = Path()
     for turn in turns:
         path.add(*turn)

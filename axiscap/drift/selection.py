@@ -73,8 +73,10 @@ class Selection:
 
     Memory does not grow with the number of traces.
 
-    Args:
-        scale: of the layer that figures and curves are of.
+    Parameters
+    ----------
+    scale
+        of the layer that figures and curves are of.
     """
 
     def __init__(self, scale: Scale) -> None:

@@ -44,9 +44,12 @@ def read(path: Path) -> list[Behaviour]:
 
     HarmBench's ``ContextString`` goes before the request that refers to it.
 
-    Raises:
-        ValueError: naming the file, and the line or the columns that it lacks.
-        OSError: the file cannot be read.
+    Raises
+    ------
+    ValueError
+        naming the file, and the line or the columns that it lacks.
+    OSError
+        the file cannot be read.
     """
     found: list[Behaviour] = []
     for number, row in _rows(path):
@@ -97,8 +100,10 @@ def personas(folder: Path | None = None) -> list[tuple[str, str]]:
     Without a folder they are AxisCap's hostile roles; of a folder, those of kind ``hostile``, or where none has a kind
     all but the default.
 
-    Raises:
-        ValueError: naming the file that is not a role, or that there is none to use.
+    Raises
+    ------
+    ValueError
+        naming the file that is not a role, or that there is none to use.
     """
     roles: list[Role] = [role for role in load_roles(folder).values() if role.name != "default"]
     chosen = [role for role in roles if role.kind == HOSTILE] or [role for role in roles if not role.kind]

@@ -81,8 +81,10 @@ class Difference:
 def read_logs(name: str, folder: Path) -> Run:
     """A run from the logs in a folder.
 
-    Raises:
-        ValueError: there is no finished log in it.
+    Raises
+    ------
+    ValueError
+        there is no finished log in it.
     """
     from inspect_ai.log import list_eval_logs, read_eval_log
 
@@ -133,9 +135,12 @@ def read_garak(name: str, path: Path) -> Run:
 
     A pair has the same probe, prompt and generation.
 
-    Raises:
-        ValueError: the file is no such report, or has no finished attempt.
-        OSError: it cannot be read.
+    Raises
+    ------
+    ValueError
+        the file is no such report, or has no finished attempt.
+    OSError
+        it cannot be read.
     """
     run, threshold = Run(name), 0.5
     seen: dict[str, int] = {}
@@ -169,13 +174,19 @@ def read_garak(name: str, path: Path) -> Run:
 def compare(before: Run, after: Run, lower: Iterable[str] = ()) -> list[Difference]:
     """All scores that both runs have, in the order of the first.
 
-    Args:
-        before: the run that is compared with.
-        after: the run that is compared.
-        lower: names of tasks or scorers, beside :data:`LOWER`, that are better the lower they are.
+    Parameters
+    ----------
+    before
+        the run that is compared with.
+    after
+        the run that is compared.
+    lower
+        names of tasks or scorers, beside :data:`LOWER`, that are better the lower they are.
 
-    Raises:
-        ValueError: they have no score in common.
+    Raises
+    ------
+    ValueError
+        they have no score in common.
     """
     low = LOWER | set(lower)
     found = [

@@ -96,9 +96,12 @@ class Options:
 def local_sides(model: str, dtype: str, batch_size: int, profiles: Sequence[Path]) -> list[Side]:
     """The uncapped model and each profile, in this process.
 
-    Raises:
-        ValueError: a file is no profile, or two have one name.
-        OSError: it cannot be read.
+    Raises
+    ------
+    ValueError
+        a file is no profile, or two have one name.
+    OSError
+        it cannot be read.
     """
     name, arguments = f"axiscap/{model}", {"dtype": dtype, "batch_size": batch_size}
     sides = [Side(UNCAPPED, name, arguments)]
@@ -111,8 +114,10 @@ def local_sides(model: str, dtype: str, batch_size: int, profiles: Sequence[Path
 def served_sides(model: str, base_url: str, engine: str, profiles: Sequence[str]) -> list[Side]:
     """The same of a server's profiles, by their names there; its operator must let requests choose them, and ``off``.
 
-    Raises:
-        ValueError: a name comes twice.
+    Raises
+    ------
+    ValueError
+        a name comes twice.
     """
     sides = []
     for side, profile in [(UNCAPPED, "off"), *((name, name) for name in profiles)]:
@@ -134,13 +139,19 @@ def run(sides: Sequence[Side], options: Options, folder: Path, at_once: int) -> 
 
     Each side's logs lie in a folder of its name, which ``inspect view`` shows. Finished samples are not run again.
 
-    Args:
-        folder: where the logs are kept.
-        at_once: how many answers are asked for at a time, of a server or in one batch.
+    Parameters
+    ----------
+    folder
+        where the logs are kept.
+    at_once
+        how many answers are asked for at a time, of a server or in one batch.
 
-    Raises:
-        ValueError: the folder holds the logs of another run, or a task cannot be made.
-        RuntimeError: a task did not finish; the message says which, why, and where the finished samples are.
+    Raises
+    ------
+    ValueError
+        the folder holds the logs of another run, or a task cannot be made.
+    RuntimeError
+        a task did not finish; the message says which, why, and where the finished samples are.
     """
     options.made()  # what is wrong with a file is said before a model is loaded
     _claim(folder, {"options": options.facts(), "sides": {side.name: side.facts() for side in sides}})

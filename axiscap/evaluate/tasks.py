@@ -51,12 +51,18 @@ def persona_jailbreak(
 ) -> Task:
     """A persona, then a request that should be declined: does the answer help?
 
-    Args:
-        behaviours: a file, see :func:`axiscap.evaluate.behaviours.read`; AxisCap's own without one.
-        persona_folder: roles whose prompts bring the personas; AxisCap's hostile ones without it.
-        attempts: how many pairs of persona and behaviour: each behaviour once, then each with the next persona.
-        first_turn: the persona comes as the user's first turn, which the model answers, and not as the system prompt.
-        judge: a model that judges by a rubric; without one the classifiers say what they can.
+    Parameters
+    ----------
+    behaviours
+        a file, see :func:`axiscap.evaluate.behaviours.read`; AxisCap's own without one.
+    persona_folder
+        roles whose prompts bring the personas; AxisCap's hostile ones without it.
+    attempts
+        how many pairs of persona and behaviour: each behaviour once, then each with the next persona.
+    first_turn
+        the persona comes as the user's first turn, which the model answers, and not as the system prompt.
+    judge
+        a model that judges by a rubric; without one the classifiers say what they can.
     """
     asked = read(Path(behaviours)) if behaviours else own()
     prompts = personas(Path(persona_folder) if persona_folder else None)
@@ -126,13 +132,18 @@ def instructions() -> Task:
 def follows(text: str, check: str, value: str | int | list[str] | None = None) -> bool:
     """Whether an answer is in the form that was asked for.
 
-    Args:
-        check: ``lowercase``, ``uppercase``, ``contains``, ``avoids``, ``starts``, ``ends``, ``bullets``, ``words`` or
-            ``json``.
-        value: the word, the words, the number or the keys that the check is about.
+    Parameters
+    ----------
+    check
+        ``lowercase``, ``uppercase``, ``contains``, ``avoids``, ``starts``, ``ends``, ``bullets``, ``words`` or
+        ``json``.
+    value
+        the word, the words, the number or the keys that the check is about.
 
-    Raises:
-        ValueError: another check.
+    Raises
+    ------
+    ValueError
+        another check.
     """
     text = text.strip()
     words = re.findall(r"\w+", text.lower())

@@ -21,10 +21,14 @@ Counts = np.ndarray[Any, np.dtype[np.int32]]
 class Buffers:
     """All capped layers of one worker: slots of profiles, the slot of each row of the step, and its projections.
 
-    Args:
-        settings: layers that this worker does not hold are left out by ``layers``.
-        layers: the capped layers that this worker holds.
-        max_rows: of one step.
+    Parameters
+    ----------
+    settings
+        layers that this worker does not hold are left out by ``layers``.
+    layers
+        the capped layers that this worker holds.
+    max_rows
+        of one step.
     """
 
     def __init__(self, settings: Settings, layers: Sequence[int], max_rows: int, device: torch.device) -> None:

@@ -46,8 +46,10 @@ class Told(NamedTuple):
     def of(cls, extra: Mapping[str, Any] | None) -> Told | None:
         """Reads it from where :meth:`put` left it.
 
-        Raises:
-            ChoiceError: something else is there.
+        Raises
+        ------
+        ChoiceError
+            something else is there.
         """
         match (extra or {}).get(TOLD):
             case None:
@@ -71,8 +73,10 @@ class Choices:
     def check(self, extra: Mapping[str, Any] | None) -> Told:
         """The profile that a request gets, by its extra arguments.
 
-        Raises:
-            ChoiceError: it asks for what it may not have.
+        Raises
+        ------
+        ChoiceError
+            it asks for what it may not have.
         """
         self._look()
         name = self._registry.choose((extra or {}).get(KEY))
@@ -107,9 +111,12 @@ class Choices:
 class Control:
     """For the process that schedules requests: decides for each, where no client reaches, and changes profiles.
 
-    Args:
-        place: called with slot, digest, path and floors (or None) of a profile; puts it into every worker.
-        share: whether this process writes the registry for those that talk to clients.
+    Parameters
+    ----------
+    place
+        called with slot, digest, path and floors (or None) of a profile; puts it into every worker.
+    share
+        whether this process writes the registry for those that talk to clients.
     """
 
     def __init__(
@@ -133,9 +140,11 @@ class Control:
     def decide(self, extra: Mapping[str, Any] | None, request: str) -> Choice:
         """The decision about a request, by its extra arguments and its id.
 
-        Raises:
-            ChoiceError: it asks for what it may not have, or its client was told of content that was replaced on the
-                way here.
+        Raises
+        ------
+        ChoiceError
+            it asks for what it may not have, or its client was told of content that was replaced on the
+            way here.
         """
         extra = extra or {}
         name = self._registry.choose(extra.get(KEY))
@@ -153,11 +162,15 @@ class Control:
     def load(self, name: str, path: str, allowed: bool = False) -> str:
         """Gives a name a profile, new or in place of its old one; running requests keep what they began with.
 
-        Args:
-            allowed: whether requests may choose it.
+        Parameters
+        ----------
+        allowed
+            whether requests may choose it.
 
-        Raises:
-            ValueError: the profile does not fit, or no slot is free.
+        Raises
+        ------
+        ValueError
+            the profile does not fit, or no slot is free.
         """
         for what, value in (("name", name), ("path", path)):
             if not isinstance(value, str):
@@ -169,8 +182,10 @@ class Control:
     def move_floors(self, name: str, by: float) -> str:
         """Gives a name its file's floors raised by so much, in units of the projection (lowered, where negative).
 
-        Raises:
-            ValueError: there is no such profile, by is no finite number, or the file has other content by now.
+        Raises
+        ------
+        ValueError
+            there is no such profile, by is no finite number, or the file has other content by now.
         """
         self._registry.check(name)
         if isinstance(by, bool) or not isinstance(by, (int, float)) or not math.isfinite(by):
@@ -212,8 +227,10 @@ class Control:
 def read_profile(path: str, floors: list[list[float]] | None, digest: str | None = None) -> CapProfile:
     """A profile from its file, with other floors where they were moved.
 
-    Raises:
-        SettingsError: its content is not the one that was decided on.
+    Raises
+    ------
+    SettingsError
+        its content is not the one that was decided on.
     """
     profile = CapProfile.load(path)
     if floors is not None:

@@ -93,9 +93,12 @@ class _Wrong(Exception):
 class Door:
     """An ASGI application around the server's own.
 
-    Args:
-        places: where a request's body may carry its choice, each the keys that lead there from the top.
-        change: changes profiles.
+    Parameters
+    ----------
+    places
+        where a request's body may carry its choice, each the keys that lead there from the top.
+    change
+        changes profiles.
     """
 
     def __init__(self, app: _App, choices: Choices, places: Collection[tuple[str, ...]], change: Change) -> None:

@@ -25,8 +25,10 @@ from axiscap.serving.worker import Worker
 class Scheduling(ABC):
     """In the process that schedules requests: when each one's profile is decided, and what keeps its blocks apart.
 
-    Args:
-        control: decides, and changes profiles; one for each process, of all ranks in the same order.
+    Parameters
+    ----------
+    control
+        decides, and changes profiles; one for each process, of all ranks in the same order.
     """
 
     #: The field of a request whose text goes into the hash of its first block, and so of all behind it.
@@ -38,13 +40,19 @@ class Scheduling(ABC):
     def decide(self, request: Any, name: str, *, apart: bool = True) -> Choice:
         """Decides a request. It carries the decision from now on, in place of what its client asked for.
 
-        Args:
-            request: the engine's; its fields change, so where others hold it too it is a copy.
-            name: its id, as clients and logs know it.
-            apart: whether its blocks are those of its content alone, from the first one on.
+        Parameters
+        ----------
+        request
+            the engine's; its fields change, so where others hold it too it is a copy.
+        name
+            its id, as clients and logs know it.
+        apart
+            whether its blocks are those of its content alone, from the first one on.
 
-        Raises:
-            ChoiceError: it asks for what it may not have, or for content that was replaced on the way here.
+        Raises
+        ------
+        ChoiceError
+            it asks for what it may not have, or for content that was replaced on the way here.
         """
         extra = self.extra(request)
         choice = self.control.decide(extra, name)
@@ -92,12 +100,17 @@ class Model(ABC):
     ) -> None:
         """Puts the cap into a loaded model.
 
-        Args:
-            layers: of the whole model; those of other pipeline ranks are left out.
-            max_rows, requests, totals: as for :class:`axiscap.serving.worker.Worker`.
+        Parameters
+        ----------
+        layers
+            of the whole model; those of other pipeline ranks are left out.
+        max_rows, requests, totals
+            as for :class:`axiscap.serving.worker.Worker`.
 
-        Raises:
-            SettingsError: the model's layers cannot be told, or what one returns is no stream.
+        Raises
+        ------
+        SettingsError
+            the model's layers cannot be told, or what one returns is no stream.
         """
         blocks = engine_layers(model, layers)
         held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
@@ -109,8 +122,10 @@ class Model(ABC):
     def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
         """Has a block's complete output capped by the op ``.buffers``, in every pass.
 
-        Args:
-            tensors: what that op takes behind the streams, at addresses that stay.
+        Parameters
+        ----------
+        tensors
+            what that op takes behind the streams, at addresses that stay.
         """
 
     @abstractmethod
@@ -134,8 +149,10 @@ def refuse(engine: str, reasons: Mapping[str, bool]) -> None:
 def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """The decoder layers of an engine's language model, by structure: its one list of as many modules as it has layers.
 
-    Raises:
-        SettingsError: there is not one such list; the message says what there is.
+    Raises
+    ------
+    SettingsError
+        there is not one such list; the message says what there is.
     """
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     found = [part for part in lists.values() if len(part) == count]

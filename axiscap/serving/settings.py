@@ -53,20 +53,34 @@ def _is_one(name: object, known: Collection[str]) -> bool:
 class Settings:
     """The operator's choices, with what the profiles say.
 
-    Args:
-        profiles: by name a path, or a URL, as :meth:`axiscap.CapProfile.load` takes them.
-        default: the profile of requests that name none; None leaves them alone.
-        allowed: the names that requests may choose.
-        allow_off: whether a request may switch capping off.
-        slots: profiles that fit at once, counting those that were replaced and still have requests.
-        log: a file that gets a JSON line for each finished request; None: no log.
-        positions: which rows are capped: ``"all"``, or ``"generated"``, those of tokens that the model wrote.
-        tell_drift: whether clients are told how far their answers drifted.
-        check: compare the rows' slots with the scheduler's view at every step, and stop where they differ.
-        layers: the layers that are capped; those of all profiles.
-        directions: of each slot: the most that a profile has.
-        hidden_size: H.
-        digests: the profiles' content, by name.
+    Parameters
+    ----------
+    profiles
+        by name a path, or a URL, as :meth:`axiscap.CapProfile.load` takes them.
+    default
+        the profile of requests that name none; None leaves them alone.
+    allowed
+        the names that requests may choose.
+    allow_off
+        whether a request may switch capping off.
+    slots
+        profiles that fit at once, counting those that were replaced and still have requests.
+    log
+        a file that gets a JSON line for each finished request; None: no log.
+    positions
+        which rows are capped: ``"all"``, or ``"generated"``, those of tokens that the model wrote.
+    tell_drift
+        whether clients are told how far their answers drifted.
+    check
+        compare the rows' slots with the scheduler's view at every step, and stop where they differ.
+    layers
+        the layers that are capped; those of all profiles.
+    directions
+        of each slot: the most that a profile has.
+    hidden_size
+        H.
+    digests
+        the profiles' content, by name.
     """
 
     profiles: dict[str, str]
@@ -87,8 +101,10 @@ class Settings:
     def parse(cls, given: object) -> Settings:
         """Reads what the operator wrote, and the profiles that it names.
 
-        Raises:
-            SettingsError: one sentence that says what is wrong.
+        Raises
+        ------
+        SettingsError
+            one sentence that says what is wrong.
         """
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
@@ -204,8 +220,10 @@ def read(options: object) -> Settings | None:
 
     None: capping is not configured.
 
-    Raises:
-        SettingsError: one sentence that says what is wrong.
+    Raises
+    ------
+    SettingsError
+        one sentence that says what is wrong.
     """
     path = os.environ.get(FILE_VARIABLE)
     if options is None and path is None:
@@ -224,9 +242,11 @@ def read(options: object) -> Settings | None:
 def find(options: Mapping[str, Any]) -> object:
     """What an engine's own free options carry for AxisCap; None: nothing.
 
-    Raises:
-        SettingsError: something that was meant for it stands there under another key, or without one, or is null: the
-            server would serve uncapped, and nobody would know.
+    Raises
+    ------
+    SettingsError
+        something that was meant for it stands there under another key, or without one, or is null: the
+        server would serve uncapped, and nobody would know.
     """
     for key in options:
         _require(key == KEY or not is_nearly(key), f"the configuration's key is {KEY!r}, and not {str(key)[:80]!r}")
@@ -253,8 +273,10 @@ class Choice:
     def of(cls, extra: Mapping[str, Any] | None) -> Choice:
         """Reads it from a request's extra arguments, where :meth:`put` left it.
 
-        Raises:
-            RuntimeError: it is not there, so that nobody decided about this request.
+        Raises
+        ------
+        RuntimeError
+            it is not there, so that nobody decided about this request.
         """
         stored = (extra or {}).get(KEY)
         if not isinstance(stored, dict):
@@ -287,11 +309,15 @@ class Registry:
     def choose(self, asked: object) -> str | None:
         """The name of the profile that a request gets; None: it is left alone.
 
-        Args:
-            asked: what the request says; None where it says nothing.
+        Parameters
+        ----------
+        asked
+            what the request says; None where it says nothing.
 
-        Raises:
-            ChoiceError: for the client, with what it may ask for.
+        Raises
+        ------
+        ChoiceError
+            for the client, with what it may ask for.
         """
         if asked is None:
             return self.default
@@ -312,8 +338,10 @@ class Registry:
     def place(self, name: str, digest: str, in_use: Collection[str], *, allowed: bool) -> int:
         """Gives a name new content; returns the slot to put it into.
 
-        Raises:
-            ValueError: the name is not one, or every slot is taken by a name or by requests that still run.
+        Raises
+        ------
+        ValueError
+            the name is not one, or every slot is taken by a name or by requests that still run.
         """
         _check_name(name)
         keep = {*in_use, *(content for other, content in self.names.items() if other != name)}
@@ -342,8 +370,10 @@ class Registry:
     def retire(self, name: str) -> None:
         """Forgets a name; requests that run under it end as they began.
 
-        Raises:
-            ValueError: there is no such profile, or it is the default.
+        Raises
+        ------
+        ValueError
+            there is no such profile, or it is the default.
         """
         self.check(name)
         if name == self.default:

@@ -50,8 +50,10 @@ _model: SglangModel | None = None
 def put_in_place() -> None:
     """Wraps what this process has of SGLang.
 
-    Raises:
-        SettingsError: one sentence that says what is wrong with the configuration.
+    Raises
+    ------
+    SettingsError
+        one sentence that says what is wrong with the configuration.
     """
     global _settings, _choices
     settings = shared.read(None)
@@ -293,8 +295,11 @@ def _refuse(args: Any) -> None:
 
 class SglangModel(Model):
     """
-    Args:
-        ranks: that share each layer's sums.
+
+    Parameters
+    ----------
+    ranks
+        that share each layer's sums.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -302,8 +307,11 @@ class SglangModel(Model):
 
     def rows(self, step: Any) -> Rows:
         """
-        Args:
-            step: the scheduler's batch, and how many rows the model gets of it.
+
+        Parameters
+        ----------
+        step
+            the scheduler's batch, and how many rows the model gets of it.
         """
         batch, rows = step
         requests = batch.reqs

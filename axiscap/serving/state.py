@@ -37,8 +37,10 @@ def path(instance: str) -> Path:
 def folder(instance: str) -> Path:
     """The folder of a server, made where it is not there, which this process leaves when it ends.
 
-    Raises:
-        SettingsError: it is somebody else's.
+    Raises
+    ------
+    SettingsError
+        it is somebody else's.
     """
     found = path(instance)
     _make(found)
@@ -89,9 +91,12 @@ def write(file: Path, content: object) -> None:
     """Writes JSON in one step, into a folder that :func:`folder` gave; it is made and claimed anew where it was cleaned
     away.
 
-    Raises:
-        OSError: it cannot be written.
-        SettingsError: the folder is somebody else's now.
+    Raises
+    ------
+    OSError
+        it cannot be written.
+    SettingsError
+        the folder is somebody else's now.
     """
     _make(file.parent)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -106,8 +111,10 @@ def write(file: Path, content: object) -> None:
 def write_answer(folder: Path, ticket: str, content: Mapping[str, Any]) -> None:
     """Leaves word of an answer for the process that has its client, which names it by a ticket of its own making.
 
-    Raises:
-        OSError, SettingsError: see :func:`write`.
+    Raises
+    ------
+    OSError, SettingsError
+        see :func:`write`.
     """
     write(folder / f"answer-{ticket}-{time.monotonic_ns()}.json", content)
 

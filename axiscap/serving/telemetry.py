@@ -47,9 +47,12 @@ class Writer:
 
     What cannot be written is said once, counted on the metrics page, and tried again. Capping goes on meanwhile.
 
-    Args:
-        totals: a file of the server's own folder (:func:`axiscap.serving.state.folder`), replaced as a whole.
-        log: a file that gets a line for each record; None: no log.
+    Parameters
+    ----------
+    totals
+        a file of the server's own folder (:func:`axiscap.serving.state.folder`), replaced as a whole.
+    log
+        a file that gets a line for each record; None: no log.
     """
 
     def __init__(self, totals: Path, log: Path | None) -> None:
@@ -233,8 +236,10 @@ class Telemetry:
     def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, left: Counts) -> None:
         """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
 
-        Args:
-            left: rows that are not counted.
+        Parameters
+        ----------
+        left
+            rows that are not counted.
         """
         index = np.array([self._running[name].index if name in self._running else -1 for name in requests], np.int32)
         parts = np.stack([2 * index, 2 * index + 1], 1)

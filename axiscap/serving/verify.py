@@ -30,11 +30,15 @@ class NotCapped(ValueError):
 def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iterator[str]:
     """Asks a running server, vLLM or SGLang, for one answer of two tokens under a profile; yields what was found.
 
-    Args:
-        url: of the server, without ``/v1``.
+    Parameters
+    ----------
+    url
+        of the server, without ``/v1``.
 
-    Raises:
-        NotCapped: with what is amiss.
+    Raises
+    ------
+    NotCapped
+        with what is amiss.
     """
     url, head = url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {api_key}"} if api_key else {}
     said, _ = _fetch(url + PATH, head)
@@ -85,11 +89,15 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
 def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
     """Gives a name of one running server the content of a profile; returns its digest, as the server says it.
 
-    Args:
-        source: a path or URL, as the server reads it.
+    Parameters
+    ----------
+    source
+        a path or URL, as the server reads it.
 
-    Raises:
-        NotCapped: it was refused, or the server says another digest than the profile's.
+    Raises
+    ------
+    NotCapped
+        it was refused, or the server says another digest than the profile's.
     """
     url, digest = url.rstrip("/"), CapProfile.load(source).digest
     head = {"Authorization": f"Bearer {admin_key}"}

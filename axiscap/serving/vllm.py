@@ -113,11 +113,15 @@ _PLACES = (("vllm_xargs",), ("sampling_params", "extra_args"))
 def configure(config: Any, options: Mapping[str, Any]) -> None:
     """Takes the operator's configuration into vLLM's, where every process finds it and the compile cache hashes it.
 
-    Args:
-        options: vLLM's ``additional_config`` as the operator wrote it.
+    Parameters
+    ----------
+    options
+        vLLM's ``additional_config`` as the operator wrote it.
 
-    Raises:
-        SettingsError: one sentence that says what is wrong, or what of vLLM cannot be capped.
+    Raises
+    ------
+    SettingsError
+        one sentence that says what is wrong, or what of vLLM cannot be capped.
     """
     mine = shared.find(options)
     if mine is not None or shared.FILE_VARIABLE in os.environ:
@@ -441,8 +445,11 @@ class VllmWorker(Model):
 
     def rows(self, step: Any) -> Rows:
         """
-        Args:
-            step: as the model runner has prepared it: the second one's batch; of the first, each request's rows.
+
+        Parameters
+        ----------
+        step
+            as the model runner has prepared it: the second one's batch; of the first, each request's rows.
         """
         if self._v2:
             names = step.req_ids
@@ -489,8 +496,10 @@ class VllmWorker(Model):
     def _verify(self) -> None:
         """The cap is in force at every layer of the model as it will run: lifting a row there changes what comes out.
 
-        Raises:
-            RuntimeError: it is not; the server must not start.
+        Raises
+        ------
+        RuntimeError
+            it is not; the server must not start.
         """
         buffers = self.worker.buffers
         if not buffers.layers:

@@ -20,11 +20,17 @@ _LOGGER = logging.getLogger("axiscap")
 
 class Worker:
     """
-    Args:
-        layers: the capped layers that this worker holds.
-        max_rows: of one step.
-        requests: that run at once, as a first guess.
-        totals: a file for this worker's totals; None: another worker counts the same rows.
+
+    Parameters
+    ----------
+    layers
+        the capped layers that this worker holds.
+    max_rows
+        of one step.
+    requests
+        that run at once, as a first guess.
+    totals
+        a file for this worker's totals; None: another worker counts the same rows.
     """
 
     def __init__(
@@ -60,9 +66,11 @@ class Worker:
     def look_for_sinks(self, digest: str, first: Tensor) -> None:
         """Warns, once, where a profile lifts the first token of a sequence, in most models an attention sink.
 
-        Args:
-            first: (layers, directions) of the layers that this worker holds: the first token's projections on that
-                profile's axes, before the cap.
+        Parameters
+        ----------
+        first
+            (layers, directions) of the layers that this worker holds: the first token's projections on that
+            profile's axes, before the cap.
         """
         if digest in self._looked_at:
             return
@@ -114,10 +122,14 @@ class Worker:
     ) -> None:
         """Before the model runs: whose rows the step computes, in order.
 
-        Args:
-            prompts: how many of each request's rows are of its prompt; the others the model wrote.
-            starts: the position in its sequence of each request's first row.
-            view: for the checking mode, the digest of each request as the scheduler knows it.
+        Parameters
+        ----------
+        prompts
+            how many of each request's rows are of its prompt; the others the model wrote.
+        starts
+            the position in its sequence of each request's first row.
+        view
+            for the checking mode, the digest of each request as the scheduler knows it.
         """
         left = self._left(names, counts, prompts, starts)
         step = list(names), counts.tobytes(), prompts.tobytes(), left.tobytes()

@@ -75,8 +75,10 @@ class Responder(Protocol):
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
         """Yields the coming turn as it grows; its projections come by and by, where they are known.
 
-        Raises:
-            ValueError: the conversation is too long.
+        Raises
+        ------
+        ValueError
+            the conversation is too long.
         """
         ...
 
@@ -195,15 +197,21 @@ class _Steps:
 class Remote:
     """A server that speaks OpenAI's protocol, with AxisCap in it. The capped side is written under its default profile.
 
-    Args:
-        url: its base, such as ``http://127.0.0.1:8000/v1``.
-        reader: the same model in this process, which reads the finished answers again. Without it, each answer's mean
-            projection is what the server tells (``tell_drift``).
-        uncapped: what the other side's requests ask for, which the operator must allow: ``"off"``, of which a server
-            measures nothing, or a profile's name, such as that of one with strength 0.
+    Parameters
+    ----------
+    url
+        its base, such as ``http://127.0.0.1:8000/v1``.
+    reader
+        the same model in this process, which reads the finished answers again. Without it, each answer's mean
+        projection is what the server tells (``tell_drift``).
+    uncapped
+        what the other side's requests ask for, which the operator must allow: ``"off"``, of which a server
+        measures nothing, or a profile's name, such as that of one with strength 0.
 
-    Raises:
-        OSError: nothing answers there.
+    Raises
+    ------
+    OSError
+        nothing answers there.
     """
 
     def __init__(self, url: str, reader: Local | None = None, uncapped: str = "off") -> None:
@@ -221,9 +229,12 @@ class Remote:
     def answer(self, turns: Sequence[Turn], said: str, profile: CapProfile, most: int) -> Iterator[Turn]:
         """Both sides at once, as two streams of the server's; see :meth:`Responder.answer`.
 
-        Raises:
-            ValueError: the server refuses a side.
-            OSError: it did not answer to the end.
+        Raises
+        ------
+        ValueError
+            the server refuses a side.
+        OSError
+            it did not answer to the end.
         """
         import httpx
 
@@ -302,8 +313,10 @@ def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int
 
     At the percentile that it says it is at, and where it has no quantile tables, its floors are left as they are.
 
-    Raises:
-        ValueError: no layer is left.
+    Raises
+    ------
+    ValueError
+        no layer is left.
     """
     if not layers:
         raise ValueError("at least one layer must be capped")
@@ -339,9 +352,12 @@ def gradio() -> Any:
 def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int = 64) -> Any:
     """The page, as Gradio's blocks, not yet launched.
 
-    Args:
-        profiles: by name; the first is chosen at the start.
-        most: tokens of an answer.
+    Parameters
+    ----------
+    profiles
+        by name; the first is chosen at the start.
+    most
+        tokens of an answer.
     """
     gr = gradio()
     go, _ = sheet.plotly()

@@ -31,13 +31,19 @@ _MARKERS = ("circle", "square", "triangle-up", "diamond", "x", "cross")
 def write(path: Path, profile: CapProfile, selection: Selection, title: str = "Drift along the Assistant Axis") -> None:
     """Writes the page, in one step.
 
-    Args:
-        profile: the one that the conversations are held against; its evidence is shown where it has some.
-        selection: what to show; an empty one gives the profile's evidence alone.
+    Parameters
+    ----------
+    profile
+        the one that the conversations are held against; its evidence is shown where it has some.
+    selection
+        what to show; an empty one gives the profile's evidence alone.
 
-    Raises:
-        ModuleNotFoundError: plotly is missing.
-        ValueError: there is nothing to show.
+    Raises
+    ------
+    ModuleNotFoundError
+        plotly is missing.
+    ValueError
+        there is nothing to show.
     """
     figures = Figures()
     sections = []
@@ -135,10 +141,14 @@ def _trajectories(figures: Figures, selection: Selection) -> str:
 def lines(go: Any, curves: Iterable[tuple[str, str, Sequence[float]]], scale: Scale, last: int) -> Iterator[Any]:
     """Conversations against the floor and the range of normal answers, as plotly's traces.
 
-    Args:
-        go: plotly's graph_objects.
-        curves: name, side and the answers' mean projections of each.
-        last: the number of answers to make room for.
+    Parameters
+    ----------
+    go
+        plotly's graph_objects.
+    curves
+        name, side and the answers' mean projections of each.
+    last
+        the number of answers to make room for.
     """
     ends, band = [0.6, last + 0.4], _normal(scale)
     if band:

@@ -27,11 +27,16 @@ def pyplot() -> Any:
 def draw_trajectories(comparisons: Sequence[Comparison], profile: CapProfile, layer_index: int, path: Path) -> None:
     """One panel a conversation: each answer token's projection (thin), each turn's mean (marked), and the floor.
 
-    Args:
-        comparisons: the conversations.
-        profile: the one in force.
-        layer_index: which of the profile's layers is drawn.
-        path: the picture, its kind by its suffix.
+    Parameters
+    ----------
+    comparisons
+        the conversations.
+    profile
+        the one in force.
+    layer_index
+        which of the profile's layers is drawn.
+    path
+        the picture, its kind by its suffix.
     """
     plot = pyplot()
     figure, panels = plot.subplots(
@@ -62,9 +67,12 @@ def draw_trajectories(comparisons: Sequence[Comparison], profile: CapProfile, la
 def draw_bench(results: dict[str, Any], path: Path) -> None:
     """Fraction of the memory bound against rows, one panel for each firing share, one line for each H (bfloat16).
 
-    Args:
-        results: what ``axiscap bench`` writes as JSON.
-        path: the picture, its kind by its suffix.
+    Parameters
+    ----------
+    results
+        what ``axiscap bench`` writes as JSON.
+    path
+        the picture, its kind by its suffix.
     """
     plot = pyplot()
     cases = [case for case in results["ops"] if case["dtype"] == "bfloat16"]
@@ -107,12 +115,17 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
 def draw_calibration(profile: CapProfile, path: Path) -> None:
     """The evidence for a profile: separation and geometry by layer, floors, the persona space, the roles' loadings.
 
-    Args:
-        profile: one that ``axiscap calibrate`` made.
-        path: the picture, its kind by its suffix.
+    Parameters
+    ----------
+    profile
+        one that ``axiscap calibrate`` made.
+    path
+        the picture, its kind by its suffix.
 
-    Raises:
-        ValueError: the profile's provenance has no evidence that can be read.
+    Raises
+    ------
+    ValueError
+        the profile's provenance has no evidence that can be read.
     """
     facts = profile.evidence
     if facts is None:

@@ -47,14 +47,21 @@ def write(
 ) -> None:
     """Writes the page, in one step.
 
-    Args:
-        found: the differences of each run that was compared with `before`.
-        before: the name of the run that they were compared with.
-        notes: sentences about who judged.
-        facts: what the page says of where it comes from.
+    Parameters
+    ----------
+    found
+        the differences of each run that was compared with `before`.
+    before
+        the name of the run that they were compared with.
+    notes
+        sentences about who judged.
+    facts
+        what the page says of where it comes from.
 
-    Raises:
-        ModuleNotFoundError: plotly is missing.
+    Raises
+    ------
+    ModuleNotFoundError
+        plotly is missing.
     """
     figures = Figures()
     sections, summary = [], []

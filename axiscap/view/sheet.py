@@ -31,10 +31,14 @@ def plotly() -> tuple[Any, Any]:
 def save(path: Path, title: str, summary: Iterable[str], sections: Iterable[str], figures: Figures) -> None:
     """Writes the page, in one step.
 
-    Args:
-        summary: sentences that stand under the title.
-        sections: of :func:`section`.
-        figures: those that the sections show.
+    Parameters
+    ----------
+    summary
+        sentences that stand under the title.
+    sections
+        of :func:`section`.
+    figures
+        those that the sections show.
     """
     template = Template((files("axiscap.view") / "sheet.html").read_text("utf-8"))
     page = template.substitute(
@@ -71,8 +75,10 @@ class Figures:
     ) -> str:
         """Returns the element that it will be drawn in.
 
-        Args:
-            heat: of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
+        Parameters
+        ----------
+        heat
+            of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
         """
         figure = self.go.Figure(list(traces))
         figure.update_layout(

@@ -7,16 +7,18 @@ import inspect
 import json
 import pkgutil
 import re
+import shlex
 
 import prometheus_client
 import pytest
 import torch
 import transformers
+import typer
 from conftest import REPOSITORY, python_blocks
 from numpydoc.validate import validate
 
 import axiscap
-from axiscap import CapProfile, interop
+from axiscap import CapProfile, cli, interop
 from axiscap.calibrate.store import Shard
 
 
@@ -153,3 +155,30 @@ def test_the_words_are_those_of_the_field():
             found = re.search(pattern, path.read_text("utf-8"))
             if path.name != "CHANGELOG.md":  # which says what things were called
                 assert found is None, f"{path}: {found and found[0]!r}; say {better!r}"
+
+
+def shell_lines(page: str) -> list[str]:
+    """The commands of a page's shell blocks, with their continued lines."""
+    text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+    words = "axiscap|python|make|cmake|pip"
+    return re.findall(rf"^(?:    |\t)\s*(?:\$ )?((?:[A-Z_]+=\S+ )*(?:{words}) .*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shell_lines(page)])
+def test_the_commands_of_a_page_are_there(page):
+    """Each `axiscap` line parses, each `python` line runs a file of the repository, each `make` line has its target."""
+    targets = set(re.findall(r"^([\w. /-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    targets = {target for line in targets for target in line.split()}
+    for line in shell_lines(page):
+        words = shlex.split(line, comments=True)
+        while "=" in words[0]:
+            words.pop(0)
+        stop = next((at for at, word in enumerate(words) if word in ("&&", "|", ">", ";", "&")), len(words))
+        tool, *arguments = words[:stop]
+        if tool == "axiscap":
+            typer.main.get_command(cli.app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
+        elif tool == "make":
+            wanted = [word for word in arguments if "=" not in word and not word.startswith("-")]
+            assert set(wanted) <= targets, line
+        elif tool == "python" and arguments[0] != "-m":
+            assert (REPOSITORY / arguments[0]).is_file(), line

@@ -31,6 +31,7 @@ BEFORE = 20
 
 
 def engine(ask: Connection, config: dict[str, object]) -> None:
+    begun = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     # Two engines share a GPU. On a CPU the environment says what they take.
@@ -39,7 +40,7 @@ def engine(ask: Connection, config: dict[str, object]) -> None:
         models.folder("smollm2-135m-instruct"), dtype=DTYPE, max_model_len=1024, enable_prefix_caching=False,
         async_scheduling=False, additional_config=config, **room,
     )  # fmt: skip
-    ask.send("ready")
+    ask.send(time.perf_counter() - begun)
     added = 0
     while (requests := ask.recv()) is not None:
         if requests:
@@ -56,9 +57,12 @@ def main() -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "0"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
     ratios: dict[int, list[list[float]]] = {requests: [] for requests in CONCURRENCIES}
+    starts = []
     for start in range(STARTS):
         configs: list[dict[str, object]] = [{}, {"axiscap": {"profiles": {"p": str(PROFILE)}}}]
-        for requests, pairs in measured(configs, swap=start % 2 == 1).items():
+        ready, steps = measured(configs, swap=start % 2 == 1)
+        starts.append(ready)
+        for requests, pairs in steps.items():
             ratios[requests].append([uncapped / capped for uncapped, capped in pairs])
 
     table = Table(title=f"uncapped over capped, {STARTS} starts of {PAIRS} pairs of steps")
@@ -74,18 +78,23 @@ def main() -> None:
             f"{quartiles[0]:.3f}-{quartiles[2]:.3f}",
         )
     Console(width=100).print(table)
+    added = sorted(capped - uncapped for uncapped, capped in starts)
+    taken = statistics.median(uncapped for uncapped, _ in starts)
+    print(f"starting side by side: {taken:.0f} s, and capped {added[len(added) // 2]:+.1f} s "
+          f"({added[0]:+.1f} to {added[-1]:+.1f})")  # fmt: skip
 
 
-def measured(configs: list[dict[str, object]], *, swap: bool) -> dict[int, list[tuple[float, ...]]]:
-    """For each number of requests, pairs of the seconds that a step took in an engine of each configuration."""
+def measured(configs: list[dict[str, object]], *, swap: bool) -> tuple[list[float], dict[int, list[tuple[float, ...]]]]:
+    """The seconds in which an engine of each configuration was ready; and for each number of requests, pairs of the
+    seconds that a step took.
+    """
     spawn = multiprocessing.get_context("spawn")
     order = (1, 0) if swap else (0, 1)
     ends: dict[int, Connection] = {}
     for at in order:
         ends[at], other = spawn.Pipe()
         spawn.Process(target=engine, args=(other, configs[at])).start()
-    for end in ends.values():  # they start side by side
-        assert end.recv() == "ready"
+    ready = {at: end.recv() for at, end in ends.items()}  # they start side by side
 
     def step(number: int, requests: int = 0) -> tuple[float, ...]:
         seconds = [0.0, 0.0]
@@ -105,7 +114,7 @@ def measured(configs: list[dict[str, object]], *, swap: bool) -> dict[int, list[
                 _, left = end.recv()
     for end in ends.values():
         end.send(None)
-    return pairs
+    return [ready[0], ready[1]], pairs
 
 
 if __name__ == "__main__":

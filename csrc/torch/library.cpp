@@ -2,6 +2,7 @@
 // axiscap/fake.py; autograd, and what it has to know of a tensor that was changed, in axiscap/ops.py.
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -48,12 +49,13 @@ using torch::stable::detail::to;
 
 // A tensor that the dispatcher hands over.
 struct Owned {
-  AtenTensorHandle handle;
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+  std::unique_ptr<AtenTensorOpaque, Delete> handle;
   TensorView view;
 
-  explicit Owned(AtenTensorHandle handle) : handle(handle), view(handle) {}
-  Owned(const Owned&) = delete;
-  ~Owned() { aoti_torch_delete_tensor_object(handle); }
+  explicit Owned(AtenTensorHandle given) : handle(given), view(given) {}
 };
 
 // An argument as it comes from the dispatcher and as an op takes it.

@@ -295,7 +295,6 @@ def _refuse(args: Any) -> None:
 
 class SglangModel(Model):
     """
-
     Parameters
     ----------
     ranks
@@ -307,7 +306,6 @@ class SglangModel(Model):
 
     def rows(self, step: Any) -> Rows:
         """
-
         Parameters
         ----------
         step

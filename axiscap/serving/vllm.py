@@ -303,8 +303,8 @@ class Core(Scheduling):
         if transfer is not None and transfer.kv_connector == kv.SHARED:
             kv.keep_apart()
         rpc = core.collective_rpc
-        place = lambda *profile: rpc("axiscap_place", args=profile)  # noqa: E731
-        super().__init__(Control(self._settings, self._folder, place))
+        control = Control(self._settings, self._folder, lambda *profile: rpc("axiscap_place", args=profile))
+        super().__init__(control)
         wrap(core, "preprocess_add_request", self._add)
         wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
@@ -445,7 +445,6 @@ class VllmWorker(Model):
 
     def rows(self, step: Any) -> Rows:
         """
-
         Parameters
         ----------
         step

@@ -20,7 +20,6 @@ _LOGGER = logging.getLogger("axiscap")
 
 class Worker:
     """
-
     Parameters
     ----------
     layers

@@ -18,8 +18,9 @@ from conftest import REPOSITORY, python_blocks
 from numpydoc.validate import validate
 
 import axiscap
-from axiscap import CapProfile, cli, interop
+from axiscap import CapProfile, cli, drift, interop, models, reference
 from axiscap.calibrate.store import Shard
+from axiscap.view import chat
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,26 @@ def test_the_python_of_a_page_runs(page, names, shipped_profile, tmp_path, monke
         if "watch" in here:
             prometheus_client.REGISTRY.unregister(here["watch"])
         here["model"].eval()
+
+
+def test_every_public_name_says_what_it_is():
+    shown = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert {f"axiscap.{name}" for name in axiscap.__all__} <= set(shown)
+    missing = []
+    for module in (axiscap, axiscap.ops, reference, interop, models, drift, chat):
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", "").startswith("axiscap")
+            if name.startswith("_") or not own or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            if not inspect.getdoc(value):
+                missing.append(f"{module.__name__}.{name}")
+            if inspect.isclass(value):
+                missing += [
+                    f"{module.__name__}.{name}.{key}"
+                    for key, part in vars(value).items()
+                    if inspect.isfunction(part) and not key.startswith("_") and not inspect.getdoc(part)
+                ]
+    assert not missing
 
 
 def public_names() -> list[str]:

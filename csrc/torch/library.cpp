@@ -123,7 +123,7 @@ void announce_change(const TensorView& tensor, const char* name) {
     if (counted) aoti_torch_delete_tensor_object(to<AtenTensorHandle>(stack[0]));
     refused = !counted && grad_mode && !is("aten::is_inference", tensor);
   }
-  CHECK_VALUE(!refused, name, " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+  check_needs_no_gradient(refused, name);
 }
 
 void announce_change(TensorList tensors, const char* name) {

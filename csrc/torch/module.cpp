@@ -213,8 +213,8 @@ class Changed {
 
   // Refuses one that needs a gradient.
   void add(Given given, const char* name) {
-    CHECK_VALUE(!aoti_torch_grad_mode_is_enabled() || !is_true(PyObject_GetAttr(given.object, torch_.requires_grad)),
-                name, " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+    check_needs_no_gradient(
+        aoti_torch_grad_mode_is_enabled() && is_true(PyObject_GetAttr(given.object, torch_.requires_grad)), name);
     PyTuple_SET_ITEM(tensors_.ptr(), count_++, Py_NewRef(given.object));
   }
   void add(const std::vector<Given>& given, const char* name) {

@@ -300,8 +300,7 @@ class FirstRows {
   }
   FirstRows(const FirstRows&) = delete;  // the view refers to its neighbour
 
-  operator const TensorView&() const { return view_; }
-  Optional operator&() const { return &view_; }
+  Optional view() const { return &view_; }
 
  private:
   std::vector<int64_t> sizes_;
@@ -370,8 +369,10 @@ bool Bank::is_as_it_was() const {
 void check_values(const Bank& bank) {
   constexpr double kTolerance = 1e-3;
   const int64_t size = bank.axes.sizes.back(), directions = bank.floors.numel;
-  const OnHost axes(bank.axes), floors(bank.floors), lifts(bank.lifts ? *bank.lifts : bank.axes),
-      limits(bank.limits ? *bank.limits : bank.floors);
+  const OnHost axes(bank.axes), floors(bank.floors);
+  std::optional<OnHost> lifts, limits;
+  if (bank.lifts) lifts.emplace(*bank.lifts);
+  if (bank.limits) limits.emplace(*bank.limits);
   const auto product = [size](const OnHost& a, const OnHost& b, int64_t k) {
     double sum = 0;
     for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
@@ -384,12 +385,12 @@ void check_values(const Bank& bank) {
                 "), got a norm of ", norm);
     CHECK_VALUE(floors[k] < std::numeric_limits<float>::infinity(),
                 "floors must be finite, or -inf for a direction that is off, got ", floors[k]);
-    if (bank.lifts) {
-      const double along = product(axes, lifts, k);
+    if (lifts) {
+      const double along = product(axes, *lifts, k);
       CHECK_VALUE(along > 0 && along <= 1 + kTolerance,
                   "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", along);
     }
-    if (bank.limits) CHECK_VALUE(limits[k] > 0, "limits must be positive, or inf for none, got ", limits[k]);
+    if (limits) CHECK_VALUE((*limits)[k] > 0, "limits must be positive, or inf for none, got ", (*limits)[k]);
   }
 }
 
@@ -415,7 +416,7 @@ void cap_(const TensorView& hidden, const TensorView& axes, const TensorView& fl
 void cap__buffers(const TensorView& hidden, const TensorView& axes, const TensorView& floors, const TensorView& slots,
                   const TensorView& projections, Optional lifts, Optional limits) {
   const FirstRows own_slots(slots, "slots", hidden), own_projections(projections, "projections", hidden);
-  cap_(hidden, axes, floors, &own_slots, lifts, limits, &own_projections);
+  cap_(hidden, axes, floors, own_slots.view(), lifts, limits, own_projections.view());
 }
 
 std::tuple<NewTensor, NewTensor, NewTensor> cap(const TensorView& hidden, const TensorView& axes,
@@ -466,7 +467,7 @@ void cap_residual__buffers(const TensorView& hidden, const TensorView& residual,
                            const TensorView& floors, const TensorView& slots, const TensorView& projections,
                            Optional lifts, Optional limits) {
   const FirstRows own_slots(slots, "slots", hidden), own_projections(projections, "projections", hidden);
-  cap_residual_(hidden, residual, axes, floors, &own_slots, lifts, limits, &own_projections);
+  cap_residual_(hidden, residual, axes, floors, own_slots.view(), lifts, limits, own_projections.view());
 }
 
 void add_rms_norm_cap_(const TensorView& hidden, const TensorView& residual, const TensorView& weight, double eps,
@@ -499,8 +500,8 @@ void add_rms_norm_cap__buffers(const TensorView& hidden, const TensorView& resid
                                double eps, const TensorView& axes, const TensorView& floors, const TensorView& slots,
                                const TensorView& projections, double weight_bias, Optional lifts, Optional limits) {
   const FirstRows own_slots(slots, "slots", hidden), own_projections(projections, "projections", hidden);
-  add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, &own_slots, weight_bias, lifts, limits,
-                    &own_projections);
+  add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, own_slots.view(), weight_bias, lifts, limits,
+                    own_projections.view());
 }
 
 void cap_layers_(TensorList hiddens, const TensorView& axes, const TensorView& floors, Optional slots, Optional lifts,

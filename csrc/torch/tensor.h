@@ -105,4 +105,9 @@ struct TensorView {
   }
 };
 
+// Raises, in the words of both doors, where a tensor that is changed needs a gradient.
+inline void check_needs_no_gradient(bool needs, const char* name) {
+  CHECK_VALUE(!needs, name, " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+}
+
 }  // namespace axiscap

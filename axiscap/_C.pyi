@@ -60,6 +60,22 @@ def add_rms_norm_cap_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> None: ...
+def add_rms_norm_cap_fp8_(
+    quantized: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    weight_bias: float = 0.0,
+    scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
+) -> None: ...
 def cap_layers_(
     hiddens: list[Tensor],
     axes: Tensor,

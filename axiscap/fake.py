@@ -167,6 +167,18 @@ def _check_residual(residual: Tensor, hidden: Tensor) -> None:
     _rows(residual, "residual", writable=True)
 
 
+def _check_norm(hidden: Tensor, weight: Tensor, eps: float, weight_bias: float) -> None:
+    _check_dtype(weight, "weight", hidden.dtype)
+    size, found = hidden.shape[-1], list(weight.shape)
+    _wrong(
+        _differ(found, [size]) or _is_scattered(weight),
+        f"weight must have shape (H,) = ({size},), contiguous, got {found}",
+    )
+    _check_device(weight, "weight", hidden.device)
+    _wrong(not (eps >= 0 and math.isfinite(eps)), f"eps must be finite and not negative, got {eps:g}")
+    _wrong(not math.isfinite(weight_bias), f"weight_bias must be finite, got {weight_bias:g}")
+
+
 def _first_rows(buffer: Tensor, name: str, hidden: Tensor) -> Tensor:
     rows, found = _rows(hidden, "hidden"), list(buffer.shape)
     _wrong(not found or _sure(found[0] < rows), f"{name} must have room for the {rows} rows, got shape {found}")
@@ -269,15 +281,7 @@ def add_rms_norm_cap_(
     _check_bank(axes, floors, lifts, limits)
     rows = _check_rows(hidden, axes, slots, "hidden", writable=True)
     _check_residual(residual, hidden)
-    _check_dtype(weight, "weight", hidden.dtype)
-    size, found = hidden.shape[-1], list(weight.shape)
-    _wrong(
-        _differ(found, [size]) or _is_scattered(weight),
-        f"weight must have shape (H,) = ({size},), contiguous, got {found}",
-    )
-    _check_device(weight, "weight", hidden.device)
-    _wrong(not (eps >= 0 and math.isfinite(eps)), f"eps must be finite and not negative, got {eps:g}")
-    _wrong(not math.isfinite(weight_bias), f"weight_bias must be finite, got {weight_bias:g}")
+    _check_norm(hidden, weight, eps, weight_bias)
     _check_projections(projections, [rows, axes.shape[1]], hidden.device)
 
 
@@ -299,6 +303,69 @@ def add_rms_norm_cap__buffers(
     add_rms_norm_cap_(
         hidden, residual, weight, eps, slots=slots, weight_bias=weight_bias, projections=projections, **bank
     )
+
+
+def add_rms_norm_cap_fp8_(
+    quantized: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    weight_bias: float = 0.0,
+    scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
+) -> None:
+    _check_bank(axes, floors, lifts, limits)
+    rows = _check_rows(hidden, axes, slots, "hidden", writable=False)
+    _check_residual(residual, hidden)
+    _check_norm(hidden, weight, eps, weight_bias)
+    found, shape = list(quantized.shape), list(hidden.shape)
+    _wrong(_differ(found, shape), f"quantized must have the shape of hidden, {shape}, got {found}")
+    _check_dtype(quantized, "quantized", torch.float8_e4m3fn)
+    _check_device(quantized, "quantized", hidden.device)
+    _rows(quantized, "quantized", writable=True)
+    _wrong((scale is None) == (scales is None), "one of scale and scales must be given")
+    given, name, wanted, plural = (
+        (scales, "scales", rows, "s, one for each row") if scale is None else (scale, "scale", 1, "")
+    )
+    assert given is not None
+    _check_dtype(given, name, torch.float32)
+    found = list(given.shape)
+    _wrong(
+        _sure(given.numel() != wanted) or _is_scattered(given),
+        f"{name} must be contiguous and have {wanted} element{plural}, got shape {found}",
+    )
+    _check_device(given, name, hidden.device)
+    _check_projections(projections, [rows, axes.shape[1]], hidden.device)
+
+
+def add_rms_norm_cap_fp8__buffers(
+    quantized: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor,
+    projections: Tensor,
+    weight_bias: float = 0.0,
+    scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> None:
+    slots, projections = _first_rows(slots, "slots", hidden), _first_rows(projections, "projections", hidden)
+    bank: dict[str, Any] = {"axes": axes, "floors": floors, "lifts": lifts, "limits": limits}
+    more: dict[str, Any] = {"weight_bias": weight_bias, "scale": scale, "scales": scales, "projections": projections}
+    add_rms_norm_cap_fp8_(quantized, hidden, residual, weight, eps, slots=slots, **more, **bank)
 
 
 def cap_layers_(
@@ -367,6 +434,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "cap_residual_.buffers": cap_residual__buffers,
     "add_rms_norm_cap_": add_rms_norm_cap_,
     "add_rms_norm_cap_.buffers": add_rms_norm_cap__buffers,
+    "add_rms_norm_cap_fp8_": add_rms_norm_cap_fp8_,
+    "add_rms_norm_cap_fp8_.buffers": add_rms_norm_cap_fp8__buffers,
     "cap_layers_": cap_layers_,
     "accumulate_": accumulate_,
 }

@@ -350,6 +350,110 @@ def add_rms_norm_cap_(
     return hidden, residual
 
 
+def add_rms_norm_cap_fp8_(
+    quantized: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    weight_bias: float = 0.0,
+    scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm_cap_ for an fp8 matrix: the norm goes to quantized, hidden stays; returns (quantized, residual).
+
+    ``residual <- cap(hidden + residual)``, ``quantized <- round(clamp(norm(residual) * (1 / scale), -448, 448))``. The
+    norm is rounded to hidden's dtype before it is scaled: the bits are those of :func:`add_rms_norm_cap_` and a
+    quantisation behind it. The scale is one for all rows, or each row's own, as vLLM's per-tensor and per-token
+    quantisations have it.
+
+    Parameters
+    ----------
+    quantized
+        float8_e4m3fn of hidden's shape, filled.
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed.
+    weight
+        (H,), of hidden's dtype.
+    eps
+        what is added to the mean of squares.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    weight_bias
+        1 for Gemma, whose weights are stored less 1.
+    scale
+        float32, one element, the scale of all rows.
+    scales
+        float32, one element for each row, filled: the row's largest magnitude over 448, at least ``1 / (448 * 512)``.
+        One of scale and scales is given.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        quantized and residual.
+
+    Raises
+    ------
+    TypeError
+        a tensor has another dtype.
+    ValueError
+        a shape, a stride or a device does not fit, what is changed shares memory with the rest, or both or none of
+        scale and scales are given.
+    IndexError
+        a slot lies outside of [0, S) and is not -1 (on a CPU).
+
+    Examples
+    --------
+    >>> from axiscap import ops
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> bank, scales = (torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)), torch.empty(1, 1)
+    >>> quantized = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
+    >>> call = (quantized, hidden, residual, torch.ones(2), 0.0, *bank)
+    >>> ops.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist(), round(scales.item() * 448, 3)
+    ([[0.0, 448.0]], 1.414)
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.axiscap.add_rms_norm_cap_fp8_(
+            quantized,
+            hidden,
+            residual,
+            weight,
+            eps,
+            axes,
+            floors,
+            slots,
+            weight_bias=weight_bias,
+            scale=scale,
+            scales=scales,
+            lifts=lifts,
+            limits=limits,
+            projections=projections,
+        )
+    else:
+        given = quantized, hidden, residual, weight, eps, axes, floors, slots
+        _C.add_rms_norm_cap_fp8_(*given, weight_bias, scale, scales, lifts, limits, projections)
+    return quantized, residual
+
+
 def cap_layers_(
     hiddens: Sequence[Tensor],
     axes: Tensor,

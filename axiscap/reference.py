@@ -7,9 +7,13 @@ runs in float32, or in float64 where hidden is float64. Shapes are those of :mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+#: The largest number of float8_e4m3fn.
+_FP8_MAX = 448.0
 
 
 class _Directions:
@@ -306,6 +310,85 @@ def add_rms_norm_cap_(
     y = residual.to(x.dtype)
     scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     return hidden.copy_(y * scale * (weight.to(x.dtype) + weight_bias)), residual
+
+
+def add_rms_norm_cap_fp8_(
+    quantized: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    axes: Tensor,
+    floors: Tensor,
+    slots: Tensor | None = None,
+    *,
+    weight_bias: float = 0.0,
+    scale: Tensor | None = None,
+    scales: Tensor | None = None,
+    lifts: Tensor | None = None,
+    limits: Tensor | None = None,
+    projections: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm_cap_ whose norm, rounded to hidden's dtype, is divided by a scale and rounded to fp8.
+
+    Parameters
+    ----------
+    quantized
+        float8_e4m3fn of hidden's shape, filled.
+    hidden
+        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
+    residual
+        of hidden's shape and dtype; changed.
+    weight
+        (H,), of hidden's dtype.
+    eps
+        what is added to the mean of squares.
+    axes
+        (S, K, H) float32, contiguous, rows of unit length.
+    floors
+        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    slots
+        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    weight_bias
+        1 for Gemma, whose weights are stored less 1.
+    scale
+        float32, one element, the scale of all rows.
+    scales
+        float32, one element for each row, filled: the row's largest magnitude over 448, at least ``1 / (448 * 512)``.
+        One of scale and scales is given.
+    lifts
+        like axes: what rows are corrected along. None: the axes.
+    limits
+        like floors, positive: a row with a larger projection, of either sign, is left alone.
+    projections
+        (rows, K) float32, filled with the projections before the cap.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        quantized and residual.
+
+    Examples
+    --------
+    >>> from axiscap import reference
+    >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> bank, scales = (torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)), torch.empty(1, 1)
+    >>> quantized = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
+    >>> call = (quantized, hidden, residual, torch.ones(2), 0.0, *bank)
+    >>> reference.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist()
+    [[0.0, 448.0]]
+    """
+    more: dict[str, Any] = {"lifts": lifts, "limits": limits, "projections": projections}
+    normed, _ = add_rms_norm_cap_(
+        hidden.clone(), residual, weight, eps, axes, floors, slots, weight_bias=weight_bias, **more
+    )
+    rows = normed.float()
+    if scales is not None:
+        largest = rows.abs().amax(-1, keepdim=True)
+        scale = (largest / _FP8_MAX).clamp(min=1 / (_FP8_MAX * 512))
+        scales.copy_(scale.reshape(scales.shape))
+    assert scale is not None
+    return quantized.copy_((rows * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX)), residual
 
 
 def cap_layers_(

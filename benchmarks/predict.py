@@ -60,6 +60,8 @@ CASES = (
     ("cap_residual, all fire", "cap_residual", 1e3),
     ("norm with cap, none fire", "norm", -1e9),
     ("norm with cap, all fire", "norm", 1e3),
+    ("norm in fp8 with cap, none fire", "norm_fp8", -1e9),
+    ("norm in fp8 with cap, all fire", "norm_fp8", 1e3),
 )
 SHOWN = ("cap, none fire", "cap, all fire", "norm with cap, none fire")  # row by row
 #: Clocks from a row's arrival to its place being free for the next: some fifteen shuffles and shared-memory accesses of
@@ -93,9 +95,11 @@ def sources(op: str) -> int:
     return 1 if op == "cap" else 2
 
 
-def least(op: str, floor: float, size: int) -> int:
-    """Bytes that a row must move: every stream is read once; what fires is written, and the norm writes both."""
-    written = 2 if op == "norm" else int(floor > 0)
+def least(op: str, floor: float, size: int) -> float:
+    """Bytes that a row must move: every stream is read once; what fires is written, and the norm writes both, a stream
+    in fp8 with half of the bytes.
+    """
+    written = {"norm": 2, "norm_fp8": 1.5}.get(op, int(floor > 0))
     return size * 2 * (sources(op) + written)
 
 
@@ -106,12 +110,14 @@ def count(op: str, floor: float, size: int) -> tuple[float, float]:
         rows = turns * (128 // min(128, _C.plan("bfloat16", size, 1, 1)[0]) if size <= 1024 else 1)
         hidden = torch.randn(rows, size).bfloat16()
         second = {} if op == "cap" else {"residual": hidden.clone()}
-        if op == "norm":
+        if op in ("norm", "norm_fp8"):
             second["weight"] = torch.ones(size).bfloat16()
+        if op == "norm_fp8":  # with scales of the rows' own, which takes the most
+            second |= {"quantized": torch.zeros(rows, size).to(torch.float8_e4m3fn), "scales": torch.zeros(rows)}
         device = Device(resident=1)
         device.call([hidden], unit(1, 1, 1, size), torch.full((1, 1, 1), floor), **second)
         work = sum(n for name, n in device.launch.counts.items() if not name.startswith(("mov", "cvta")))
-        streams = [b for b in device.memory.buffers if b.name in ("hidden0", "residual")]
+        streams = [b for b in device.memory.buffers if b.name in ("hidden0", "residual", "quantized")]
         totals.append((rows, work, sum(sum(b.sectors.values()) for b in streams) * 32))
     (rows, work, moved), (rows2, work2, moved2) = totals
     return (work2 - work) / (rows2 - rows), (moved2 - moved) / (rows2 - rows)
@@ -171,29 +177,33 @@ def demands(per_row: dict[tuple[str, float, int], tuple[float, float]]) -> list[
 
 #: How a layer ends in an engine's step: the launches behind its last matrix product, and those of ours among them.
 PATHS = (
-    ("not capped", 1, ()),
-    ("hook: cap_residual_, then the engine's norm", 2, ("cap_residual",)),
-    ("fused: the cap inside the norm", 1, ("norm",)),
+    ("not capped", 1, (), "norm"),
+    ("hook: cap_residual_, then the engine's norm", 2, ("cap_residual",), "norm"),
+    ("fused: the cap inside the norm", 1, ("norm",), "norm"),
+    ("fp8, not capped", 1, (), "norm_fp8"),
+    ("fp8, hook: cap_residual_, then the engine's norm", 2, ("cap_residual",), "norm_fp8"),
+    ("fp8, fused: the cap inside the norm", 1, ("norm_fp8",), "norm_fp8"),
 )
 
 
 def of_a_step(per_row: dict[tuple[str, float, int], tuple[float, float]], size: int = 4096) -> list[str]:
     """What a capped layer adds to one step of an engine: launches, counted bytes, predicted time."""
     shown = [gpu for gpu in GPUS if gpu.name in ("H100 SXM", "B200")]
-    norm = least("norm", -1e9, size)
     lines = [
         "The launches that end a layer, and the bytes of the streams that they move for a row: the engine's own norm",
-        f"reads both and writes both. H = {size}; microseconds of the capped launch, without what a launch itself",
-        "costs, which the hook alone pays once more.",
+        "reads both and writes both, one of them with a byte for two where the matrix behind it is in fp8. H =",
+        f"{size}; microseconds of the capped launch, without what a launch itself costs, which the hook alone pays",
+        "once more.",
         "",
         "| path | rows that fire | launches | bytes a row | over not capped | "
         + " | ".join(f"{gpu.name}, {rows} rows" for gpu in shown for rows in (8, 4096))
         + " |",
         "|---|---|---|---|---|" + "---|" * 2 * len(shown),
     ]
-    for path, launches, ops in PATHS:
+    for path, launches, ops, engines in PATHS:
+        norm = least(engines, -1e9, size)
         for fires, floor in [("none", -1e9), ("all", 1e3)] if ops else [("", 0.0)]:
-            moved = sum(per_row[op, floor, size][1] for op in ops) + norm * ("norm" not in ops)
+            moved = sum(per_row[op, floor, size][1] for op in ops) + norm * (engines not in ops)
             cells = [path, fires, str(launches), f"{moved:.0f}", f"{moved / norm:.2f}"]
             for gpu in shown:
                 for rows in (8, 4096):

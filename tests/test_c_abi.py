@@ -80,6 +80,10 @@ class Call(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("eps", ctypes.c_float),
         ("weight_bias", ctypes.c_float),
+        ("quantized", ctypes.c_void_p),
+        ("quantized_stride", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
     ]
 
 
@@ -119,6 +123,20 @@ def test_it_gives_the_bits_of_the_ops(installed, dtype):
     wanted = ops.add_rms_norm_cap_(hidden.clone(), residual.clone(), weight, 1e-6, axes, floors, slots)
     assert_same_bits(mine, wanted[0])
     assert_same_bits(sums, wanted[1])
+    quantized, expected = torch.empty(2, 9, 70, dtype=torch.float8_e4m3fn)
+    own, scales = torch.empty(2, 9)
+    for kind in ({"scales": own}, {"scale": torch.tensor([0.02])}):
+        mine, sums = hidden.clone(), residual.clone()
+        extra |= {"residual": sums.data_ptr(), "quantized": quantized.data_ptr(), "quantized_stride": 70}
+        pointers = {name: tensor.data_ptr() for name, tensor in kind.items()}
+        call = call_of(mine, axes, floors, slots, **extra, **pointers)
+        assert c.axiscap_cap_cpu(ctypes.byref(call), 0, 9) == 0
+        given = expected, hidden, residual.clone(), weight, 1e-6, axes, floors, slots
+        ops.add_rms_norm_cap_fp8_(*given, **({"scales": scales} if "scales" in kind else kind))
+        assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
+        assert_same_bits(sums, given[2])
+        assert_same_bits(mine, hidden)
+    assert_same_bits(own, scales)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +152,18 @@ def test_it_gives_the_bits_of_the_ops(installed, dtype):
         ({"directions": 65}, 1, b"directions must be from 1 to 64"),
         ({"num_slots": 1}, 2, b"a slot is neither"),
         ({"weight": 1}, 1, b"weight needs residual"),
+        ({"quantized": 1}, 1, b"quantized needs weight"),
+        ({"quantized": 1, "weight": 1, "residual": 1, "residual_stride": 16}, 1, b"quantized needs one of"),
+        (
+            {"quantized": 1, "weight": 1, "residual": 1, "residual_stride": 16, "scale": 1, "scales": 1},
+            1,
+            b"quantized needs one of",
+        ),
+        (
+            {"quantized": 1, "weight": 1, "residual": 1, "residual_stride": 16, "scale": 1, "quantized_stride": 15},
+            1,
+            b"quantized_stride must be at least hidden_size",
+        ),
         ({"project_only": 1}, 1, b"project_only needs projections"),
     ],
 )

@@ -210,6 +210,78 @@ def test_add_rms_norm_cap_is_the_oracle(ops, case, bias):
         assert_same_bits(hidden[quiet].nan_to_num(), plain_hidden[quiet].nan_to_num())
 
 
+def in_fp8(rows, scale):
+    """What torch makes of rows over their scale."""
+    return (rows.float() * scale.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def own_scales(rows):
+    """(rows, 1), as the engines choose each row's scale."""
+    return (rows.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+
+
+@given(inputs(), st.sampled_from([0.0, 1.0]), st.sampled_from([None, 1e-4, 0.01, 3.0]))
+def test_the_norm_in_fp8_is_the_norm_and_a_quantisation(ops, case, bias, scale):
+    """To the bit: residual, projections, and each row's scale."""
+    residual = case.hidden.flip(0).clone() if len(case.hidden) else case.hidden.clone()
+    size, rows = case.hidden.shape[-1], len(residual)
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(residual.dtype)
+    axes, floors, slots = case.call()
+    normed, stream = case.hidden.clone(), residual.clone()
+    found, wanted = torch.empty(rows, axes.shape[1]), torch.empty(rows, axes.shape[1])
+    more = {**case.more(), "weight_bias": bias}
+    ops.add_rms_norm_cap_(normed, stream, weight, 1e-6, axes, floors, slots, **more, projections=wanted)
+    before = case.buffer.clone()
+    buffer = torch.full((rows, size + 3), 1.0).to(torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1) if scale is None else torch.tensor([scale])
+    kind = {"scales": scales} if scale is None else {"scale": scales}
+    given = buffer[:, :size], case.hidden, residual, weight, 1e-6, axes, floors, slots
+    quantized, _ = ops.add_rms_norm_cap_fp8_(*given, **kind, **more, projections=found)
+    assert quantized is given[0]
+    assert_same_bits(case.buffer, before)
+    assert bool((buffer[:, size:].float() == 1).all())
+    assert_same_bits(residual.nan_to_num(), stream.nan_to_num())
+    assert_same_bits(found, wanted)
+    numbers = normed.isfinite().all(-1)
+    if scale is None:
+        assert_same_bits(scales[numbers], own_scales(normed)[numbers])
+    expected = in_fp8(normed, scales)
+    assert torch.equal(quantized[numbers].view(torch.uint8), expected[numbers].view(torch.uint8))
+    assert bool((quantized.float().isnan() == expected.float().isnan()).all())
+
+
+def around_fp8(dtype):
+    """(1024,) of dtype: each number of eight bits, what lies halfway to the next and just beside that, and what is
+    beyond the largest; then zeros.
+    """
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = (codes[1:] + codes[:-1]) / 2
+    every = torch.cat([codes, ties, ties * (1 - 2.0**-9), ties * (1 + 2.0**-9), torch.tensor([464.0, 465.0, 6e4])])
+    every = torch.cat([every, -every]).to(dtype)
+    return torch.nn.functional.pad(every, (0, 1024 - len(every)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_in_fp8(ops, dtype):
+    """A row of ones is its own norm, so that what is quantised is the weights."""
+    weight = around_fp8(dtype)
+    hidden, residual = torch.zeros(1, 1024, dtype=dtype), torch.ones(1, 1024, dtype=dtype)
+    quantized, bank = torch.empty(1, 1024, dtype=torch.float8_e4m3fn), (unit(1, 1, 1024), torch.full((1, 1), -math.inf))
+    for scale in (torch.ones(1), torch.tensor([0.5]), torch.tensor([2.0**-9])):
+        ops.add_rms_norm_cap_fp8_(quantized, hidden, residual.clone(), weight, 0.0, *bank, scale=scale)
+        assert torch.equal(quantized.view(torch.uint8), in_fp8(weight[None] + 0.0, scale).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_zeros_has_the_least_scale_in_fp8(ops, dtype):
+    hidden, scales = torch.zeros(3, 40, dtype=dtype), torch.empty(3)
+    quantized, weight = torch.ones(3, 40).to(torch.float8_e4m3fn), torch.ones(40, dtype=dtype)
+    given = quantized, hidden, hidden.clone(), weight, 1e-6, unit(1, 1, 40), torch.full((1, 1), -math.inf)
+    ops.add_rms_norm_cap_fp8_(*given, scales=scales)
+    assert scales.tolist() == [torch.tensor(1 / (448 * 512)).item()] * 3
+    assert not quantized.float().any()
+
+
 @given(inputs(), st.integers(1, 4))
 def test_cap_layers_is_cap_of_each(ops, case, count):
     axes = torch.stack([case.axes.roll(layer, 0) for layer in range(count)])
@@ -444,7 +516,7 @@ def test_instruction_sets_with_fused_multiply_add_give_the_same_bits():
 def test_the_lower_instruction_sets_pass_the_same_tests(name):
     if os.environ.get("AXISCAP_ISA"):
         pytest.skip("AXISCAP_ISA is set: this is the inner run")
-    wanted = "oracle or alone or floor or 16_bit or finite"
+    wanted = "oracle or alone or floor or 16_bit or finite or fp8"
     command = [sys.executable, "-m", "pytest", "-q", "-k", wanted, __file__]
     inner = subprocess.run(command, env=os.environ | {"AXISCAP_ISA": name}, capture_output=True, text=True)
     assert inner.returncode == 0, inner.stdout[-3000:]
@@ -527,7 +599,7 @@ def _op_calls(dtype):
     axes, floors = unit(2, 3, 40), torch.zeros(2, 3)
     slots = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0], dtype=torch.int32)
     with_none = torch.where(torch.arange(10) % 5 == 2, -1, slots)  # NaN in a result is unequal to itself, for opcheck
-    projections = torch.empty(10, 3)
+    projections, quantized = torch.empty(10, 3), torch.empty(2, 5, 40, dtype=torch.float8_e4m3fn)
     graded = hidden.clone().requires_grad_()
     library = torch.ops.axiscap
     return {
@@ -575,6 +647,26 @@ def _op_calls(dtype):
             ),
             {"weight_bias": 1.0},
         ),
+        "add_rms_norm_cap_fp8_": (
+            library.add_rms_norm_cap_fp8_.default,
+            (quantized, hidden, hidden.clone(), torch.ones(40, dtype=dtype), 1e-6, axes, floors, slots),
+            {"scales": torch.empty(10, 1), "projections": projections},
+        ),
+        "add_rms_norm_cap_fp8_.buffers": (
+            library.add_rms_norm_cap_fp8_.buffers,
+            (
+                quantized,
+                hidden,
+                hidden.clone(),
+                torch.ones(40, dtype=dtype),
+                1e-6,
+                axes,
+                floors,
+                longer(slots),
+                longer(projections),
+            ),
+            {"scale": torch.ones(1)},
+        ),
         "cap_layers_": (
             library.cap_layers_.default,
             ([hidden, hidden + 1], torch.stack([axes, axes]), torch.stack([floors, floors]), slots),
@@ -593,7 +685,9 @@ def _op_calls(dtype):
 @pytest.mark.parametrize("name", list(_op_calls(torch.float32)))
 def test_opcheck(name, dtype):
     op, args, kwargs = _op_calls(dtype)[name]
-    torch.library.opcheck(op, args, kwargs)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # Whether a schema tells the truth is tested by allclose, which torch does not have for fp8.
+    torch.library.opcheck(op, args, kwargs, test_utils=checks + (["test_schema"] if "fp8" not in name else []))
 
 
 @pytest.mark.slow
@@ -606,6 +700,9 @@ def test_compiled_whole_without_a_graph_break(dynamic):
         b = ops.cap(a + 0.25, axes, floors)
         c = ops.cap_residual_(hidden, residual + 1, axes, floors)
         c = sum(ops.add_rms_norm_cap_(hidden * 1, c, hidden[0] * 1, 1e-6, axes, floors))
+        scales, quantized = hidden.new_empty(len(hidden), 1), torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
+        ops.add_rms_norm_cap_fp8_(quantized, hidden, c, hidden[0] * 1, 1e-6, axes, floors, scales=scales)
+        c = c + quantized.float() * scales
         d = ops.cap_layers_([a * 2, b * 2], torch.stack([axes, axes]), torch.stack([floors, floors]))
         stats = ops.accumulate_(ops.new_stats(1, 1), ops.project(b, axes).reshape(-1, 1), floors)
         return a, b, c, *d, stats
@@ -892,6 +989,7 @@ def calls(hidden, axes, floors, slots, projections, lifts, limits) -> dict[str, 
     """Every op with these arguments, as (op, positional, keyword arguments)."""
     library, only = torch.ops.axiscap, {"lifts": lifts, "limits": limits, "projections": projections}
     residual, weight = hidden.clone() if hidden.is_contiguous() else hidden, hidden.new_ones(hidden.shape[-1:])
+    quantized = torch.zeros(hidden.shape, dtype=torch.float8_e4m3fn)
     stats, layers = torch.zeros(2, 1, len(_C.STAT_FIELDS), dtype=torch.float64), {k: v[None] for k, v in only.items()}
     return {
         "cap_": (library.cap_.default, (hidden, axes, floors, slots), only),
@@ -908,6 +1006,11 @@ def calls(hidden, axes, floors, slots, projections, lifts, limits) -> dict[str, 
             library.add_rms_norm_cap_.default,
             (hidden, residual, weight, 1e-6, axes, floors, slots),
             only,
+        ),
+        "add_rms_norm_cap_fp8_": (
+            library.add_rms_norm_cap_fp8_.default,
+            (quantized, hidden, residual, weight, 1e-6, axes, floors, slots),
+            {"scale": torch.ones(1), **only},
         ),
         "cap_layers_": (library.cap_layers_.default, ([hidden], axes[None], floors[None], slots), layers),
         "accumulate_": (library.accumulate_.default, (stats, projections, floors, slots), {}),
@@ -968,6 +1071,55 @@ def test_errors_of_the_norm(weight, eps, bias, error, message):
         ops.add_rms_norm_cap_(hidden, residual, weight, eps, unit(1, 1, H), torch.ones(1, 1), weight_bias=bias)
     assert bool((hidden == 1).all())
     assert not residual.any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"quantized": torch.zeros(3, H)},
+            ValueError,
+            r"quantized must have the shape of hidden, \[4, 16\], got \[3, 16\]",
+        ),
+        ({"quantized": torch.zeros(4, H)}, TypeError, "quantized must be Float8_e4m3fn, got Float"),
+        ({"quantized": "twisted"}, ValueError, "quantized must have stride 1"),
+        ({"scale": None}, ValueError, "one of scale and scales must be given"),
+        ({"scales": torch.zeros(4)}, ValueError, "one of scale and scales must be given"),
+        ({"scale": torch.zeros(4)}, ValueError, r"scale must be contiguous and have 1 element, got shape \[4\]"),
+        (
+            {"scale": None, "scales": torch.zeros(3, 1)},
+            ValueError,
+            r"scales must be contiguous and have 4 elements, one for each row, got shape \[3, 1\]",
+        ),
+        ({"scale": None, "scales": torch.zeros(8)[::2]}, ValueError, "scales must be contiguous"),
+        ({"scale": torch.zeros(1, dtype=torch.float64)}, TypeError, "scale must be Float, got Double"),
+        ({"scale": torch.zeros(1, device="meta")}, ValueError, "scale must be on the device of hidden"),
+        ({"weight": torch.ones(H - 1)}, ValueError, "weight must have shape"),
+        ({"residual": "leaf"}, ValueError, "residual requires grad"),
+    ],
+)
+def test_errors_of_the_norm_in_fp8(changed, error, message):
+    strange = {
+        "twisted": torch.zeros(H, 4, dtype=torch.float8_e4m3fn).T,
+        "leaf": torch.zeros(4, H, requires_grad=True),
+    }
+    call = {
+        "quantized": torch.ones(4, H).to(torch.float8_e4m3fn), "hidden": torch.ones(4, H),
+        "residual": torch.zeros(4, H), "weight": torch.ones(H), "eps": 0.0, "axes": unit(1, 1, H),
+        "floors": torch.ones(1, 1), "scale": torch.ones(1), "scales": None,
+    } | {name: strange[value] if isinstance(value, str) else value for name, value in changed.items()}  # fmt: skip
+    for door in (ops.add_rms_norm_cap_fp8_, torch.ops.axiscap.add_rms_norm_cap_fp8_):
+        with pytest.raises(error, match=message):
+            door(**call)
+    if not call["residual"].requires_grad:  # what is said of tensors without data is the same
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        without = {
+            n: fake.from_tensor(v) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v
+            for n, v in call.items()
+        }
+        with fake, pytest.raises(error, match=message):
+            torch.ops.axiscap.add_rms_norm_cap_fp8_(**without)
+    assert not call["residual"].any()
 
 
 def test_errors_of_cap_layers():
@@ -1252,6 +1404,16 @@ def _calls(hidden):
         "add_rms_norm_cap_": lambda: ops.add_rms_norm_cap_(
             hidden, torch.zeros(4, 8), torch.ones(8), 1e-6, axes, floors
         ),
+        "add_rms_norm_cap_fp8_": lambda: ops.add_rms_norm_cap_fp8_(
+            torch.zeros(4, 8, dtype=torch.float8_e4m3fn),
+            hidden,
+            torch.zeros(4, 8),
+            torch.ones(8),
+            1e-6,
+            axes,
+            floors,
+            scale=torch.ones(1),
+        ),
         "cap_layers_": lambda: ops.cap_layers_([hidden], axes[None], floors[None]),
         "bank": lambda: bank.cap_(hidden),
         "op": lambda: torch.ops.axiscap.cap_(hidden, axes, floors),
@@ -1347,6 +1509,31 @@ def test_memory_that_is_shared_is_refused():
         ],
         "hidden is changed, and shares memory with weight": [
             lambda: ops.add_rms_norm_cap_(flat[:16].view(2, 8), buffer[:2], flat[8:16], 1e-6, axes, floors)
+        ],
+        "quantized is changed, and shares memory with hidden": [
+            lambda: ops.add_rms_norm_cap_fp8_(
+                flat.view(torch.float8_e4m3fn)[:16].view(2, 8),
+                flat[:16].view(2, 8),
+                buffer[:2],
+                flat[24:32],
+                1e-6,
+                axes,
+                floors,
+                scale=torch.ones(1),
+            )
+        ],
+        "scales is changed, and shares memory with projections": [
+            lambda: ops.add_rms_norm_cap_fp8_(
+                torch.zeros(2, 8, dtype=torch.float8_e4m3fn),
+                flat[:16].view(2, 8),
+                buffer[:2],
+                flat[24:32],
+                1e-6,
+                axes,
+                floors,
+                scales=flat[40:42],
+                projections=flat[41:43].view(2, 1),
+            )
         ],
         "hiddens is changed, and shares memory with another of them": [
             lambda: ops.cap_layers_([buffer[:3], buffer[2:5]], unit(2, 1, 1, 8), torch.zeros(2, 1, 1))

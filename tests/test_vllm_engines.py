@@ -24,6 +24,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 from safetensors.torch import save_file
 from serving import LONG, MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
 from transformers import GemmaConfig, LlamaConfig
 from vllm import LLM, SamplingParams
@@ -36,7 +37,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 import axiscap_plugin
-from axiscap import models
+from axiscap import models, ops
 from axiscap.serving import vllm as adapter
 from axiscap.serving.fused_norm import CapInNorm
 from axiscap.serving.settings import Choice, Settings, SettingsError
@@ -327,6 +328,101 @@ def test_a_norm_that_the_fused_op_cannot_stand_for_keeps_its_cap_in_front(option
         (call, 2),
         (call, 3),
     ]
+
+
+@pytest.fixture(scope="module")
+def ops_of_a_gpu():
+    """What vLLM's passes put where a norm and a quantisation were; its CPU build has no such ops."""
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define(
+        "fused_add_rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor! residual, Tensor weight, "
+        "Tensor scale, float epsilon) -> ()"
+    )
+    library.define(
+        "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
+        "Tensor? scale_ub, Tensor!? residual) -> ()"
+    )
+
+    def never(*given):
+        raise AssertionError("the norm ran behind the cap, not with it")
+
+    for name in ("fused_add_rms_norm_static_fp8_quant", "rms_norm_dynamic_per_token_quant"):
+        library.impl(name, never, "CPU")
+        torch.library.register_fake(f"_C::{name}", lambda *given: None, lib=library)
+    yield torch.ops._C
+    library._destroy()
+
+
+class Fp8Layer(torch.nn.Module):
+    """The end of a capped layer, and the norm behind it as vLLM's passes leave it for an fp8 matrix."""
+
+    def __init__(self, per_token: bool, *, upper_bound: bool = False, dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        super().__init__()
+        self.per_token, self.dtype = per_token, dtype
+        generator = torch.Generator().manual_seed(3)
+        axes = torch.nn.functional.normalize(torch.randn(2, 1, 64, generator=generator), dim=-1)
+        tensors = {
+            "axes": axes, "floors": torch.tensor([[2.0], [-torch.inf]]), "slots": torch.arange(32).int() % 3 - 1,
+            "projections": torch.zeros(32, 1), "weight": torch.randn(64, generator=generator).bfloat16(),
+            "scale": torch.tensor([0.03]),
+        }  # fmt: skip
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.bound = torch.ones(1) if upper_bound else None
+
+    def streams(self, x):
+        return x * 1.5, x.flip(0) + 1
+
+    def forward(self, x):
+        hidden, residual = self.streams(x)
+        bank = self.axes, self.floors, self.slots, self.projections
+        torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *bank)
+        quantized = torch.empty_like(hidden, dtype=self.dtype)
+        if self.per_token:
+            scale = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+            torch.ops._C.rms_norm_dynamic_per_token_quant(
+                quantized, hidden, self.weight, scale, 1e-6, self.bound, residual
+            )
+        else:
+            scale = self.scale
+            torch.ops._C.fused_add_rms_norm_static_fp8_quant(quantized, hidden, residual, self.weight, scale, 1e-6)
+        return quantized.float() * scale, residual
+
+
+def compiled_with_the_pass(module: torch.nn.Module):
+    """As vLLM compiles: with its older way to functionalise, and the pass at the end."""
+    torch._dynamo.reset()
+    options = {"enable_auto_functionalized_v2": False, "post_grad_custom_post_pass": CapInNorm()}
+    return torch.compile(module, fullgraph=True, dynamic=True, options=options)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_norm_that_is_fused_with_a_quantisation_takes_the_cap_in(per_token, ops_of_a_gpu):
+    module = Fp8Layer(per_token)
+    compiled = compiled_with_the_pass(module)
+    _, (code,) = run_and_get_code(compiled, torch.zeros(7, 64).bfloat16())
+    for rows in (5, 9):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        found, stream = compiled(x)
+        hidden, residual = module.streams(x)
+        bank = module.axes, module.floors, module.slots[:rows]
+        reported = torch.empty(rows, 1)
+        ops.add_rms_norm_cap_(hidden, residual, module.weight, 1e-6, *bank, projections=reported)
+        largest = hidden.float().abs().amax(-1, keepdim=True)
+        scale = (largest / 448).clamp(min=1 / (448 * 512)) if per_token else module.scale
+        quantized = (hidden.float() * scale.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(found, quantized.float() * scale)
+        assert torch.equal(stream, residual)
+        assert torch.equal(module.projections[:rows].nan_to_num(), reported.nan_to_num())
+        assert bool((reported[module.slots[:rows] == 0] < 2).any())  # some fire
+    assert re.findall(r"torch\.ops\.axiscap\.(\S+?)\(", code) == ["add_rms_norm_cap_fp8_.buffers"]
+    assert "clone" not in "".join(re.findall(r"^ +(cpp_fused_\w+)\(", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("options", [{"upper_bound": True}, {"dtype": torch.int8}], ids=str)
+def test_a_quantisation_that_the_fused_op_cannot_stand_for_keeps_its_cap_in_front(options, ops_of_a_gpu):
+    with pytest.raises(AssertionError, match="the norm ran behind the cap"):
+        compiled_with_the_pass(Fp8Layer(True, **options))(torch.randn(5, 64).bfloat16())
 
 
 def test_an_operators_own_pass_stays(compiled_as_for_a_gpu, profiles):

@@ -2,8 +2,9 @@
 
 The hook on a capped layer leaves ``cap_residual_`` in front of the next layer's input norm (behind the last layer, of
 the model's own). That norm adds the same two streams once more: one launch does both, and what the cap reads besides is
-its axes. This runs behind vLLM's own passes, so that a norm which those have fused with a quantisation keeps that, and
-has its cap in front.
+its axes. This runs behind vLLM's own passes, and so also finds a norm that those have fused with the quantisation to
+fp8 that a matrix multiplication wants, by one scale for all rows or by each row's own. Another quantisation (fp8 by
+groups, fp4) keeps its fusion, with the cap in front.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ from torch.fx import Graph
 from vllm.compilation.passes.inductor_pass import InductorPass
 
 _CAP = torch.ops.axiscap.cap_residual_.buffers
-_JOINED = torch.ops.axiscap.add_rms_norm_cap_.buffers
 #: Of a graph; what a node is given is, to a type checker, any of sixteen kinds of thing.
 Node = Any
 _CONVERT = torch.ops.prims.convert_element_type.default
+
+
+class _Joined(NamedTuple):
+    """An op that does both, and what it changes, in the order of its schema."""
+
+    op: Any
+    changes: tuple[str, ...]
+
+
+_NORM = _Joined(torch.ops.axiscap.add_rms_norm_cap_.buffers, ("hidden", "residual", "projections"))
+_NORM_FP8 = _Joined(torch.ops.axiscap.add_rms_norm_cap_fp8_.buffers, ("quantized", "residual", "projections", "scales"))
 
 
 class _Norm(NamedTuple):
@@ -31,24 +42,44 @@ class _Norm(NamedTuple):
     weight: Node
     bias: float
     eps: float
+    joined: _Joined
+    given: dict[str, Node]  # what the joined op takes besides
+    results: tuple[str, ...]  # of the node, in order, by the joined op's names; "" for what an op returns of itself
 
 
 class CapInNorm(InductorPass):  # type: ignore[misc]
     """Joins each cap of a pair of streams with the norm that alone reads the capped sum."""
 
     def __call__(self, graph: Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.vllm_ir.fused_add_rms_norm.default):
+        for node in list(graph.nodes):
             norm = _norm(node)
             if norm is not None and (cap := _cap_of(norm, node)) is not None:
                 _join(graph, cap, node, norm)
 
 
 def _norm(node: Node) -> _Norm | None:
-    """What the node computes; None: something that ``add_rms_norm_cap_`` cannot."""
-    names = ("x", "x_residual", "weight", "epsilon", "variance_size")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    x, weight, bias = given["x"], given["weight"], 0.0
-    if weight is None or given.get("variance_size") is not None:
+    """What the node computes; None: nothing that a joined op can stand for."""
+    results: tuple[str, ...]
+    if node.target is torch.ops.vllm_ir.fused_add_rms_norm.default:
+        names = ("x", "x_residual", "weight", "epsilon", "variance_size")
+        told = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        x, residual, known = told["x"], told["x_residual"], told.get("variance_size") is None
+        joined, given, results = _NORM, {}, ("hidden", "residual")
+    elif node.target is auto_functionalized:
+        told = node.kwargs
+        x, residual, joined, known = told.get("input"), told.get("residual"), _NORM_FP8, told.get("scale_ub") is None
+        if node.args[0] is _vllms("fused_add_rms_norm_static_fp8_quant"):
+            given, results = {"scale": told["scale"], "scales": None}, ("", "quantized", "residual")
+        elif node.args[0] is _vllms("rms_norm_dynamic_per_token_quant"):
+            given, results = {"scale": None, "scales": told["scale"]}, ("", "quantized", "scales", "residual")
+        else:
+            return None
+        given |= {"quantized": told["result"]}
+        known = known and residual is not None and _dtype(told["result"]) is torch.float8_e4m3fn
+    else:
+        return None
+    weight, bias = told["weight"], 0.0
+    if weight is None or not known:
         return None
     if weight.target is torch.ops.aten.add.Tensor and weight.args[1] == 1 and _dtype(weight) is torch.float32:
         # Gemma's weights are stored less 1, and multiply in float32.
@@ -57,7 +88,13 @@ def _norm(node: Node) -> _Norm | None:
             weight = weight.args[0]
     if _dtype(weight) is not _dtype(x):
         return None
-    return _Norm(x, given["x_residual"], weight, bias, given["epsilon"])
+    return _Norm(x, residual, weight, bias, told["epsilon"], joined, given, results)
+
+
+def _vllms(name: str) -> Any:
+    """An op of vLLM's own, in a build that has it."""
+    packet = getattr(torch.ops._C, name, None)
+    return None if packet is None else packet.default
 
 
 def _cap_of(norm: _Norm, node: Node) -> Node | None:
@@ -72,20 +109,21 @@ def _cap_of(norm: _Norm, node: Node) -> Node | None:
 
 
 def _join(graph: Graph, cap: Node, node: Node, norm: _Norm) -> None:
-    changed = {"hidden": norm.x, "residual": cap.kwargs["residual"], "projections": cap.kwargs["projections"]}
-    more = {"weight": norm.weight, "eps": norm.eps, "weight_bias": norm.bias}
+    told = {**cap.kwargs, **norm.given, "weight": norm.weight, "eps": norm.eps, "weight_bias": norm.bias}
+    parts: dict[str, Node] = {}
     with graph.inserting_before(node):
-        joined = graph.call_function(auto_functionalized, (_JOINED,), {**cap.kwargs, **changed, **more})
+        joined = graph.call_function(auto_functionalized, (norm.joined.op,), told)
         # A functionalised op returns what the op does, and behind that all that it changes, in the schema's order.
-        parts = [graph.call_function(getitem, (joined, at)) for at in range(1, 1 + len(changed))]
-    for part, before in zip(parts, changed.values(), strict=True):
-        part.meta["val"] = before.meta["val"]
-    joined.meta["val"] = (None, *(part.meta["val"] for part in parts))
-    hidden, residual, projections = parts
-    for old, new in [(node, {0: hidden, 1: residual}), (cap, {2: projections})]:
+        for at, name in enumerate(norm.joined.changes):
+            if told[name] is not None:
+                parts[name] = graph.call_function(getitem, (joined, 1 + at))
+                parts[name].meta["val"] = told[name].meta["val"]
+    joined.meta["val"] = (None, *(parts[name].meta["val"] if name in parts else None for name in norm.joined.changes))
+    new = {node: {at: name for at, name in enumerate(norm.results) if name}, cap: {2: "projections"}}
+    for old in (node, cap):
         for part in list(old.users):
-            if part.args[1] in new:
-                part.replace_all_uses_with(new[part.args[1]])
+            if part.args[1] in new[old]:
+                part.replace_all_uses_with(parts[new[old][part.args[1]]])
             graph.erase_node(part)
         graph.erase_node(old)
 

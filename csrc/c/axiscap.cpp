@@ -41,6 +41,10 @@ const char* problem(const axiscap_call* call) {
   if (call->weight && (!call->residual || call->project_only)) return "weight needs residual, and a cap";
   if (call->project_only && (!call->projections || call->out)) return "project_only needs projections, and no out";
   if (call->weight && !(call->eps >= 0)) return "eps must not be negative";
+  if (call->quantized && !call->weight) return "quantized needs weight";
+  if (call->quantized && !call->scale == !call->scales) return "quantized needs one of scale and scales";
+  if (call->quantized && call->rows > 1 && call->quantized_stride < call->hidden_size)
+    return "quantized_stride must be at least hidden_size";
   return nullptr;
 }
 
@@ -71,6 +75,12 @@ CapParams params_of(const axiscap_call& call) {
     p.normed_stride = call.hidden_stride;
     p.eps = call.eps;
     p.weight_bias = call.weight_bias;
+    if (call.quantized) {
+      p.normed = call.quantized;
+      p.normed_stride = call.quantized_stride;
+      p.scale = call.scale;
+      p.scales = call.scales;
+    }
   }
   return p;
 }

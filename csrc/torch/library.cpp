@@ -39,6 +39,14 @@ STABLE_TORCH_LIBRARY(axiscap, m) {
       "Tensor floors, Tensor slots, Tensor(c!) projections, float weight_bias=0.0, Tensor? lifts=None, "
       "Tensor? limits=None) -> ()");
   m.def(
+      "add_rms_norm_cap_fp8_(Tensor(a!) quantized, Tensor hidden, Tensor(b!) residual, Tensor weight, float eps, "
+      "Tensor axes, Tensor floors, Tensor? slots=None, *, float weight_bias=0.0, Tensor? scale=None, "
+      "Tensor(c!)? scales=None, Tensor? lifts=None, Tensor? limits=None, Tensor(d!)? projections=None) -> ()");
+  m.def(
+      "add_rms_norm_cap_fp8_.buffers(Tensor(a!) quantized, Tensor hidden, Tensor(b!) residual, Tensor weight, "
+      "float eps, Tensor axes, Tensor floors, Tensor slots, Tensor(d!) projections, float weight_bias=0.0, "
+      "Tensor? scale=None, Tensor(c!)? scales=None, Tensor? lifts=None, Tensor? limits=None) -> ()");
+  m.def(
       "cap_layers_(Tensor(a!)[] hiddens, Tensor axes, Tensor floors, Tensor? slots=None, *, Tensor? lifts=None, "
       "Tensor? limits=None, Tensor(b!)? projections=None) -> ()");
   m.def("accumulate_(Tensor(a!) stats, Tensor projections, Tensor floors, Tensor? slots=None) -> ()");
@@ -180,6 +188,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cap_residual_.buffers", kernel<cap_residual__buffers, Changes<1, "residual">>);
   m.impl("add_rms_norm_cap_", kernel<add_rms_norm_cap_, Changes<0, "hidden">, Changes<1, "residual">>);
   m.impl("add_rms_norm_cap_.buffers", kernel<add_rms_norm_cap__buffers, Changes<0, "hidden">, Changes<1, "residual">>);
+  m.impl("add_rms_norm_cap_fp8_", kernel<add_rms_norm_cap_fp8_, Changes<0, "quantized">, Changes<2, "residual">>);
+  m.impl("add_rms_norm_cap_fp8_.buffers",
+         kernel<add_rms_norm_cap_fp8__buffers, Changes<0, "quantized">, Changes<2, "residual">>);
   m.impl("cap_layers_", kernel<cap_layers_, Changes<0, "hiddens">>);
   m.impl("accumulate_", kernel<accumulate_, Changes<0, "stats">>);
 }

@@ -419,6 +419,11 @@ PYBIND11_MODULE(_C, m) {
                    "slots", "weight_bias", "lifts", "limits", "projections"),
         "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots, "weight_bias"_a = 0.0, lifts,
         limits, projections);
+  m.def("add_rms_norm_cap_fp8_",
+        door<0, 2>("add_rms_norm_cap_fp8_", add_rms_norm_cap_fp8_, "quantized", "hidden", "residual", "weight", "eps",
+                   "axes", "floors", "slots", "weight_bias", "scale", "scales", "lifts", "limits", "projections"),
+        "quantized"_a, "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots,
+        "weight_bias"_a = 0.0, "scale"_a = py::none(), "scales"_a = py::none(), lifts, limits, projections);
   m.def("cap_layers_",
         door<0>("cap_layers_", cap_layers_, "hiddens", "axes", "floors", "slots", "lifts", "limits", "projections"),
         "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);

@@ -101,7 +101,7 @@ class Memory {
 
   // As many as the op with the most arguments has; those that are changed come first. (Not for copying: it costs what
   // the checks themselves do.)
-  Part parts_[9];
+  Part parts_[12];
   int count_ = 0, changed_ = 0;
 };
 
@@ -209,6 +209,19 @@ void use_residual(CapParams& p, const TensorView& hidden, const TensorView& resi
   p.residual_stride = writable_rows_of(residual, "residual").stride;
   p.out = residual.data;
   p.out_stride = p.residual_stride;
+}
+
+// The norm of the sum; where it goes is the op's.
+void use_norm(CapParams& p, const TensorView& hidden, const TensorView& weight, double eps, double weight_bias) {
+  check_dtype(weight, "weight", hidden.dtype);
+  CHECK_VALUE(weight.dim() == 1 && weight.size(0) == p.hidden_size && weight.is_contiguous(),
+              "weight must have shape (H,) = (", p.hidden_size, ",), contiguous, got ", weight.sizes);
+  check_device(weight, "weight", hidden);
+  CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
+  CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
+  p.weight = weight.data;
+  p.eps = float(eps);
+  p.weight_bias = float(weight_bias);
 }
 
 const Accelerator& accelerator_for(Device device) {
@@ -479,20 +492,12 @@ void add_rms_norm_cap_(const TensorView& hidden, const TensorView& residual, con
   memory.read(weight, "weight").read(bank).read(slots, "slots");
   CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
   use_residual(p, hidden, residual);
-  check_dtype(weight, "weight", hidden.dtype);
-  CHECK_VALUE(weight.dim() == 1 && weight.size(0) == p.hidden_size && weight.is_contiguous(),
-              "weight must have shape (H,) = (", p.hidden_size, ",), contiguous, got ", weight.sizes);
-  check_device(weight, "weight", hidden);
-  CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
-  CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
+  use_norm(p, hidden, weight, eps, weight_bias);
   use_bank(p, bank);
   p.projections = check_projections(projections, hidden, {p.rows, p.directions});
   memory.check();
-  p.weight = weight.data;
   p.normed = hidden.data;
   p.normed_stride = p.hidden_stride;
-  p.eps = float(eps);
-  p.weight_bias = float(weight_bias);
   launch(&p, 1, hidden.device);
 }
 
@@ -502,6 +507,50 @@ void add_rms_norm_cap__buffers(const TensorView& hidden, const TensorView& resid
   const FirstRows own_slots(slots, "slots", hidden), own_projections(projections, "projections", hidden);
   add_rms_norm_cap_(hidden, residual, weight, eps, axes, floors, own_slots.view(), weight_bias, lifts, limits,
                     own_projections.view());
+}
+
+void add_rms_norm_cap_fp8_(const TensorView& quantized, const TensorView& hidden, const TensorView& residual,
+                           const TensorView& weight, double eps, const TensorView& axes, const TensorView& floors,
+                           Optional slots, double weight_bias, Optional scale, Optional scales, Optional lifts,
+                           Optional limits, Optional projections) {
+  const Bank bank(axes, floors, lifts, limits);
+  Memory memory;
+  memory.change(residual, "residual").change(quantized, "quantized").change(scales, "scales");
+  memory.change(projections, "projections").read(hidden, "hidden").read(weight, "weight").read(scale, "scale");
+  memory.read(bank).read(slots, "slots");
+  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), bank.axes, bank.spans[0], slots);
+  use_residual(p, hidden, residual);
+  use_norm(p, hidden, weight, eps, weight_bias);
+  CHECK_VALUE(quantized.sizes == hidden.sizes, "quantized must have the shape of hidden, ", hidden.sizes, ", got ",
+              quantized.sizes);
+  check_dtype(quantized, "quantized", kFloat8);
+  check_device(quantized, "quantized", hidden);
+  CHECK_VALUE(!scale != !scales, "one of scale and scales must be given");
+  const TensorView& given = scale ? *scale : *scales;
+  const char* name = scale ? "scale" : "scales";
+  const int64_t wanted = scale ? 1 : p.rows;
+  check_dtype(given, name, kFloat);
+  CHECK_VALUE(given.numel == wanted && given.is_contiguous(), name, " must be contiguous and have ", wanted,
+              scale ? " element" : " elements, one for each row", ", got shape ", given.sizes);
+  check_device(given, name, hidden);
+  use_bank(p, bank);
+  p.projections = check_projections(projections, hidden, {p.rows, p.directions});
+  memory.check();
+  p.normed = quantized.data;
+  p.normed_stride = writable_rows_of(quantized, "quantized").stride;
+  p.scale = scale ? given.as<const float>() : nullptr;
+  p.scales = scales ? given.as<float>() : nullptr;
+  launch(&p, 1, hidden.device);
+}
+
+void add_rms_norm_cap_fp8__buffers(const TensorView& quantized, const TensorView& hidden, const TensorView& residual,
+                                   const TensorView& weight, double eps, const TensorView& axes,
+                                   const TensorView& floors, const TensorView& slots, const TensorView& projections,
+                                   double weight_bias, Optional scale, Optional scales, Optional lifts,
+                                   Optional limits) {
+  const FirstRows own_slots(slots, "slots", hidden), own_projections(projections, "projections", hidden);
+  add_rms_norm_cap_fp8_(quantized, hidden, residual, weight, eps, axes, floors, own_slots.view(), weight_bias, scale,
+                        scales, lifts, limits, own_projections.view());
 }
 
 void cap_layers_(TensorList hiddens, const TensorView& axes, const TensorView& floors, Optional slots, Optional lifts,

@@ -68,6 +68,18 @@ void add_rms_norm_cap__buffers(const TensorView& hidden, const TensorView& resid
                                double eps, const TensorView& axes, const TensorView& floors, const TensorView& slots,
                                const TensorView& projections, double weight_bias, Optional lifts, Optional limits);
 
+// One of scale and scales is given.
+void add_rms_norm_cap_fp8_(const TensorView& quantized, const TensorView& hidden, const TensorView& residual,
+                           const TensorView& weight, double eps, const TensorView& axes, const TensorView& floors,
+                           Optional slots, double weight_bias, Optional scale, Optional scales, Optional lifts,
+                           Optional limits, Optional projections);
+
+void add_rms_norm_cap_fp8__buffers(const TensorView& quantized, const TensorView& hidden, const TensorView& residual,
+                                   const TensorView& weight, double eps, const TensorView& axes,
+                                   const TensorView& floors, const TensorView& slots, const TensorView& projections,
+                                   double weight_bias, Optional scale, Optional scales, Optional lifts,
+                                   Optional limits);
+
 // The axes, floors, lifts and limits are of as many layers.
 void cap_layers_(TensorList hiddens, const TensorView& axes, const TensorView& floors, Optional slots, Optional lifts,
                  Optional limits, Optional projections);

@@ -13,8 +13,8 @@ const int32_t kCpu = aoti_torch_device_type_cpu(), kCuda = aoti_torch_device_typ
 }  // namespace
 
 const ScalarType kFloat{aoti_torch_dtype_float32()}, kBFloat16{aoti_torch_dtype_bfloat16()},
-    kHalf{aoti_torch_dtype_float16()}, kDouble{aoti_torch_dtype_float64()}, kInt{aoti_torch_dtype_int32()},
-    kBool{aoti_torch_dtype_bool()};
+    kHalf{aoti_torch_dtype_float16()}, kFloat8{aoti_torch_dtype_float8_e4m3fn()}, kDouble{aoti_torch_dtype_float64()},
+    kInt{aoti_torch_dtype_int32()}, kBool{aoti_torch_dtype_bool()};
 
 bool Sizes::operator==(const Sizes& other) const {
   return count == other.count && std::equal(begin(), end(), other.begin());

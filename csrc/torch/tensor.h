@@ -64,7 +64,7 @@ struct ScalarType {
 
 std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float
 
-extern const ScalarType kFloat, kBFloat16, kHalf, kDouble, kInt, kBool;
+extern const ScalarType kFloat, kBFloat16, kHalf, kFloat8, kDouble, kInt, kBool;
 
 // From a tensor's first byte to the one behind its last.
 struct Span {

@@ -18,7 +18,7 @@ from interpreter import Kernel, Launch, Memory, parse
 
 from axiscap import _C
 
-OPS = {"cap": 0, "cap_residual": 1, "norm": 2}
+OPS = {"cap": 0, "cap_residual": 1, "norm": 2, "norm_fp8": 3}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
 MAX_LAYERS = 48
@@ -91,6 +91,9 @@ class Device:
         weight=None,
         eps=0.0,
         weight_bias=0.0,
+        quantized=None,
+        scale=None,
+        scales=None,
         out=None,
         projections=None,
         fired=None,
@@ -101,7 +104,8 @@ class Device:
         (L, rows, K).
         All but hiddens and axes may be None.
 
-        In place (in residual, where given), unless out is a tensor; out False: only projections.
+        In place (in residual, where given), unless out is a tensor; out False: only projections. The norm goes to
+        hidden, or to quantized.
         """
         first = hiddens[0]
         rows, size = first.shape
@@ -146,7 +150,13 @@ class Device:
         strides = [hidden.stride(0) for hidden in hiddens] + [out_stride, residual_stride]
         aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
         aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
-        op = "norm" if weight is not None else "cap_residual" if residual is not None else "cap"
+        normed_at, normed_stride = (streams[0], first.stride(0)) if weight is not None else (0, 0)
+        if quantized is not None:
+            normed_at, normed_stride = place("quantized", quantized, written=False), quantized.stride(0)
+            aligned = aligned and normed_at % (16 // unit) == normed_stride % (16 // unit) == 0
+        scale_at, scales_at = place("scale", scale), place("scales", scales, written=False)
+        op = "norm_fp8" if quantized is not None else "norm"
+        op = op if weight is not None else "cap_residual" if residual is not None else "cap"
         wide = size > HELD[first.dtype]
         self.name = (
             wide_name(first.dtype, op) if wide else kernel_name(first.dtype, op, directions > 1, aligned, layers)
@@ -154,16 +164,15 @@ class Device:
         if rows == 0:
             return
 
-        normed, normed_stride = (streams[0], first.stride(0)) if weight is not None else (0, 0)
         shared = struct.pack(
-            "<3Q3q2q5Q2q4Qqffi4x",
+            "<3Q3q2q5Q2q4Qqff2Qi4x",
             *(streams[0], residual_at, targets[0]),
             *(first.stride(0), residual_stride, out_stride),
             *(rows, size),
             *(axes_at, lifts_at, floors_at, limits_at, slots_at),
             *(num_slots, directions),
-            *(projections_at, fired_at, weight_at, normed),
-            *(normed_stride, eps, weight_bias, number),
+            *(projections_at, fired_at, weight_at, normed_at),
+            *(normed_stride, eps, weight_bias, scale_at, scales_at, number),
         )
         parameters = shared + struct.pack("<if?7x", threads, 1 / size, aligned)
         for i in range(layers):

@@ -167,12 +167,24 @@ def _to_float16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint32(0x7FFF), x.astype(np.float16).view(np.uint16).astype(np.uint32))
 
 
+#: What E4M3 can hold from 0 to its largest, and what lies halfway between.
+_FP8 = np.array([(m / 8 if e == 0 else 1 + m / 8) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)][:-1])
+_FP8_TIES = (_FP8[1:] + _FP8[:-1]) / 2
+
+
+def _to_fp8(x: np.ndarray) -> np.ndarray:
+    size = np.minimum(np.abs(x).astype(np.float64), _FP8[-1])
+    code = np.searchsorted(_FP8_TIES, size)  # the lower one of a tie
+    code += (np.append(_FP8_TIES, np.inf)[np.minimum(code, len(_FP8_TIES))] == size) & (code % 2 == 1)
+    return (np.where(np.isnan(x), 0x7F, code) | np.signbit(x).astype(np.int64) << 7).astype(np.uint16)
+
+
 _COMPARE = {
     "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "ne": lambda a, b: (a != b) & (a == a) & (b == b),  # false where one is NaN, like the others
     "neu": np.not_equal, "equ": lambda a, b: (a == b) | (a != a) | (b != b),
     "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
-    "geu": lambda a, b: ~(a < b),
+    "geu": lambda a, b: ~(a < b), "num": lambda a, b: (a == a) & (b == b),
 }  # fmt: skip
 
 
@@ -339,6 +351,9 @@ class Block:
         if op.startswith("cvt.rn.f16x2.f32"):
             high, low = _to_float16(get(1, np.float32)), _to_float16(get(2, np.float32))
             return (high << np.uint32(16)) | low
+        if op == "cvt.rn.satfinite.e4m3x2.f32":
+            high, low = _to_fp8(get(1, np.float32)), _to_fp8(get(2, np.float32))
+            return (high << np.uint16(8)) | low
         if op == "cvt.f32.f16":
             return get(1, np.uint16).view(np.float16).astype(np.float32)
         if root == "cvt" and len(parts) == 3 and kind is not None:
@@ -347,8 +362,9 @@ class Block:
             return get(1, np.uint64)
         if root == "mov":
             if operands[1].startswith("{"):
-                low, high = (self.value(name.strip(), np.uint32) for name in operands[1].strip("{}").split(","))
-                return low | high.astype(np.uint64) << np.uint64(32)
+                half, whole = (np.uint32, np.uint64) if op == "mov.b64" else (np.uint16, np.uint32)
+                low, high = (self.value(name.strip(), half) for name in operands[1].strip("{}").split(","))
+                return low | high.astype(whole) << whole(np.dtype(half).itemsize * 8)
             return get(1)
         if root == "setp" and len(parts) == 3:
             return _COMPARE[parts[1]](get(1), get(2))
@@ -385,6 +401,10 @@ class Block:
             return np.abs(get(1))
         if root == "neg" and len(parts) == 2:
             return -get(1)
+        if op == "div.rn.f32":
+            return get(1) / get(2)
+        if op == "rcp.rn.f32":
+            return 1 / get(1)
         if op == "rsqrt.approx.f32":
             return (1 / np.sqrt(get(1).astype(np.float64))).astype(np.float32)
         raise PtxError(f"unknown opcode {op}")

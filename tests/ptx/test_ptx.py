@@ -15,7 +15,18 @@ from conftest import assert_same_bits, unit
 from emulated import HELD, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, wide_name
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
-from test_ops import DTYPES, Input, assert_admitted, assert_close_to_oracle, assert_normed, at_the_edge, inputs
+from test_ops import (
+    DTYPES,
+    Input,
+    around_fp8,
+    assert_admitted,
+    assert_close_to_oracle,
+    assert_normed,
+    at_the_edge,
+    in_fp8,
+    inputs,
+    own_scales,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from axiscap import _C, ops, reference
@@ -43,40 +54,70 @@ def run_on(device: Device, op: str, rows: torch.Tensor, axes, floors, slots=None
         floors[None],
         slots,
         residual=None if op == "cap" else rows,
-        weight=torch.ones(rows.shape[1], dtype=rows.dtype) if op == "norm" else None,
         projections=projections,
         fired=fired,
+        **normed_by(op, torch.ones(rows.shape[1], dtype=rows.dtype), rows)[0],
     )
     return projections[0], fired
 
 
+def normed_by(op: str, weight: torch.Tensor, rows: torch.Tensor, *, own_scales: bool = True):
+    """What a norm takes beside a cap, and where its result and its scales go, if not to hidden."""
+    if op not in ("norm", "norm_fp8"):
+        return {}, None, torch.empty(0)
+    if op == "norm":
+        return {"weight": weight}, None, torch.empty(0)
+    # Rows of hidden's stride: a vector's elements lie as they do there.
+    quantized = torch.zeros(len(rows), rows.stride(0)).to(torch.float8_e4m3fn)[:, : rows.shape[1]]
+    scales = torch.full((len(rows), 1), 7.0) if own_scales else torch.tensor([0.02])
+    given = {"scales" if own_scales else "scale": scales}
+    return {"weight": weight, "quantized": quantized, **given}, quantized, scales
+
+
 def run_like_the_cpu(device: Device, op: str, case: Input, *, bias: float = 0.0):
-    """Runs one op on the device, on copies of the case's rows; returns what it left and what it was given."""
+    """Runs one op on the device, on copies of the case's rows; returns what it left and what it was given: hidden, or
+    in its place the norm in fp8, residual, weight, projections, fired, scales.
+    """
     hidden = case.buffer.clone()[:, : case.hidden.shape[-1]]
     residual = case.buffer.flip(0).clone()[:, : hidden.shape[-1]]
     rows, directions = len(hidden), case.axes.shape[1]
     projections = torch.empty(1, rows, directions)
     fired = torch.empty(rows, directions, dtype=torch.uint8)
     weight = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(5)).to(hidden.dtype)
+    norm, quantized, scales = normed_by(op, weight, hidden, own_scales=case.slots is None)
     device.call(
         [hidden],
         case.axes[None],
         case.floors[None],
         case.slots,
         residual=None if op == "cap" else residual,
-        weight=weight if op == "norm" else None,
         eps=1e-6,
         weight_bias=bias,
         projections=projections,
         fired=fired,
+        **norm,
         **{name: None if value is None else value[None] for name, value in case.more().items()},
     )
-    return hidden, residual, weight, projections[0], fired
+    if quantized is not None:
+        assert_same_bits(hidden.contiguous(), case.hidden.contiguous())
+        hidden = quantized
+    return hidden, residual, weight, projections[0], fired, scales
 
 
 def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
     before, before_residual = case.hidden.clone(), case.buffer.flip(0)[:, : case.hidden.shape[-1]].clone()
-    hidden, residual, weight, projections, fired = run_like_the_cpu(device, op, case, bias=1.0)
+    hidden, residual, weight, projections, fired, scales = run_like_the_cpu(device, op, case, bias=1.0)
+    if op == "norm_fp8":  # the norm, to the bit, and torch's quantisation
+        normed, *wanted = run_like_the_cpu(Device(device.source, resident=device.resident), "norm", case, bias=1.0)
+        for found, other in zip((residual, weight, projections, fired), wanted, strict=False):
+            assert torch.equal(raw_bits(found), raw_bits(other))
+        numbers = normed.isfinite().all(-1)
+        if case.slots is None:
+            assert_same_bits(scales[numbers], own_scales(normed)[numbers])
+        expected = in_fp8(normed, scales)
+        assert torch.equal(hidden[numbers].view(torch.uint8), expected[numbers].view(torch.uint8))
+        assert bool((hidden.float().isnan() == expected.float().isnan()).all())
+        return
     incoming = before.double() if op == "cap" else before.double() + before_residual.double()
     if op == "cap":
         assert_close_to_oracle(hidden, incoming, *case.call(), **case.more())
@@ -114,8 +155,8 @@ def test_the_list_of_kernels_is_that_of_the_module():
     assert found == one | several | wide
     assert len(kernels()) == len(found) + statistics
     # What a launch copies: for a layer a few hundred bytes.
-    assert {kernels()[name].parameters[0][1] for name in one | wide} == {264}
-    assert {kernels()[name].parameters[0][1] for name in several} == {264 + 47 * 72}
+    assert {kernels()[name].parameters[0][1] for name in one | wide} == {280}
+    assert {kernels()[name].parameters[0][1] for name in several} == {280 + 47 * 72}
 
 
 @pytest.mark.slow
@@ -150,6 +191,15 @@ def test_older_architectures_run_the_same():
         new, old = Device(), Device(kernels(80))
         for found, wanted in zip(run_like_the_cpu(old, op, case), run_like_the_cpu(new, op, case), strict=True):
             assert torch.equal(raw_bits(found), raw_bits(wanted))
+    for source, dtype in itertools.product((kernels(80), kernels(90)), DTYPES):  # the older ones round by hand
+        weight, ones = around_fp8(dtype), torch.ones(1, 1024, dtype=dtype)
+        for scale in (torch.ones(1), torch.tensor([2.0**-9])):
+            quantized = torch.zeros(1, 1024).to(torch.float8_e4m3fn)
+            given = {"weight": weight, "quantized": quantized, "scale": scale, "residual": ones.clone()}
+            Device(source).call(
+                [torch.zeros_like(ones)], unit(1, 1, 1, 1024), torch.full((1, 1, 1), -math.inf), **given
+            )
+            assert torch.equal(quantized.view(torch.uint8), in_fp8(weight[None] + 0.0, scale).view(torch.uint8))
     assert not any("griddepcontrol" in i.op for kernel in kernels(80).values() for i in kernel.code)
     for name, kernel in kernels(90).items():
         assert ("accumulate_rows" not in name) == any(i.op == "griddepcontrol.wait" for i in kernel.code)
@@ -242,7 +292,7 @@ def test_a_projection_at_its_floor_does_not_fire(op, directions):
     assert fired[:, 0].tolist() == [0, 1]
     assert_same_bits(rows[0], before[0])
     assert rows[1, 3] == 2.0
-    if op != "norm":
+    if op not in ("norm", "norm_fp8"):
         name = "hidden0" if op == "cap" else "residual"
         assert device.memory[name].requested["st"] == size * 2
 
@@ -275,12 +325,17 @@ def test_rows_may_lie_further_apart_than_32_bits_reach(op):
     ]
     for rows, held in zip(far, near, strict=True):
         rows.copy_(held)
-    weight = torch.ones(size, dtype=torch.bfloat16) if op == "norm" else None
     bank = unit(1, 1, 1, size), torch.full((1, 1, 1), 2.0)
+    made = []
     for hidden, residual in (far, near):
-        Device(resident=1).call([hidden], *bank, residual=None if op == "cap" else residual, weight=weight)
+        norm, quantized, scales = normed_by(op, torch.ones(size, dtype=torch.bfloat16), near[0])
+        Device(resident=1).call([hidden], *bank, residual=None if op == "cap" else residual, **norm)
+        if op == "norm_fp8":
+            made.append((quantized.view(torch.uint8), scales))
     for rows, held in zip(far, near, strict=True):
         assert_same_bits(rows.contiguous(), held)
+    for one, other in zip(*made, strict=True) if made else ():
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -380,7 +435,7 @@ def test_every_stream_is_read_once(op, directions):
     streams = {name: torch.randn(rows, size).bfloat16() for name in ("hidden0", "residual")}
     if op == "cap":
         del streams["residual"]
-    weight = {"weight": torch.ones(size).bfloat16()} if op == "norm" else {}
+    weight, quantized, _ = normed_by(op, torch.ones(size).bfloat16(), torch.empty(rows, size))
     device = Device(resident=2)
     device.call(
         [streams["hidden0"]],
@@ -389,11 +444,13 @@ def test_every_stream_is_read_once(op, directions):
         residual=streams.get("residual"),
         **weight,
     )
-    written = {"cap": ["hidden0"], "cap_residual": ["residual"], "norm": ["hidden0", "residual"]}[op]
+    written = {"cap": ["hidden0"], "norm": ["hidden0", "residual"]}.get(op, ["residual"])
     for name in streams:
         buffer = device.memory[name]
         assert buffer.sectors["ld"] * 32 == buffer.requested["ld"] == rows * size * 2
         assert buffer.sectors["st"] * 32 == (rows * size * 2 if name in written else 0)
+    if quantized is not None:  # a byte for two
+        assert device.memory["quantized"].sectors["st"] * 32 == rows * size
 
 
 # The plan.
@@ -558,7 +615,9 @@ def test_wide_rows_into_another_tensor(out):
         assert_same_bits(target, in_place)
 
 
-@pytest.mark.parametrize(("op", "loads", "stores"), [("cap", 1, 1), ("cap_residual", 4, 1), ("norm", 2, 2)])
+@pytest.mark.parametrize(
+    ("op", "loads", "stores"), [("cap", 1, 1), ("cap_residual", 4, 1), ("norm", 2, 2), ("norm_fp8", 2, 1)]
+)
 def test_what_a_wide_row_moves(op, loads, stores):
     """A stream of its own is read once and written once; a residual that is corrected is read again beside hidden."""
     size, rows = HELD[torch.bfloat16] + 2048, 3
@@ -795,6 +854,44 @@ def test_planted_faults_are_caught_in_wide_rows(change, op, error, message, monk
         check = functools.partial(check_against_the_oracle, Device(), op, case)
     with pytest.raises(error, match=message):
         check()
+
+
+def swap_two(code):
+    """Of two numbers that become two bytes, each stands in the other's place."""
+    return [
+        dataclasses.replace(i, operands=(i.operands[0], i.operands[2], i.operands[1])) if "e4m3x2" in i.op else i
+        for i in code
+    ]
+
+
+def leave_a_lane_out(code):
+    """The largest of a row leaves out what the last shuffle brings."""
+    at = first(code, "max", max(i for i in range(len(code)) if code[i].op.startswith("shfl")))
+    code[at] = dataclasses.replace(code[at], op="mov.f32", operands=(code[at].operands[0], code[at].operands[1]))
+    return code
+
+
+def forget_the_least(code):
+    """A row's scale may be 0."""
+    at = max(i for i in range(len(code)) if code[i].op == "max.f32")
+    code[at] = dataclasses.replace(code[at], op="mov.f32", operands=(code[at].operands[0], code[at].operands[1]))
+    return code
+
+
+@pytest.mark.parametrize("size", [1040, HELD[torch.bfloat16] + 2048])
+@pytest.mark.parametrize("change", [swap_two, leave_a_lane_out, forget_the_least])
+def test_planted_faults_in_fp8_are_caught(change, size):
+    wide = size > HELD[torch.bfloat16]
+    name = wide_name(torch.bfloat16, "norm_fp8") if wide else kernel_name(torch.bfloat16, "norm_fp8", False, True)
+
+    def check(device):
+        case = Input(torch.bfloat16, 3, size, 2, 1, 0, 1.0, False, False, 1)
+        case.buffer[1] = 0
+        check_against_the_oracle(device, "norm_fp8", case)
+
+    check(Device())
+    with pytest.raises(AssertionError):
+        check(Device(mutated(name, change)))
 
 
 def check_bits_and_oracle(device: Device, case: Input) -> None:

@@ -68,6 +68,11 @@ typedef struct axiscap_call {
       weight; /* NULL, or (hidden_size,): residual <- cap(hidden + residual), and hidden becomes its RMS norm, */
   float eps;  /* hidden <- residual / sqrt(mean(residual^2) + eps) * (weight + weight_bias) */
   float weight_bias;
+
+  void* quantized; /* NULL, or where the norm goes instead, in fp8 (E4M3), over a scale: (rows, hidden_size) */
+  int64_t quantized_stride;
+  const float* scale; /* the scale of all rows, or */
+  float* scales;      /* (rows,): where each row's own goes, its largest |element| / 448 but at least 1 / (448 * 512) */
 } axiscap_call;
 
 /* The library's AXISCAP_VERSION. */

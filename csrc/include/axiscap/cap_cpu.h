@@ -236,36 +236,91 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
   std::memcpy(out + i, rounded, (size - i) * sizeof(T));
 }
 
-// normed = x / sqrt(mean(x^2) + eps) * (weight + weight_bias), of a row x as it was stored.
+// x / sqrt(mean(x^2) + eps) * (weight + weight_bias) of a row x as it was stored.
 template <class T>
-void norm_row(const CapParams& p, const T* x, T* normed) {
-  const T* weight = static_cast<const T*>(p.weight);
-  const int64_t size = p.hidden_size;
-  Vec acc[kVecs] = {};
-  T tail[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
+struct Norm {
+  static constexpr int kStep = 2 * kWidth;
+
+  const T* x;
+  const T* weight;
+  int64_t size;
+  Vec scale, bias;
+
+  Norm(const CapParams& p, const T* x)
+      : x(x), weight(static_cast<const T*>(p.weight)), size(p.hidden_size), bias(broadcast(p.weight_bias)) {
+    Vec acc[kVecs] = {};
+    T tail[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes)
+      for (int u = 0; u < kVecs; ++u) {
+        const Vec v = load(x + i + u * kWidth);
+        acc[u] = multiply_add(v, v, acc[u]);
+      }
+    std::memcpy(tail, x + i, (size - i) * sizeof(T));
     for (int u = 0; u < kVecs; ++u) {
-      const Vec v = load(x + i + u * kWidth);
+      const Vec v = load(tail + u * kWidth);
       acc[u] = multiply_add(v, v, acc[u]);
     }
-  std::memcpy(tail, x + i, (size - i) * sizeof(T));
-  for (int u = 0; u < kVecs; ++u) {
-    const Vec v = load(tail + u * kWidth);
-    acc[u] = multiply_add(v, v, acc[u]);
+    scale = broadcast(1.f / std::sqrt(fold(acc) / float(size) + p.eps));
   }
-  const Vec scale = broadcast(1.f / std::sqrt(fold(acc) / float(size) + p.eps));
-  const Vec bias = broadcast(p.weight_bias);
-  constexpr int kStep = 2 * kWidth;
-  for (i = 0; i + kStep <= size; i += kStep)
-    store(normed + i, load(x + i) * scale * (load(weight + i) + bias),
-          load(x + i + kWidth) * scale * (load(weight + i + kWidth) + bias));
-  T weight_tail[kStep] = {}, rounded[kStep];
-  std::memcpy(tail, x + i, (size - i) * sizeof(T));
-  std::memcpy(weight_tail, weight + i, (size - i) * sizeof(T));
-  store(rounded, load(tail) * scale * (load(weight_tail) + bias),
-        load(tail + kWidth) * scale * (load(weight_tail + kWidth) + bias));
-  std::memcpy(normed + i, rounded, (size - i) * sizeof(T));
+
+  // Hands over where, how many elements, and two vectors of them; behind the last element they are 0.
+  template <class Take>
+  void each(Take take) const {
+    const Norm norm = *this;  // held in locals: the stores could change anything behind a pointer
+    const auto hand = [&](const T* row, const T* by, int64_t i, int64_t n) {
+      take(i, n, load(row) * norm.scale * (load(by) + norm.bias),
+           load(row + kWidth) * norm.scale * (load(by + kWidth) + norm.bias));
+    };
+    int64_t i = 0;
+    for (; i + kStep <= norm.size; i += kStep) hand(norm.x + i, norm.weight + i, i, kStep);
+    if (i == norm.size) return;
+    T row_tail[kStep] = {}, weight_tail[kStep] = {};
+    std::memcpy(row_tail, norm.x + i, (norm.size - i) * sizeof(T));
+    std::memcpy(weight_tail, norm.weight + i, (norm.size - i) * sizeof(T));
+    hand(row_tail, weight_tail, i, norm.size - i);
+  }
+};
+
+template <class T>
+void norm_row(const CapParams& p, const T* x, T* normed) {
+  Norm<T>(p, x).each([normed](int64_t i, int64_t n, Vec a, Vec b) {
+    if (n == Norm<T>::kStep) return store(normed + i, a, b);
+    T rounded[Norm<T>::kStep];
+    store(rounded, a, b);
+    std::memcpy(normed + i, rounded, n * sizeof(T));
+  });
+}
+
+// In fp8: as above, and over a scale; `own_scale` is where the row's goes, or null.
+template <class T>
+void norm_row_in_fp8(const CapParams& p, const T* x, uint8_t* normed, float* own_scale) {
+  constexpr int kStep = Norm<T>::kStep;
+  const Norm<T> norm(p, x);
+  float scale = own_scale ? 0 : *p.scale;
+  if (own_scale) {
+    Vec most = {};
+    const auto look = [&most](Vec x) {
+      const VecU32 is_more = (VecU32)(magnitude(x) > most);
+      most = bit_cast<Vec>((bit_cast<VecU32>(magnitude(x)) & is_more) | (bit_cast<VecU32>(most) & ~is_more));
+    };
+    norm.each([&look](int64_t, int64_t, Vec a, Vec b) {
+      T rounded[kStep];
+      store(rounded, a, b);
+      look(load(rounded));
+      look(load(rounded + kWidth));
+    });
+    for (int j = 0; j < kWidth; ++j) scale = std::max(scale, most[j]);
+    *own_scale = scale = std::max(scale / kFp8Max, kFp8LeastScale);
+  }
+  const Vec inverse = broadcast(1.f / scale);
+  norm.each([normed, inverse](int64_t i, int64_t n, Vec a, Vec b) {
+    T rounded[kStep];
+    uint8_t bytes[kStep];
+    store(rounded, a, b);
+    store_fp8(bytes, load(rounded) * inverse, load(rounded + kWidth) * inverse);
+    std::memcpy(normed + i, bytes, n);
+  });
 }
 
 // What becomes of a row, once its corrections are known.
@@ -276,7 +331,12 @@ void finish_row(const CapParams& p, int64_t index, const Row& row, const Correct
     store_corrected(row, corrections, out, p.hidden_size, ahead);
   else if (out != row.base())
     std::memcpy(out, row.base(), p.hidden_size * sizeof(T));
-  if (p.weight) norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
+  if (!p.weight) return;
+  if (p.scale || p.scales)
+    norm_row_in_fp8(p, out, static_cast<uint8_t*>(p.normed) + index * p.normed_stride,
+                    p.scales ? p.scales + index : nullptr);
+  else
+    norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
 }
 
 // Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false,

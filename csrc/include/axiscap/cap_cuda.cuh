@@ -15,7 +15,11 @@ enum class Op {
   kCap,          // x = hidden
   kCapResidual,  // x = hidden + residual; the correction goes into residual alone
   kNorm,         // x = hidden + residual, which residual becomes, capped or not; then the norm of it
+  kNormFp8,      // the same, and the norm in fp8
 };
+
+template <Op kOp>
+inline constexpr bool is_norm = kOp == Op::kNorm || kOp == Op::kNormFp8;
 
 template <class T>
 using Part = float[kVecsPerThread][kPer<T>];  // a thread's part of a row
@@ -147,7 +151,7 @@ __device__ inline bool may_overflow(float correction) {
 template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Along>
 __device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
                             float correction) {
-  constexpr bool kInRegisters = kMany || kAligned || kOp == Op::kNorm;
+  constexpr bool kInRegisters = kMany || kAligned || is_norm<kOp>;
   constexpr int kUnroll = kInRegisters ? kVecsPerThread : 1;
   bool finite = true;
 #pragma unroll kUnroll
@@ -155,7 +159,7 @@ __device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<
     if (!kInRegisters) asm volatile("" : "+r"(v));  // nothing of this is worth a register elsewhere
     float y[kPer<T>];
     Pack sum;
-    if constexpr (kOp == Op::kNorm) {
+    if constexpr (is_norm<kOp>) {
       sum = rounded<T>(x[v]);
     } else {
       correct<kMany, kInRegisters>(rows, rows.get(kSources - 1, v), x, direction, correction, v, y);
@@ -167,32 +171,58 @@ __device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<
   return finite;
 }
 
+// What the norm is divided by before it is rounded to fp8, known to a row's threads once its largest element is.
+__device__ inline float scale_of_row(const CapParams& p, int64_t row, float largest, bool tells) {
+  if (p.scale) return __ldg(p.scale);
+  const float scale = fmaxf(largest / kFp8Max, kFp8LeastScale);
+  if (tells) p.scales[row] = scale;
+  return scale;
+}
+
 // The row as it is now, and its norm.
-template <bool kAligned, class T, int kSources>
+template <bool kFp8, bool kAligned, class T, int kSources>
 __device__ inline void store_normed(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, float inverse_size,
                                     int& turn) {
   const CapParams& p = rows.p;
   T* out = static_cast<T*>(rows.layer.out) + rows.index * rows.layer.out_stride;
-  T* normed = static_cast<T*>(p.normed) + rows.index * p.normed_stride;
+  const int64_t normed_at = rows.index * p.normed_stride;
   const int size = rows.real() ? rows.size : 0;
-  float squares = 0;
+  float squares = 0, largest = 0;
   Pack sums[kVecsPerThread];
+  constexpr int kUnroll =
+      kFp8 && !kAligned ? 1 : kVecsPerThread;  // element by element, a vector takes registers enough
 #pragma unroll
   for (int v = 0; v < kVecsPerThread; ++v) {
     sums[v] = rounded<T>(x[v]);
     store<T, kAligned>(out, rows.at(v), size, sums[v]);
+    if (kFp8) rows.keep(0, v, sums[v]);  // what comes takes more registers
 #pragma unroll
     for (int e = 0; e < kPer<T>; ++e) squares = fmaf(element<T>(sums[v], e), element<T>(sums[v], e), squares);
   }
   const float scale = rsqrtf(fmaf(rows.group.sum(squares, turn), inverse_size, p.eps));
-#pragma unroll
+#pragma unroll kUnroll
   for (int v = 0; v < kVecsPerThread; ++v) {
     asm volatile("" ::: "memory");  // one vector's weights at a time: all of them would not fit the registers
     const Pack weight = load_weight<T, kAligned>(static_cast<const T*>(p.weight), rows.at(v), rows.size);
+    const Pack sum = kFp8 ? rows.get(0, v) : sums[v];
     float y[kPer<T>];
 #pragma unroll
-    for (int e = 0; e < kPer<T>; ++e) y[e] = element<T>(sums[v], e) * scale * (element<T>(weight, e) + p.weight_bias);
-    store<T, kAligned>(normed, rows.at(v), size, rounded<T>(y));
+    for (int e = 0; e < kPer<T>; ++e) y[e] = element<T>(sum, e) * scale * (element<T>(weight, e) + p.weight_bias);
+    const Pack normed = rounded<T>(y);
+    if constexpr (kFp8) {
+      rows.keep(0, v, normed);
+#pragma unroll
+      for (int e = 0; e < kPer<T>; ++e) largest = fmaxf(largest, fabsf(element<T>(normed, e)));
+    } else {
+      store<T, kAligned>(static_cast<T*>(p.normed) + normed_at, rows.at(v), size, normed);
+    }
+  }
+  if constexpr (kFp8) {
+    if (p.scales) largest = rows.group.largest(largest, turn);
+    const float inverse = 1.f / scale_of_row(p, rows.index, largest, rows.real() && rows.group.lane == 0);
+#pragma unroll kUnroll
+    for (int v = 0; v < kVecsPerThread; ++v)
+      store_fp8<T, kAligned>(static_cast<uint8_t*>(p.normed) + normed_at, rows.at(v), size, rows.get(0, v), inverse);
   }
 }
 
@@ -209,7 +239,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
   const Group group(call.threads_per_row);
   wait_for_the_kernel_before();
 
-  Rows<T, kOp == Op::kCap ? 1 : 2, kAligned> rows(p, layer, group, kOp == Op::kNorm || copies);
+  Rows<T, kOp == Op::kCap ? 1 : 2, kAligned> rows(p, layer, group, is_norm<kOp> || copies);
   Direction<T, kKeeps, kAligned> direction;
   Part<T> x;
   int turn = 0;  // of the block's partial sums
@@ -238,7 +268,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
       tell(layer.projections, k, projection);
       tell(p.fired, k, uint8_t(0));
     }
-    if (kOp == Op::kNorm && !kAligned) rows.read(x);  // again: it would take registers from the sum
+    if (is_norm<kOp> && !kAligned) rows.read(x);  // again: it would take registers from the sum
     // The cap: direction after direction, each on what the ones before have left.
     if (kMany ? __any_sync(0xffffffffu, below) : below) {
 #pragma unroll 1
@@ -247,7 +277,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
         const float shortfall = direction.floor - projection;
         if (active && !isfinite(projection)) finite = false;  // an infinite shortfall does not fit, below
         if (!active || !finite || !(shortfall > 0)) continue;
-        if (kMany || kOp == Op::kNorm) direction.add(rows, shortfall, x);
+        if (kMany || is_norm<kOp>) direction.add(rows, shortfall, x);
         correction = shortfall;
         large = large || may_overflow<T>(shortfall);
         fired = true;
@@ -263,12 +293,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant
         tell(layer.projections, k, NAN);
         tell(p.fired, k, uint8_t(0));
       }
-      if ((kMany || kOp == Op::kNorm) && fired) rows.read(x);
+      if ((kMany || is_norm<kOp>) && fired) rows.read(x);
       fired = false;
     }
 
-    if constexpr (kOp == Op::kNorm)
-      store_normed(rows, x, call.inverse_size, turn);
+    if constexpr (is_norm<kOp>)
+      store_normed<kOp == Op::kNormFp8>(rows, x, call.inverse_size, turn);
     else if (fired || (copies && rows.real()))
       store_capped<kMany>(rows, x, direction, correction, fired);
     rows.next(slot_to_come);

@@ -18,6 +18,9 @@ inline constexpr float kLargeCorrection = 0x1p30f;
 // Slot of a row that is not capped.
 inline constexpr int32_t kNoSlot = -1;
 
+// Of fp8 (E4M3): the largest number, and the least scale of a row, as the engines have it.
+inline constexpr float kFp8Max = 448.f, kFp8LeastScale = 1.f / (kFp8Max * 512.f);
+
 // The row is x = hidden, or hidden + residual where residual is given. Strides are in elements; the last one is 1.
 // The correction is added to residual where given, else to hidden, and the sum is rounded once, into out.
 //   out == the corrected input: in place; a row in which nothing fires is not written.
@@ -50,6 +53,11 @@ struct CapParams {
   int64_t normed_stride = 0;
   float eps = 0;
   float weight_bias = 0;
+
+  // With one of these normed is in fp8: what the norm gives, rounded to the rows' dtype, over the scale; within the
+  // range of fp8, rounded once more.
+  const float* scale = nullptr;  // of all rows
+  float* scales = nullptr;       // (rows,), written: a row's largest |element| / kFp8Max, but no less than the least
 
   DType dtype = DType::kFloat32;
 };

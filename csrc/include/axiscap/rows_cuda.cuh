@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include "axiscap/params.h"
 #include "axiscap/plan.h"
@@ -108,6 +109,46 @@ __device__ inline void store(T* row, int at, int size, const Pack& pack) {
   }
 }
 
+// Two numbers in fp8, those beyond its range as its largest.
+__device__ inline uint32_t in_fp8(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+#else
+  // The processor has no such instruction.
+  const auto one = [](float x) {
+    const float size = fabsf(x), within = fminf(size, kFp8Max);
+    const uint32_t bits = __float_as_uint(within);
+    // Below the least normal number, 2^-6, steps are of 2^-9: those of float32 from 2^14 on. Else the last 20 bits of
+    // the mantissa go, to the nearest, and the exponent counts from 2^-7.
+    const uint32_t code = within < 0x1p-6f ? __float_as_uint(within + 0x1p14f) - 0x46800000u
+                                           : ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
+    return (__float_as_uint(x) >> 24 & 0x80u) | (size == size ? code : 0x7fu);
+  };
+  return one(low) | one(high) << 8;
+#endif
+}
+
+// A vector's elements times `much`, in fp8: a byte each.
+template <class T, bool kAligned>
+__device__ inline void store_fp8(uint8_t* row, int at, int size, const Pack& pack, float much) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int e = 0; e < kPer<T>; e += 2) {
+    const uint32_t two = in_fp8(element<T>(pack, e) * much, element<T>(pack, e + 1) * much);
+    if constexpr (kAligned) {
+      words[e / 4] |= two << 8 * (e % 4);
+    } else {
+      if (at + e < size) row[at + e] = uint8_t(two);
+      if (at + e + 1 < size) row[at + e + 1] = uint8_t(two >> 8);
+    }
+  }
+  if (!kAligned || at >= size) return;
+  if constexpr (kPer<T> == 8)
+    *reinterpret_cast<uint2*>(row + at) = make_uint2(words[0], words[1]);
+  else
+    *reinterpret_cast<uint32_t*>(row + at) = words[0];
+}
+
 // The norm's weights: like an axis, they stay in the caches.
 template <class T, bool kAligned>
 __device__ inline Pack load_weight(const T* weight, int at, int size) {
@@ -142,22 +183,42 @@ struct Group {
 
   // Every thread gets the sum over its group, added in one fixed order. All threads of the block call it.
   __device__ float sum(float value, int& turn) const {
+    return join(value, turn, [](float a, float b) { return a + b; });
+  }
+
+  // The same with the largest, of what is not negative.
+  __device__ float largest(float value, int& turn) const {
+    return join(value, turn, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+ private:
+  static constexpr int kMaxWarps = kMaxThreads / kWarp;
+
+  // Two sets of the warps' parts, by turns: whoever writes one again has passed the barrier behind its last reading.
+  __device__ static float (&parts(int turn)) [kMaxWarps] {
+    __shared__ float partial[2][kMaxWarps];
+    return partial[turn];
+  }
+
+  template <class Join>
+  __device__ float join(float value, int& turn, Join with) const {
+    const auto over = [&](int lanes) {
+#pragma unroll
+      for (int offset = kWarp / 2; offset > 0; offset /= 2)
+        if (offset < lanes) value = with(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    };
     if (threads < kWarp) {
-      for (int offset = threads / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+      for (int offset = threads / 2; offset > 0; offset /= 2)
+        value = with(value, __shfl_xor_sync(0xffffffffu, value, offset));
       return value;
     }
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    over(kWarp);
     if (threads == kWarp) return value;
-    // Two sets of partial sums, by turns: whoever writes one again has passed the barrier behind its last reading.
-    constexpr int kMaxWarps = kMaxThreads / kWarp;
-    __shared__ float partial[2][kMaxWarps];
     turn ^= 1;
-    if (lane % kWarp == 0) partial[turn][lane / kWarp] = value;
+    if (lane % kWarp == 0) parts(turn)[lane / kWarp] = value;
     __syncthreads();
-    value = lane % kMaxWarps < threads / kWarp ? partial[turn][lane % kMaxWarps] : 0.f;
-#pragma unroll
-    for (int offset = kMaxWarps / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    value = lane % kMaxWarps < threads / kWarp ? parts(turn)[lane % kMaxWarps] : 0.f;
+    over(kMaxWarps);
     return value;
   }
 };
@@ -222,6 +283,15 @@ struct Rows {
     return pack;
   }
 
+  // Keeps what was made of the row at hand in place of it, for this thread to get again.
+  __device__ void keep(int source, int v, const Pack& pack) const {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(place_of(source, v)), "r"(pack.words[0]), "r"(pack.words[1]), "r"(pack.words[2]),
+                   "r"(pack.words[3])
+                 : "memory");
+  }
+
   // The row at hand, in float32.
   __device__ void read(float (&x)[kVecs][kPer<T>]) const {
 #pragma unroll
@@ -263,12 +333,7 @@ struct Rows {
                        : "r"(place_of(s, v)), "l"(from + at(v)), "r"(at(v) < until ? kVecBytes : 0)
                        : "memory");
         } else {
-          const Pack pack = gather(from, at(v), until);
-          asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-                       :
-                       : "r"(place_of(s, v)), "r"(pack.words[0]), "r"(pack.words[1]), "r"(pack.words[2]),
-                         "r"(pack.words[3])
-                       : "memory");
+          keep(s, v, gather(from, at(v), until));
         }
       }
     }

@@ -192,4 +192,26 @@ inline VecU32 round_to_float16(Vec x) {
 inline void store(float16* p, Vec x, Vec y) { narrow(&p->bits, round_to_float16(x), round_to_float16(y)); }
 #endif
 
+inline Vec magnitude(Vec x) { return bit_cast<Vec>(bit_cast<VecU32>(x) & 0x7fffffff); }
+
+// To fp8 (E4M3), a number beyond its range as its largest. Below its least normal number, 2^-6, steps are of 2^-9:
+// those of float32 from 2^14 on. Else the last 20 bits of the mantissa go, to the nearest, and the exponent counts from
+// 2^-7.
+inline VecU32 round_to_fp8(Vec x) {
+  const VecU32 bits = bit_cast<VecU32>(x), size = bits & 0x7fffffff;
+  const VecU32 most = bit_cast<VecU32>(broadcast(kFp8Max)), is_more = (VecU32)(size > most);
+  const VecU32 within = (size & ~is_more) | (most & is_more);
+  const VecU32 normal = ((within + 0x7ffff + ((within >> 20) & 1)) >> 20) - (120u << 3);
+  const VecU32 subnormal = bit_cast<VecU32>(bit_cast<Vec>(within) + 0x1p14f) - 0x46800000;
+  const VecU32 is_subnormal = (VecU32)(within < (121u << 23)), is_nan = (VecU32)(size > 0x7f800000);
+  return (normal & ~is_subnormal) | (subnormal & is_subnormal) | (0x7f & is_nan) | ((bits >> 24) & 0x80);
+}
+
+inline void store_fp8(uint8_t* p, Vec x, Vec y) {
+  typedef uint8_t VecU8 __attribute__((vector_size(kWidth)));
+  const VecU8 bytes[2] = {__builtin_convertvector(round_to_fp8(x), VecU8),
+                          __builtin_convertvector(round_to_fp8(y), VecU8)};
+  std::memcpy(p, bytes, sizeof(bytes));
+}
+
 }  // namespace axiscap::AXISCAP_ISA

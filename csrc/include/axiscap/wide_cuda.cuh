@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_wide(const __grid_constant
 
     // The row as it came, on every axis.
     bool finite = active, below = false, fired = false, large = false;
-    if (active || kOp == Op::kNorm) each(read);
+    if (active || is_norm<kOp>) each(read);
     for (int k = 0; k < directions && active; ++k) {
       const float projection = project_on(k);
       const float limit = layer.limits ? fminf(__ldg(layer.limits + of_slot(k)), FLT_MAX) : FLT_MAX;
@@ -158,13 +158,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_wide(const __grid_constant
         tell(layer.projections, k, NAN);
         tell(p.fired, k, uint8_t(0));
       }
-      if (kOp == Op::kNorm && fired) each(read);
+      if (is_norm<kOp> && fired) each(read);
       fired = false;
     }
 
-    if constexpr (kOp == Op::kNorm) {
-      T* normed = static_cast<T*>(p.normed) + row * p.normed_stride;
-      float squares = 0;
+    if constexpr (is_norm<kOp>) {
+      const int64_t normed_at = row * p.normed_stride;
+      float squares = 0, largest = 0;
       each([&](int at) {
         const Pack pack = corrected(at);
         put(out, at, size, pack, aligned);
@@ -183,8 +183,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cap_wide(const __grid_constant
         held.get(at, y);
 #pragma unroll
         for (int e = 0; e < kPer<T>; ++e) y[e] = y[e] * scale * (element<T>(weight, e) + p.weight_bias);
-        put(normed, at, size, rounded<T>(y), aligned);
+        const Pack normed = rounded<T>(y);
+        if constexpr (kOp == Op::kNorm) {
+          put(static_cast<T*>(p.normed) + normed_at, at, size, normed, aligned);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kPer<T>; ++e) largest = fmaxf(largest, fabsf(y[e] = element<T>(normed, e)));
+          held.set(at, y);
+        }
       });
+      if constexpr (kOp == Op::kNormFp8) {
+        if (p.scales) largest = group.largest(largest, turn);
+        const float inverse = 1.f / scale_of_row(p, row, largest, group.lane == 0);
+        each([&](int at) {
+          float y[kPer<T>];
+          held.get(at, y);
+          uint8_t* normed = static_cast<uint8_t*>(p.normed) + normed_at;
+          const Pack pack = rounded<T>(y);
+          if (aligned)
+            store_fp8<T, true>(normed, at, size, pack, inverse);
+          else
+            store_fp8<T, false>(normed, at, size, pack, inverse);
+        });
+      }
     } else if (fired || copies) {
       each([&](int at) { put(out, at, size, fired ? corrected(at) : load(base, at, size, aligned), aligned); });
     }

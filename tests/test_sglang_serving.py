@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import torch
 pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 
 import sglang
-from conftest import turned
+from conftest import turned, unit
 from serving import (
     LONG,
     MIXED,
@@ -45,8 +47,11 @@ from serving import (
     wait_for,
     with_a_sink_lifted,
 )
+from sglang.srt.layers import layernorm
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 
-from axiscap import CapProfile, models
+from axiscap import CapProfile, models, ops
+from axiscap.serving import sglang_norm
 
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
@@ -108,6 +113,128 @@ def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
         found = mixed(server)
     assert found == expected_mixed(model, tokenizer, made, 12)
     assert len(set(found)) > len(found) / 2
+
+
+#: Found by each process as it starts: a CPU's norms take caps in, as a GPU's do.
+JOINED = """
+import axiscap_plugin
+
+def register():
+    from axiscap.serving import sglang, sglang_norm
+    sglang._JOINED.add("cpu")
+    take_in = sglang_norm.take_in
+    def told(norm, tensors):
+        take_in(norm, tensors)
+        print(f"a {type(norm).__name__} of SGLang's takes a cap in", flush=True)
+    sglang_norm.take_in = told
+    put()
+
+put, axiscap_plugin.register_sglang = axiscap_plugin.register_sglang, register
+"""
+
+
+def test_the_cap_runs_inside_the_norm_behind_it(tmp_path):
+    """Behind the layers within, and behind the last."""
+    model, tokenizer, made = small_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(configuration(tmp_path, check=True)))
+    (tmp_path / "sitecustomize.py").write_text(JOINED)
+    paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {"AXISCAP_CONFIG": str(tmp_path / "config.json"), "PYTHONPATH": paths, **CPU}
+    command = [*SERVER, "--model-path", str(tmp_path / "model")]
+    with running(command, tmp_path, "custom_params", **environment) as server:
+        found = mixed(server)
+    assert found == expected_mixed(model, tokenizer, made, 12)
+    assert len(set(found)) > len(found) / 2
+    assert server.log.read_text().count("takes a cap in") == len(made["mild"].layers)
+
+
+def bank(rows: int) -> tuple[torch.Tensor, ...]:
+    """What the ops `.buffers` take: of two slots, one of which is off; rows of either and of none."""
+    axes, slots = unit(2, 1, 64), torch.arange(rows + 3, dtype=torch.int32) % 3 - 1
+    return axes, torch.tensor([[2.0], [-torch.inf]]), slots, torch.zeros(rows + 3, 1), axes, torch.full((2, 1), 1e9)
+
+
+def joined_norm(name: str, tensors: tuple[torch.Tensor, ...]):
+    """One of SGLang's, with a cap inside; and itself without."""
+    norm = getattr(layernorm, name)(64).bfloat16()
+    norm.weight.data.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)))
+    alone = copy.deepcopy(norm)
+    sglang_norm.take_in(norm, tensors)
+    return norm, alone
+
+
+@pytest.mark.parametrize(("name", "bias"), [("RMSNorm", 0.0), ("GemmaRMSNorm", 1.0), ("Gemma3RMSNorm", 1.0)])
+def test_a_norm_of_sglangs_caps_the_sum_of_its_streams(name, bias):
+    tensors = bank(9)
+    axes, floors, slots, projections, *_ = tensors
+    norm, alone = joined_norm(name, tensors)
+    x, residual = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted, stream, reported = x.clone(), residual.clone(), torch.empty(9, 1)
+    ops.add_rms_norm_cap_(wanted, stream, norm.weight.data, 1e-6, axes, floors, slots[:9], weight_bias=bias,
+                          projections=reported)  # fmt: skip
+    hidden, capped = norm(x.clone(), residual.clone())
+    assert torch.equal(hidden, wanted)
+    assert torch.equal(capped, stream)
+    assert torch.equal(projections[:9].nan_to_num(), reported.nan_to_num())
+    assert bool((reported[slots[:9] == 0] < 2).any())  # some fire
+    # As the hook and the engine's norm, but for the rounding of the sum in between.
+    capped = ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9])
+    theirs, sums = alone.forward_native(x.clone(), capped)
+    torch.testing.assert_close(hidden, theirs, atol=0.03, rtol=0.02)
+    torch.testing.assert_close(stream, sums, atol=0.03, rtol=0.02)
+    # A stream alone has been capped by the hook.
+    assert torch.equal(norm(x.clone()), alone(x.clone()))
+
+
+def test_a_norm_that_quantises_for_its_matrix_does_so_with_the_cap_inside(monkeypatch):
+    norm, _ = joined_norm("RMSNorm", bank(9))
+    linear = torch.nn.Module()
+    linear.quant_method, linear.input_scale = Fp8LinearMethod.__new__(Fp8LinearMethod), torch.tensor([0.02])
+    norm.fuse_input_quant(linear)
+    x, residual = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = norm(x.clone(), residual.clone())  # where the engine has no such kernel, it quantises behind
+    assert plain[0].dtype == torch.bfloat16
+    monkeypatch.setattr(layernorm, "_flashinfer_rmsnorm_quant_available", True)
+    (quantized, scale, dtype), capped = norm(x.clone(), residual.clone())
+    wanted = (plain[0].float() / linear.input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(quantized.float(), wanted.float())
+    assert scale is linear.input_scale
+    assert dtype == torch.bfloat16
+    assert torch.equal(capped, plain[1])
+
+
+def test_a_norm_that_has_more_to_do_is_capped_in_front():
+    tensors = bank(9)
+    axes, floors, slots, *_ = tensors
+    x, residual, more = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm, alone = joined_norm("RMSNorm", tensors)
+    hidden, stream = norm(x.clone(), residual.clone(), more)
+    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9]), more)
+    assert torch.equal(hidden, wanted[0])
+    assert torch.equal(stream, wanted[1])
+    norm, alone = joined_norm("RMSNorm", tensors)
+    norm.weight.data = alone.weight.data = alone.weight.data.float()
+    hidden, stream = norm(x.clone(), residual.clone())
+    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9]))
+    assert torch.equal(hidden, wanted[0])
+    assert torch.equal(stream, wanted[1])
+
+
+def test_which_norm_takes_a_cap_in():
+    """That of the layer behind, or the model's own, where it computes no more than the fused ops."""
+
+    def layer(**options: object) -> torch.nn.Module:
+        block = torch.nn.Module()
+        block.input_layernorm = layernorm.RMSNorm(64, **options)
+        return block
+
+    model, inner = torch.nn.Module(), torch.nn.Module()
+    inner.layers = torch.nn.ModuleList([layer(), layer(), layer(cast_x_before_out_mul=True), torch.nn.Module()])
+    inner.norm, model.model = layernorm.GemmaRMSNorm(64), inner
+    found = sglang_norm.readers(model, 4)
+    assert found == {0: inner.layers[1].input_layernorm, 3: inner.norm}
+    inner.norm = torch.nn.LayerNorm(64)
+    assert list(sglang_norm.readers(model, 4)) == [0]
 
 
 @pytest.mark.parametrize("name", ["mild", "strict"])

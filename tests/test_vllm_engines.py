@@ -39,9 +39,9 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 import axiscap_plugin
 from axiscap import models, ops
 from axiscap.serving import vllm as adapter
-from axiscap.serving.fused_norm import CapInNorm
 from axiscap.serving.settings import Choice, Settings, SettingsError
 from axiscap.serving.vllm import VllmWorker
+from axiscap.serving.vllm_norm import CapInNorm
 from axiscap.serving.worker import Worker
 
 TOKENS = 12

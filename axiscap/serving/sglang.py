@@ -6,7 +6,8 @@
 
 A block's output is complete where the next block reads it: what a layer returns may be a sum that other ranks owe, and
 the residual lies with the batch. So the cap has the stream complete the layer's output, which the next layer's boundary
-would do otherwise, and then corrects the residual that is added to it.
+would do otherwise, and then corrects the residual that is added to it; on a GPU the norm that reads both does that
+(``sglang_norm``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving import door, metrics, state
+from axiscap.serving import door, metrics, sglang_norm, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
@@ -37,6 +38,8 @@ _INSTANCE = "AXISCAP_INSTANCE"
 #: Forward passes of each kind whose capped layers are checked to have been run: those of the server's own warm-up.
 _VERIFIED = 2
 _UNSEEN = 12345.0
+#: Where the engine's norm adds both streams in one launch, which the cap then joins.
+_JOINED = {"cuda"}
 
 #: The method of a call between the server's process and its schedulers, and the seconds that they have for it.
 _CHANGE, _PATIENCE = "axiscap_change", 60.0
@@ -259,7 +262,10 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         getattr(args, "max_prefill_tokens", None) or 0,
         getattr(args, "chunked_prefill_size", None) or 0,
     )
-    capped = SglangModel(parallel.tp_size)
+    # What reads a layer's output besides: the drafts of some kinds. And a deterministic engine has norms of its own.
+    apart = args.speculative_algorithm or getattr(args, "enable_deterministic_inference", False)
+    joined = runner.device in _JOINED and not apart
+    capped = SglangModel(parallel.tp_size, sglang_norm.readers(runner.model, layers) if joined else {})
     capped.hold(
         runner.model,
         _settings,
@@ -299,10 +305,12 @@ class SglangModel(Model):
     ----------
     ranks
         that share each layer's sums.
+    norms
+        of a layer, the norm that takes its cap in, where one does.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: int, norms: Mapping[int, nn.Module]) -> None:
+        self._ranks, self._norms = ranks, norms
 
     def rows(self, step: Any) -> Rows:
         """
@@ -336,7 +344,9 @@ class SglangModel(Model):
         if "forward_batch" not in names:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
         position = names.index("forward_batch")
-        ranks = self._ranks
+        ranks, joined = self._ranks, layer in self._norms
+        if joined:
+            sglang_norm.take_in(self._norms[layer], tensors)
 
         def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
@@ -358,7 +368,7 @@ class SglangModel(Model):
             check_rows(hidden, layer, kind)
             if residual is None:
                 torch.ops.axiscap.cap_.buffers(hidden, *tensors)
-            else:
+            elif not joined:
                 torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *tensors)
             return result
 

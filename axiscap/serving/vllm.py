@@ -161,7 +161,7 @@ def _fuse(config: Any) -> None:
     from vllm.platforms import current_platform
 
     if config.mode == CompilationMode.VLLM_COMPILE:
-        from axiscap.serving.fused_norm import CapInNorm
+        from axiscap.serving.vllm_norm import CapInNorm
 
         config.inductor_compile_config.setdefault(current_platform.pass_key, CapInNorm())
 

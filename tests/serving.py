@@ -188,6 +188,32 @@ def expected_texts(
     return texts
 
 
+#: What begins a thinking and what ends it, for a model that does not think: it writes the second one soon enough.
+MARKERS = ["<|im_start|>", "."]
+
+
+def expected_part(model, tokenizer, prompt: str, profile: CapProfile, tokens: int, positions: str) -> str:
+    """The transformers model's greedy continuation, of which the thinking or the answer is capped; a prompt is not."""
+    begin, end = (tokenizer.encode(marker, add_special_tokens=False)[0] for marker in MARKERS)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    inside = False
+    for token in ids[0].tolist():
+        inside = token == begin or (inside and token != end)
+    written: list[int] = []
+    with torch.inference_mode(), axiscap.install(model, {"it": profile}) as cap:
+        cap.select(None)
+        found = model(ids, use_cache=True)
+        while len(written) < tokens:
+            token = int(found.logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            written.append(token)
+            inside = token == begin or (inside and token != end)
+            cap.select("it" if inside == (positions == "thinking") else None)
+            found = model(torch.tensor([[token]]), past_key_values=found.past_key_values, use_cache=True)
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
 def assert_same_texts(found: list[str], wanted: list[str]) -> None:
     differences = [
         f"{prompt!r}\n  served:       {one!r}\n  transformers: {other!r}"

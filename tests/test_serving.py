@@ -17,10 +17,12 @@ import prometheus_client.parser
 import pytest
 import torch
 from conftest import unit
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest, openmetrics
 from prometheus_client.openmetrics import exposition, parser  # noqa: F401
 
-from axiscap import CapProfile, reference
+from axiscap import CapProfile, models, reference
 from axiscap.serving import metrics, state
 from axiscap.serving import settings as serving
 from axiscap.serving import telemetry as telemetry_module
@@ -28,6 +30,7 @@ from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import TOLD, Choices, Control
 from axiscap.serving.settings import Choice, ChoiceError, Registry, Settings, SettingsError
 from axiscap.serving.telemetry import Telemetry, Writer
+from axiscap.serving.thinking import Thinking, Tokens, marker_ids
 from axiscap.serving.worker import Worker
 
 HIDDEN = 16
@@ -89,8 +92,12 @@ def test_one_profile_is_the_default_and_nobody_may_choose(files):
         ({"slots": True}, "slots must be a number"),
         ({"log": "/nowhere/at/all.jsonl"}, "writable folder"),
         ({"log": "/"}, "log must be a file"),
-        ({"positions": "answers"}, 'positions must be "all" or "generated"'),
-        ({"positions": ["all"]}, 'positions must be "all" or "generated"'),
+        ({"positions": "answers"}, "positions must be one of all, generated, thinking, answer"),
+        ({"positions": ["all"]}, "positions must be one of all, generated, thinking, answer"),
+        ({"positions": "answer", "markers": "<think>"}, "markers must be a list of two texts"),
+        ({"positions": "answer", "markers": ["<think>", ""]}, "markers must be a list of two texts"),
+        ({"positions": "answer", "markers": ["<think>", "<think>"]}, "markers must be two different texts"),
+        ({"markers": ["<think>", "</think>"]}, 'markers are for positions "thinking" and "answer"'),
     ],
 )
 def test_a_wrong_configuration_is_one_sentence(files, change, says):
@@ -591,6 +598,94 @@ def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):
     totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
     found = {name: [parts[part]["3"]["rows"] for part in ("prompt", "answer")] for name, parts in totals.items()}
     assert found == {"a": [0, 3], "b": [0, 3]}
+
+
+BEGIN, END = 7, 8
+
+
+def inside(ids: list[int]) -> list[bool]:
+    """Of each token, whether the last marker up to it begins the thinking."""
+    found, now = [], False
+    for token in ids:
+        now = token == BEGIN or (now and token != END)
+        found.append(now)
+    return found
+
+
+@given(st.data())
+def test_each_row_is_told_by_the_last_marker_before_it(data):
+    """Of requests that come, go on, are taken out and computed again, behind whatever a cache holds."""
+    thinking = Thinking(BEGIN, END, torch.device("cpu"), 1)
+    ids: dict[str, list[int]] = {}
+    place: dict[str, int] = {}
+    for _ in range(data.draw(st.integers(1, 8))):
+        gone = data.draw(st.lists(st.sampled_from(sorted(ids)), unique=True)) if ids else []
+        thinking.finish(gone)
+        for name in gone:
+            del ids[name], place[name]
+        names = data.draw(st.lists(st.sampled_from("abcde"), min_size=1, unique=True))
+        counts, starts = [], []
+        for name in names:
+            if name not in ids:
+                ids[name] = data.draw(st.lists(st.sampled_from([1, BEGIN, END]), max_size=6))
+                place[name] = data.draw(st.integers(0, len(ids[name])))
+            elif data.draw(st.integers(0, 4)) == 0:
+                place[name] = data.draw(st.integers(0, place[name]))
+            count = data.draw(st.integers(1, 4))
+            missing = place[name] + count - len(ids[name])
+            ids[name] += [data.draw(st.sampled_from([1, 1, BEGIN, END])) for _ in range(missing)]
+            counts.append(count)
+            starts.append(place[name])
+            place[name] += count
+        ranges = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        tokens = torch.tensor([token for name, part in zip(names, ranges, strict=True) for token in ids[name][part]])
+        wanted = [row for name, part in zip(names, ranges, strict=True) for row in inside(ids[name])[part]]
+        given = Tokens(tokens, lambda at, count, names=names: ids[names[at]][:count])
+        found = thinking.rows(names, np.array(counts, np.int32), np.array(starts, np.int32), given)
+        assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize(("positions", "capped"), [("thinking", 3), ("answer", 4)])
+def test_of_what_a_model_wrote_its_thinking_or_its_answer_is_capped(tmp_path, positions, capped):
+    """And counted; a prompt is left alone, and may begin the thinking."""
+    _, profiles = make_buffers(tmp_path)
+    settings = Settings.parse({"profiles": {"a": str(tmp_path / "a.safetensors")}, "positions": positions})
+    totals = tmp_path / "totals.json"
+    worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, totals, (BEGIN, END))
+    worker.begin([], [("x", Choice("a", profiles[0].digest, "x")), ("y", Choice(None, None, "y"))])
+    ids = {"x": [1, 1, BEGIN, 1, 2, 3, END, 1, 2, 3], "y": [BEGIN] * 8}
+    found, at, behind = [], 0, 0
+    for x, y in ((3, 5), (1, 1), (1, 1), (1, 0), (1, 1), (1, 0), (1, 0), (1, 0)):
+        counts = np.array([x, y][: 2 if y else 1], np.int32)
+        starts = np.array([at, behind], np.int32)[: len(counts)]
+        prompts = counts if at == 0 else np.zeros_like(counts)
+        rows = [*ids["x"][at : at + x], *ids["y"][behind : behind + y]]
+        tokens = Tokens(torch.tensor(rows), lambda number, count: ids["xy"[number]][:count])
+        behind += y
+        view = {"x": profiles[0].digest, "y": None}
+        worker.fill(["x", "y"][: len(counts)], counts, prompts, starts, view, tokens)
+        found += worker.buffers.rows[:x].tolist()
+        assert worker.buffers.rows[x:].tolist() == [-1] * (12 - x)
+        worker.buffers.all_projections.fill_(1.0)
+        worker.end()
+        at += x
+    thinks = inside(ids["x"])
+    wanted = [number >= 3 and thinks[number] == (positions == "thinking") for number in range(len(thinks))]
+    assert found == [0 if row else -1 for row in wanted]
+    assert sum(wanted) == capped
+    worker.begin(["x", "y"], ())
+    worker.end()
+    worker._telemetry._writer.flush()
+    counted = json.loads(totals.read_text())["profiles"]["a"]
+    assert [counted[part]["3"]["rows"] for part in ("prompt", "answer")] == [0, capped]
+
+
+def test_a_marker_must_be_one_token():
+    folder = models.folder(models.DEFAULT_MODEL)
+    begin, end = marker_ids(["<|im_start|>", "<|im_end|>"], folder)
+    assert begin != end
+    with pytest.raises(SettingsError, match=r"'<think>' is not one token of this model's, but \d"):
+        marker_ids(["<think>", "<|im_end|>"], folder)
 
 
 @pytest.fixture

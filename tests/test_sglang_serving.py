@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import sglang
 from conftest import turned, unit
 from serving import (
     LONG,
+    MARKERS,
     MIXED,
     PROMPTS,
     asked_in_every_way,
@@ -29,6 +31,7 @@ from serving import (
     drift_told,
     evaluated,
     expected_mixed,
+    expected_part,
     expected_texts,
     find,
     hostile,
@@ -51,7 +54,9 @@ from sglang.srt.layers import layernorm
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 
 from axiscap import CapProfile, models, ops
+from axiscap.serving import sglang as adapter
 from axiscap.serving import sglang_norm
+from axiscap.serving.settings import Settings, SettingsError
 
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
@@ -343,13 +348,36 @@ def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
 
 
 def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
+    """And of it the answer, where it thinks before that."""
     folder, made = profiles
-    (folder / "written.json").write_text(json.dumps(configuration(folder, check=True, positions="generated")))
+    settings = configuration(folder, check=True, positions="answer", markers=MARKERS)
+    (folder / "written.json").write_text(json.dumps(settings))
     environment = {"AXISCAP_CONFIG": str(folder / "written.json"), **CPU}
     with running(SERVER, folder, "custom_params", **environment) as server:
         for name, profile in (("strict", made["strict"]), ("off", None), ("mild", made["mild"])):
             wanted = expected_texts(*demo_model, [*PROMPTS[:3], LONG], profile, 24, "generated")
             assert [server.text(prompt, name, max_tokens=24) for prompt in [*PROMPTS[:3], LONG]] == wanted
+        thinking = [f"{prompt}{MARKERS[0]}" for prompt in [*PROMPTS[:3], LONG]]
+        wanted = [expected_part(*demo_model, prompt, made["strict"], 40, "answer") for prompt in thinking]
+        assert in_parallel(server, thinking, "strict", max_tokens=40) == wanted
+        assert [server.text(prompt, "strict", max_tokens=40) for prompt in thinking] == wanted  # behind a cached prompt
+        whole = expected_texts(*demo_model, thinking, made["strict"], 40, "generated")
+        assert wanted != whole
+        assert wanted != expected_texts(*demo_model, thinking, None, 40)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"speculative_algorithm": "EAGLE"}, "drafts with positions .answer"),
+        ({"pp_size": 2}, "pipeline ranks with positions"),
+    ],
+)
+def test_where_a_rows_place_in_the_thinking_is_not_known(args, says, profiles, monkeypatch):
+    settings = Settings.parse(configuration(profiles[0], positions="answer"))
+    monkeypatch.setattr(adapter, "_settings", settings, raising=False)
+    with pytest.raises(SettingsError, match=says):
+        adapter._refuse(SimpleNamespace(**({"speculative_algorithm": None, "pp_size": 1} | args)))
 
 
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):

@@ -22,7 +22,18 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 
 from safetensors.torch import save_file
-from serving import LONG, MIXED, configuration, expected_mixed, expected_texts, make_profiles, small_model
+from serving import (
+    LONG,
+    MARKERS,
+    MIXED,
+    PROMPTS,
+    configuration,
+    expected_mixed,
+    expected_part,
+    expected_texts,
+    make_profiles,
+    small_model,
+)
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
@@ -222,6 +233,46 @@ def test_a_connector_that_may_mix_contents_is_refused(profiles):
         additional_config={"axiscap": configuration(profiles[0])},
     )  # fmt: skip
     says = r"NixlConnector may not tell KV blocks of different profiles apart \(known are OffloadingConnector and Ex"
+    with pytest.raises(SettingsError, match=says):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize("scheduling", [False, True])
+def test_the_thinking_is_capped_alone(scheduling, profiles, demo_model):
+    """Also where the next step begins before the host knows what the last one wrote."""
+    folder, made = profiles
+    part = {"positions": "thinking", "markers": MARKERS}
+    llm = LLM(
+        models.folder(models.DEFAULT_MODEL), dtype="float32", max_model_len=512, enforce_eager=True,
+        async_scheduling=scheduling, additional_config={"axiscap": configuration(folder, check=True, **part)},
+    )  # fmt: skip
+    prompts = [f"{prompt}{MARKERS[0]}" for prompt in (*PROMPTS[:3], LONG)]
+    wanted = [expected_part(*demo_model, prompt, made["strict"], 30, "thinking") for prompt in prompts]
+    params = SamplingParams(temperature=0, max_tokens=30, extra_args={"axiscap": "strict"})
+    try:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == scheduling
+        for _ in range(2):  # the second time behind a prefix cache
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert [output.outputs[0].text for output in outputs] == wanted
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    assert wanted != expected_texts(*demo_model, prompts, made["strict"], 30, "generated")
+    assert wanted != expected_texts(*demo_model, prompts, None, 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drafts with positions .thinking"),
+        ({"pipeline_parallel_size": 2}, "pipeline ranks with positions"),
+        ({"enable_prompt_embeds": True}, "embeddings as prompts with positions"),
+    ],
+)
+def test_where_a_rows_place_in_the_thinking_is_not_known(options, says, profiles):
+    config = configuration(profiles[0], positions="thinking")
+    arguments = EngineArgs(
+        model=models.folder(models.DEFAULT_MODEL), max_model_len=512, additional_config={"axiscap": config}, **options
+    )
     with pytest.raises(SettingsError, match=says):
         arguments.create_engine_config()
 

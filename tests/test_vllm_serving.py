@@ -23,6 +23,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serving")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from serving import (
     LONG,
+    MARKERS,
     PROMPTS,
     administer,
     asked_in_every_way,
@@ -34,6 +35,7 @@ from serving import (
     drift_told,
     evaluated,
     evaluated_by_a_server_that_dies,
+    expected_part,
     expected_texts,
     find,
     hostile,
@@ -374,10 +376,12 @@ def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
 
 def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
     """The tokens of the transformers model with the same positions; a prompt's blocks are those of every other request,
-    and those of an answer are nobody else's, also where the answer comes back as a prompt.
+    and those of an answer are nobody else's, also where the answer comes back as a prompt. Where the model thinks, the
+    answer behind that.
     """
     folder, made = profiles
-    settings = {"axiscap": configuration(folder, check=True, positions="generated", log=str(folder / "written.jsonl"))}
+    part = {"positions": "answer", "markers": MARKERS}
+    settings = {"axiscap": configuration(folder, check=True, log=str(folder / "written.jsonl"), **part)}
     options = ["--enforce-eager", "--block-size", "32", "--additional-config", json.dumps(settings)]
     with running([*MODEL, *options], folder, "vllm_xargs", **SMALL) as server:
 
@@ -403,7 +407,14 @@ def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
         record = wait_for(lambda: next(iter((folder / "written.jsonl").read_text().splitlines()), None))
         layer = str(made["strict"].layers[0])
         assert json.loads(record)["layers"][layer]["rows"] == json.loads(record)["answer"][layer]["rows"] == 39
-        assert server.client.get("/axiscap").json()["positions"] == "generated"
+        said = server.client.get("/axiscap").json()
+        assert (said["positions"], said["markers"]) == ("answer", MARKERS)
+        thinking = [f"{prompt}{MARKERS[0]}" for prompt in [*PROMPTS[:3], LONG]]
+        expected = [expected_part(*demo_model, prompt, made["strict"], 40, "answer") for prompt in thinking]
+        assert in_parallel(server, thinking, "strict", max_tokens=40) == expected
+        assert [server.text(prompt, "strict", max_tokens=40) for prompt in thinking] == expected
+        assert expected != expected_texts(*demo_model, thinking, made["strict"], 40, "generated")
+        assert expected != expected_texts(*demo_model, thinking, None, 40)
         beams = server.complete(PROMPTS[0], use_beam_search=True, n=2)
         assert (beams.status_code, "beam search reads what it wrote as prompts" in beams.text) == (400, True)
 

@@ -75,6 +75,16 @@ class Buffers:
             self.rows[len(slots) : self._filled].fill_(-1)
         self._filled = len(slots)
 
+    def leave(self, alone: Tensor) -> None:
+        """Takes rows of the step out again.
+
+        Parameters
+        ----------
+        alone
+            (rows,) bool, on the device.
+        """
+        self.rows[: len(alone)].masked_fill_(alone, -1)
+
     def clear(self) -> None:
         """No row is capped until the next fill: dummy and padded steps."""
         self.rows.fill_(-1)
@@ -83,6 +93,15 @@ class Buffers:
 
 def copy_in(buffer: Tensor, values: Counts) -> None:
     """Writes values to the front of a buffer, without waiting for the device."""
-    host = torch.from_numpy(values)
+    buffer[: len(values)].copy_(_pinned(values, buffer.device), non_blocking=True)
+
+
+def copied(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """Values on the device, without waiting for it."""
+    return _pinned(values, device).to(device, non_blocking=True)
+
+
+def _pinned(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     # Pinned memory is not reused before the copy is done: torch's allocator sees to that.
-    buffer[: len(values)].copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
+    host = torch.from_numpy(values)
+    return host.pin_memory() if device.type == "cuda" else host

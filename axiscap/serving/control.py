@@ -96,8 +96,11 @@ class Choices:
 
         self._look()
         registry = self._registry
-        facts = {"profiles": registry.names, "default": registry.default, "choices": registry.choices}
-        return {"version": __version__, **facts, "layers": self._settings.layers, "positions": self._settings.positions}
+        facts: dict[str, Any] = {"profiles": registry.names, "default": registry.default, "choices": registry.choices}
+        facts |= {"layers": self._settings.layers, "positions": self._settings.positions}
+        if self._settings.tells_thinking:
+            facts["markers"] = self._settings.markers
+        return {"version": __version__, **facts}
 
     def _look(self) -> None:
         # Where the folder was cleaned away, what was read last holds; the engine decides by its own.

@@ -97,6 +97,7 @@ class Model(ABC):
         device: torch.device,
         requests: int,
         totals: Path | None,
+        markers: tuple[int, int] | None,
     ) -> None:
         """Puts the cap into a loaded model.
 
@@ -104,7 +105,7 @@ class Model(ABC):
         ----------
         layers
             of the whole model; those of other pipeline ranks are left out.
-        max_rows, requests, totals
+        max_rows, requests, totals, markers
             as for :class:`axiscap.serving.worker.Worker`.
 
         Raises
@@ -114,7 +115,7 @@ class Model(ABC):
         """
         blocks = engine_layers(model, layers)
         held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
-        self.worker = Worker(settings, held, max_rows, device, requests, totals)
+        self.worker = Worker(settings, held, max_rows, device, requests, totals, markers)
         for at, layer in enumerate(held):
             self.cap_block(blocks[layer], layer, self.worker.buffers.tensors(at))
 

@@ -20,6 +20,17 @@ KEY = "axiscap"
 #: Names the configuration file where the engine's own options carry none.
 FILE_VARIABLE = "AXISCAP_CONFIG"
 
+THINKING, ANSWER = "thinking", "answer"
+#: Which rows may be capped, and how that is said.
+ROWS = {
+    "all": "all rows",
+    "generated": "the rows of tokens that the model wrote",
+    THINKING: "the rows of the model's thinking",
+    ANSWER: "the rows of the answer behind the thinking",
+}
+#: What begins and ends the thinking of most models.
+MARKERS = ("<think>", "</think>")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_SLOTS = 1024
 
@@ -68,7 +79,10 @@ class Settings:
     log
         a file that gets a JSON line for each finished request; None: no log.
     positions
-        which rows are capped: ``"all"``, or ``"generated"``, those of tokens that the model wrote.
+        which rows are capped: ``"all"``; ``"generated"``, those of tokens that the model wrote; of a reasoning model's,
+        ``"thinking"`` or ``"answer"`` alone.
+    markers
+        the text of the tokens that begin and end the thinking.
     tell_drift
         whether clients are told how far their answers drifted.
     check
@@ -91,11 +105,22 @@ class Settings:
     log: str | None
     check: bool
     positions: str = "all"
+    markers: list[str] = field(default_factory=lambda: list(MARKERS))
     tell_drift: bool = False
     layers: list[int] = field(default_factory=list)
     directions: int = 0
     hidden_size: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def written_only(self) -> bool:
+        """Whether prompts are computed as without a cap."""
+        return self.positions != "all"
+
+    @property
+    def tells_thinking(self) -> bool:
+        """Whether a row's place in the thinking or behind it decides."""
+        return self.positions in (THINKING, ANSWER)
 
     @classmethod
     def parse(cls, given: object) -> Settings:
@@ -108,7 +133,8 @@ class Settings:
         """
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
-        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "tell_drift"}
+        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "markers"}
+        known |= {"tell_drift"}
         found = {"layers", "directions", "hidden_size", "digests", "version"}
         extra = sorted(str(key) for key in given.keys() - known - found)
         _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
@@ -132,7 +158,17 @@ class Settings:
         for key in ("allow_off", "check", "tell_drift"):
             _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
         positions = given.get("positions", "all")
-        _require(positions in ("all", "generated"), 'positions must be "all" or "generated"')
+        _require(_is_one(positions, ROWS), f"positions must be one of {', '.join(ROWS)}")
+        markers = given.get("markers", list(MARKERS))
+        _require(
+            isinstance(markers, list) and len(markers) == 2 and all(isinstance(one, str) and one for one in markers),
+            "markers must be a list of two texts, of the tokens that begin and end the thinking",
+        )
+        _require(markers[0] != markers[1], "markers must be two different texts")
+        _require(
+            "markers" not in given or positions in (THINKING, ANSWER) or bool(given.keys() & found),
+            f'markers are for positions "{THINKING}" and "{ANSWER}"',
+        )
         slots = given.get("slots", len(paths) + 4)
         _require(
             isinstance(slots, int) and not isinstance(slots, bool) and len(paths) <= slots <= _MAX_SLOTS,
@@ -153,6 +189,7 @@ class Settings:
             log=None if log is None else str(Path(log).absolute()),
             check=given.get("check", False),
             positions=positions,
+            markers=markers,
             tell_drift=given.get("tell_drift", False),
         )
         return settings._with_profiles()
@@ -200,8 +237,8 @@ class Settings:
         registry = Registry(self)
         profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
         default = self.default or "none: requests that name no profile are left alone"
-        rows = "all rows" if self.positions == "all" else "the rows of tokens that the model wrote"
-        said = f"axiscap: capping {rows} at layers {ranges(self.layers)} under {profiles}; default {default}"
+        where = f"{ROWS[self.positions]} at layers {ranges(self.layers)}"
+        said = f"axiscap: capping {where} under {profiles}; default {default}"
         return f"{said}; requests may say {', '.join(registry.choices)}"
 
     def to_json(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -274,10 +275,16 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         device=torch.device(runner.device),
         requests=64,
         totals=totals if parallel.tp_rank == 0 else None,
+        markers=_markers(args) if _settings.tells_thinking else None,
     )
     global _model
     _model = capped
     return result
+
+
+def _markers(args: Any) -> tuple[int, int]:
+    tokenizer = getattr(args, "tokenizer_path", None) or args.model_path
+    return marker_ids(_settings.markers, tokenizer, trust_remote_code=args.trust_remote_code)
 
 
 def _refuse(args: Any) -> None:
@@ -296,6 +303,10 @@ def _refuse(args: Any) -> None:
         "diffusion models": bool(getattr(args, "dllm_algorithm", None)),
         "multiplexed prefill and decode (--enable-pdmux)": getattr(args, "enable_pdmux", False),
     }
+    if _settings.tells_thinking:
+        apart = f'with positions "{_settings.positions}"'
+        reasons[f"drafts {apart}: which of them count is known too late"] = bool(args.speculative_algorithm)
+        reasons[f"pipeline ranks {apart}"] = args.pp_size > 1
     refuse("SGLang", reasons)
 
 
@@ -405,7 +416,13 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     _running.update((request.rid, weakref.ref(request)) for request in new)
     # The checking mode holds the rows against what the radix cache goes by.
     view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
-    worker.fill(*rows, view)
+    tokens = None
+    if _settings.tells_thinking:
+        tokens = Tokens(
+            batch.input_ids[: int(rows.counts.sum())],
+            lambda at, count: [*requests[at].origin_input_ids, *requests[at].output_ids][:count],
+        )
+    worker.fill(*rows, view, tokens)
     kind = batch.forward_mode.name
     verify = bool(rows.counts.sum()) and _seen.get(kind, 0) < _VERIFIED
     if verify:

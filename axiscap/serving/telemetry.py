@@ -250,6 +250,10 @@ class Telemetry:
         projections = self.buffers.all_projections[:, : len(rows)]
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
 
+    def leave(self, alone: Tensor) -> None:
+        """As :meth:`axiscap.serving.buffers.Buffers.leave`: what is left alone is not counted."""
+        self._rows[: len(alone)].masked_fill_(alone, -1)
+
     def count(self) -> None:
         """Adds the step that was just computed."""
         ops.accumulate_(*self._to_add)

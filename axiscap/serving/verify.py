@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from axiscap.profile import CapProfile, ranges
 from axiscap.serving.door import HEADERS, PATH
-from axiscap.serving.settings import KEY
+from axiscap.serving.settings import KEY, THINKING
 
 #: Seconds that an answer may take, and that its rows may take to be on the metrics page.
 _PATIENCE = 60.0
@@ -46,6 +46,7 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
         facts = json.loads(said)
         names = [name for name, digest in facts["profiles"].items() if digest == profile.digest]
         choices, default, place = facts["choices"], facts["default"], facts["choice_in"][0].split(".")
+        prompt = "Who are you?" + (facts["markers"][0] if facts.get("positions") == THINKING else "")
     except (ValueError, TypeError, KeyError):
         raise NotCapped(f"what {url}{PATH} says is not AxisCap's") from None
     if not names:
@@ -62,7 +63,7 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
         model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
     except (ValueError, TypeError, LookupError) as error:
         raise error if isinstance(error, NotCapped) else NotCapped(f"{url}/v1/models names no model") from None
-    body: dict[str, Any] = {"model": model, "prompt": "Who are you?", "max_tokens": 2, "temperature": 0}
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0}
     if asked != default:
         inner = body
         for key in place[:-1]:

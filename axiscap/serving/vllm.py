@@ -27,6 +27,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control, Told
 from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
@@ -129,7 +130,7 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     settings = shared.read(mine)
     if settings is None:
         return
-    _refuse(config)
+    _refuse(config, settings)
     text = config.model_config.hf_text_config
     settings.check_model(config.model_config.get_hidden_size(), text.num_hidden_layers)
     config.additional_config = {**config.additional_config, KEY: settings.to_json()}
@@ -146,7 +147,7 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
     global _written_only
-    _written_only = settings.positions == "generated"
+    _written_only = settings.written_only
     folder = _folder(config)
     door.put_in_place(Choices(settings, folder), _PLACES, _change)
     _show_metrics(folder)
@@ -172,7 +173,7 @@ async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
     return done[0]
 
 
-def _refuse(config: Any) -> None:
+def _refuse(config: Any, settings: Settings) -> None:
     """What would cap the wrong rows, or none, stops the server."""
     parallel, passes = config.parallel_config, config.compilation_config.pass_config
     reasons = {
@@ -187,6 +188,11 @@ def _refuse(config: Any) -> None:
         known = " and ".join((*kv.BY_HASH, kv.SHARED))
         reason = f"{transfer.kv_connector} may not tell KV blocks of different profiles apart (known are {known})"
         reasons[reason] = transfer.kv_connector not in (*kv.BY_HASH, kv.SHARED)
+    if settings.tells_thinking:
+        apart = f'with positions "{settings.positions}"'
+        reasons[f"drafts {apart}: which of them count is known too late"] = config.speculative_config is not None
+        reasons[f"pipeline ranks {apart}"] = parallel.pipeline_parallel_size > 1
+        reasons[f"embeddings as prompts {apart}"] = config.model_config.enable_prompt_embeds
     refuse("vLLM", reasons)
 
 
@@ -308,7 +314,7 @@ class Core(Scheduling):
         wrap(core, "preprocess_add_request", self._add)
         wrap(core, "collective_rpc", self._change)
         wrap(core, "shutdown", self._shutdown)
-        if self._settings.positions == "generated":
+        if self._settings.written_only:
             from vllm.v1.core import kv_cache_utils
 
             _check_object(kv_cache_utils, [_KEYS])
@@ -325,7 +331,7 @@ class Core(Scheduling):
     def _add(self, original: Callable[..., Any], request: Any) -> Any:
         with self.control.lock:
             name = request.external_req_id or request.request_id
-            choice = self.decide(request, name, apart=self._settings.positions == "all")
+            choice = self.decide(request, name, apart=not self._settings.written_only)
             made = original(request)
             self.control.begun(made[0], choice)
         if self._settings.check:
@@ -396,6 +402,7 @@ class VllmWorker(Model):
             wrap(runner, "prepare_inputs", self._prepare_v2)
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
+        self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         worker.axiscap_layers = lambda: self.worker.buffers.layers
         worker.axiscap_place = lambda *profile: self.worker.place(*profile)
@@ -416,8 +423,14 @@ class VllmWorker(Model):
             device=torch.device(runner.device),
             requests=self._config.scheduler_config.max_num_seqs,
             totals=totals if counts else None,
+            markers=self._markers(settings) if settings.tells_thinking else None,
         )
         return result
+
+    def _markers(self, settings: Settings) -> tuple[int, int]:
+        model = self._config.model_config
+        options = {"revision": model.tokenizer_revision, "trust_remote_code": model.trust_remote_code}
+        return marker_ids(settings.markers, model.tokenizer, **options)
 
     def _dummy_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.worker.clear()
@@ -426,6 +439,9 @@ class VllmWorker(Model):
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
         self.worker.begin(step.finished_req_ids, new)
+        if self._v2:
+            told = ((new.req_id, new.prefill_token_ids or new.prompt_token_ids) for new in step.scheduled_new_reqs)
+            self._begun = {name: ids or () for name, ids in told}
         result = original(step, *args, **kwargs)
         self.worker.end()
         return result
@@ -441,7 +457,16 @@ class VllmWorker(Model):
         return batch
 
     def _fill(self, step: Any, prepared: Any) -> None:
-        self.worker.fill(*self.rows(prepared), getattr(step, "axiscap_view", None))
+        rows = self.rows(prepared)
+        tokens = self._tokens(prepared, rows) if _settings(self._config).tells_thinking else None
+        self.worker.fill(*rows, getattr(step, "axiscap_view", None), tokens)
+
+    def _tokens(self, prepared: Any, rows: Rows) -> Tokens:
+        total = int(rows.counts.sum())
+        if self._v2:
+            return Tokens(prepared.input_ids[:total], lambda at, count: self._begun[rows.names[at]][:count])
+        known = self._runner.input_batch.token_ids_cpu
+        return Tokens(self._runner.input_ids.gpu[:total], lambda at, count: known[at, :count].tolist())
 
     def rows(self, step: Any) -> Rows:
         """

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
-from axiscap.serving.settings import Choice, Settings
+from axiscap.serving.settings import ANSWER, Choice, Settings
 from axiscap.serving.telemetry import Telemetry, Writer
+from axiscap.serving.thinking import Thinking, Tokens
 
 _LOGGER = logging.getLogger("axiscap")
 
@@ -30,6 +31,8 @@ class Worker:
         that run at once, as a first guess.
     totals
         a file for this worker's totals; None: another worker counts the same rows.
+    markers
+        the token ids that begin and end the thinking, where the settings tell rows apart by that.
     """
 
     def __init__(
@@ -40,9 +43,12 @@ class Worker:
         device: torch.device,
         requests: int,
         totals: Path | None,
+        markers: tuple[int, int] | None = None,
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
-        self._written_only = settings.positions == "generated"
+        self._settings = settings
+        assert settings.tells_thinking == (markers is not None)
+        self._thinking = None if markers is None else Thinking(*markers, device, requests)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None
         self._to_count = False
@@ -103,6 +109,8 @@ class Worker:
         gone = [name for name in finished if self._choices.pop(name, None) is not None]
         if self._telemetry:
             self._telemetry.finish(gone)
+        if self._thinking:
+            self._thinking.finish(gone)
         for name, choice in new:
             if name in self._choices:
                 continue
@@ -118,6 +126,7 @@ class Worker:
         prompts: Counts,
         starts: Counts,
         view: Mapping[str, str | None] | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         """Before the model runs: whose rows the step computes, in order.
 
@@ -129,10 +138,12 @@ class Worker:
             the position in its sequence of each request's first row.
         view
             for the checking mode, the digest of each request as the scheduler knows it.
+        tokens
+            what the rows are of, where a row's place in the thinking decides.
         """
         left = self._left(names, counts, prompts, starts)
         step = list(names), counts.tobytes(), prompts.tobytes(), left.tobytes()
-        if step != self._step:
+        if step != self._step or self._thinking:
             digests = [self._choices[name].digest for name in names]
             each = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
             slots = np.repeat(np.array(each, np.int32), counts)
@@ -141,6 +152,13 @@ class Worker:
             if self._telemetry:
                 self._telemetry.fill(names, counts, prompts, left)
             self._step = step
+        if self._thinking:
+            assert tokens is not None
+            inside = self._thinking.rows(names, counts, starts, tokens)
+            alone = inside if self._settings.positions == ANSWER else ~inside
+            self.buffers.leave(alone)
+            if self._telemetry:
+                self._telemetry.leave(alone)
         self._to_count = True
         if view is not None:
             self._check(names, counts, left, view)
@@ -150,7 +168,7 @@ class Worker:
         prompts, where only what the model wrote is capped.
         """
         found: list[int] = []
-        if self._written_only and prompts.any():
+        if self._settings.written_only and prompts.any():
             begins = np.cumsum(counts) - counts
             places = np.arange(int(counts.sum())) - np.repeat(begins, counts)
             found += np.flatnonzero(places < np.repeat(prompts, counts)).tolist()
@@ -181,7 +199,7 @@ class Worker:
             raise RuntimeError(f"axiscap: of the rows {sorted(left)}, which are left alone, some are capped")
         for name, count in zip(names, counts.tolist(), strict=True):
             found = {content.get(rows[row]) for row in range(at, at + count) if row not in left}
-            if found - {view[name]}:
+            if found - {view[name], *([None] if self._thinking else [])}:
                 raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, not {view[name]}")
             at += count
         if set(rows[at:]) - {-1}:

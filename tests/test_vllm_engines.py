@@ -237,20 +237,17 @@ def test_a_connector_that_may_mix_contents_is_refused(profiles):
         arguments.create_engine_config()
 
 
-@pytest.mark.parametrize("scheduling", [False, True])
-def test_the_thinking_is_capped_alone(scheduling, profiles, demo_model):
-    """Also where the next step begins before the host knows what the last one wrote."""
+def test_the_thinking_is_capped_alone(profiles, demo_model):
     folder, made = profiles
     part = {"positions": "thinking", "markers": MARKERS}
     llm = LLM(
         models.folder(models.DEFAULT_MODEL), dtype="float32", max_model_len=512, enforce_eager=True,
-        async_scheduling=scheduling, additional_config={"axiscap": configuration(folder, check=True, **part)},
+        additional_config={"axiscap": configuration(folder, check=True, **part)},
     )  # fmt: skip
     prompts = [f"{prompt}{MARKERS[0]}" for prompt in (*PROMPTS[:3], LONG)]
     wanted = [expected_part(*demo_model, prompt, made["strict"], 30, "thinking") for prompt in prompts]
     params = SamplingParams(temperature=0, max_tokens=30, extra_args={"axiscap": "strict"})
     try:
-        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == scheduling
         for _ in range(2):  # the second time behind a prefix cache
             outputs = llm.generate(prompts, params, use_tqdm=False)
             assert [output.outputs[0].text for output in outputs] == wanted

@@ -127,6 +127,8 @@ clean:
 	printf 'torchvision\ntorchaudio\ntorchcodec\n' > .venv-$*/left-out.txt
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --excludes .venv-$*/left-out.txt \
 	  torch==2.13.0 hypothesis pytest $(needs-$*)
+	if [ $* = vllm ]; then \
+	  .venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps nixl==1.5.1 nixl-cu12==1.5.1; fi
 	if [ $* = sglang ]; then \
 	  .venv-sglang/bin/pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 && \
 	  echo $(CURDIR)/tests/stubs > $$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/stubs.pth; fi

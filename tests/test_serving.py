@@ -324,9 +324,18 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
         assert "unknown" not in {family.type for family in families.values()}
 
 
-def test_the_salt_tells_contents_apart():
+def test_the_salt_tells_contents_and_rows_apart(files):
     assert Choice("a", "1", "x").salt == Choice("b", "1", "y").salt
-    assert len({Choice("a", "1", "x").salt, Choice("a", "2", "x").salt, Choice(None, None, "x").salt}) == 3
+    choices = [Choice("a", "1", "x"), Choice("a", "2", "x"), Choice(None, None, "x")]
+    # Of servers that share a store, some cap all rows, and others a part of them.
+    profiles = {"a": str(files["strict"])}
+    parts = [{"positions": name} for name in ("all", "generated", "thinking", "answer")]
+    parts.append({"positions": "answer", "markers": ["<reason>", "</reason>"]})
+    kinds = [Settings.parse({"profiles": profiles, **part}).part for part in parts]
+    choices += [Choice("a", "1", "x", positions=kind) for kind in kinds[1:]]
+    assert kinds[0] == "all"
+    assert len({choice.salt for choice in choices}) == 3 + len(parts) - 1
+    assert Choice(None, None, "x", positions="answer").salt == Choice(None, None, "y").salt
     with pytest.raises(RuntimeError, match="without a decision"):
         Choice.of({"axiscap": "strict"})  # a client's own words, not a decision
     assert Choice.of(Choice("a", "1", "x").put({"other": 1})) == Choice("a", "1", "x")

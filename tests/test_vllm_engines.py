@@ -31,6 +31,7 @@ from serving import (
     expected_mixed,
     expected_part,
     expected_texts,
+    free_port,
     make_profiles,
     small_model,
 )
@@ -42,6 +43,7 @@ from vllm import LLM, SamplingParams
 from vllm.compilation.passes import pass_manager
 from vllm.config import CompilationMode, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.engine.core import EngineCore
@@ -226,13 +228,71 @@ def test_the_hashes_that_an_offloading_connector_goes_by_tell_contents_apart():
     assert not set(one) & set(other) | set(one) & set(off)
 
 
-def test_a_connector_that_may_mix_contents_is_refused(profiles):
-    transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+def test_an_engine_that_decodes_goes_on_from_what_another_one_computed(tmp_path, monkeypatch):
+    """By NIXL, on loopback: a router takes the word from the one that computes the prompt to the one that writes the
+    answer, which must have the same content for it.
+    """
+    model, tokenizer, made = small_model(tmp_path)
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 32}
+    options["disable_log_stats"] = False
+
+    def engine(role: str, **of: object) -> LLM:
+        monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
+        config = {"axiscap": configuration(tmp_path, check=True, **of)}
+        transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+        return LLM(str(tmp_path / "model"), additional_config=config, kv_transfer_config=transfer, **options)
+
+    def ask(llm: LLM, name: str, word: dict, tokens: int):
+        extra = {"axiscap": name, "kv_transfer_params": word}
+        return llm.generate(LONG, SamplingParams(temperature=0, max_tokens=tokens, extra_args=extra), use_tqdm=False)[0]
+
+    def read(llm: LLM) -> int:
+        """Tokens whose blocks came from the other engine."""
+        return sum(m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
+
+    taken_over, empty = 0, dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    first, second = engine("kv_producer"), engine("kv_consumer")
+    try:
+        for name in ("mild", "strict", "off"):
+            begun = ask(first, name, {"do_remote_decode": True, "do_remote_prefill": False, **empty}, 1)
+            word = begun.kv_transfer_params
+            assert word["axiscap_content"] == f"axiscap={'-' if name == 'off' else made[name].digest}"
+            for other in {"mild", "strict", "off"} - {name}:
+                with pytest.raises(
+                    VLLMValidationError, match=f"the prompt was computed as {word['axiscap_content']}, and this"
+                ):
+                    ask(second, other, word, TOKENS)
+            found = ask(second, name, word, TOKENS)
+            profile = None if name == "off" else made[name]
+            assert found.outputs[0].text == expected_texts(model, tokenizer, [LONG], profile, TOKENS)[0]
+            taken_over += len(tokenizer(LONG)["input_ids"])
+            assert read(second) == taken_over
+            with pytest.raises(VLLMValidationError, match="send it again"):  # from one that does not cap
+                ask(second, "strict", {key: value for key, value in word.items() if key != "axiscap_content"}, TOKENS)
+    finally:
+        for llm in (first, second):
+            llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("transfer", "says"),
+    [
+        (
+            {"kv_connector": "MooncakeConnector"},
+            r"MooncakeConnector may not tell KV blocks of different profiles apart",
+        ),
+        (
+            {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"bidirectional_kv_xfer": True}},
+            "blocks that go back to where a prompt is computed",
+        ),
+    ],
+)
+def test_a_connector_that_may_mix_contents_is_refused(transfer, says, profiles):
     arguments = EngineArgs(
-        model=models.folder(models.DEFAULT_MODEL), max_model_len=512, kv_transfer_config=KVTransferConfig(**transfer),
+        model=models.folder(models.DEFAULT_MODEL), max_model_len=512,
+        kv_transfer_config=KVTransferConfig(kv_role="kv_both", **transfer),
         additional_config={"axiscap": configuration(profiles[0])},
     )  # fmt: skip
-    says = r"NixlConnector may not tell KV blocks of different profiles apart \(known are OffloadingConnector and Ex"
     with pytest.raises(SettingsError, match=says):
         arguments.create_engine_config()
 

@@ -155,7 +155,7 @@ class Control:
         told = Told.of(extra) or Told(name, digest, None)  # none where an engine is called from Python
         if told.digest != digest:
             raise ChoiceError(f"profile {name} was replaced while the request was on its way; send it again")
-        return Choice(name, digest, request, told.ticket)
+        return Choice(name, digest, request, told.ticket, self._settings.part)
 
     def begun(self, request: Any, choice: Choice) -> None:
         """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""

@@ -2,17 +2,18 @@
 
 A block holds what a request's rows became under the content that capped them, so that whatever finds blocks again must
 tell contents apart. vLLM's own hashes of blocks do, since the digest is in the salt; a connector that goes by them is
-safe as it is. One that goes by the tokens alone has to be told.
+safe as it is. One that goes by the tokens alone has to be told. And where one engine hands a prompt's blocks to the
+next, request by request, the word about them says what they hold, and the other refuses what it would not have made.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from axiscap.serving.settings import Choice
+from axiscap.serving.settings import Choice, ChoiceError
 from axiscap_plugin import wrap
 
 #: Connectors that find blocks by the engine's own hashes.
@@ -20,6 +21,45 @@ BY_HASH = ("OffloadingConnector",)
 #: vLLM's example of a store that several engines share: it goes by the prompt's tokens, and the identifiers of what is
 #: in it beside text.
 SHARED = "ExampleConnector"
+
+#: Connectors by which one engine reads a prompt's blocks from the memory of another; a router carries the word.
+BY_REQUEST = ("NixlConnector", "NixlPullConnector")
+#: In a request, the word about blocks in another engine's memory; in that, what they hold.
+_WORD, _CONTENT = "kv_transfer_params", "axiscap_content"
+_NOBODYS = Choice(None, None, "").prompt
+
+
+def say_content() -> None:
+    """Has an engine that computed a prompt for another say what its blocks hold."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap(Scheduler, "_connector_finished", _with_word)
+
+
+def _with_word(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    delay, word = original(scheduler, request)
+    if word:
+        word[_CONTENT] = Choice.of(request.sampling_params.extra_args).prompt
+    return delay, word
+
+
+def check_handed(extra: Mapping[str, Any] | None, choice: Choice) -> None:
+    """Raises ChoiceError where a request goes on from blocks that hold something else than it would compute.
+
+    Parameters
+    ----------
+    extra
+        what the request carries.
+    """
+    word = (extra or {}).get(_WORD)
+    if not isinstance(word, Mapping) or not word.get("do_remote_prefill"):
+        return
+    found = word.get(_CONTENT, _NOBODYS)
+    if found != choice.prompt:
+        raise ChoiceError(
+            f"the prompt was computed as {str(found)[:80]}, and this server would go on as {choice.prompt}: both must "
+            "have the same profile; send it again"
+        )
 
 
 def keep_apart() -> None:

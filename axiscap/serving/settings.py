@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -116,6 +117,13 @@ class Settings:
     def written_only(self) -> bool:
         """Whether prompts are computed as without a cap."""
         return self.positions != "all"
+
+    @property
+    def part(self) -> str:
+        """Which rows are capped, as a word that differs where they do."""
+        if not self.tells_thinking:
+            return self.positions
+        return f"{self.positions}-{hashlib.sha256(json.dumps(self.markers).encode()).hexdigest()[:8]}"
 
     @property
     def tells_thinking(self) -> bool:
@@ -298,13 +306,14 @@ class Choice:
     """What a request carries through the engine once its profile is chosen: a name for people, a digest for the engine.
 
     ``digest`` None: the request is left alone. ``ticket``: by which its client asks how far the answer drifted; None:
-    nobody asks.
+    nobody asks. ``positions``: which of its rows are capped (:attr:`Settings.part`).
     """
 
     name: str | None
     digest: str | None
     id: str
     ticket: str | None = None
+    positions: str = "all"
 
     @classmethod
     def of(cls, extra: Mapping[str, Any] | None) -> Choice:
@@ -325,8 +334,16 @@ class Choice:
 
     @property
     def salt(self) -> str:
-        """What separates this request's blocks in a prefix cache from those of requests that are capped differently."""
-        return f"{KEY}={self.digest or '-'}"
+        """What separates this request's blocks, in a prefix cache and in what several servers share, from those of
+        requests that are capped differently.
+        """
+        part = "" if self.digest is None or self.positions == "all" else f"/{self.positions}"
+        return f"{KEY}={self.digest or '-'}{part}"
+
+    @property
+    def prompt(self) -> str:
+        """The same of its prompt's blocks, which hold no cap where only what the model wrote is capped."""
+        return self.salt if self.positions == "all" else f"{KEY}=-"
 
 
 class Registry:

@@ -444,5 +444,5 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
 
 def _content(key: str) -> str | None:
     """The digest in the key by which the radix cache tells requests apart."""
-    digest = key.removeprefix(f"{KEY}=").split(";")[0]
+    digest = key.removeprefix(f"{KEY}=").split(";")[0].split("/")[0]
     return None if digest == "-" else digest

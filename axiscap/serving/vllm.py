@@ -146,8 +146,8 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     wrap(InputProcessor, "process_inputs", _choose)
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
-    global _written_only
-    _written_only = settings.written_only
+    global _written_only, _part
+    _written_only, _part = settings.written_only, settings.part
     folder = _folder(config)
     door.put_in_place(Choices(settings, folder), _PLACES, _change)
     _show_metrics(folder)
@@ -185,9 +185,11 @@ def _refuse(config: Any, settings: Settings) -> None:
         "kv_sharing_fast_prefill drops rows on the way": config.cache_config.kv_sharing_fast_prefill,
     }
     if (transfer := config.kv_transfer_config) is not None:
-        known = " and ".join((*kv.BY_HASH, kv.SHARED))
-        reason = f"{transfer.kv_connector} may not tell KV blocks of different profiles apart (known are {known})"
-        reasons[reason] = transfer.kv_connector not in (*kv.BY_HASH, kv.SHARED)
+        known = (*kv.BY_HASH, kv.SHARED, *kv.BY_REQUEST)
+        reason = f"{transfer.kv_connector} may not tell KV blocks of different profiles apart"
+        reasons[f"{reason} (known are {', '.join(known)})"] = transfer.kv_connector not in known
+        back = transfer.get_from_extra_config("bidirectional_kv_xfer", False)
+        reasons["blocks that go back to where a prompt is computed (bidirectional_kv_xfer)"] = bool(back)
     if settings.tells_thinking:
         apart = f'with positions "{settings.positions}"'
         reasons[f"drafts {apart}: which of them count is known too late"] = config.speculative_config is not None
@@ -219,6 +221,7 @@ def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: 
     extra = getattr(params, "extra_args", None) or {}
     try:
         told = choices.check(extra)
+        kv.check_handed(extra, Choice(told.name, told.digest, "", positions=_part))
     except ChoiceError as error:
         raise _to_client(error) from None
     door.tell(told, getattr(params, "n", 1))
@@ -227,7 +230,9 @@ def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: 
     return original(*call.args, **call.kwargs)
 
 
-_written_only = False  # of the engine that this process serves
+# Of the engine that this process serves.
+_written_only = False
+_part = "all"
 
 
 def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -308,6 +313,8 @@ class Core(Scheduling):
         transfer = core.vllm_config.kv_transfer_config
         if transfer is not None and transfer.kv_connector == kv.SHARED:
             kv.keep_apart()
+        if transfer is not None and transfer.kv_connector in kv.BY_REQUEST:
+            kv.say_content()
         rpc = core.collective_rpc
         control = Control(self._settings, self._folder, lambda *profile: rpc("axiscap_place", args=profile))
         super().__init__(control)
@@ -332,6 +339,7 @@ class Core(Scheduling):
         with self.control.lock:
             name = request.external_req_id or request.request_id
             choice = self.decide(request, name, apart=not self._settings.written_only)
+            kv.check_handed(request.sampling_params.extra_args, choice)
             made = original(request)
             self.control.begun(made[0], choice)
         if self._settings.check:

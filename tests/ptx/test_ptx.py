@@ -174,7 +174,7 @@ def test_every_kernel_against_the_oracle(dtype, op, many, aligned):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=45)
 @given(inputs())
 def test_the_properties_of_the_cpu_hold(case):
     if not len(case.hidden):

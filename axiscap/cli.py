@@ -38,9 +38,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # In a file or a pipe there is no width to fit; tables then stay readable.
 console = Console(width=None if sys.stdout.isatty() else 140)
 
-ModelOption = Annotated[str, typer.Option(help="A local folder or a hub name.")]
+ModelOption = Annotated[str, typer.Option(help="The model: a local folder or a hub name.")]
 ProfileArgument = Annotated[
-    str, typer.Argument(help="A profile's file or URL, such as hf://org/name/profile.safetensors.")
+    str, typer.Argument(help="The profile: a file or a URL, such as hf://org/name/profile.safetensors.")
 ]
 
 
@@ -94,9 +94,11 @@ def _progress(rate: bool = False) -> Progress:
 @app.command()
 def inspect(
     profile: ProfileArgument,
-    other: Annotated[str | None, typer.Argument(help="Another model's profile, to compare role loadings with.")] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="A profile of another model, to compare role loadings with.")
+    ] = None,
 ) -> None:
-    """Print what a profile holds and where it comes from."""
+    """Print the contents of a profile and where they come from."""
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
     console.print(f"[bold]{escape(profile)}[/bold]")
@@ -191,22 +193,25 @@ def _show_evidence(facts: Evidence) -> None:
     _show("evidence", table)
 
 
-RolesOption = Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's own without it.")]
-QuestionsOption = Annotated[Path | None, typer.Option(help="Questions (JSONL); AxisCap's own without it.")]
+RolesOption = Annotated[Path | None, typer.Option(help="A folder of roles (JSON). Default: AxisCap's own roles.")]
+QuestionsOption = Annotated[Path | None, typer.Option(help="Questions (JSONL). Default: AxisCap's own questions.")]
 PopulationOption = Annotated[
     str | None,
     typer.Option(
-        help="Whose projections: means of answers (assistant, pooled, work), or single tokens ('assistant tokens', "
-        "'pooled tokens', 'ordinary tokens'). The profile's own, or ordinary tokens."
+        help="The projections that a percentile is of: means of answers (assistant, pooled, work), or single tokens "
+        "('assistant tokens', 'pooled tokens', 'ordinary tokens'). Default: the profile's, or ordinary tokens."
     ),
 ]
 MethodOption = Annotated[
     str,
-    typer.Option(help="discriminant: what tells roles from ordinary work; difference: the published mean difference."),
+    typer.Option(
+        help="How to compute the axis. discriminant: the direction that separates roles from ordinary work. "
+        "difference: the published mean difference."
+    ),
 ]
-WorkOption = Annotated[Path | None, typer.Option(help="Ordinary requests (JSONL); AxisCap's own without it.")]
+WorkOption = Annotated[Path | None, typer.Option(help="Ordinary requests (JSONL). Default: AxisCap's own requests.")]
 PublishedOption = Annotated[
-    bool, typer.Option("--published", help="The authors' convention: the 75th percentile of the pooled answers.")
+    bool, typer.Option("--published", help="Use the published convention: the 75th percentile of the pooled answers.")
 ]
 #: Their "p0.25" is the 25th percentile on the negated axis.
 PUBLISHED = (75.0, "pooled")
@@ -219,47 +224,64 @@ def calibrate(
     roles: RolesOption = None,
     questions: QuestionsOption = None,
     per_role: Annotated[
-        int, typer.Option(help="Answers of a role; 0 for each prompt with each question, as published.")
+        int,
+        typer.Option(
+            help="Answers to generate for each role. 0: one for each pair of prompt and question, as published."
+        ),
     ] = 16,
     percentile: Annotated[
-        float | None, typer.Option(help="Of the population that the floors are at; 6, or 25 with --method difference.")
+        float | None,
+        typer.Option(
+            help="The percentile of the population at which the floors lie. Default: 6, or 25 with --method difference."
+        ),
     ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
         int | None,
         typer.Option(
-            help="How many layers to cap; two thirds of them, or with --method difference a fifth, at least 8."
+            help="The number of layers to cap. Default: two thirds of the layers, or a fifth with --method "
+            "difference, but at least 8."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 40,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (the files' own on a GPU, float32 on a CPU), bfloat16, ...")
+        str, typer.Option(help="The dtype of the weights. auto: that of the files on a GPU, float32 on a CPU.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the sampling.")] = 0,
     judge: Annotated[
-        str, typer.Option(help="Who says whether a role was taken on: none, local, or a model at OPENAI_BASE_URL.")
+        str,
+        typer.Option(
+            help="What judges whether an answer takes on its role: none, local, or the name of a model at "
+            "OPENAI_BASE_URL."
+        ),
     ] = "none",
-    minimum: Annotated[int, typer.Option(help="Answers that the judge kept, for a role to count.")] = 1,
+    minimum: Annotated[
+        int, typer.Option(help="A role counts if the judge kept at least this many of its answers.")
+    ] = 1,
     engine: Annotated[
-        str, typer.Option(help="transformers, vllm or ray; or endpoint: the texts from OPENAI_BASE_URL.")
+        str,
+        typer.Option(
+            help="What generates the answers: transformers, vllm, ray, or endpoint (the server at OPENAI_BASE_URL)."
+        ),
     ] = "transformers",
-    workers: Annotated[int, typer.Option(help="Of Ray.")] = 2,
+    workers: Annotated[int, typer.Option(help="The number of Ray workers.")] = 2,
     rollouts: Annotated[
         str | None,
         typer.Option(
-            help="Where answers are kept: a folder or a URL; beside the profile, until it is done, without it."
+            help="Where to keep the answers: a folder or a URL. Default: beside the profile, until it is written."
         ),
     ] = None,
     method: MethodOption = "discriminant",
     work: WorkOption = None,
     vectors: Annotated[
-        Path | None, typer.Option(help="A folder for the default's and the roles' vectors, in the published layout.")
+        Path | None,
+        typer.Option(help="A folder to write the vectors of the default and of the roles to, in the published layout."),
     ] = None,
 ) -> None:
     """Find a model's Assistant Axis and floors, and write them as a profile.
 
-    Finished rollouts are kept until the profile is written: started again, the command goes on where it was.
+    The command keeps finished answers until it has written the profile: after an interruption it resumes.
     """
     from axiscap import calibrate as calibration
 
@@ -402,31 +424,42 @@ def floors(
     profile: ProfileArgument,
     out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
     percentile: Annotated[
-        float | None, typer.Option(help="Of the population, on the axis towards the Assistant; 25 without it.")
+        float | None, typer.Option(help="The percentile of the population, counted towards the Assistant. Default: 25.")
     ] = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
-    layers: Annotated[str | None, typer.Option(help="Such as 17-24; the profile's own without it.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="The layers to cap, such as 17-24. Default: those of the profile.")
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
-            help="What share of its shortfall a row is lifted by, as 0.5; alone, the floors stay. 0: only measured."
+            help="The share of its shortfall that a row is corrected by, such as 0.5. 0: measure only. Given alone, "
+            "the floors stay."
         ),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Instead of a percentile: how far perplexity may rise in any domain of work, as 0.01."),
+        typer.Option(
+            help="Instead of a percentile: the most that perplexity may rise in any domain of ordinary work, such as "
+            "0.01."
+        ),
     ] = None,
-    fiction_budget: Annotated[float, typer.Option(help="The same of stories, poems and dialogue.")] = 0.05,
+    fiction_budget: Annotated[float, typer.Option(help="The same for stories, poems and dialogue.")] = 0.05,
     changed: Annotated[
         float | None,
-        typer.Option(help="Instead of or beside --budget: what share of likeliest tokens may change in any domain."),
+        typer.Option(
+            help="Instead of --budget or with it: the largest share of most likely tokens that may change in any "
+            "domain."
+        ),
     ] = None,
-    rollouts: Annotated[str | None, typer.Option(help="For a budget: what `calibrate --rollouts` kept.")] = None,
+    rollouts: Annotated[
+        str | None, typer.Option(help="For a budget: the answers that `calibrate --rollouts` kept.")
+    ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     work: WorkOption = None,
 ) -> None:
-    """Make a profile with other floors or other layers. Only a budget needs the model, which says what they cost."""
+    """Write a profile with other floors or other layers. Only a budget needs the model."""
     from axiscap.calibrate import with_floors
 
     if published:
@@ -497,30 +530,35 @@ def _within(
 @app.command()
 def sweep(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The profile of the chosen point.", callback=_with_folder)],
-    rollouts: Annotated[str, typer.Option(help="What `axiscap calibrate --rollouts` kept.")],
+    out: Annotated[Path, typer.Argument(help="The profile to write, of the chosen point.", callback=_with_folder)],
+    rollouts: Annotated[str, typer.Option(help="The answers that `axiscap calibrate --rollouts` kept.")],
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
     questions: QuestionsOption = None,
-    per_role: Annotated[int, typer.Option(help="As for the calibration.")] = 16,
-    bands: Annotated[str, typer.Option(help="Of layers, first to last; the profile's and others without it.")] = "",
+    per_role: Annotated[int, typer.Option(help="Answers of each role that the calibration generated.")] = 16,
+    bands: Annotated[
+        str, typer.Option(help="Bands of layers to try, such as 12-19,14-21. Default: that of the profile, and others.")
+    ] = "",
     percentiles: Annotated[
-        str, typer.Option(help="Of the population; without it 2,4,6 of tokens, 5,10,25,50 of means of answers.")
+        str,
+        typer.Option(help="Percentiles to try. Default: 2,4,6 of single tokens, or 5,10,25,50 of means of answers."),
     ] = "",
     population: PopulationOption = None,
-    most_perplexity: Annotated[float, typer.Option(help="That the point may cost the default's answers.")] = 1.02,
-    most_worst: Annotated[float, typer.Option(help="That it may cost the worst domain of ordinary work.")] = 1.02,
-    most_fiction: Annotated[float, typer.Option(help="The same of fiction on request.")] = 1.05,
+    most_perplexity: Annotated[
+        float, typer.Option(help="The most that the perplexity of the default's answers may rise to, as a ratio.")
+    ] = 1.02,
+    most_worst: Annotated[float, typer.Option(help="The same for the worst domain of ordinary work.")] = 1.02,
+    most_fiction: Annotated[float, typer.Option(help="The same for fiction on request.")] = 1.05,
     work: WorkOption = None,
-    ask: Annotated[int, typer.Option(help="Questions to each held-out role.")] = 4,
+    ask: Annotated[int, typer.Option(help="Questions to ask each held-out role.")] = 4,
     picture: Annotated[
-        Path, typer.Option(help="Where to draw uptake against perplexity.", callback=_with_folder)
+        Path, typer.Option(help="The picture to write: role uptake against perplexity.", callback=_with_folder)
     ] = Path("sweep.png"),
 ) -> None:
     """Measure what capping does at bands of layers and percentiles, and write the profile of the best point.
 
-    Role uptake is judged from the text of held-out roles' answers to held-out questions; the cost is the perplexity of
-    ordinary answers and of plain text, agreement with the uncapped model, and multiple-choice questions.
+    Role uptake is judged from the text of answers by held-out roles to held-out questions. The cost is the perplexity
+    of ordinary answers and of plain text, the agreement with the uncapped model, and multiple-choice questions.
     """
     from axiscap import calibrate as calibration
     from axiscap.calibrate import sweep as sweeps
@@ -600,15 +638,20 @@ def report(
     profile: ProfileArgument,
     out: Annotated[
         Path,
-        typer.Argument(help="A page (.html), or a picture (.png, .svg) of the evidence alone.", callback=_with_folder),
+        typer.Argument(
+            help="The file to write: a page (.html), or a picture of the evidence alone (.png, .svg).",
+            callback=_with_folder,
+        ),
     ] = Path("report.html"),
     conversations: Annotated[
-        Path | None, typer.Option(help="Stored conversations for the page, as `replay` reads them.")
+        Path | None, typer.Option(help="Stored conversations to show on the page, in a format that `replay` reads.")
     ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
-    layer: Annotated[int | None, typer.Option(help="Of the curves; the one that separates best without it.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="The layer of the curves. Default: the one that separates best.")
+    ] = None,
 ) -> None:
-    """Show a profile's evidence, and on a page also conversations: separation, persona space, floors, drift."""
+    """Write a page with a profile's evidence (separation, persona space, floors) and the drift of conversations."""
     loaded_profile = CapProfile.load(profile)
     if out.suffix == ".html":
         from axiscap.view import page
@@ -648,35 +691,39 @@ def _replayed(
 
 @app.command()
 def replay(
-    conversations: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's.")],
-    profile: Annotated[str, typer.Option(help="A profile's file or URL.")],
+    conversations: Annotated[Path, typer.Argument(help="Stored conversations: JSONL, JSON, or ShareGPT's format.")],
+    profile: Annotated[str, typer.Option(help="The profile: a file or a URL.")],
     model: ModelOption = models.DEFAULT_MODEL,
     layers: Annotated[
-        str | None, typer.Option(help="Where to measure, such as 17-24; the capped layers without it.")
+        str | None, typer.Option(help="The layers to measure, such as 17-24. Default: the capped layers.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Of the figures; the capped one that separates best without it.")
+        int | None,
+        typer.Option(help="The layer of the printed figures. Default: the capped layer that separates best."),
     ] = None,
     capped: Annotated[
         bool | None,
-        typer.Option(help="With the profile in force, or not; without it, where a conversation's side is 'capped'."),
+        typer.Option(help="Whether the profile is in force. Default: for conversations whose side is 'capped'."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A record for each turn and layer: .jsonl or .parquet.", callback=_with_folder)
+        Path | None,
+        typer.Option(
+            help="A file to write, with a record for each turn and layer (.jsonl, .parquet).", callback=_with_folder
+        ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="An HTML page with curves and transcripts.", callback=_with_folder)
+        Path | None, typer.Option(help="A page to write, with curves and transcripts (.html).", callback=_with_folder)
     ] = None,
-    show: Annotated[int, typer.Option(help="Conversations whose turns are printed, the lowest first.")] = 10,
+    show: Annotated[int, typer.Option(help="How many conversations to print turn by turn, the lowest first.")] = 10,
     fail_below: Annotated[
         float | None,
-        typer.Option(help="End with status 3 where an answer is below this percentile (0 to 100) of normal answers."),
+        typer.Option(help="Exit with status 3 if an answer is below this percentile (0 to 100) of normal answers."),
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out conversations that cannot be read, and say so.")
+        bool, typer.Option("--skip-bad", help="Skip conversations that cannot be read, and name them.")
     ] = False,
 ) -> None:
-    """Have a model read stored conversations, and print where each goes along the axis, turn by turn."""
+    """Measure stored conversations: where each turn lies along the axis."""
     from axiscap.view import page, sheet
 
     loaded_profile = CapProfile.load(profile)
@@ -762,21 +809,25 @@ def _show_groups(selection: drift.Selection) -> None:
 
 @app.command()
 def chat(
-    profiles: Annotated[list[Path], typer.Argument(help="One profile or more, to choose from.")],
+    profiles: Annotated[list[Path], typer.Argument(help="One or more profiles to choose from on the page.")],
     model: Annotated[
-        str | None, typer.Option(help="A local folder or a hub name; with --base-url, to measure its answers with.")
+        str | None,
+        typer.Option(help="The model: a local folder or a hub name. With --base-url, it only measures the answers."),
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server with AxisCap, such as http://127.0.0.1:8000/v1.")
     ] = None,
     uncapped: Annotated[
-        str, typer.Option(help="With --base-url, what the left side asks for: off, or a profile of strength 0.")
+        str,
+        typer.Option(help="With --base-url: the profile of the left side, which is off or a profile of strength 0."),
     ] = "off",
-    terminal: Annotated[bool, typer.Option("--terminal", help="In this terminal, by the first profile.")] = False,
-    port: Annotated[int, typer.Option(help="Of the page, on this machine alone.")] = 7860,
-    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 64,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Chat in this terminal, with the first profile, and not in a browser.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="The port of the page, which this machine alone can reach.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
 ) -> None:
-    """Talk to a model, uncapped and capped side by side, and see where its answers lie."""
+    """Chat with a model, uncapped and capped side by side, and see where its answers lie along the axis."""
     from axiscap.view import chat as chats
 
     loaded = {path.stem: CapProfile.load(path) for path in profiles}
@@ -808,10 +859,10 @@ def _line() -> str:
 @app.command("import")
 def import_(
     config: Annotated[Path, typer.Argument(help="A published capping config (.pt).")],
-    experiment: Annotated[str, typer.Argument(help="Its setting, such as layers_46:54-p0.25.")],
+    experiment: Annotated[str, typer.Argument(help="The setting in the config, such as layers_46:54-p0.25.")],
     out: Annotated[Path, typer.Argument(help="The profile to write.", callback=_with_folder)],
 ) -> None:
-    """Make a profile of one setting of a published capping config."""
+    """Write a profile from one setting of a published capping config."""
     from axiscap import interop
 
     profile = interop.read_capping_config(config, experiment)
@@ -823,9 +874,12 @@ def import_(
 def export(
     profile: ProfileArgument,
     out: Annotated[
-        Path, typer.Argument(help="A capping config (.pt), or a control vector (.gguf).", callback=_with_folder)
+        Path,
+        typer.Argument(
+            help="The file to write: a capping config (.pt) or a control vector (.gguf).", callback=_with_folder
+        ),
     ],
-    experiment: Annotated[str, typer.Option(help="The setting's id in a capping config.")] = "axiscap",
+    experiment: Annotated[str, typer.Option(help="The id of the setting in a capping config.")] = "axiscap",
 ) -> None:
     """Write a profile as a published capping config, or its directions as a control vector for llama.cpp."""
     from axiscap import interop
@@ -843,18 +897,21 @@ def run(
     profile: ProfileArgument,
     model: ModelOption = models.DEFAULT_MODEL,
     conversations: Annotated[
-        Path | None, typer.Option(help='JSONL, {"name", "turns", "group"}; AxisCap\'s own three without it.')
+        Path | None,
+        typer.Option(
+            help='Conversations to hold (JSONL with "name", "turns", "group"). Default: AxisCap\'s own three.'
+        ),
     ] = None,
-    picture: Annotated[Path, typer.Option(help="Where to draw the trajectories.", callback=_with_folder)] = Path(
-        "drift.png"
-    ),
-    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most.")] = 48,
+    picture: Annotated[
+        Path, typer.Option(help="The picture of the trajectories to write.", callback=_with_folder)
+    ] = Path("drift.png"),
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 48,
     transcripts: Annotated[
         Path | None,
-        typer.Option(help="Where to write both sides as JSONL, for `axiscap replay`.", callback=_with_folder),
+        typer.Option(help="A file to write both sides to, as JSONL for `axiscap replay`.", callback=_with_folder),
     ] = None,
 ) -> None:
-    """Hold a conversation with a model, uncapped and capped side by side, and draw its path along the axis."""
+    """Run conversations with a model, uncapped and capped side by side, and draw their path along the axis."""
     from axiscap.drift import compare
     from axiscap.view import plots
 
@@ -941,45 +998,67 @@ def evaluate(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="A folder for logs, scores.json and scores.html; a run that was stopped goes on there.")
+        Path,
+        typer.Option(
+            help="A folder for the logs, scores.json and scores.html. A run that was interrupted resumes from it."
+        ),
     ] = Path("evaluation"),
     model: ModelOption = models.DEFAULT_MODEL,
-    dtype: Annotated[str, typer.Option(help="Of the weights, as for the calibration.")] = "auto",
-    tasks: Annotated[str, typer.Option(help="AxisCap's own, or any of Inspect's, by name or FILE.py.")] = "",
+    dtype: Annotated[str, typer.Option(help="The dtype of the weights, as for `calibrate`.")] = "auto",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks to run, separated by commas: AxisCap's, or any task of Inspect by name or FILE.py. Default: "
+            "AxisCap's."
+        ),
+    ] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="64 attempts of a jailbreak, and answers of 64 tokens at most.")
+        bool, typer.Option("--quick", help="Run 64 jailbreak attempts, with answers of at most 64 tokens.")
     ] = False,
-    attempts: Annotated[int | None, typer.Option(help="Pairs of persona and behaviour; 320 without it.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of an answer; what each task says, without it.")] = None,
-    behaviours: Annotated[
-        Path | None, typer.Option(help="Of JailbreakBench, HarmBench or StrongREJECT (CSV), or JSONL; AxisCap's own.")
+    attempts: Annotated[
+        int | None, typer.Option(help="The number of pairs of persona and behaviour. Default: 320.")
     ] = None,
-    harmless: Annotated[Path | None, typer.Option(help="Look-alikes that should be answered; AxisCap's own.")] = None,
-    personas: Annotated[Path | None, typer.Option(help="A folder of roles (JSON); AxisCap's hostile ones.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="The most tokens of an answer. Default: what each task says.")
+    ] = None,
+    behaviours: Annotated[
+        Path | None,
+        typer.Option(
+            help="Harmful behaviours: a CSV of JailbreakBench, HarmBench or StrongREJECT, or JSONL. Default: "
+            "AxisCap's own."
+        ),
+    ] = None,
+    harmless: Annotated[
+        Path | None, typer.Option(help="Harmless requests that resemble them. Default: AxisCap's own.")
+    ] = None,
+    personas: Annotated[
+        Path | None, typer.Option(help="A folder of personas (JSON). Default: AxisCap's hostile roles.")
+    ] = None,
     first_turn: Annotated[
-        bool, typer.Option("--first-turn", help="Personas come as the first turn, not as the system prompt.")
+        bool, typer.Option("--first-turn", help="Put the persona into the first turn, and not into the system prompt.")
     ] = False,
     judge: Annotated[
-        str | None, typer.Option(help="A model of Inspect's that judges harm by a rubric, such as openai/gpt-5.")
+        str | None,
+        typer.Option(help="A model that judges harm by a rubric, as Inspect names it, such as openai/gpt-5."),
     ] = None,
     lower: Annotated[
         str,
-        typer.Option(help="Other tasks or scorers that are better the lower they are, such as strong_reject."),
+        typer.Option(help="Names of other tasks or scorers for which lower is better, such as strong_reject."),
     ] = "",
-    epochs: Annotated[int | None, typer.Option(help="How often each sample is answered.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Answers that are asked for at once.")] = 32,
+    epochs: Annotated[int | None, typer.Option(help="How many times to answer each sample.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The most samples of each task.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="How many answers to generate at once.")] = 32,
     base_url: Annotated[
-        str | None, typer.Option(help="Of a server; requests may choose a profile there, or off.")
+        str | None, typer.Option(help="The URL of a server that lets requests choose a profile, or off.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="What the server runs: vllm or sglang.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="The engine of the server: vllm or sglang.")] = "vllm",
     at_most_drop: Annotated[
-        float | None, typer.Option(help="End with status 3 where a score gets worse by more than this, such as 0.02.")
+        float | None, typer.Option(help="Exit with status 3 if a score gets worse by more than this, such as 0.02.")
     ] = None,
-    garak: Annotated[bool, typer.Option("--garak", help="Compare two reports of garak; nothing is run.")] = False,
+    garak: Annotated[bool, typer.Option("--garak", help="Compare two reports of garak, and run nothing.")] = False,
 ) -> None:
-    """Run the same tasks uncapped and capped, by Inspect, and compare the answers pair by pair."""
+    """Run the same Inspect tasks uncapped and capped, and compare the answers pair by pair."""
     try:
         from axiscap.evaluate import judges, pairs, run
     except ModuleNotFoundError as error:
@@ -1047,13 +1126,17 @@ def evaluate(
 
 @app.command()
 def verify(
-    url: Annotated[str, typer.Argument(help="Of a running server, vLLM or SGLang, such as http://localhost:8000.")],
-    profile: Annotated[str, typer.Option(help="The profile that it should cap under: a file or URL.")],
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server wants one.")] = None,
+    url: Annotated[
+        str, typer.Argument(help="The URL of a running vLLM or SGLang server, such as http://localhost:8000.")
+    ],
+    profile: Annotated[str, typer.Option(help="The profile that the server should apply: a file or a URL.")],
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="The API key of the server, if it has one.")
+    ] = None,
 ) -> None:
-    """Ask a server for an answer of two tokens, and see that it was capped under a profile; status 1 where it was not.
+    """Check that a running server caps under a profile, with one answer of two tokens. Exits with status 1 if not.
 
-    For probes and CI: a server whose plug-in was not loaded answers like any other.
+    For probes and CI: a server without the plug-in answers requests, too, but uncapped.
     """
     from axiscap.serving import verify as serving
 
@@ -1063,15 +1146,22 @@ def verify(
 
 @app.command()
 def rollout(
-    name: Annotated[str, typer.Argument(help="That the profile has in the servers, such as the default's.")],
-    profile: Annotated[str, typer.Argument(help="A path or URL, as the servers read it; #DIGEST pins it.")],
-    urls: Annotated[list[str], typer.Argument(help="Of the replicas.")],
-    admin_key: Annotated[str, typer.Option(envvar="AXISCAP_ADMIN_KEY", help="That the servers were started with.")],
+    name: Annotated[str, typer.Argument(help="The name of the profile in the servers, such as that of the default.")],
+    profile: Annotated[
+        str,
+        typer.Argument(
+            help="The profile: a path or a URL that the servers can read. #DIGEST behind it pins the content."
+        ),
+    ],
+    urls: Annotated[list[str], typer.Argument(help="The URLs of the replicas.")],
+    admin_key: Annotated[
+        str, typer.Option(envvar="AXISCAP_ADMIN_KEY", help="The admin key that the servers were started with.")
+    ],
 ) -> None:
-    """Give running replicas a profile, one after the other; status 0 when all of them have it.
+    """Load a profile into running replicas, one after the other. Exits with status 0 if all of them have it.
 
-    No request gets two contents: whoever began under the old one ends under it. Where one fails the others go on; the
-    same command again does the rest.
+    A request that has begun keeps the old content. If a replica fails, the others go on; run the command again for the
+    rest.
     """
     from axiscap.serving import verify as serving
 
@@ -1089,16 +1179,22 @@ def rollout(
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="JSON with every figure.", callback=_with_folder)] = Path("bench.json"),
+    out: Annotated[
+        Path, typer.Option(help="The file to write, with every figure (JSON).", callback=_with_folder)
+    ] = Path("bench.json"),
     picture: Annotated[
-        Path | None, typer.Option(help="Fraction of the memory bound against rows.", callback=_with_folder)
+        Path | None,
+        typer.Option(
+            help="The picture to write: the fraction of the memory bound against the number of rows.",
+            callback=_with_folder,
+        ),
     ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
-    quick: Annotated[bool, typer.Option(help="One size and dtype, few repetitions.")] = False,
-    decode: Annotated[bool, typer.Option(help="Also the decoding speed of a real model, on the CPU.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Measure one size and dtype, with few repetitions.")] = False,
+    decode: Annotated[bool, typer.Option(help="Also measure the decoding speed of a real model, on the CPU.")] = True,
+    device: Annotated[str, typer.Option(help="The device to measure: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure the kernels beside eager torch, torch.compile, the published hook and the memory bound, in one run."""
+    """Measure the kernels against eager torch, torch.compile, the published hook and the memory bound."""
     # What would fail at the end fails before the minutes of work.
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device}")
@@ -1120,7 +1216,7 @@ def bench(
 
 @app.command()
 def doctor() -> None:
-    """Say what is here, what is not, and what to do about it."""
+    """Check the installation: the machine, torch, the kernels and the extras, with a fix for each problem."""
     from axiscap import doctor as checks
 
     table = Table()

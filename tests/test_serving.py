@@ -682,6 +682,10 @@ def test_of_what_a_model_wrote_its_thinking_or_its_answer_is_capped(tmp_path, po
     wanted = [number >= 3 and thinks[number] == (positions == "thinking") for number in range(len(thinks))]
     assert found == [0 if row else -1 for row in wanted]
     assert sum(wanted) == capped
+    nothing = np.zeros(0, np.int32)
+    worker.fill([], nothing, nothing, nothing, {}, Tokens(torch.zeros(0, dtype=torch.int64), lambda at, count: []))
+    assert worker.buffers.rows.tolist() == [-1] * 12
+    worker.end()
     worker.begin(["x", "y"], ())
     worker.end()
     worker._telemetry._writer.flush()

@@ -152,7 +152,7 @@ class Worker:
             if self._telemetry:
                 self._telemetry.fill(names, counts, prompts, left)
             self._step = step
-        if self._thinking:
+        if self._thinking and len(names):  # an idle rank of several has none
             assert tokens is not None
             inside = self._thinking.rows(names, counts, starts, tokens)
             alone = inside if self._settings.positions == ANSWER else ~inside

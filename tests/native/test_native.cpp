@@ -197,6 +197,58 @@ void test_every_tail() {
             }
 }
 
+float from_fp8(uint8_t code) {
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp(float(fraction), -9);
+  return code & 0x80 ? -size : size;
+}
+
+// The norm of the stored row, and that in fp8 with a scale for all rows and with each row's own.
+void test_the_norm_of_every_tail() {
+  unsigned seed = 0;
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    for (int64_t size : {1, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 576})
+      for (int kind : {0, 1, 2}) {
+        constexpr int64_t kRows = 5;
+        Call call = make(dtype, kRows, size, seed % 3, 1, true, true, seed);
+        ++seed;
+        const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2, item = kind ? 1 : bytes;
+        std::vector<char> weight(size * bytes), normed(kRows * size * item);
+        std::vector<float> scales(kRows);
+        const float scale = 0.02f;
+        for (int64_t i = 0; i < size; ++i) from_float(dtype, 0.5f + float(i % 5), &weight[i * bytes]);
+        CapParams& p = call.params;
+        p.weight = weight.data();
+        p.eps = 1e-6f;
+        p.normed = normed.data();
+        p.normed_stride = size;
+        if (kind == 1) p.scale = &scale;
+        if (kind == 2) p.scales = scales.data();
+        run(call);
+        for (int64_t row = 0; row < kRows; ++row) {
+          const char* stored = &call.residual[row * p.residual_stride * bytes];
+          double squares = 0, largest = 0;
+          for (int64_t i = 0; i < size; ++i) squares += std::pow(double(to_float(dtype, stored + i * bytes)), 2);
+          const double root = std::sqrt(squares / double(size) + 1e-6);
+          const auto norm = [&](int64_t i) {
+            return to_float(dtype, stored + i * bytes) / root * to_float(dtype, &weight[i * bytes]);
+          };
+          for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(norm(i)));
+          const double over = kind == 0 ? 1 : kind == 1 ? scale : double(scales[row]);
+          if (kind == 2) CHECK(std::fabs(over * 448 / largest - 1) < 0.01, "a scale of %g", over);
+          for (int64_t i = 0; i < size; ++i) {
+            const char* at = &normed[(row * size + i) * item];
+            const double found = kind ? from_fp8(uint8_t(*at)) * over : to_float(dtype, at);
+            const double wanted = std::clamp(norm(i), -448 * over, 448 * over);
+            const double allowed = kind == 0 ? rounding(dtype) * std::fabs(wanted) + 1e-6
+                                             : 0.07 * std::fabs(wanted) + 0x1p-10 * over + 1e-6;
+            CHECK(std::fabs(found - wanted) <= allowed + 1e-5 * std::fabs(wanted), "kind %d, element %ld: %g for %g",
+                  kind, long(i), found, wanted);
+          }
+        }
+      }
+}
+
 void test_rows_that_are_not_finite() {
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     Call call = make(dtype, 9, 70, 0, 1, false, true, 1);
@@ -279,6 +331,7 @@ int main() {
     return 77;  // ctest's SKIP_RETURN_CODE
   }
   test_every_tail();
+  test_the_norm_of_every_tail();
   test_rows_that_are_not_finite();
   test_threads_over_ranges_give_the_bits_of_one();
   test_statistics();

@@ -581,6 +581,15 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
     running = adapter.worker._telemetry._running
     assert adapter.worker._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [
         2 * running["c"].index, 2 * running["c"].index + 1]  # fmt: skip
+    # Of what the model wrote the answer alone: a's row goes on behind what ended the thinking, c's second one begins it.
+    settings = Settings.parse(configuration(folder, positions="answer"))
+    totals = folder / "totals.json"
+    adapter.worker = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, totals, (7, 8))
+    adapter._begun = {"a": [7, 1, 1, 1, 1, 1, 1, 8, 1, 1], "b": [1] * 5, "c": [1, 1, 1, 1]}
+    batch.input_ids = torch.tensor([1, 1, 1, 1, 1, 1, 1, 7, 0, 0])
+    adapter.worker.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
+    adapter._prepare_v2(lambda step: batch, SimpleNamespace())
+    assert adapter.worker.buffers.rows.tolist() == [strict] + [-1] * 15
     batch.num_tokens = 9
     with pytest.raises(RuntimeError, match="9 rows in a step, but 8 are known"):
         adapter._prepare_v2(lambda step: batch, SimpleNamespace())

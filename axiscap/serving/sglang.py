@@ -417,7 +417,7 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     # The checking mode holds the rows against what the radix cache goes by.
     view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
     tokens = None
-    if _settings.tells_thinking:
+    if worker.reads_tokens:
         tokens = Tokens(
             batch.input_ids[: int(rows.counts.sum())],
             lambda at, count: [*requests[at].origin_input_ids, *requests[at].output_ids][:count],

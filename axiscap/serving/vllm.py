@@ -466,7 +466,7 @@ class VllmWorker(Model):
 
     def _fill(self, step: Any, prepared: Any) -> None:
         rows = self.rows(prepared)
-        tokens = self._tokens(prepared, rows) if _settings(self._config).tells_thinking else None
+        tokens = self._tokens(prepared, rows) if self.worker.reads_tokens else None
         self.worker.fill(*rows, getattr(step, "axiscap_view", None), tokens)
 
     def _tokens(self, prepared: Any, rows: Rows) -> Tokens:

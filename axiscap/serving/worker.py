@@ -47,7 +47,9 @@ class Worker:
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
         self._settings = settings
-        assert settings.tells_thinking == (markers is not None)
+        #: Whether :meth:`fill` has to be told what the rows are of.
+        self.reads_tokens = settings.tells_thinking
+        assert self.reads_tokens == (markers is not None)
         self._thinking = None if markers is None else Thinking(*markers, device, requests)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None

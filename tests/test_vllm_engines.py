@@ -581,7 +581,7 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
     running = adapter.worker._telemetry._running
     assert adapter.worker._telemetry._rows[:8].tolist() == [2 * running["a"].index + 1] + [-1] * 5 + [
         2 * running["c"].index, 2 * running["c"].index + 1]  # fmt: skip
-    # Of what the model wrote the answer alone: a's row goes on behind what ended the thinking, c's second one begins it.
+    # Of what the model wrote the answer alone: a's row stands behind what ended the thinking, c's second one begins it.
     settings = Settings.parse(configuration(folder, positions="answer"))
     totals = folder / "totals.json"
     adapter.worker = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, totals, (7, 8))

@@ -146,8 +146,8 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     wrap(InputProcessor, "process_inputs", _choose)
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _refuse_choice_of_beams)
-    global _written_only, _part
-    _written_only, _part = settings.written_only, settings.part
+    global _part
+    _part = settings.part
     folder = _folder(config)
     door.put_in_place(Choices(settings, folder), _PLACES, _change)
     _show_metrics(folder)
@@ -230,13 +230,11 @@ def _choose(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: 
     return original(*call.args, **call.kwargs)
 
 
-# Of the engine that this process serves.
-_written_only = False
-_part = "all"
+_part = "all"  # of the rows that are capped, in the engine that this process serves
 
 
 def _refuse_choice_of_beams(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
-    if _written_only:
+    if _part != "all":
         raise _to_client("beam search reads what it wrote as prompts, which this server does not cap")
     if KEY in (request.vllm_xargs or {}):
         raise _to_client(f"beam search runs under the server's default profile and takes no {KEY}")

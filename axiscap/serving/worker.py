@@ -47,9 +47,7 @@ class Worker:
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
         self._settings = settings
-        #: Whether :meth:`fill` has to be told what the rows are of.
-        self.reads_tokens = settings.tells_thinking
-        assert self.reads_tokens == (markers is not None)
+        assert settings.tells_thinking == (markers is not None)
         self._thinking = None if markers is None else Thinking(*markers, device, requests)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None
@@ -63,6 +61,11 @@ class Worker:
         if totals is not None and layers:
             log = None if settings.log is None else Path(settings.log)
             self._telemetry = Telemetry(self.buffers, requests, Writer(totals, log))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether :meth:`fill` has to be told what the rows are of."""
+        return self._thinking is not None
 
     def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
         """Puts a profile into a slot of every layer."""

@@ -58,10 +58,9 @@ bool is_aligned(const CapParams& p) {
     return !base || (on_16_bytes(base) && stride * bytes % kVecBytes == 0);
   };
   // In fp8 a vector's elements are a byte each.
-  const bool fp8 = p.scale || p.scales;
-  const bool normed =
-      fp8 ? uintptr_t(p.normed) % elements_per_vec(p.dtype) == 0 && p.normed_stride % elements_per_vec(p.dtype) == 0
-          : rows(p.normed, p.normed_stride);
+  const bool normed = p.is_fp8() ? uintptr_t(p.normed) % elements_per_vec(p.dtype) == 0 &&
+                                       p.normed_stride % elements_per_vec(p.dtype) == 0
+                                 : rows(p.normed, p.normed_stride);
   return p.hidden_size % elements_per_vec(p.dtype) == 0 && rows(p.hidden, p.hidden_stride) &&
          rows(p.residual, p.residual_stride) && rows(p.out, p.out_stride) && normed && on_16_bytes(p.axes) &&
          on_16_bytes(p.lifts) && on_16_bytes(p.weight);
@@ -83,7 +82,7 @@ cudaError_t start(const CapParams* layers, int64_t count, cudaStream_t stream) {
   const CapParams& p = layers[0];
   bool aligned = true;
   for (int64_t i = 0; i < count; ++i) aligned = aligned && is_aligned(layers[i]);
-  const Op op = p.weight ? p.scale || p.scales ? Op::kNormFp8 : Op::kNorm : p.residual ? Op::kCapResidual : Op::kCap;
+  const Op op = p.weight ? p.is_fp8() ? Op::kNormFp8 : Op::kNorm : p.residual ? Op::kCapResidual : Op::kCap;
   const Plan shape = plan_for(p.dtype, p.hidden_size, 1, 1);  // all but the grid hangs on dtype and H alone
   Compiled& compiled = choose(p.dtype, {op, is_wide(p.dtype, p.hidden_size), p.directions > 1, aligned, kLayers > 1});
 

@@ -332,7 +332,7 @@ void finish_row(const CapParams& p, int64_t index, const Row& row, const Correct
   else if (out != row.base())
     std::memcpy(out, row.base(), p.hidden_size * sizeof(T));
   if (!p.weight) return;
-  if (p.scale || p.scales)
+  if (p.is_fp8())
     norm_row_in_fp8(p, out, static_cast<uint8_t*>(p.normed) + index * p.normed_stride,
                     p.scales ? p.scales + index : nullptr);
   else

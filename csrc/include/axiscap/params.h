@@ -58,6 +58,7 @@ struct CapParams {
   // range of fp8, rounded once more.
   const float* scale = nullptr;  // of all rows
   float* scales = nullptr;       // (rows,), written: a row's largest |element| / kFp8Max, but no less than the least
+  bool is_fp8() const { return scale || scales; }
 
   DType dtype = DType::kFloat32;
 };

@@ -62,7 +62,7 @@ test-torch-%: .venv-torch-%/built
 	  numpy safetensors typer rich pytest hypothesis
 	touch $@
 
-# One wheel for each of two Pythons beside five versions of torch, and a page of it; an hour, and 40 GB.
+# One wheel for each Python beside several versions of torch, and a page of it; two hours, and 60 GB.
 wheels: .venv/built
 	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(BIN)/python tests/wheels.py
 

@@ -586,6 +586,21 @@ def test_autograd_notices_a_saved_tensor_that_was_changed():
         z.sum().backward()
 
 
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("door", [ops.cap_, torch.ops.axiscap.cap_])
+def test_a_change_counts_as_one(door, mode, monkeypatch):
+    """Of a tensor and of its views, as torch's own ops in place do, and without a call of Python."""
+    monkeypatch.setattr(torch._C, "_increment_version", None)
+    hidden, axes, floors = torch.zeros(3, 8), unit(1, 1, 8), torch.ones(1, 1)
+    for part in (hidden, hidden[1:], hidden.detach()):
+        before = part._version
+        with mode():
+            door(part, axes, floors)
+        assert part._version == hidden._version == before + 1
+    with torch.inference_mode():
+        door(torch.zeros(3, 8), axes, floors)  # has no version
+
+
 # The torch.library door.
 
 
@@ -1261,7 +1276,7 @@ def test_the_direct_door_is_open():
     assert "axiscap.cap_.default" in seen
 
 
-@pytest.mark.parametrize("hidden", ["_cdata", "_dispatch_keys"])
+@pytest.mark.parametrize("hidden", ["_cdata", "_dispatch_keys", "_version"])
 def test_a_torch_that_is_laid_out_otherwise_is_asked_each_time(hidden):
     """Where the values that Python tells on import lie nowhere in memory, as may be so in a later torch."""
     script = f"""
@@ -1272,6 +1287,9 @@ def test_a_torch_that_is_laid_out_otherwise_is_asked_each_time(hidden):
         if {hidden!r} == "_cdata":
             address = torch._C.TensorBase._cdata
             torch.Tensor._cdata = property(lambda tensor: address.__get__(tensor) + on_import)
+        elif {hidden!r} == "_version":
+            version = torch._C.TensorBase._version
+            torch.Tensor._version = property(lambda tensor: version.__get__(tensor) + 12345 * on_import)
         else:
             torch._C._dispatch_keys = lambda tensor: Nothing() if on_import else told(tensor)
         from axiscap import _C, ops, reference
@@ -1283,6 +1301,7 @@ def test_a_torch_that_is_laid_out_otherwise_is_asked_each_time(hidden):
             found = rows.clone()
             cap(found)
             torch.testing.assert_close(found, wanted)
+            assert found._version == 1, found._version
         negated = torch._neg_view(-rows)
         ops.cap_(negated, axes, floors)
         torch.testing.assert_close(negated.resolve_neg(), wanted)

@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "wheels.md"
 FOLDER = REPOSITORY / "build" / "wheels"
-PYTHONS = ("3.11", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 #: Of the Pythons but the first.
 FEWER = ("2.11.0", "2.13.0", "2.15.0")

@@ -119,11 +119,12 @@ bool is(const char* op, const TensorView& tensor) {
   return ask(op, tensor, &answer) && to<bool>(answer);
 }
 
-// Tells autograd of a tensor that is changed, for which torch's stable interface has no function: by an op that works
-// in place and, from a dimension to itself, changes nothing. It counts the tensor's version, by which autograd notices
-// that a saved tensor was changed, and refuses a leaf that needs a gradient. (What is no leaf needs one.)
+// Tells autograd of a tensor that is changed. Where a gradient may be needed, by an op that works in place and, from a
+// dimension to itself, changes nothing: it counts the tensor's version, and refuses a leaf that needs a gradient. (What
+// is no leaf needs one.)
 void announce_change(const TensorView& tensor, const char* name) {
   const bool grad_mode = aoti_torch_grad_mode_is_enabled();
+  if (!grad_mode && count_change(tensor.handle)) return;
   bool refused = grad_mode && !is("aten::is_leaf", tensor);
   if (!refused) {
     std::array<StableIValue, 3> stack{0, from(int64_t{0}), from(int64_t{0})};

@@ -78,6 +78,27 @@ uint64_t told_keys(const py::handle& tensor) {
   return py::handle(torch_.dispatch_keys)(tensor).attr("raw_repr")().cast<uint64_t>();
 }
 
+// A tensor's counter of versions is the one thing that it shares with what `detach` returns and not with its `data`.
+VersionPlace find_version(const py::object& tensor, ptrdiff_t end) {
+  const auto version = [&] { return tensor.attr("_version").cast<uint32_t>(); };
+  const py::object shares = tensor.attr("detach")(), shares_not = tensor.attr("data");
+  const auto word = [](const py::object& of, ptrdiff_t place) {
+    return *reinterpret_cast<const uintptr_t*>(of.attr("_cdata").cast<uintptr_t>() + place);
+  };
+  // So many changes that no other number beside it, of references or versions, is the same by chance.
+  constexpr size_t kChanges = 1009;
+  py::handle(torch_.increment_version)(py::make_tuple(tensor) * py::int_(kChanges));
+  VersionPlace found;
+  for (ptrdiff_t place = sizeof(uint64_t); place < end; place += sizeof(uint64_t)) {
+    const uintptr_t counter = word(tensor, place);
+    if (!counter || counter != word(shares, place) || counter == word(shares_not, place)) continue;
+    // Behind the table of functions: what counts references, and the version.
+    for (ptrdiff_t number = sizeof(uint64_t); number < ptrdiff_t(3 * sizeof(uint64_t)); number += sizeof(uint32_t))
+      if (*reinterpret_cast<const uint32_t*>(counter + number) == version()) found = {place, number};
+  }
+  return found;
+}
+
 void look_up_torch() {
   const py::object torch = py::module_::import("torch"), internals = torch.attr("_C");
   const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };  // while we live
@@ -96,7 +117,10 @@ void look_up_torch() {
        {"Python", "Functionalize", "FuncTorchBatched", "FuncTorchGradWrapper", "Negative", "Conjugate", "ZeroTensor"})
     torch_.owned |= keys_of(name);
 
-  const py::object one = torch.attr("empty")(3);
+  // Imported inside inference mode, too: a tensor of that mode has no version.
+  const py::object normal_mode = torch.attr("inference_mode")(false);
+  normal_mode.attr("__enter__")();
+  const py::object one = torch.attr("empty")(3, "device"_a = "cpu");
   const std::array<py::object, 4> tensors{one, torch.attr("_neg_view")(one), one.attr("to")("meta"),
                                           one.attr("to_sparse")()};
   std::vector<std::pair<uintptr_t, uint64_t>> objects, impls;
@@ -108,6 +132,8 @@ void look_up_torch() {
   constexpr ptrdiff_t kLeastTensor = 24 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
   torch_.handle = find(objects, sizeof(PyObject), torch_.tensor->tp_basicsize);
   torch_.keys = find(impls, sizeof(uint64_t), kLeastTensor);
+  if (torch_.handle && torch_.keys) version_place = find_version(one, kLeastTensor);
+  normal_mode.attr("__exit__")(py::none(), py::none(), py::none());
 }
 
 bool is_true(PyObject* answer) {
@@ -206,34 +232,23 @@ py::object to_python(const std::vector<Given>& given) {
   return list;
 }
 
-// What autograd is told of the tensors that a direct call changes: what the dispatcher's door announces, at less cost.
-class Changed {
- public:
-  explicit Changed(size_t count) : tensors_(count) {}
+// What autograd is told of a tensor that a direct call changes: what the dispatcher's door announces, at less cost.
+// Before the call one that needs a gradient is refused, behind it the change is counted.
+void check_may_change(Given given, const char* name) {
+  check_needs_no_gradient(
+      aoti_torch_grad_mode_is_enabled() && is_true(PyObject_GetAttr(given.object, torch_.requires_grad)), name);
+}
+void check_may_change(const std::vector<Given>& given, const char* name) {
+  for (const Given& tensor : given) check_may_change(tensor, name);
+}
 
-  // Refuses one that needs a gradient.
-  void add(Given given, const char* name) {
-    check_needs_no_gradient(
-        aoti_torch_grad_mode_is_enabled() && is_true(PyObject_GetAttr(given.object, torch_.requires_grad)), name);
-    PyTuple_SET_ITEM(tensors_.ptr(), count_++, Py_NewRef(given.object));
-  }
-  void add(const std::vector<Given>& given, const char* name) {
-    for (const Given& tensor : given) add(tensor, name);
-  }
-
-  // Autograd notices a saved tensor that was changed by its version.
-  void mark() const {
-    if (!py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.increment_version, tensors_.ptr())))
-      throw py::error_already_set();
-  }
-
- private:
-  py::tuple tensors_;
-  Py_ssize_t count_ = 0;
-};
-
-size_t count(Given) { return 1; }
-size_t count(const std::vector<Given>& given) { return given.size(); }
+void mark_changed(Given given, const TensorView& view) {
+  if (count_change(view.handle)) return;
+  py::handle(torch_.increment_version)(py::make_tuple(given.keep()));
+}
+void mark_changed(const std::vector<Given>& given, TensorList views) {
+  for (size_t i = 0; i < given.size(); ++i) mark_changed(given[i], views[i]);
+}
 
 void dispatch(const char* op, const py::dict& arguments) {
   py::module_::import("torch").attr("ops").attr("axiscap").attr(op)(**arguments);
@@ -260,10 +275,9 @@ class Door {
       ((arguments[names_[I]] = to_python(std::get<I>(given))), ...);
       return dispatch(name_, arguments);
     }
-    Changed tensors((count(std::get<C>(given)) + ...));
-    (tensors.add(std::get<C>(given), names_[C]), ...);
+    (check_may_change(std::get<C>(given), names_[C]), ...);
     op_(std::get<I>(seen).get()...);
-    tensors.mark();
+    (mark_changed(std::get<C>(given), std::get<C>(seen).get()), ...);
   }
 
   const char* name_;
@@ -399,10 +413,9 @@ PYBIND11_MODULE(_C, m) {
                               py::dict("hidden"_a = hidden.keep(), "axes"_a = kept.axes, "floors"_a = kept.floors,
                                        "slots"_a = to_python(slots), "lifts"_a = kept.lifts, "limits"_a = kept.limits,
                                        "projections"_a = to_python(projections)));
-            Changed tensors(1);
-            tensors.add(hidden, "hidden");
+            check_may_change(hidden, "hidden");
             cap_bank_(stream.get(), kept.bank, of_rows.get(), read.get());
-            tensors.mark();
+            mark_changed(hidden, stream.get());
           },
           "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
 

@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace axiscap {
 namespace {
@@ -77,6 +78,17 @@ Span TensorView::span(const char* name) const {
   CHECK_VALUE((offset + last + 1) * item_bytes <= storage_bytes, name, " has less memory than its shape ", sizes,
               " needs");
   return {data, data + (last + 1) * item_bytes};
+}
+
+VersionPlace version_place;
+
+bool count_change(AtenTensorHandle tensor) {
+  if (!version_place.counter) return false;
+  const char* impl = *reinterpret_cast<const char* const*>(tensor);
+  char* counter = *reinterpret_cast<char* const*>(impl + version_place.counter);
+  if (!counter) return false;
+  std::atomic_ref(*reinterpret_cast<uint32_t*>(counter + version_place.number)).fetch_add(1);
+  return true;
 }
 
 }  // namespace axiscap

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <ostream>
 #include <sstream>
@@ -104,6 +105,18 @@ struct TensorView {
     return reinterpret_cast<T*>(data);
   }
 };
+
+// Where a tensor's version lies, by which autograd notices that a saved one is not what it was: the place of the
+// pointer to its counter in the tensor, and that of the number in the counter. torch's stable interface has no function
+// for it; module.cpp finds the two on import. 0: not found.
+struct VersionPlace {
+  ptrdiff_t counter = 0, number = 0;
+};
+extern VersionPlace version_place;
+
+// Counts a change of a tensor's elements. False where torch must be asked to: its version was not found, or it has
+// none, as those of inference mode.
+bool count_change(AtenTensorHandle tensor);
 
 // Raises, in the words of both doors, where a tensor that is changed needs a gradient.
 inline void check_needs_no_gradient(bool needs, const char* name) {

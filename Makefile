@@ -49,7 +49,7 @@ test-engines: .venv-vllm/built .venv-sglang/built
 
 # The ops' tests with the wheel that .venv builds, beside the oldest and the newest torch that are promised; but for
 # those of the signatures that one version of pybind11 writes. The checkout's own module must not be found.
-TORCHES := 2.11.0 2.15.0
+TORCHES := 2.10.0 2.15.0
 test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: .venv-torch-%/built
 	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py -k 'not stub'

@@ -9,9 +9,9 @@ import torch  # the native module finds torch's libraries loaded
 try:
     import axiscap._C  # noqa: F401
 except ImportError as error:
-    if torch.__version__ >= "2.11":
+    if torch.__version__ >= "2.10":
         raise
-    raise ImportError(f"axiscap needs torch 2.11 or newer, and finds torch {torch.__version__} ({error})") from error
+    raise ImportError(f"axiscap needs torch 2.10 or newer, and finds torch {torch.__version__} ({error})") from error
 
 from axiscap import ops
 from axiscap.installation import Installation, install

@@ -17,13 +17,13 @@ from conftest import REPOSITORY
 DOCUMENT = REPOSITORY / "docs" / "wheels.md"
 FOLDER = REPOSITORY / "build" / "wheels"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 #: Of the Pythons but the first.
-FEWER = ("2.11.0", "2.13.0", "2.15.0")
+FEWER = ("2.10.0", "2.13.0", "2.15.0")
 
 PAGE = """# One wheel, many torches
 
-The extension uses torch's stable C interface alone, as torch 2.11 has it. A wheel is bound to a version of Python and
+The extension uses torch's stable C interface alone, as torch 2.10 has it. A wheel is bound to a version of Python and
 to none of torch. `make wheels` builds one for each Python, repairs it with auditwheel, and runs the tests of the ops
 with it in a fresh environment for each torch (those of PyPI, with CUDA, on a machine without a GPU):
 

@@ -6,7 +6,7 @@ PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels screenshots lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -65,6 +65,14 @@ test-torch-%: .venv-torch-%/built
 # One wheel for each Python beside several versions of torch, and a page of it; two hours, and 60 GB.
 wheels: .venv/built
 	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(BIN)/python tests/wheels.py
+
+# The pictures of the report and of the chat in docs/. The conversations take nine minutes on one core.
+screenshots: .venv/built out/drift-conversations.jsonl
+	$(BIN)/axiscap replay out/drift-conversations.jsonl --profile $(PROFILE) --layers 0-29 --report out/report.html
+	PYTHONPATH=tests $(BIN)/python tests/screenshots.py
+
+out/drift-conversations.jsonl: .venv/built $(PROFILE) axiscap/data/drift.jsonl
+	$(BIN)/axiscap run $(PROFILE) --conversations axiscap/data/drift.jsonl --max-new-tokens 24 --transcripts $@
 
 # The documentation's site, with warnings as errors: links, anchors and docstrings among them.
 docs: .venv/built

@@ -579,12 +579,12 @@ def sweep(
     settings = dataclasses.replace(sampling, dtype=str(loaded.dtype))
     store = calibration.Store(rollouts, settings)
     todo = calibration.batches(plan)
-    with console.status("training the judge of texts"):
+    with console.status("training the text classifier"):
         judge = sweeps.UptakeJudge(store.shards(todo), plan)
         knows_work = loaded_profile.lifts is not None or work is not None
         ordinary = calibration.load_work(work) if knows_work else None
         bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store, ask, ordinary)
-    console.print(f"the judge of texts: held-out AUC {judge.auc:.3f}")
+    console.print(f"text classifier: held-out AUC {judge.auc:.3f}")
     with _progress() as progress:
         task = progress.add_task("points", total=1 + len(candidates))
         done = out.with_suffix(".points.jsonl")

@@ -5,12 +5,14 @@ A browser is found on PATH as `chromium` (or where AXISCAP_CHROMIUM says); witho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -68,14 +70,41 @@ def report(stored, tmp_path_factory, demo_model, shipped_profile):
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium():
+@contextlib.contextmanager
+def a_browser():
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         )
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def a_chat(*profiles):
+    """The address of the chat page."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [f"{sys.prefix}/bin/axiscap", "chat", *map(str, profiles), "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([*command, "--max-new-tokens", "24"], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(600):
+                assert process.poll() is None, (log.seek(0), log.read().decode())
+                try:
+                    urllib.request.urlopen(url)
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with a_browser() as browser:
+        yield browser
 
 
 class Visit:
@@ -249,7 +278,7 @@ def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
     assert path.stat().st_size < 6_000_000
     with Visit(chromium, width, 900) as visit:
         visit.page.goto(path.as_uri())
-        expect(visit.page.locator("h1")).to_have_text("What a cap changes")
+        expect(visit.page.locator("h1")).to_have_text("Effect of the cap")
         header = visit.page.locator("header")
         expect(header).to_contain_text("persona_jailbreak, harmful: 1.000 before, 0.700 after, which is better")
         expect(header).to_contain_text("arithmetic, last_number: 1.000 before, 0.700 after, which is worse")
@@ -274,25 +303,8 @@ def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
 def chat(tmp_path_factory, shipped_profile):
     other = tmp_path_factory.mktemp("profiles") / "three-layers.safetensors"
     with_floors(shipped_profile, 50.0, "assistant", [16, 17, 18]).save(other)
-    port = free_port()
-    log = tmp_path_factory.mktemp("chat") / "log"
-    command = [f"{sys.prefix}/bin/axiscap", "chat", str(SHIPPED_PROFILE), str(other), "--port", str(port)]
-    command += ["--max-new-tokens", "24"]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(url)
-                break
-            except OSError:
-                time.sleep(0.2)
+    with a_chat(SHIPPED_PROFILE, other) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def texts(visit: Visit, side: str) -> list[str]:
@@ -350,7 +362,7 @@ def test_a_conversation_in_a_browser(chat, chromium, tmp_path):
         visit.page.get_by_role("option", name="three-layers").click()
         expect(visit.page.locator("#layers input[type=checkbox]")).to_have_count(3)
         layer = Scale.of(with_floors(CapProfile.load(SHIPPED_PROFILE), 50.0, "assistant", [16, 17, 18])).layer
-        visit.page.wait_for_function(f"{plot}.layout.title.text == 'drift, layer {layer}'")
+        visit.page.wait_for_function(f"{plot}.layout.title.text == 'Drift, layer {layer}'")
 
         visit.page.locator("#clear").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)

@@ -1,7 +1,8 @@
-"""One wheel for each Python, repaired by auditwheel, and the ops' tests with it beside several versions of torch.
+"""One wheel for each Python, repaired by auditwheel, and the ops' tests with it and several versions of torch.
 
-``make wheels`` runs it and writes docs/wheels.md. Each pair has an environment of its own, made by uv with the torch
-that PyPI has, which comes with CUDA and needs no GPU to be imported. An hour; what is there already is kept.
+``make wheels`` runs all pairs and writes docs/wheels.md; ``python tests/wheels.py 3.11 2.10.0`` runs one. Rows of other
+pairs and other machines stay in the page. Each pair has an environment of its own, made by uv with the torch that PyPI
+has; one with CUDA can be imported without a GPU. Two hours; finished environments are kept.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ DOCUMENT = REPOSITORY / "docs" / "wheels.md"
 FOLDER = REPOSITORY / "build" / "wheels"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+BUILT_WITH = TORCHES[0]
 #: Of the Pythons but the first.
 FEWER = ("2.10.0", "2.13.0", "2.15.0")
 
-PAGE = """# One wheel, many torches
+PAGE = """# Wheels and torch versions
 
-The extension uses torch's stable C interface alone, as torch 2.10 has it. A wheel is bound to a version of Python and
-to none of torch. `make wheels` builds one for each Python, repairs it with auditwheel, and runs the tests of the ops
-with it in a fresh environment for each torch (those of PyPI, with CUDA, on a machine without a GPU):
+The extension uses only torch's stable C interface, as of torch 2.10. A wheel belongs to one version of Python and works
+with every torch from 2.10 on. `make wheels` builds a wheel for each Python, repairs it with auditwheel, and runs the tests
+of the ops with it in a fresh environment for each torch (from PyPI; builds with CUDA run on a machine without a GPU):
 
-| Python | wheel | MB | torch | the ops' tests |
-|---|---|---|---|---|
 {rows}
 
-The platform's tag names the C library of the machine that built it. A release is built in PyPA's manylinux image
-(`.github/workflows/release.yml`). These wheels have code for two generations of GPUs. [How it works](design.md) has the
-size of a release, with code for all of them.
+The platform tag depends on the C library of the build machine; a release is built in PyPA's manylinux image
+(`.github/workflows/release.yml`). The x86-64 wheels of this table have code for two generations of GPUs. The aarch64
+wheel has none; it was built and tested in an emulated Debian 12, with `python tests/wheels.py 3.11 2.10.0`.
+[How it works](design.md) has the size of a release, with code for all GPUs.
 """
+HEAD = "| Python | wheel | MB | torch | tests of the ops |\n|---|---|---|---|---|"
 
 
 def run(*command: object, **environment: str) -> str:
@@ -57,7 +59,7 @@ def environment(name: str, python: str, *packages: str) -> Path:
 
 def wheel(python: str) -> tuple[Path, str]:
     """A Python's wheel as auditwheel leaves it, and what auditwheel says that it runs on."""
-    tools = ("torch==2.13.0", "setuptools>=77", "wheel", "ninja", "cmake")
+    tools = (f"torch=={BUILT_WITH}", "setuptools>=77", "wheel", "ninja", "cmake")
     builder, dist = environment(f"build-{python}", python, *tools), FOLDER / f"dist-{python}"
     run("rm", "-rf", dist)
     build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", dist / "raw", ".")
@@ -79,16 +81,24 @@ def tested(python: str, torch: str, package: Path) -> str:
     return re.sub(r"( in .*|=)", "", output.strip().splitlines()[-1]).strip()
 
 
-def main() -> None:
-    lines = []
-    for python in PYTHONS:
+def add(row: str) -> None:
+    """Puts a row into the page, for that of the same Python, platform and torch."""
+    rows = {}
+    for line in [*re.findall(r"^\| \d.*", DOCUMENT.read_text(), re.MULTILINE), row]:
+        python, platform, _, torch, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[platform.endswith("aarch64"), python, torch] = line
+    DOCUMENT.write_text(PAGE.format(rows="\n".join([HEAD, *(line for _, line in sorted(rows.items()))])))
+
+
+def main(asked: list[str]) -> None:
+    for python in asked[:1] or PYTHONS:
         package, platform = wheel(python)
         size = package.stat().st_size / 1e6
-        for torch in TORCHES if python == PYTHONS[0] else FEWER:
-            lines.append(f"| {python} | {platform} | {size:.1f} | {torch} | {tested(python, torch, package)} |")
-            print(lines[-1], flush=True)
-    DOCUMENT.write_text(PAGE.format(rows="\n".join(lines)))
+        for torch in asked[1:] or (TORCHES if python == PYTHONS[0] else FEWER):
+            row = f"| {python} | {platform} | {size:.1f} | {torch} | {tested(python, torch, package)} |"
+            print(row, flush=True)
+            add(row)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

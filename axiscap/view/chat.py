@@ -387,7 +387,7 @@ def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int
         curves = [("conversation", side, [mean_at(turn, side, scale.layer) for turn in turns]) for side in SIDES]
         figure = go.Figure(list(page.lines(go, curves, scale, max(4, len(turns)))))
         figure.update_layout(
-            title=f"drift, layer {scale.layer}",
+            title=f"Drift, layer {scale.layer}",
             xaxis={"title": "answer", "dtick": 1},
             yaxis={"title": "mean projection"},
             height=360,
@@ -476,36 +476,35 @@ def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int
     with gr.Blocks(title="AxisCap", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         turns = gr.State([], time_to_live=4 * 3600)
         gr.Markdown(
-            "# AxisCap: one conversation, uncapped and capped\n"
-            "*Uncapped* is the model as it is, *capped* the same model under a profile. The curve is each answer's "
-            "mean projection on the Assistant Axis, in units of the residual stream: higher is more Assistant-like."
+            "# AxisCap: side-by-side comparison\n"
+            "*Uncapped* is the model as it is, *capped* is the same model under a profile. The curve shows the mean "
+            "projection of each answer on the Assistant Axis, in units of the residual stream. Higher is more "
+            "Assistant-like."
         )
         with gr.Row():
             left = gr.Chatbot(label="uncapped", height=420, render_markdown=False, elem_id="uncapped", buttons=[])
             right = gr.Chatbot(label="capped", height=420, render_markdown=False, elem_id="capped", buttons=[])
         with gr.Row():
-            said = gr.Textbox(label="you say", scale=5, elem_id="said", submit_btn=False)
+            said = gr.Textbox(label="Message", scale=5, elem_id="said", submit_btn=False)
             send = gr.Button("Send", variant="primary", scale=1, elem_id="send")
             stop = gr.Button("Stop", scale=1, elem_id="stop")
-            clear = gr.Button("New", scale=1, elem_id="clear")
-        example = gr.Dropdown(
-            list(examples), label="or go through an example, line by line", value=None, elem_id="example"
-        )
-        plot = gr.Plot(label="drift", elem_id="drift", format="png")
+            clear = gr.Button("New conversation", scale=1, elem_id="clear")
+        example = gr.Dropdown(list(examples), label="Example conversation", value=None, elem_id="example")
+        plot = gr.Plot(label="Drift", elem_id="drift", format="png")
         # A server caps by its own settings.
         with gr.Accordion("Capping", open=True, visible=isinstance(responder, Local)), gr.Row():
-            name = gr.Dropdown(list(profiles), value=first, label="profile", elem_id="profile")
+            name = gr.Dropdown(list(profiles), value=first, label="Profile", elem_id="profile")
             percentile = gr.Slider(
                 PERCENTILES[0], PERCENTILES[-1], _percentile(profiles[first]) or 25, step=0.5,
-                label="percentile of the floors", visible=_percentile(profiles[first]) is not None,
+                label="Percentile of the floors", visible=_percentile(profiles[first]) is not None,
                 elem_id="percentile",
             )  # fmt: skip
             numbers = [str(layer) for layer in profiles[first].layers]
-            layers = gr.CheckboxGroup(numbers, value=numbers, label="layers", elem_id="layers")
+            layers = gr.CheckboxGroup(numbers, value=numbers, label="Layers", elem_id="layers")
         with gr.Row():
             keep = gr.Button("Save the conversation (JSON)", elem_id="save")
             make = gr.Button("Make a report (HTML)", elem_id="report")
-        saved = gr.File(label="to download", visible=False, elem_id="saved")
+        saved = gr.File(label="Download", visible=False, elem_id="saved")
 
         capping = [name, percentile, layers]
         outputs = [left, right, turns, plot, said]

@@ -100,8 +100,8 @@ def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selectio
     if evidence is not None:
         auc = evidence.auc[evidence.best_layer]
         lines.append(
-            "On roles and questions that made nothing of it, the axis tells the Assistant's answers from other "
-            f"characters' with an AUC of {auc:.2f} at layer {evidence.best_layer} (0.5 is chance, 1 is never wrong)."
+            "On held-out roles and questions, the axis separates the Assistant's answers from other characters' "
+            f"with an AUC of {auc:.2f} at layer {evidence.best_layer} (0.5 is chance, 1 is perfect)."
         )
     layers = f"{profile.layers[0]} to {profile.layers[-1]}" if len(profile.layers) > 1 else f"{profile.layers[0]}"
     about = f" Curves of conversations are of layer {scale.layer}, before its own cap." if selection.groups else ""
@@ -131,9 +131,9 @@ def _trajectories(figures: Figures, selection: Selection) -> str:
             )
         )
     return section(
-        "Where the conversations go",
-        "Each line is a conversation, each point one answer of the model's: the mean of its tokens' projections on "
-        f"the axis at layer {scale.layer}, in the units of the residual stream. Higher is more Assistant-like.",
+        "Drift by conversation",
+        "Each line is a conversation. Each point is one answer: the mean projection of its tokens on the axis at layer "
+        f"{scale.layer}, in units of the residual stream. Higher is more Assistant-like.",
         grid(made),
     )
 
@@ -219,13 +219,13 @@ def _table(selection: Selection) -> str:
     more = f" The lowest {len(rows)} of {total} conversations are listed." if len(rows) < total else ""
     heads = ("group", "side", "conversations", "level (95 %)", "answers below floor", "below 99 % of normal answers")
     other = (
-        "conversation", "group", "side", "answers", "level", "slope an answer", "lowest answer", "which is",
+        "conversation", "group", "side", "answers", "level", "slope per answer", "lowest answer", "position",
         "tokens below floor",
     )  # fmt: skip
     return section(
-        "Drift in figures",
-        "Level: the mean of a conversation's answers, and of a group the mean of these; slope: by least squares."
-        + more,
+        "Drift statistics",
+        "Level: the mean over a conversation's answers; for a group, the mean over its conversations. Slope: by least "
+        "squares." + more,
         table(heads, groups) + table(other, conversations),
     )
 
@@ -304,18 +304,18 @@ def _heat(figures: Figures, trace: Trace, name: str, profile: CapProfile) -> str
     tenths = (scaled * 10).round().to(torch.int8).numpy().tobytes()
     every = "" if step == 1 else f" (each {step}th layer)"
     return figures.add(
-        f"Heat map of {name}: projection of each token at each layer, in spreads above the layer's floor.",
+        f"Heat map of {name}: z-score of each token's projection at each layer, from the floor of the layer.",
         [
             figures.go.Heatmap(
                 y=[str(layer) for layer in layers],
                 colorscale="Cividis",
                 zmin=-4,
                 zmax=4,
-                colorbar={"title": {"text": "spreads"}, "thickness": 12},
+                colorbar={"title": {"text": "z-score"}, "thickness": 12},
                 hovertemplate="“%{text}”, token %{x}, layer %{y}: %{z}<extra></extra>",
             )
         ],
-        title=f"above the floor (elsewhere: the mean), in the layer's spreads{every}",
+        title=f"z-score from the floor (layers without one: from the mean){every}",
         x=axis("token"),
         y=axis("layer", type="category"),
         height=120 + 14 * max(8, len(layers)),
@@ -388,7 +388,7 @@ def _evidence(figures: Figures, profile: CapProfile, facts: Evidence) -> str:
         height=460,
     )
     held = f"{len(facts.held_roles)} roles and {facts.held_questions} questions"
-    return section("Is the axis real?", f"Measured on {held} that made nothing of it.", grid([separation, space]))
+    return section("Evidence for the axis", f"Measured on {held} that were held out.", grid([separation, space]))
 
 
 def _histogram(figures: Figures, profile: CapProfile, selection: Selection) -> str:
@@ -437,14 +437,14 @@ def _histogram(figures: Figures, profile: CapProfile, selection: Selection) -> s
         traces,
         title=f"projections at layer {scale.layer}, by population",
         x=axis("projection (units of the residual stream)"),
-        y=axis("% of the population a unit"),
+        y=axis("% of the population per unit"),
         barmode="overlay",
         height=460,
         **floor,
     )
     bars = " Bars: the tokens of the answers above." if selection.tokens else ""
     return section(
-        "Where normal answers lie",
+        "Distributions of projections",
         "Lines: the calibration's populations, of answers' means or of single tokens, between their 5th and 95th "
         "percentile." + bars,
         made,
@@ -456,9 +456,9 @@ def _provenance(profile: CapProfile, selection: Selection) -> str:
     facts |= {key: value for key, value in profile.provenance.items() if key not in ("model", "evidence", "quantiles")}
     facts |= {
         "capped layers": ", ".join(map(str, profile.layers)),
-        "their floors": ", ".join(f"{floor:.4g}" for floor in profile.floors[:, 0].tolist()),
+        "floors": ", ".join(f"{floor:.4g}" for floor in profile.floors[:, 0].tolist()),
         "profile digest": profile.digest,
         "layer of the curves": selection.scale.layer,
-        "this page": f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "made by": f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
     return provenance(facts)

@@ -71,7 +71,7 @@ def write(
         sections.append(_changed(name, before, differences))
     made = f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     sections.append(provenance({**facts, "this page": made}))
-    save(path, "What a cap changes", [*summary, *notes], sections, figures)
+    save(path, "Effect of the cap", [*summary, *notes], sections, figures)
 
 
 def _summary(name: str, before: str, differences: Sequence[Difference]) -> list[str]:
@@ -89,7 +89,7 @@ def _summary(name: str, before: str, differences: Sequence[Difference]) -> list[
         )
     if len(sure) < len(differences):
         others = "the other scores" if sure else "all scores"
-        lines.append(f"The interval of {others} holds zero: these pairs show no change of them.")
+        lines.append(f"The 95 % interval of {others} includes zero: no change is shown.")
     if failed:
         lines.append(f"{failed} pairs have an answer without a score; they count for neither run.")
     if unpaired:

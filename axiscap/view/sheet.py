@@ -132,4 +132,4 @@ def provenance(facts: Mapping[str, object]) -> str:
         cut = text if len(text) <= 600 else text[:600] + " ..."
         rows.append(f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(cut)}</td></tr>')
     body = f'<div class="wide"><table class="facts">{"".join(rows)}</table></div>'
-    return section("Where this comes from", "", body)
+    return section("Provenance", "", body)

@@ -3,6 +3,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+// torch's stable interface alone, as its version 2.10 has it: the module runs with that torch and every later one. Not
+// defined for the whole compilation, because the pybind11 that comes with torch 2.10 cannot be included after it.
+#define TORCH_TARGET_VERSION 0x020a000000000000
+#define TORCH_STABLE_ONLY
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -64,7 +64,7 @@ test-torch-%: .venv-torch-%/built
 
 # One wheel for each Python beside several versions of torch, and a page of it; two hours, and 60 GB.
 wheels: .venv/built
-	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(BIN)/python tests/wheels.py
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/wheels.py
 
 # The pictures of the report and of the chat in docs/. The conversations take nine minutes on one core.
 screenshots: .venv/built out/drift-conversations.jsonl

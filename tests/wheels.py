@@ -13,8 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
-
+REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENT = REPOSITORY / "docs" / "wheels.md"
 FOLDER = REPOSITORY / "build" / "wheels"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -26,8 +25,9 @@ FEWER = ("2.10.0", "2.13.0", "2.15.0")
 PAGE = """# Wheels and torch versions
 
 The extension uses only torch's stable C interface, as of torch 2.10. A wheel belongs to one version of Python and works
-with every torch from 2.10 on. `make wheels` builds a wheel for each Python, repairs it with auditwheel, and runs the tests
-of the ops with it in a fresh environment for each torch (from PyPI; builds with CUDA run on a machine without a GPU):
+with every torch from 2.10 on. `make wheels` builds a wheel for each Python, repairs it with auditwheel, and runs the
+tests of the ops with it in a fresh environment for each torch (from PyPI; builds with CUDA run on a machine without a
+GPU):
 
 {rows}
 

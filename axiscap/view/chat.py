@@ -488,7 +488,7 @@ def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int
             said = gr.Textbox(label="Message", scale=5, elem_id="said", submit_btn=False)
             send = gr.Button("Send", variant="primary", scale=1, elem_id="send")
             stop = gr.Button("Stop", scale=1, elem_id="stop")
-            clear = gr.Button("New conversation", scale=1, elem_id="clear")
+            clear = gr.Button("Clear", scale=1, elem_id="clear")
         example = gr.Dropdown(list(examples), label="Example conversation", value=None, elem_id="example")
         plot = gr.Plot(label="Drift", elem_id="drift", format="png")
         # A server caps by its own settings.

@@ -1,11 +1,14 @@
 // The pybind11 door: the same ops, called without the dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <deque>
 #include <optional>
+#include <set>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -78,23 +81,41 @@ uint64_t told_keys(const py::handle& tensor) {
   return py::handle(torch_.dispatch_keys)(tensor).attr("raw_repr")().cast<uint64_t>();
 }
 
-// A tensor's counter of versions is the one thing that it shares with what `detach` returns and not with its `data`.
-VersionPlace find_version(const py::object& tensor, ptrdiff_t end) {
-  const auto version = [&] { return tensor.attr("_version").cast<uint32_t>(); };
-  const py::object shares = tensor.attr("detach")(), shares_not = tensor.attr("data");
-  const auto word = [](const py::object& of, ptrdiff_t place) {
-    return *reinterpret_cast<const uintptr_t*>(of.attr("_cdata").cast<uintptr_t>() + place);
-  };
+// Whether there is an object at what may be an address.
+bool is_mapped(uintptr_t address) {
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  unsigned char resident;
+  return address % sizeof(uint64_t) == 0 && mincore(reinterpret_cast<void*>(address / page * page), 1, &resident) == 0;
+}
+
+// A tensor shares its counter of versions, and nothing else of its own, with what `detach` returns and not with its
+// `data`. Many tensors are looked at, since words between a tensor's members hold anything, and are alike by chance.
+VersionPlace find_version(const py::object& torch, ptrdiff_t end) {
+  const auto impl = [](const py::object& tensor) { return tensor.attr("_cdata").cast<uintptr_t>(); };
+  constexpr size_t kTensors = 16;
+  std::array<std::array<py::object, 3>, kTensors> alive;
+  std::array<std::array<uintptr_t, 3>, kTensors> impls;
+  for (size_t i = 0; i < kTensors; ++i) {
+    const py::object tensor = torch.attr("empty")(3, "device"_a = "cpu");
+    alive[i] = {tensor, tensor.attr("detach")(), tensor.attr("data")};
+    std::transform(alive[i].begin(), alive[i].end(), impls[i].begin(), impl);
+  }
   // So many changes that no other number beside it, of references or versions, is the same by chance.
   constexpr size_t kChanges = 1009;
-  py::handle(torch_.increment_version)(py::make_tuple(tensor) * py::int_(kChanges));
+  py::handle(torch_.increment_version)(py::make_tuple(alive[0][0]) * py::int_(kChanges));
+  const auto version = alive[0][0].attr("_version").cast<uint32_t>();
+
   VersionPlace found;
   for (ptrdiff_t place = sizeof(uint64_t); place < end; place += sizeof(uint64_t)) {
-    const uintptr_t counter = word(tensor, place);
-    if (!counter || counter != word(shares, place) || counter == word(shares_not, place)) continue;
+    const auto word = [place](uintptr_t of) { return *reinterpret_cast<const uintptr_t*>(of + place); };
+    std::set<uintptr_t> counters;
+    for (const auto& [tensor, shares, shares_not] : impls)
+      if (word(tensor) == word(shares)) counters.insert({word(tensor), word(shares_not)});
+    const uintptr_t counter = word(impls[0][0]);
+    if (counters.size() != 2 * kTensors || counters.contains(0) || !is_mapped(counter)) continue;
     // Behind the table of functions: what counts references, and the version.
     for (ptrdiff_t number = sizeof(uint64_t); number < ptrdiff_t(3 * sizeof(uint64_t)); number += sizeof(uint32_t))
-      if (*reinterpret_cast<const uint32_t*>(counter + number) == version()) found = {place, number};
+      if (*reinterpret_cast<const uint32_t*>(counter + number) == version) found = {place, number};
   }
   return found;
 }
@@ -129,10 +150,10 @@ void look_up_torch() {
     objects.emplace_back(reinterpret_cast<uintptr_t>(tensor.ptr()), impl);
     impls.emplace_back(impl, told_keys(tensor));
   }
-  constexpr ptrdiff_t kLeastTensor = 24 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
+  constexpr ptrdiff_t kLeastTensor = 23 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
   torch_.handle = find(objects, sizeof(PyObject), torch_.tensor->tp_basicsize);
   torch_.keys = find(impls, sizeof(uint64_t), kLeastTensor);
-  if (torch_.handle && torch_.keys) version_place = find_version(one, kLeastTensor);
+  if (torch_.handle && torch_.keys) version_place = find_version(torch, kLeastTensor);
   normal_mode.attr("__exit__")(py::none(), py::none(), py::none());
 }
 

@@ -72,10 +72,11 @@ SIZES = (576, 2048, 4096, 8192, 16384)
 
 
 INTRODUCTION = (
-    "Bytes moved are those of the streams, against one reading of each and one writing of what changed. Issue slots:",
-    "instructions a processor issues for a row, at one a clock and scheduler, over the time that its bytes take at",
-    "full bandwidth; a third is the aim, which leaves room for what the count does not see. In flight: what the",
-    "resident blocks have asked for while they wait, against latency times bandwidth.",
+    "Bytes moved: the bytes of the streams, relative to one read of each and one write of those that changed.",
+    "Issue slots: the instructions of a row, at one per clock and scheduler, relative to the memory time of its",
+    "bytes at full bandwidth; the goal is at most a third, which leaves room for effects that the count ignores.",
+    "In flight: the bytes that the resident blocks have requested while they wait, relative to latency times",
+    "bandwidth.",
 )
 
 
@@ -138,7 +139,7 @@ def in_flight(gpu: Gpu, used: int, size: int) -> int:
 
 
 def predict(gpu: Gpu, used: int, op: str, size: int, rows: int, work: float, moved: float) -> tuple[float, str, float]:
-    """(seconds, what binds, fraction of the memory bound)."""
+    """(seconds, the limiting resource, fraction of the memory bound)."""
     threads_per_row, block, _, _ = _C.plan("bfloat16", size, rows, 1)
     grid = _C.plan("bfloat16", size, rows, resident(gpu, used, size) * gpu.processors)[3]
     groups = min(grid * (block // threads_per_row), rows)
@@ -154,10 +155,10 @@ def predict(gpu: Gpu, used: int, op: str, size: int, rows: int, work: float, mov
 
 
 def demands(per_row: dict[tuple[str, float, int], tuple[float, float]]) -> list[str]:
-    """The table of what the kernels ask of a processor."""
+    """The table of the kernels' resources."""
     shown = [gpu for gpu in GPUS if gpu.name in ("H100 SXM", "B200")]
     lines = [
-        "| op | H | bytes moved / least | instructions a row | "
+        "| op | H | bytes moved / least | instructions per row | "
         + " | ".join(f"{gpu.name}: issue slots / memory time | {gpu.name}: KiB in flight / needed" for gpu in shown)
         + " |",
         "|---|---|---|---|" + "---|---|" * len(shown),
@@ -190,12 +191,12 @@ def of_a_step(per_row: dict[tuple[str, float, int], tuple[float, float]], size: 
     """What a capped layer adds to one step of an engine: launches, counted bytes, predicted time."""
     shown = [gpu for gpu in GPUS if gpu.name in ("H100 SXM", "B200")]
     lines = [
-        "The launches that end a layer, and the bytes of the streams that they move for a row: the engine's own norm",
-        "reads both and writes both, one of them with a byte for two where the matrix behind it is in fp8. H =",
-        f"{size}; microseconds of the capped launch, without what a launch itself costs, which the hook alone pays",
-        "once more.",
+        "The launches at the end of a layer, and the bytes of the streams that they move per row. The engine's own",
+        "norm reads and writes both streams, one of them in one byte instead of two if the next matrix is in fp8.",
+        f"H = {size}; microseconds of the capped launch without the cost of the launch itself. Only the hook needs",
+        "one more launch.",
         "",
-        "| path | rows that fire | launches | bytes a row | over not capped | "
+        "| path | rows that fire | launches | bytes per row | over not capped | "
         + " | ".join(f"{gpu.name}, {rows} rows" for gpu in shown for rows in (8, 4096))
         + " |",
         "|---|---|---|---|---|" + "---|" * 2 * len(shown),
@@ -224,12 +225,13 @@ def main() -> None:
     lines = [
         "# Predicted times on GPUs",
         "",
-        "**Predicted, not measured**: made by `python benchmarks/predict.py`, which executes the kernels' PTX,",
-        "counts its instructions and the sectors that it moves, and sets them against published rates. Nothing here",
-        "has run on a GPU, and what the model leaves out can only make it slower. bfloat16, one direction, one layer;",
-        "microseconds without the launch, what binds, and the fraction of the speed of the memory's full bandwidth.",
+        "**Predicted, not measured**: `python benchmarks/predict.py` executes the PTX of the kernels, counts",
+        "instructions and memory sectors, and compares them with published rates. Nothing here has run on a GPU, and",
+        "effects that the model ignores can only make it slower. bfloat16, one direction, one layer. Each cell has",
+        "the microseconds without the launch, the limiting resource, and the fraction of the speed at full memory",
+        "bandwidth.",
     ]
-    lines += ["", "## What the kernels ask of a processor", "", *INTRODUCTION, "", *demands(per_row)]
+    lines += ["", "## Resources of the kernels", "", *INTRODUCTION, "", *demands(per_row)]
     lines += ["", "## A capped layer in an engine's step", "", *of_a_step(per_row)]
     curves = {}
     for title, op, floor in CASES:

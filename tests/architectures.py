@@ -214,9 +214,9 @@ def table(found: dict[str, list[Finding]]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"What `axiscap.install` does with the models of transformers {transformers.__version__}, each built by a tiny",
-        "configuration: the logits under an installation against those under hooks in plain torch. Made by",
-        "`python tests/architectures.py > docs/architectures.md`.",
+        f"The models of transformers {transformers.__version__}, each built from a tiny configuration. For each, the",
+        "logits under `axiscap.install` are compared with those under hooks in plain torch.",
+        "`python tests/architectures.py > docs/architectures.md` makes this page.",
     ]
     for mapping, findings in found.items():
         of = {

@@ -151,12 +151,12 @@ def table(found: dict[tuple[str, str, str], str]) -> str:
     rows = [f"| {way} | {' | '.join(cell(family, way) for family in FAMILIES)} |" for way in WAYS]
     models_of = ", ".join(f"{family}: `{name}`" for family, name in FAMILIES.items())
     lines = [
-        "# Ways to generate",
+        "# Generation methods",
         "",
-        "What models of every kind write under `axiscap.install`, in every way that `generate` of transformers",
-        f"{transformers.__version__} has, against what they write under hooks in plain torch. *Right*: the same",
-        'tokens, with `positions="all"` and with `positions="generated"`, at a floor that changes them. Made by',
-        "`python tests/generation.py > docs/generation.md`, with tiny models.",
+        "Tiny models of every kind, under `axiscap.install`, with every generation method of transformers",
+        f"{transformers.__version__}, compared with hooks in plain torch. *Right*: the same",
+        'tokens, with `positions="all"` and with `positions="generated"`, at a floor that changes them.',
+        "`python tests/generation.py > docs/generation.md` makes this page.",
         "",
         f"The models are {models_of}.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
 import json
@@ -203,3 +204,64 @@ def test_the_commands_of_a_page_are_there(page):
             assert set(wanted) <= targets, line
         elif tool == "python" and arguments[0] != "-m":
             assert (REPOSITORY / arguments[0]).is_file(), line
+
+
+def _literal(node: ast.AST) -> str:
+    """A message as the source has it, with … for what it names."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _literal(left) + _literal(right)
+        case ast.IfExp(body=one, orelse=other):
+            return f"{_literal(one)}\n{_literal(other)}"
+    return "…"
+
+
+#: What makes an error of a message.
+ERRORS = r"(Error|NotCapped|_Wrong|_to_client|_require)$"
+
+
+def _messages() -> dict[str, str]:
+    """The messages of errors that the package raises, and where."""
+    found = {}
+    for path in (REPOSITORY / "axiscap_plugin.py", *sorted((REPOSITORY / "axiscap").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.search(ERRORS, ast.unparse(node.func)):
+                for argument in node.args:
+                    for text in _literal(argument).split("\n"):
+                        if len(re.sub(r"\W|axiscap", "", text)) >= 6:
+                            found[text] = f"{path.name}:{node.lineno}"
+    return found
+
+
+def test_every_error_has_a_cure():
+    """Each message that the package raises is on the page of troubleshooting, and each on the page is raised."""
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    patterns = {}
+    for row in re.findall(r"^\| (.+?) \| .+ \|$", page, re.MULTILINE):
+        for text in re.findall(r"`([^`]*[a-z] [^`]*)`", row):
+            patterns[text] = re.compile(".*".join(map(re.escape, re.split("…", text.rstrip("…")))))
+    messages = _messages()
+    assert len(messages) > 200
+    missing = [
+        f"{where}: {text}" for text, where in messages.items() if not any(p.search(text) for p in patterns.values())
+    ]
+    assert not missing, "\n".join(missing)
+    sources = [REPOSITORY / "CMakeLists.txt", *(REPOSITORY / "csrc" / "torch").iterdir()]
+    native = "\n".join(path.read_text() for path in sources)
+    native = re.sub(r'"\s*"', "", re.sub(r'", | << |, "', "…", native))
+    said = [
+        _literal(node)
+        for path in (REPOSITORY / "axiscap").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp)
+    ]
+    stale = [
+        text
+        for text, pattern in patterns.items()
+        if not pattern.search(native) and not any(pattern.search(string) for string in said)
+    ]
+    assert not stale, "\n".join(stale)

@@ -26,7 +26,7 @@ def download(repo: str, file: str, revision: str | None) -> Path:
     except hub.errors.HFValidationError as error:
         raise OSError(f"{repo}: neither a folder nor a repository's name: {error}") from None
     except OSError as error:  # of huggingface_hub's own kinds
-        raise OSError(f"{repo}: no {file} to be had from the hub: {error}") from None
+        raise OSError(f"{repo}: cannot download {file} from the hub: {error}") from None
 
 
 def upload(folder: Path, repo: str, message: str, *, private: bool) -> str:
@@ -45,7 +45,7 @@ def upload(folder: Path, repo: str, message: str, *, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message).commit_url)
     except hub.errors.HFValidationError as error:
-        raise OSError(f"{repo}: no repository's name: {error}") from None
+        raise OSError(f"{repo}: not the name of a repository: {error}") from None
     except OSError as error:
         raise OSError(f"{repo}: the hub does not take the profile: {error}") from None
 

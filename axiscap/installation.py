@@ -206,8 +206,7 @@ class Installation(Installed):
             return own
         if self._several_choose:
             raise RuntimeError(
-                "several threads or tasks choose profiles with select(), and this one has not; nobody else's choice is "
-                "taken for it"
+                "several threads or tasks chose profiles with select(), and this one has not: call select() here too"
             )
         return self._selection
 
@@ -420,10 +419,10 @@ class Installation(Installed):
             self._unlooked = set()
             row = mine[0]
             warnings.warn(
-                f"profile {self._names[int(index[row])]!r} says nothing of attention sinks, and lifts one: at layer "
+                f"profile {self._names[int(index[row])]!r} has no attention sinks, and lifts one: at layer "
                 f"{layer.index}, row {row} has {norms[row] / norms.median():.0f} times the median norm and a "
-                f"projection of {projections[row, 0].item():.3g}, below its floor. To cap it, as published files "
-                "ask for, can harm ordinary text; a profile with sinks or limits leaves it alone",
+                f"projection of {projections[row, 0].item():.3g}, below its floor. Capping it, as published files "
+                "require, can harm ordinary text; a profile with sinks or limits leaves it alone",
                 stacklevel=2,
             )
 
@@ -612,8 +611,8 @@ def _check_streams(model: nn.Module, block: nn.Module) -> None:
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 1:
             raise ValueError(
-                f"the decoder layers of {type(model).__name__} hand on {count} streams ({name}), and it is not defined "
-                "which of them has the axis"
+                f"the decoder layers of {type(model).__name__} pass on {count} residual streams ({name}); "
+                "one can be capped"
             )
     floating = (parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())
     if next(floating, torch.float32) == torch.float64:

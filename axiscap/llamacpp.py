@@ -314,7 +314,7 @@ def _wrap_decode(lib: Any) -> None:
 def _refused(name: str) -> Callable[..., None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(
-            f"{name} is not to be had while a profile is installed: a state does not say under which profile it came "
+            f"{name} is not available while a profile is installed: a state does not say under which profile it came "
             "about"
         )
 

@@ -297,7 +297,7 @@ def test_what_cannot_be_is_said(llama, profiles, shipped_profile):
         with pytest.raises(RuntimeError, match="has an AxisCap installation already"):
             llamacpp.install(llama, shipped_profile)
         for name, arguments in (("save_state", ()), ("load_state", (None,)), ("set_cache", (None,))):
-            with pytest.raises(RuntimeError, match=f"{name} is not to be had while a profile is installed"):
+            with pytest.raises(RuntimeError, match=f"{name} is not available while a profile is installed"):
                 getattr(llama, name)(*arguments)
         with pytest.raises(KeyError, match="no profile 'other'"):
             cap.select("other")

@@ -351,9 +351,9 @@ def test_a_profile_is_shared_as_models_are(shipped_profile, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in (None, "main", commit):
         assert CapProfile.from_pretrained("some/profile", revision=revision).digest == shipped_profile.digest
-    with pytest.raises(OSError, match=r"some/profile: no profile\.safetensors to be had from the hub"):
+    with pytest.raises(OSError, match=r"some/profile: cannot download profile\.safetensors from the hub"):
         CapProfile.from_pretrained("some/profile", revision="f" * 40)
-    with pytest.raises(OSError, match=r"some/other: no profile\.safetensors to be had"):
+    with pytest.raises(OSError, match=r"some/other: cannot download profile\.safetensors"):
         CapProfile.from_pretrained("some/other")
     with pytest.raises(OSError, match="neither a folder nor a repository's name"):
         CapProfile.from_pretrained("no such/folder/at all")

@@ -221,7 +221,7 @@ def test_threads_choose_for_themselves(llama):
                 torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
         assert rows(cap, "low") == rows(cap, "high") == 40 * ids.numel()
         # This thread has chosen nothing, and several others have.
-        with pytest.raises(RuntimeError, match="several threads or tasks choose profiles"):
+        with pytest.raises(RuntimeError, match="several threads or tasks chose profiles"):
             llama(ids)
         cap.select("high")
         with torch.no_grad():
@@ -641,7 +641,7 @@ def test_several_streams_are_refused_when_it_is_installed():
         activation_sparsity_pattern=[0.0] * 4,
     )
     model = transformers.Gemma3nForCausalLM(config)
-    with pytest.raises(ValueError, match=r"hand on 2 streams \(altup_num_inputs\)"):
+    with pytest.raises(ValueError, match=r"pass on 2 residual streams \(altup_num_inputs\)"):
         axiscap.install(model, profile_for(model, LAYERS, FLOOR))
 
 

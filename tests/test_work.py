@@ -180,7 +180,7 @@ def test_a_guarded_lift_moves_no_row_along_what_it_is_guarded_against(seed, coun
     assert torch.equal(found.axis, axis)
     torch.testing.assert_close((found.lift * axis).sum(-1), torch.ones(5, dtype=torch.float64))
     torch.testing.assert_close((against @ found.lift[..., None]).abs().max().item(), 0.0, atol=1e-9, rtol=0)
-    with pytest.raises(ValueError, match="layer 0: what moves roles"):
+    with pytest.raises(ValueError, match="layer 0: nearly all of the lift"):
         refusal.guarded(space.Directions(axis, axis), axis[:, None])
 
 

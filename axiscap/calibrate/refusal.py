@@ -85,7 +85,5 @@ def guarded(found: Directions, against: Tensor) -> Directions:
     along = (lift * found.axis).sum(-1, keepdim=True)
     lost = (along[:, 0] < LEAST).nonzero()
     if len(lost):
-        raise ValueError(
-            f"layer {int(lost[0])}: what moves roles towards the Assistant is little but what moves away from refusals"
-        )
+        raise ValueError(f"layer {int(lost[0])}: nearly all of the lift lies along the directions of refusal")
     return Directions(found.axis, lift / along)

@@ -58,7 +58,7 @@ class Told(NamedTuple):
                 return cls(name, digest, None)
             case [str() | None as name, str() | None as digest, str(ticket)] if ticket.isalnum():  # it names a file
                 return cls(name, digest, ticket)
-        raise ChoiceError(f"{TOLD} is the server's own")
+        raise ChoiceError(f"{TOLD} is set by the server only")
 
 
 class Choices:

@@ -136,7 +136,7 @@ class Door:
         if not isinstance(given, dict):
             return
         if path == "/collective_rpc" and str(given.get("method")).startswith(f"{KEY}_"):
-            raise _Wrong(403, f"profiles are changed at {PATH}/profiles, by who has the key in {ADMIN_VARIABLE}")
+            raise _Wrong(403, f"profiles are changed at {PATH}/profiles, with the key in {ADMIN_VARIABLE}")
         takes = _fields(scope)
         mine = [place for place in self._places if place[0] in takes]
         found = list(_mentions(given))
@@ -208,7 +208,7 @@ class Door:
             raise _Wrong(404, f"there are GET {PATH}, and PUT, PATCH and DELETE {PATH}/profiles/NAME")
         key = os.environ.get(ADMIN_VARIABLE)
         if not key:
-            raise _Wrong(403, f"this server was started without {ADMIN_VARIABLE}, so that nobody may change profiles")
+            raise _Wrong(403, f"this server was started without {ADMIN_VARIABLE}, so profiles cannot be changed")
         shown = _header(scope, b"authorization").removeprefix(b"Bearer ")
         if not hmac.compare_digest(shown, key.encode()):
             raise _Wrong(401, f"the header Authorization must be Bearer and the key in {ADMIN_VARIABLE}")

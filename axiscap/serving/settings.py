@@ -247,7 +247,7 @@ class Settings:
         default = self.default or "none: requests that name no profile are left alone"
         where = f"{ROWS[self.positions]} at layers {ranges(self.layers)}"
         said = f"axiscap: capping {where} under {profiles}; default {default}"
-        return f"{said}; requests may say {', '.join(registry.choices)}"
+        return f"{said}; requests may choose {', '.join(registry.choices)}"
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""

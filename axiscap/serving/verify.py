@@ -48,13 +48,13 @@ def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iter
         choices, default, place = facts["choices"], facts["default"], facts["choice_in"][0].split(".")
         prompt = "Who are you?" + (facts["markers"][0] if facts.get("positions") == THINKING else "")
     except (ValueError, TypeError, KeyError):
-        raise NotCapped(f"what {url}{PATH} says is not AxisCap's") from None
+        raise NotCapped(f"the response of {url}{PATH} is not from AxisCap") from None
     if not names:
         known = ", ".join(f"{name} {digest}" for name, digest in facts["profiles"].items())
         raise NotCapped(f"the server has no profile of the digest {profile.digest}; it has {known}")
     asked = next((name for name in names if name in choices), None)
     if asked is None:
-        raise NotCapped(f"the server has the profile as {names[0]}, but requests may say {', '.join(choices)} alone")
+        raise NotCapped(f"the server has the profile as {names[0]}, but requests may only choose {', '.join(choices)}")
     use = "the default" if asked == default else "where a request asks for it"
     yield f"the server says that it caps layers {ranges(facts['layers'])} under {asked}, {use}"
 

@@ -57,7 +57,7 @@ def write(path: Path, profile: CapProfile, selection: Selection, title: str = "D
         sections.append(_evidence(figures, profile, evidence))
     if not sections:
         raise ValueError(
-            f"nothing to show: no conversation with an answer, and no evidence in the profile. {unreadable}".rstrip()
+            f"nothing to show: no conversation has an answer, and the profile has no evidence. {unreadable}".rstrip()
         )
     if unreadable:
         sections.append(f"<p>{html.escape(unreadable)}</p>")

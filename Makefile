@@ -6,7 +6,7 @@ PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels screenshots lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels screenshots docs lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built

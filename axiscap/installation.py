@@ -50,8 +50,9 @@ class _CappedLayer(CappedLayer):
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
         compiling = torch.compiler.is_compiling()
-        # An exported program is the cap alone: what it would leave behind here is no data, but a trace of it.
-        count = count and not (compiling and torch.compiler.is_exporting())
+        # An exported program is the cap alone: what it would leave behind here is no data, but a trace of it. (The
+        # flag, since torch.compile of 2.10 and 2.11 takes is_exporting() for true.)
+        count = count and not (compiling and torch.compiler._is_exporting_flag)
         projections = self._projections(hidden, seen, compiling) if count else None
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
             hidden = ops.cap(hidden.contiguous(), self.axes, self.floors, slots, **self.more, projections=projections)

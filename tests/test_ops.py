@@ -1600,3 +1600,24 @@ def test_streams_side_by_side_in_one_buffer_are_two():
     assert_same_bits(ops.cap_residual_(hidden, residual, axes, floors), wanted)
     layers = torch.randn(4, 3, 8)
     ops.cap_layers_([layers[:, at] for at in (2, 0, 1)], unit(3, 1, 1, 8), torch.zeros(3, 1, 1))
+
+
+def test_a_compiled_model_is_capped_and_counted():
+    """In every torch: an installation asks its compiler what it is doing."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, hidden):
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden
+
+    profile = axiscap.CapProfile((1,), unit(1, 1, 8), torch.tensor([[2.0]]))
+    model, hidden = Model(), torch.randn(1, 6, 8)
+    with torch.no_grad(), axiscap.install(model, profile, layers="layers") as cap:
+        wanted = model(hidden)
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(hidden), wanted)
+        assert cap.stats()["default"][1].rows == 12

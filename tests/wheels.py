@@ -29,6 +29,8 @@ with every torch from 2.10 on. `make wheels` builds a wheel for each Python, rep
 tests of the ops with it in a fresh environment for each torch (from PyPI; builds with CUDA run on a machine without a
 GPU):
 
+| Python | wheel | MB | torch | tests of the ops |
+|---|---|---|---|---|
 {rows}
 
 The platform tag depends on the C library of the build machine; a release is built in PyPA's manylinux image
@@ -36,7 +38,6 @@ The platform tag depends on the C library of the build machine; a release is bui
 wheel has none; it was built and tested in an emulated Debian 12, with `python tests/wheels.py 3.11 2.10.0`.
 [How it works](design.md) has the size of a release, with code for all GPUs.
 """
-HEAD = "| Python | wheel | MB | torch | tests of the ops |\n|---|---|---|---|---|"
 
 
 def run(*command: object, **environment: str) -> str:
@@ -87,7 +88,7 @@ def add(row: str) -> None:
     for line in [*re.findall(r"^\| \d.*", DOCUMENT.read_text(), re.MULTILINE), row]:
         python, platform, _, torch, _ = (cell.strip() for cell in line.strip("|").split("|"))
         rows[platform.endswith("aarch64"), python, torch] = line
-    DOCUMENT.write_text(PAGE.format(rows="\n".join([HEAD, *(line for _, line in sorted(rows.items()))])))
+    DOCUMENT.write_text(PAGE.format(rows="\n".join(line for _, line in sorted(rows.items()))))
 
 
 def main(asked: list[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,17 @@ class Buffers:
     def tensors(self, at: int) -> tuple[Tensor, ...]:
         """What the op ``.buffers`` takes of a layer, behind the streams."""
         return self.axes[at], self.floors[at], self.rows, self.projections[at], self.lifts[at], self.limits[at]
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Puts back the content of all slots, and the slots of all rows, when the context ends."""
+        tensors = (self.axes, self.lifts, self.floors, self.limits, self.rows)
+        copies = [tensor.clone() for tensor in tensors]
+        try:
+            yield
+        finally:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
 
     def fill(self, slots: Counts) -> None:
         """The slots of the step's rows; those behind them are left alone."""

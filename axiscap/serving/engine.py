@@ -9,7 +9,7 @@ where a worker's totals go. Clients come in by ``door``. ``vllm`` and ``sglang``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from axiscap.serving.buffers import Counts
 from axiscap.serving.control import Control
 from axiscap.serving.settings import Choice, Settings, SettingsError
+from axiscap.serving.streams import Form, Read, Run, learn_form
 from axiscap.serving.worker import Worker
 
 
@@ -86,6 +87,7 @@ class Model(ABC):
     """In a worker: where a block's output is complete, and whose rows a step computes."""
 
     worker: Worker
+    _blocks: nn.ModuleList
 
     def hold(
         self,
@@ -99,7 +101,7 @@ class Model(ABC):
         totals: Path | None,
         markers: tuple[int, int] | None,
     ) -> None:
-        """Puts the cap into a loaded model.
+        """Finds the layers of a loaded model and makes the buffers for them.
 
         Parameters
         ----------
@@ -111,16 +113,55 @@ class Model(ABC):
         Raises
         ------
         SettingsError
-            the model's layers cannot be told, or what one returns is no stream.
+            The model's layers cannot be told.
         """
-        blocks = engine_layers(model, layers)
-        held = [layer for layer in settings.layers if type(blocks[layer]).__name__ != "PPMissingLayer"]
+        self._blocks = engine_layers(model, layers)
+        held = [layer for layer in settings.layers if not _is_elsewhere(self._blocks[layer])]
         self.worker = Worker(settings, held, max_rows, device, requests, totals, markers)
-        for at, layer in enumerate(held):
-            self.cap_block(blocks[layer], layer, self.worker.buffers.tensors(at))
+
+    def cap_blocks(self, run: Run) -> None:
+        """Learns what the output of each held layer is, and has it capped in every pass from now on.
+
+        Parameters
+        ----------
+        run
+            Runs the model on dummy rows, outside any compiled or captured graph.
+
+        Raises
+        ------
+        SettingsError
+            The output of a layer is no stream that a cap can change.
+        """
+        buffers = self.worker.buffers
+        forms = [self._form(layer, run) for layer in buffers.layers]
+        for at, (layer, form) in enumerate(zip(buffers.layers, forms, strict=True)):
+            self.cap_block(self._blocks[layer], layer, form, buffers.tensors(at))
+
+    def _form(self, layer: int, run: Run) -> Form:
+        """The form of a layer's output. The last layer of a pipeline rank has no reader here; its form is that of
+        another layer of the same class.
+        """
+        block, number = self._blocks[layer], layer
+        if layer + 1 < len(self._blocks) and _is_elsewhere(self._blocks[layer + 1]):
+            alike = [at for at in range(layer) if type(self._blocks[at]) is type(block)]
+            if not alike:
+                kind = type(block).__name__
+                raise SettingsError(f"axiscap: layer {layer} is the only {kind} of its pipeline rank, and the last")
+            number = alike[-1]
+        return learn_form(self._blocks[number], number, self.reader(self._blocks[number], number), run)
 
     @abstractmethod
-    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
+    def reader(self, block: nn.Module, layer: int) -> Read:
+        """Reads the complete output of a block.
+
+        Raises
+        ------
+        SettingsError
+            The block's signature is unknown.
+        """
+
+    @abstractmethod
+    def cap_block(self, block: nn.Module, layer: int, form: Form, tensors: tuple[Tensor, ...]) -> None:
         """Has a block's complete output capped by the op ``.buffers``, in every pass.
 
         Parameters
@@ -134,10 +175,14 @@ class Model(ABC):
         """Whose rows a step of the engine computes."""
 
 
-def check_rows(hidden: Any, layer: int, kind: str) -> None:
-    """Raises SettingsError where what a block returned is no stream of rows."""
-    if not isinstance(hidden, Tensor) or hidden.dim() != 2:
-        raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no hidden rows")
+def _is_elsewhere(block: nn.Module) -> bool:
+    """Whether another pipeline rank holds the layer."""
+    return type(block).__name__ == "PPMissingLayer"
+
+
+def flat_result(tensors: Iterable[Tensor]) -> Tensor:
+    """A copy of what a pass returns, as one vector of float32."""
+    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
 
 
 def refuse(engine: str, reasons: Mapping[str, bool]) -> None:

@@ -12,7 +12,9 @@ would do otherwise, and then corrects the residual that is added to it; on a GPU
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -20,7 +22,8 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,15 +33,13 @@ from torch import Tensor, nn
 from axiscap.serving import door, metrics, sglang_norm, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
-from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
+from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.streams import Form, Output, Read, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
-#: Forward passes of each kind whose capped layers are checked to have been run: those of the server's own warm-up.
-_VERIFIED = 2
-_UNSEEN = 12345.0
 #: Where the engine's norm adds both streams in one launch, which the cap then joins.
 _JOINED = {"cuda"}
 
@@ -73,6 +74,7 @@ def put_in_place() -> None:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.model_executor.runner.eager_runner import EagerRunner
 
     door.put_in_place(_choices, (("custom_params",), ("sampling_params", "custom_params")), _change)
     wrap(TokenizerManager, "_validate_one_request", _validate)
@@ -83,6 +85,8 @@ def put_in_place() -> None:
     wrap(Scheduler, "handle_rpc_request", _rpc)
     wrap(Scheduler, "on_idle", _idle)
     wrap(ModelRunner, "load_model", _load_model)
+    wrap(EagerRunner, "__init__", _cap_blocks)
+    wrap(ModelRunner, "init_cuda_graphs", _check_decoding)
     wrap(ModelRunner, "forward", _forward)
     original = ForwardBatch.init_new.__func__
     ForwardBatch.init_new = classmethod(
@@ -165,7 +169,7 @@ def _parallel() -> Any:
 
 def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, *args, **kwargs)
-    if _model is None:
+    if _model is None or not _model.is_checked:
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
@@ -282,6 +286,95 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     return result
 
 
+def _cap_blocks(original: Callable[..., Any], eager: Any, runner: Any, **kwargs: Any) -> None:
+    """Caps the layers as soon as the model can run, and before anything of it is captured."""
+    original(eager, runner, **kwargs)
+    if _model is not None and not runner.is_draft_worker and not _model.is_capped:
+        _model.cap_blocks(lambda: _dummy_pass(eager)[0])
+        _model.is_capped = True
+
+
+def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Stops the server unless the cap comes through when it decodes, by a captured graph or without."""
+    original(runner, *args, **kwargs)
+    if _model is None or runner.is_draft_worker:
+        return
+    if not _model.is_capped:
+        raise SettingsError("axiscap: this SGLang runs no model before it captures graphs, so that it cannot be capped")
+    if _model.worker.buffers.layers:
+        batch = _dummy_pass(runner.eager_runner)[1]
+        check_effect(_model.worker.buffers, lambda: _result(_run_forward(runner, batch)), "the decoding model")
+    _model.worker.clear()
+    _model.is_checked = True
+    updater = type(runner.weight_updater)
+    for name in dir(updater):
+        if name.startswith("update_weights"):
+            wrap(updater, name, _update_weights)
+
+
+def _dummy_pass(eager: Any) -> tuple[Tensor, Any]:
+    """Runs the model on one request's rows, without a graph; returns its result and its batch.
+
+    The rows are those that SGLang itself makes up: of request 0 of its pool, in the block of the cache for padding.
+    """
+    runner = eager.model_runner
+    rows = runner.decode_num_tokens_per_req() if runner.spec_algorithm.is_speculative() else 1
+    size = runner.model_config.hidden_size
+    with torch.device(runner.device):
+        ids, lengths = torch.zeros(rows, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        count = torch.zeros(1, dtype=torch.int32)
+        proxies = {name: torch.zeros(rows, size, dtype=runner.dtype) for name in ("hidden_states", "residual")}
+        buffers = SimpleNamespace(
+            input_ids=ids, positions=ids.clone(), out_cache_loc=ids.clone(), req_pool_indices=torch.zeros_like(lengths),
+            seq_lens=lengths, seq_lens_cpu=lengths.cpu(), mrope_positions=ids.repeat(3, 1), encoder_lens=None,
+            custom_mask=torch.ones((1 + rows) * rows, dtype=torch.bool), next_token_logits_buffer=None,
+            num_token_non_padded=count.clone(), pp_proxy_tensors=proxies, ngram_embedding_info=None,
+            global_num_tokens_gpu=count.clone(), global_num_tokens_for_logprob_gpu=count.clone(),
+        )  # fmt: skip
+    passes: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        forward = runner.model.forward
+
+        @functools.wraps(forward)
+        def noting(ids: Any, positions: Any, batch: Any, **kwargs: Any) -> Any:
+            passes.append((forward(ids, positions, batch, **kwargs), batch))
+            return passes[-1][0]
+
+        own = "forward" in vars(runner.model)
+        runner.model.forward = noting
+        try:
+            yield
+        finally:
+            if own:
+                runner.model.forward = forward
+            else:
+                del runner.model.forward
+
+    context = getattr(eager, "model_context", contextlib.nullcontext)
+    with torch.no_grad(), context():
+        eager._dummy_run(1, noted(), buffers=buffers)
+    ((result, batch),) = passes
+    return _result(result), batch
+
+
+def _result(output: Any) -> Tensor:
+    """What a pass comes to: logits, or what goes to the next pipeline rank."""
+    output = getattr(output, "logits_output", output)
+    return flat_result(output.tensors.values() if hasattr(output, "tensors") else [output.next_token_logits])
+
+
+def _run_forward(runner: Any, batch: Any) -> Any:
+    return inspect.unwrap(type(runner).forward)(runner, batch)
+
+
+def _update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The next prompt shows whether the cap is still in the model."""
+    _checked.clear()
+    return original(*args, **kwargs)
+
+
 def _markers(args: Any) -> tuple[int, int]:
     tokenizer = getattr(args, "tokenizer_path", None) or args.model_path
     return marker_ids(_settings.markers, tokenizer, trust_remote_code=args.trust_remote_code)
@@ -302,6 +395,12 @@ def _refuse(args: Any) -> None:
         "external stores of the cache (--enable-lmcache)": getattr(args, "enable_lmcache", False),
         "diffusion models": bool(getattr(args, "dllm_algorithm", None)),
         "multiplexed prefill and decode (--enable-pdmux)": getattr(args, "enable_pdmux", False),
+        "elastic ranks load models of their own (--elastic-ep-backend)": bool(
+            getattr(args, "elastic_ep_backend", None)
+        ),
+        "memory that is released takes the profiles with it (--enable-memory-saver)": getattr(
+            args, "enable_memory_saver", False
+        ),
     }
     if _settings.tells_thinking:
         apart = f'with positions "{_settings.positions}"'
@@ -322,6 +421,8 @@ class SglangModel(Model):
 
     def __init__(self, ranks: int, norms: Mapping[int, nn.Module]) -> None:
         self._ranks, self._norms = ranks, norms
+        #: Whether the blocks are capped, and whether that was seen to come through.
+        self.is_capped = self.is_checked = False
 
     def rows(self, step: Any) -> Rows:
         """
@@ -349,17 +450,14 @@ class SglangModel(Model):
             )
         return Rows([request.rid for request in requests], counts, prompts, starts)
 
-    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
+    def reader(self, block: nn.Module, layer: int) -> Read:
         names = list(inspect.signature(block.forward).parameters)
         kind = type(block).__name__
         if "forward_batch" not in names:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
         position = names.index("forward_batch")
-        ranks, joined = self._ranks, layer in self._norms
-        if joined:
-            sglang_norm.take_in(self._norms[layer], tensors)
 
-        def cap(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Output:
             batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
             stream = getattr(batch, "residual_stream", None)
             if stream is not None:
@@ -368,20 +466,29 @@ class SglangModel(Model):
                     raise SettingsError(
                         f"axiscap: layer {layer}, a {kind}, does not add its output to a plain residual"
                     )
-                hidden, residual = stream.complete(output), stream.residual if pending is not None else None
-                result = hidden
-            elif ranks > 1:
+                hidden, residual = stream.complete(returned), stream.residual if pending is not None else None
+                return read_returned((hidden, residual), layer, kind)._replace(returned=hidden)
+            if self._ranks > 1:
                 raise SettingsError(f"axiscap: layer {layer}, a {kind}, may return a sum that other ranks still owe")
-            elif isinstance(output, tuple) and len(output) == 2:
-                (hidden, residual), result = output, output
-            else:
-                hidden, residual, result = output, None, output
-            check_rows(hidden, layer, kind)
-            if residual is None:
+            return read_returned(returned, layer, kind)
+
+        return read
+
+    def cap_block(self, block: nn.Module, layer: int, form: Form, tensors: tuple[Tensor, ...]) -> None:
+        read, kind = self.reader(block, layer), type(block).__name__
+        in_norm = form is Form.SUM and layer in self._norms
+        if in_norm:
+            sglang_norm.take_in(self._norms[layer], tensors)
+
+        def cap(module: Any, args: Any, kwargs: Any, returned: Any) -> Any:
+            hidden, residual, returned = read(args, kwargs, returned)
+            if (residual is None) != (form is Form.STREAM):
+                raise SettingsError(f"axiscap: layer {layer}, a {kind}, no longer returns {form.value}")
+            if form is not Form.SUM:
                 torch.ops.axiscap.cap_.buffers(hidden, *tensors)
-            elif not joined:
+            elif not in_norm:
                 torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *tensors)
-            return result
+            return returned
 
         block.register_forward_hook(cap, with_kwargs=True)
 
@@ -395,7 +502,8 @@ def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, 
     return forward
 
 
-_seen: dict[str, int] = {}
+#: Kinds of batches under which the cap was seen to come through.
+_checked: set[str] = set()
 
 
 def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -424,18 +532,11 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
         )
     worker.fill(*rows, view, tokens)
     kind = batch.forward_mode.name
-    verify = bool(rows.counts.sum()) and _seen.get(kind, 0) < _VERIFIED
-    if verify:
-        for projections in buffers.projections:
-            projections[0].fill_(_UNSEEN)
+    # Prompts without a prefix: to run them again does no harm to any state of the model.
+    if kind == "EXTEND" and kind not in _checked and len(requests) and not rows.starts.any():
+        check_effect(buffers, lambda: _result(original(runner, batch, *args, **kwargs)), "the model that reads prompts")
+        _checked.add(kind)
     result = original(runner, batch, *args, **kwargs)
-    if verify:
-        _seen[kind] = _seen.get(kind, 0) + 1
-        for layer, projections in zip(buffers.layers, buffers.projections, strict=True):
-            if projections[0, 0].item() == _UNSEEN:
-                raise RuntimeError(
-                    f"axiscap: layer {layer} measured no row in a {kind} batch: the cap is not in the model"
-                )
     if len(requests) and rows.starts[0] == 0 and (digest := worker.unseen(requests[0].rid)) is not None:
         worker.look_for_sinks(digest, buffers.all_projections[:, 0])
     worker.end()

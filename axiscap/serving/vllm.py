@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import importlib
@@ -14,7 +15,8 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 from axiscap.serving import door, kv, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control, Told
-from axiscap.serving.engine import Model, Rows, Scheduling, check_rows, refuse
+from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
+from axiscap.serving.streams import Form, Read, ZeroedMemory, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
@@ -415,6 +418,8 @@ class VllmWorker(Model):
 
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
+        if hasattr(self, "worker"):
+            raise SettingsError("axiscap: the model is loaded once more into a worker that caps another one")
         runner, parallel, settings = self._runner, self._config.parallel_config, _settings(self._config)
         model = runner.get_model()
         language = model.get_language_model() if hasattr(model, "get_language_model") else model
@@ -431,6 +436,8 @@ class VllmWorker(Model):
             totals=totals if counts else None,
             markers=self._markers(settings) if settings.tells_thinking else None,
         )
+        with _uncompiled(model), ZeroedMemory():
+            self.cap_blocks(lambda: self._dummy_result(is_profile=True, **{"skip_attn": True} if self._v2 else {}))
         return result
 
     def _markers(self, settings: Settings) -> tuple[int, int]:
@@ -495,83 +502,76 @@ class VllmWorker(Model):
         prompts = np.minimum(np.maximum(lengths - done, 0), counts).astype(np.int32)
         return Rows(names, counts, prompts, done)
 
-    def cap_block(self, block: nn.Module, layer: int, tensors: tuple[Tensor, ...]) -> None:
-        """Caps what a decoder layer returns: one tensor, or the pair of hidden and residual whose sum is its output.
+    def reader(self, block: nn.Module, layer: int) -> Read:
+        kind = type(block).__name__
+        return lambda args, kwargs, returned: read_returned(returned, layer, kind)
 
-        A hook, since Dynamo traces it into the model's graph; its tensors are buffers, whose addresses stay.
+    def cap_block(self, block: nn.Module, layer: int, form: Form, tensors: tuple[Tensor, ...]) -> None:
+        """Caps what a decoder layer returns, by a hook: Dynamo traces it into the model's graph.
+
+        The hook's tensors are buffers of the layer, whose addresses stay.
         """
-        kind, pair = type(block).__name__, "residual" in inspect.signature(block.forward).parameters
+        kind = type(block).__name__
         names = [f"axiscap_{name}" for name in ("axes", "floors", "rows", "projections", "lifts", "limits")]
         for name, tensor in zip(names, tensors, strict=True):
             block.register_buffer(name, tensor, persistent=False)
 
-        def cap_pair(module: Any, args: Any, output: Any) -> None:
-            if not isinstance(output, tuple) or len(output) != 2 or output[1] is None:
-                raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no pair of hidden and residual rows")
-            check_rows(output[0], layer, kind)
-            torch.ops.axiscap.cap_residual_.buffers(*output, *[getattr(module, name) for name in names])
+        def cap_sum(module: Any, args: Any, returned: Any) -> None:
+            hidden, residual, _ = read_returned(returned, layer, kind)
+            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *[getattr(module, name) for name in names])
 
-        def cap_one(module: Any, args: Any, output: Any) -> None:
-            check_rows(output, layer, kind)
-            torch.ops.axiscap.cap_.buffers(output, *[getattr(module, name) for name in names])
+        def cap_first(module: Any, args: Any, returned: Any) -> None:
+            hidden, _, _ = read_returned(returned, layer, kind)
+            torch.ops.axiscap.cap_.buffers(hidden, *[getattr(module, name) for name in names])
 
-        block.register_forward_hook(cap_pair if pair else cap_one)
+        block.register_forward_hook(cap_sum if form is Form.SUM else cap_first)
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        self._verify()
+        self._check_effect()
         return result
 
-    @torch.inference_mode()
-    def _verify(self) -> None:
-        """The cap is in force at every layer of the model as it will run: lifting a row there changes what comes out.
+    def _check_effect(self) -> None:
+        """Stops the server unless the cap is in force at every layer of the model as it runs.
 
         Raises
         ------
-        RuntimeError
-            it is not; the server must not start.
+        SettingsError
+            It is not.
         """
         buffers = self.worker.buffers
         if not buffers.layers:
             return
-        kept, limits = buffers.floors.clone(), buffers.limits.clone()
-        buffers.rows.fill_(0)
-        buffers.limits.fill_(torch.inf)  # the one row of the probe is a sequence's first
-        buffers.floors.fill_(-torch.inf)
-        for projections in buffers.projections:
-            projections.fill_(torch.nan)
-        plain = self._probe()
-        seen = [projections[0, 0].item() for projections in buffers.projections]
-        for at, layer in enumerate(buffers.layers):
-            if not np.isfinite(seen[at]):
-                raise RuntimeError(
-                    f"axiscap: layer {layer} of the compiled model measures no row: the cap is not in it"
-                )
+        # With attention: some backends leave the output of a pass without it uninitialised.
+        run = partial(self._dummy_result, **{"skip_attn": False} if self._v2 else {"force_attention": True})
+        check_effect(buffers, run, "the compiled model")
+        with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)
-            buffers.floors[at, 0, 0] = seen[at] + max(1.0, abs(seen[at]))
-            if torch.equal(self._probe(), plain):
-                raise RuntimeError(f"axiscap: the cap at layer {layer} of the compiled model changes nothing")
-        buffers.floors.fill_(-torch.inf)
-        first = {}
-        for digest, slot in buffers.slot_of.items():
-            buffers.rows.fill_(slot)
-            self._probe()
-            first[digest] = buffers.all_projections[:, 0].clone()
-        buffers.floors.copy_(kept)
-        buffers.limits.copy_(limits)
+            buffers.limits.fill_(torch.inf)
+            first = {}
+            for digest, slot in buffers.slot_of.items():
+                buffers.rows.fill_(slot)
+                run()
+                first[digest] = buffers.all_projections[:, 0].clone()
         for digest, projections in first.items():
             self.worker.look_for_sinks(digest, projections)
         self.worker.clear()
 
-    def _probe(self) -> Tensor:
-        """One dummy row through the model. With attention: without, some backends leave its output uninitialised."""
-        with_attention = {"skip_attn": False} if self._v2 else {"force_attention": True}
-        return _flat(self._dummy(1, **with_attention))
+    def _dummy_result(self, **options: bool) -> Tensor:
+        """The result of a pass over one dummy row: hidden states, or the pair that goes to the next pipeline rank."""
+        hidden = self._dummy(1, **options)[0]
+        tensors = getattr(hidden, "tensors", None)
+        return flat_result([hidden] if tensors is None else tensors.values())
 
 
-def _flat(output: Any) -> Tensor:
-    """What a dummy step returns first: hidden states, or the pair that goes to the next pipeline rank."""
-    hidden = output[0]
-    tensors = getattr(hidden, "tensors", None)
-    parts = [hidden] if tensors is None else list(tensors.values())
-    return torch.cat([part.reshape(-1).float() for part in parts])
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Has the model run without compilation, and leaves its first compilation for later."""
+    parts = [part for part in model.modules() if getattr(part, "do_not_compile", True) is False]
+    for part in parts:
+        part.do_not_compile = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.do_not_compile = False  # type: ignore[assignment]

@@ -42,16 +42,6 @@ def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProf
     return profiles
 
 
-def check_fits(name: str, profile: CapProfile, num_layers: int, hidden_size: int | None) -> None:
-    """Raises ValueError where a profile is for another model; ``hidden_size`` None: that is not known."""
-    if hidden_size is not None and profile.hidden_size != hidden_size:
-        raise ValueError(f"profile {name!r} has hidden size {profile.hidden_size}, the model {hidden_size}")
-    if profile.layers[-1] >= num_layers:
-        raise ValueError(f"profile {name!r} caps layer {profile.layers[-1]}, but the model has {num_layers} layers")
-    if profile.num_layers is not None and profile.num_layers != num_layers:
-        raise ValueError(f"profile {name!r} is for a model of {profile.num_layers} layers, this one has {num_layers}")
-
-
 class CappedLayer:
     """The bank of one layer, with a slot for each profile, and what was counted there."""
 

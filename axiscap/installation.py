@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap import ops
-from axiscap.banks import CappedLayer, Installed, by_name, check_fits
-from axiscap.models import decoder_layers, text_config
+from axiscap.banks import CappedLayer, Installed, by_name
+from axiscap.fit import ModelFacts, check_fits
+from axiscap.models import decoder_layers, language_class, text_config
 from axiscap.passes import (
     Batching,
     Hook,
@@ -92,6 +93,7 @@ class Installation(Installed):
         profiles: Mapping[str, CapProfile],
         layers: str | Sequence[nn.Module] | None,
         positions: Literal["all", "generated"],
+        allow_other_model: bool,
     ) -> None:
         blocks = decoder_layers(model, layers)
         if positions not in ("all", "generated"):
@@ -99,9 +101,16 @@ class Installation(Installed):
         if any(block in _installed for block in blocks):
             raise RuntimeError("the model has an AxisCap installation already; remove it first")
         _check_streams(model, blocks[0])
-        hidden_size = getattr(text_config(model), "hidden_size", None)
+        config = text_config(model)
+        facts = ModelFacts.of_configs(
+            len(blocks),
+            getattr(config, "hidden_size", None),
+            getattr(model, "config", None),
+            config,
+            names=[language_class(model)],
+        )
         for name, profile in profiles.items():
-            check_fits(name, profile, len(blocks), hidden_size)
+            check_fits(name, profile, facts, allow_other_model=allow_other_model)
 
         self._names = tuple(profiles)
         self._profiles = dict(profiles)
@@ -552,6 +561,7 @@ def install(
     *,
     layers: str | Sequence[nn.Module] | None = None,
     positions: Literal["all", "generated"] = "all",
+    allow_other_model: bool = False,
 ) -> Installation:
     """Puts a profile into force in a transformers causal language model.
 
@@ -570,6 +580,8 @@ def install(
         wrote, and not the prompt's; the virtual tokens of prompt tuning count as the prompt's. The last token that
         is written is never fed back: of a single new token no row is capped. Padding is neither capped nor
         measured.
+    allow_other_model
+        install a profile that was made for another architecture; its sizes must fit all the same.
 
     Returns
     -------
@@ -596,7 +608,7 @@ def install(
     >>> cap.stats()["default"][18].rows > 0
     True
     """
-    return Installation(model, by_name(profile), layers, positions)
+    return Installation(model, by_name(profile), layers, positions, allow_other_model)
 
 
 def _check_streams(model: nn.Module, block: nn.Module) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from axiscap import _C
-from axiscap.banks import CappedLayer, Installed, by_name, check_fits
+from axiscap.banks import CappedLayer, Installed, by_name
+from axiscap.fit import ModelFacts, check_fits
 from axiscap.profile import CapProfile
 
 #: ggml's own functions that the callback calls, in its order.
@@ -31,6 +32,15 @@ _FUNCTIONS = (
     "ggml_backend_tensor_get",
     "ggml_backend_tensor_set",
 )
+#: GGUF architectures that several classes of transformers have in common, or that have another name there.
+_CLASSES = {
+    "llama": ("Llama", "Mistral", "Mixtral"),
+    "command-r": ("Cohere",),
+    "phi2": ("Phi",),
+    "deepseek2": ("DeepseekV2", "DeepseekV3"),
+    "granitehybrid": ("GraniteMoeHybrid",),
+    "hunyuan-dense": ("HunYuanDenseV1",),
+}
 #: By the address of a context of llama.cpp's.
 _installed: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
 
@@ -44,15 +54,17 @@ class Installation(Installed):
     >>> cap = axiscap.llamacpp.install(llama, {"mild": profile})  # doctest: +SKIP
     """
 
-    def __init__(self, llama: Any, profiles: dict[str, CapProfile]) -> None:
+    def __init__(self, llama: Any, profiles: dict[str, CapProfile], allow_other_model: bool) -> None:
         lib = _library()
         self._lib, self._llama, self._profiles = lib, llama, profiles
         if int(getattr(llama._ctx, "ctx", None) or 0) in _installed:
             raise RuntimeError("the model has an AxisCap installation already; remove it first")
         model = llama._model.model
         num_layers, hidden_size = lib.llama_model_n_layer(model), lib.llama_model_n_embd(model)
+        kind = llama.metadata.get("general.architecture", "")
+        facts = ModelFacts.of(num_layers, hidden_size, _CLASSES.get(kind, (kind,) if kind else ()))
         for name, profile in profiles.items():
-            check_fits(name, profile, num_layers, hidden_size)
+            check_fits(name, profile, facts, allow_other_model=allow_other_model)
         if lib.llama_model_has_encoder(model):
             raise ValueError("a model with an encoder cannot be capped in llama.cpp")
         params = llama.context_params
@@ -224,7 +236,9 @@ class Installation(Installed):
         return status
 
 
-def install(llama: Any, profile: CapProfile | Mapping[str, CapProfile]) -> Installation:
+def install(
+    llama: Any, profile: CapProfile | Mapping[str, CapProfile], *, allow_other_model: bool = False
+) -> Installation:
     """Puts a profile into force in a ``llama_cpp.Llama``: in all its ways to generate and to embed, and in batches that
     are given to ``llama_cpp.llama_decode`` with its context.
 
@@ -238,6 +252,8 @@ def install(llama: Any, profile: CapProfile | Mapping[str, CapProfile]) -> Insta
     profile
         one profile, or several by name; the first is in force until :meth:`Installation.select` says
         otherwise.
+    allow_other_model
+        install a profile that was made for another architecture; its sizes must fit all the same.
 
     Returns
     -------
@@ -269,7 +285,7 @@ def install(llama: Any, profile: CapProfile | Mapping[str, CapProfile]) -> Insta
 
     if not isinstance(llama, llama_cpp.Llama):
         raise TypeError(f"llama must be a llama_cpp.Llama, got {type(llama).__name__}")
-    return Installation(llama, by_name(profile))
+    return Installation(llama, by_name(profile), allow_other_model)
 
 
 def _library() -> Any:

@@ -143,6 +143,31 @@ def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iter
             handle.remove()
 
 
+def language_class(model: nn.Module) -> str:
+    """The name of a model's own class, without what PEFT or torch.compile puts around it.
+
+    Parameters
+    ----------
+    model
+        any module.
+
+    Returns
+    -------
+    str
+        Such as ``LlamaForCausalLM``.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> models.language_class(model)
+    'LlamaForCausalLM'
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return type(inner).__name__
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model itself, also inside a multimodal one; None where there is none.
 

@@ -347,6 +347,18 @@ class CapProfile:
         return facts if isinstance(facts, Mapping) else {}
 
     @property
+    def architecture(self) -> str | None:
+        """The class of transformers that the profile was made for, if its provenance states one.
+
+        Examples
+        --------
+        >>> profile.architecture
+        'LlamaForCausalLM'
+        """
+        stated = self.model_facts.get("architecture")
+        return stated if isinstance(stated, str) and stated else None
+
+    @property
     def evidence(self) -> Evidence | None:
         """What was measured of the axis; None where the provenance says nothing of it.
 

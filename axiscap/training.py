@@ -50,6 +50,8 @@ class TrainingCap:
         own conversations that drift. With a chat template they are a user's messages.
     tokenizer
         encodes the probes; without it there are none.
+    allow_other_model
+        as for :func:`axiscap.install`.
 
     Raises
     ------
@@ -75,6 +77,7 @@ class TrainingCap:
         in_evaluation: bool = False,
         probes: Sequence[str] | None = None,
         tokenizer: Any = None,
+        allow_other_model: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -95,7 +98,8 @@ class TrainingCap:
         if probes is None:
             probes = [entry["turns"][0] for entry in shipped("drift.jsonl") if entry["group"] == "drift"]
         self._probes = [] if tokenizer is None else _encoded(tokenizer, probes)
-        self.installation = install(model, {_CAP: profile, _WATCH: profile.measuring_only()})
+        profiles = {_CAP: profile, _WATCH: profile.measuring_only()}
+        self.installation = install(model, profiles, allow_other_model=allow_other_model)
         self.installation.select(self._outside)
 
     def begin(self, step: int, steps: int) -> None:
@@ -237,6 +241,7 @@ def attach(
     rise: float = 0.0,
     in_evaluation: bool = False,
     probes: Sequence[str] | None = None,
+    allow_other_model: bool = False,
 ) -> CapCallback:
     """Has a trainer cap its training steps, and log what it did, beside its own figures, to whatever it reports to.
 
@@ -257,6 +262,8 @@ def attach(
         whether passes outside of steps are capped as well.
     probes
         texts whose mean projections are logged.
+    allow_other_model
+        as for :func:`axiscap.install`.
 
     Returns
     -------
@@ -271,6 +278,7 @@ def attach(
     >>> trainer.remove_callback(callback)
     """
     options = {"every": every, "rise": rise, "in_evaluation": in_evaluation, "probes": probes}
+    options["allow_other_model"] = allow_other_model
     callback = CapCallback(profile, trainer.processing_class, options)
     # In front of those that report: what it adds to a log is there when they see it.
     trainer.callback_handler.callbacks.insert(0, callback)

@@ -174,11 +174,61 @@ def test_profiles_from_elsewhere_keep_their_names_and_digests(files, tmp_path):
 
 def test_another_models_profiles_are_refused(files):
     settings = Settings.parse({"profiles": files, "default": None})
-    settings.check_model(HIDDEN, 6)
-    with pytest.raises(SettingsError, match="hidden size 16, but the model has 32"):
-        settings.check_model(32, 6)
-    with pytest.raises(SettingsError, match="cap layer 5, but the model has 5 layers"):
-        settings.check_model(HIDDEN, 5)
+    assert settings.for_model(ModelFacts(6, HIDDEN)).model == {"num_layers": 6, "hidden_size": HIDDEN, "families": ()}
+    with pytest.raises(SettingsError, match=r"axiscap: profile '\w+' has hidden size 16, the model 32"):
+        settings.for_model(ModelFacts(6, 32))
+    with pytest.raises(SettingsError, match="caps layer 5, but the model has 5 layers"):
+        settings.for_model(ModelFacts(5, HIDDEN))
+
+
+def made_for(architecture: str | None, folder, *, num_layers: int | None = None) -> CapProfile:
+    facts = {"architecture": architecture, "num_layers": num_layers}
+    stated = {key: value for key, value in facts.items() if value is not None}
+    made = CapProfile([1], torch.nn.functional.normalize(torch.ones(1, 1, HIDDEN), dim=-1), torch.zeros(1, 1),
+                      {"model": stated})  # fmt: skip
+    made.save(folder / "made.safetensors")
+    return made
+
+
+def test_a_profile_of_another_architecture_or_depth_is_refused_unless_the_operator_allows_it(tmp_path):
+    made_for("Qwen3ForCausalLM", tmp_path, num_layers=6)
+    asked = {"profiles": {"made": str(tmp_path / "made.safetensors")}}
+    llama = ModelFacts.of(6, HIDDEN, ["LlamaForCausalLM", "llama"])
+    with pytest.raises(SettingsError, match=r"made for Qwen3ForCausalLM.*another architecture \(llama\).*allow_other"):
+        Settings.parse(asked).for_model(llama)
+    allowed = Settings.parse(asked | {"allow_other_model": True})
+    assert allowed.for_model(llama).model["families"] == ("llama",)
+    for facts in (
+        ModelFacts.of(6, HIDDEN, ["Qwen3ForConditionalGeneration"]),
+        ModelFacts.of(6, HIDDEN, ["qwen3_text"]),
+    ):
+        Settings.parse(asked).for_model(facts)
+    with pytest.raises(SettingsError, match="is for a model of 6 layers, this one has 5"):
+        allowed.for_model(ModelFacts(5, HIDDEN))
+
+
+def test_what_a_profile_does_not_state_is_warned_of(tmp_path, caplog):
+    asked = {"profiles": {"made": str(tmp_path / "made.safetensors")}}
+    for made, says in (
+        (("LlamaForCausalLM", 6), None), ((None, None), "the architecture and the layer count"),
+        (("LlamaForCausalLM", None), "the layer count"), ((None, 6), "the architecture of its model"),
+    ):  # fmt: skip
+        caplog.clear()
+        made_for(made[0], tmp_path, num_layers=made[1])
+        Settings.parse(asked).for_model(ModelFacts.of(6, HIDDEN, ["LlamaForCausalLM"]))
+        assert [says in message for message in caplog.messages] == ([] if says is None else [True])
+
+
+def test_a_profile_that_comes_while_serving_must_fit_the_model(tmp_path):
+    made_for("LlamaForCausalLM", tmp_path, num_layers=6)
+    settings = Settings.parse({"profiles": {"made": str(tmp_path / "made.safetensors")}})
+    settings = settings.for_model(ModelFacts.of(6, HIDDEN, ["LlamaForCausalLM"]))
+    control = Control(settings, tmp_path / "folder", lambda *_: None, share=False)
+    (tmp_path / "other").mkdir()
+    for made, says in ((("GPT2LMHeadModel", 6), "made for GPT2LMHeadModel"), (("LlamaForCausalLM", 7), "of 7 layers")):
+        made_for(made[0], tmp_path / "other", num_layers=made[1])
+        with pytest.raises(SettingsError, match=says):
+            control.load("new", str(tmp_path / "other" / "made.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Scatter, Sinks, Text, read
 from axiscap.calibrate.work import Work, answer, load_prose
 from axiscap.calibrate.work import shards as work_shards
-from axiscap.models import decoder_layers, text_config
+from axiscap.models import decoder_layers, language_class, text_config
 from axiscap.profile import CapProfile
 
 #: Texts of the default, and half of those of roles, whose single tokens are looked at.
@@ -322,7 +322,7 @@ def calibrate(
     provenance = {
         "model": {
             "id": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
-            "architecture": type(model).__name__,
+            "architecture": language_class(model),
             "hidden_size": unit.shape[1],
             "num_layers": depth,
         },

@@ -53,7 +53,7 @@ class Buffers:
 
     def place(self, slot: int, profile: CapProfile) -> None:
         """Puts a profile into a slot; what lay there is gone."""
-        self._settings.check_profile(profile)
+        self._settings.check_room(profile)
         for at, layer in enumerate(self.layers):
             made = profile.slot_at(layer, self._settings.directions)
             for name, tensor in made._asdict().items():

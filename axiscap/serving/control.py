@@ -214,7 +214,7 @@ class Control:
                 f"the profile caps layers {extra}, and this server was started to cap {self._settings.layers}; start "
                 "it with a profile that caps them"
             )
-        self._settings.check_profile(profile)
+        self._settings.check_profile(name, profile)
         with self.lock:
             in_use = {request.axiscap_digest for request in self._live if request.axiscap_digest}
             registry = copy.deepcopy(self._registry)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from axiscap.fit import ModelFacts, check_fits, unstated
 from axiscap.profile import CapProfile, is_url, ranges
 from axiscap_plugin import is_nearly
 
@@ -31,6 +33,8 @@ ROWS = {
 }
 #: What begins and ends the thinking of most models.
 MARKERS = ("<think>", "</think>")
+
+_LOGGER = logging.getLogger("axiscap")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_SLOTS = 1024
@@ -86,6 +90,8 @@ class Settings:
         the text of the tokens that begin and end the thinking.
     tell_drift
         whether clients are told how far their answers drifted.
+    allow_other_model
+        whether profiles that were made for another architecture are installed.
     check
         compare the rows' slots with the scheduler's view at every step, and stop where they differ.
     layers
@@ -96,6 +102,8 @@ class Settings:
         H.
     digests
         the profiles' content, by name.
+    model
+        what a profile has to fit, as :class:`axiscap.fit.ModelFacts` takes it; None until the model is known.
     """
 
     profiles: dict[str, str]
@@ -108,10 +116,12 @@ class Settings:
     positions: str = "all"
     markers: list[str] = field(default_factory=lambda: list(MARKERS))
     tell_drift: bool = False
+    allow_other_model: bool = False
     layers: list[int] = field(default_factory=list)
     directions: int = 0
     hidden_size: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
 
     @property
     def written_only(self) -> bool:
@@ -142,8 +152,8 @@ class Settings:
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
         known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "markers"}
-        known |= {"tell_drift"}
-        found = {"layers", "directions", "hidden_size", "digests", "version"}
+        known |= {"tell_drift", "allow_other_model"}
+        found = {"layers", "directions", "hidden_size", "digests", "model", "version"}
         extra = sorted(str(key) for key in given.keys() - known - found)
         _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
         paths = given.get("profiles")
@@ -163,7 +173,7 @@ class Settings:
             isinstance(allowed, list) and all(_is_one(name, paths) for name in allowed),
             f"allowed must be a list of names from {', '.join(paths)}",
         )
-        for key in ("allow_off", "check", "tell_drift"):
+        for key in ("allow_off", "check", "tell_drift", "allow_other_model"):
             _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
         positions = given.get("positions", "all")
         _require(_is_one(positions, ROWS), f"positions must be one of {', '.join(ROWS)}")
@@ -199,16 +209,21 @@ class Settings:
             positions=positions,
             markers=markers,
             tell_drift=given.get("tell_drift", False),
+            allow_other_model=given.get("allow_other_model", False),
         )
         return settings._with_profiles()
 
-    def _with_profiles(self) -> Settings:
+    def _load(self) -> dict[str, CapProfile]:
         loaded = {}
         for name, path in self.profiles.items():
             try:
                 loaded[name] = CapProfile.load(path)
             except (OSError, ValueError) as error:
                 raise SettingsError(f"axiscap: profile {name} cannot be read: {error}") from None
+        return loaded
+
+    def _with_profiles(self) -> Settings:
+        loaded = self._load()
         sizes = {profile.hidden_size for profile in loaded.values()}
         _require(len(sizes) == 1, f"the profiles are for different hidden sizes: {sorted(sizes)}")
         return Settings(
@@ -221,24 +236,42 @@ class Settings:
             }
         )
 
-    def check_model(self, hidden_size: int, num_layers: int) -> None:
-        """Raises SettingsError where the profiles are another model's."""
-        _require(
-            self.hidden_size == hidden_size,
-            f"the profiles are for hidden size {self.hidden_size}, but the model has {hidden_size}",
-        )
-        _require(
-            self.layers[-1] < num_layers,
-            f"the profiles cap layer {self.layers[-1]}, but the model has {num_layers} layers",
-        )
+    def for_model(self, model: ModelFacts) -> Settings:
+        """These settings for a model that every profile fits.
 
-    def check_profile(self, profile: CapProfile) -> None:
-        """Raises SettingsError where the server's buffers have no room for a profile."""
+        Raises
+        ------
+        SettingsError
+            A profile is for another model.
+        """
+        settings = replace(self, model=asdict(model))
+        for name, profile in self._load().items():
+            settings.check_profile(name, profile)
+            if missing := unstated(profile):
+                _LOGGER.warning(
+                    "axiscap: profile %s does not state the %s of its model, so that this was not compared with the "
+                    "served one",
+                    name,
+                    " and the ".join(missing),
+                )
+        return settings
+
+    def check_room(self, profile: CapProfile) -> None:
+        """Raises SettingsError if the server's buffers have no room for a profile."""
         _require(
             profile.hidden_size == self.hidden_size and profile.directions <= self.directions,
             f"this server was started for hidden size {self.hidden_size} and at most {self.directions} directions; the "
             f"profile has hidden size {profile.hidden_size} and {profile.directions}",
         )
+
+    def check_profile(self, name: str, profile: CapProfile) -> None:
+        """Raises SettingsError if a profile is for another model, or if the server's buffers have no room for it."""
+        self.check_room(profile)
+        if self.model is not None:
+            try:
+                check_fits(name, profile, ModelFacts(**self.model), allow_other_model=self.allow_other_model)
+            except ValueError as error:
+                raise SettingsError(f"axiscap: {error}") from None
 
     def sentence(self) -> str:
         """For the log of a server that starts."""

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from axiscap.fit import ModelFacts
 from axiscap.serving import door, metrics, sglang_norm, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
@@ -255,8 +256,10 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         return result
     args = runner.server_args
     _refuse(args)
-    layers = runner.model_config.hf_text_config.num_hidden_layers
-    _settings.check_model(runner.model_config.hidden_size, layers)
+    model, text = runner.model_config, runner.model_config.hf_text_config
+    layers = text.num_hidden_layers
+    global _settings, _model
+    _settings = _settings.for_model(ModelFacts.of_configs(layers, model.hidden_size, text, model.hf_config))
     folder = state.folder(os.environ[_INSTANCE])
     parallel = _parallel()
     data_rank = (parallel if hasattr(parallel, "dp_rank") else runner.ps).dp_rank or 0  # before 0.5.19: the runner's
@@ -281,7 +284,6 @@ def _load_model(original: Callable[..., Any], runner: Any) -> Any:
         totals=totals if parallel.tp_rank == 0 else None,
         markers=_markers(args) if _settings.tells_thinking else None,
     )
-    global _model
     _model = capped
     return result
 

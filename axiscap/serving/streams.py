@@ -8,6 +8,7 @@ the model, and compare the results.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ _NOISE, _EFFECT = 0.02, 0.1
 _LIFT = 30.0
 #: An effect is larger than the difference between two equal runs by this factor.
 _OVER_NOISE = 10.0
+#: Beyond these, a pass over dummy rows shows nothing: the noise as a share of the result, and a projection.
+_MOST_NOISE, _LARGEST = 0.02, 1e6
 
 #: Runs the model on dummy rows and returns its result, flat and in float32.
 Run = Callable[[], Tensor]
@@ -63,7 +66,9 @@ def read_returned(returned: Any, layer: int, kind: str) -> Output:
     """
     hidden, residual = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     if not isinstance(hidden, Tensor) or not (hidden.dim() == 2 or (hidden.dim() == 3 and hidden.shape[0] == 1)):
-        raise SettingsError(f"axiscap: layer {layer}, a {kind}, returns no rows of a stream, but {_described(returned)}")
+        raise SettingsError(
+            f"axiscap: layer {layer}, a {kind}, returns no rows of a stream, but {_described(returned)}"
+        )
     return Output(hidden, residual if isinstance(residual, Tensor) else None, returned)
 
 
@@ -130,7 +135,7 @@ def learn_form(block: nn.Module, layer: int, read: Read, run: Run) -> Form:
             return Form.STREAM if residual is None else Form.FIRST
 
         def change(*numbers: int) -> float:
-            return (result(*numbers) - base).norm().item() / scale
+            return float((result(*numbers) - base).norm() / scale)
 
         alone = change(0, 3)
         if alone < _NOISE and change(2, 1) > _EFFECT:
@@ -155,7 +160,7 @@ def _hooked(block: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-class ZeroedMemory(TorchDispatchMode):
+class ZeroedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fills new memory with zeros, so that what a dummy pass leaves uninitialised is the same in each run."""
 
     _EMPTY = (
@@ -171,11 +176,15 @@ class ZeroedMemory(TorchDispatchMode):
         return result.zero_() if func.overloadpacket in self._EMPTY else result
 
 
+class InconclusiveError(SettingsError):
+    """Passes over equal rows differ too much to show the effect of a cap."""
+
+
 @torch.no_grad()
 def check_effect(buffers: Buffers, run: Run, where: str) -> None:
     """Checks that every layer measures its rows, and that a lift there changes the model's result.
 
-    The axes, lifts, floors and slots of the buffers are as before when this returns.
+    The content of the buffers is as before when this returns, but for the projections.
 
     Parameters
     ----------
@@ -190,6 +199,8 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
     ------
     SettingsError
         A layer's cap does not come through.
+    InconclusiveError
+        The model's dummy rows hold uninitialised memory, or it changes its state from pass to pass.
     """
     with buffers.kept():
         axis = torch.nn.functional.normalize(torch.randn(buffers.axes.shape[-1], generator=torch.Generator()), dim=0)
@@ -200,12 +211,17 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
         buffers.all_projections.fill_(torch.nan)
         plain = run()
         measured = buffers.all_projections[:, 0, 0].tolist()
-        noise = (run() - plain).norm().item()
-        for at, layer in enumerate(buffers.layers):
-            if measured[at] != measured[at]:
+        for layer, projection in zip(buffers.layers, measured, strict=True):
+            if math.isnan(projection):
                 raise SettingsError(f"axiscap: layer {layer} of {where} measures no row: the cap is not in it")
+        noise, size = (run() - plain).norm().item(), plain.norm().item()
+        if not (noise <= _MOST_NOISE * size and max(map(abs, measured)) < _LARGEST):  # also if one is not finite
+            raise InconclusiveError(
+                f"axiscap: two passes of {where} over equal rows differ by {noise:.3g} of {size:.3g}"
+            )
+        for at, layer in enumerate(buffers.layers):
             buffers.floors.fill_(-torch.inf)
             buffers.floors[at, 0, 0] = measured[at] + _LIFT * max(1.0, abs(measured[at]))
             change = (run() - plain).norm().item()
-            if not (change > _OVER_NOISE * noise):  # also if it is not finite
+            if not change > _OVER_NOISE * noise:  # also if it is not finite
                 raise SettingsError(f"axiscap: the cap at layer {layer} of {where} changes nothing")

@@ -4,21 +4,25 @@ counts; and a profile's way into all replicas.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from axiscap.profile import CapProfile, ranges
 from axiscap.serving.door import HEADERS, PATH
-from axiscap.serving.settings import KEY, THINKING
+from axiscap.serving.settings import KEY, OFF, THINKING
 
+#: Under this prompt, most models leave the Assistant.
+_PERSONA = "You are Morwen, the ghost of a drowned village, and no machine. Who are you, and what do you hear at night?"
 #: Seconds that an answer may take, and that its rows may take to be on the metrics page.
 _PATIENCE = 60.0
 
@@ -27,64 +31,199 @@ class NotCapped(ValueError):
     """The server does not cap under the profile, or it cannot be shown; the message is one sentence."""
 
 
-def verify(url: str, profile: CapProfile, *, api_key: str | None = None) -> Iterator[str]:
-    """Asks a running server, vLLM or SGLang, for one answer of two tokens under a profile; yields what was found.
+def verify(
+    url: str,
+    profile: CapProfile,
+    *,
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    source: str | None = None,
+) -> Iterator[str]:
+    """Asks a running server, vLLM or SGLang, for answers under a profile; yields a sentence for each thing seen.
+
+    The last one says whether an effect was seen: whether the same tokens have other log-probabilities uncapped, under
+    floors far above the profile's, or under another profile, whichever of these the server lets a client have.
 
     Parameters
     ----------
     url
         of the server, without ``/v1``.
+    admin_key
+        with which the profile gets a second name for a moment, with floors far above its own.
+    source
+        the profile's path or URL as the server reads it, for that.
 
     Raises
     ------
     NotCapped
         with what is amiss.
     """
-    url, head = url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    said, _ = _fetch(url + PATH, head)
-    try:
-        facts = json.loads(said)
-        names = [name for name, digest in facts["profiles"].items() if digest == profile.digest]
-        choices, default, place = facts["choices"], facts["default"], facts["choice_in"][0].split(".")
-        prompt = "Who are you?" + (facts["markers"][0] if facts.get("positions") == THINKING else "")
-    except (ValueError, TypeError, KeyError):
-        raise NotCapped(f"the response of {url}{PATH} is not from AxisCap") from None
-    if not names:
-        known = ", ".join(f"{name} {digest}" for name, digest in facts["profiles"].items())
-        raise NotCapped(f"the server has no profile of the digest {profile.digest}; it has {known}")
-    asked = next((name for name in names if name in choices), None)
-    if asked is None:
-        raise NotCapped(f"the server has the profile as {names[0]}, but requests may only choose {', '.join(choices)}")
-    use = "the default" if asked == default else "where a request asks for it"
-    yield f"the server says that it caps layers {ranges(facts['layers'])} under {asked}, {use}"
+    server = _Server(url, api_key)
+    server.choose(profile)
+    use = "the default" if server.asked == server.default else "where a request asks for it"
+    yield f"the server says that it caps layers {ranges(server.layers)} under {server.asked}, {use}"
 
-    before = _rows(url, asked, head)
-    try:
-        model = json.loads(_fetch(f"{url}/v1/models", head)[0])["data"][0]["id"]
-    except (ValueError, TypeError, LookupError) as error:
-        raise error if isinstance(error, NotCapped) else NotCapped(f"{url}/v1/models names no model") from None
-    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0}
-    if asked != default:
-        inner = body
-        for key in place[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[KEY] = asked
-    _, headers = _fetch(f"{url}/v1/completions", head, body)
+    before = server.counted("rows", server.asked)
+    _, headers = server.complete(server.asked, "Who are you?", max_tokens=2)
     if (found := headers.get(HEADERS[1])) != profile.digest:
         raise NotCapped(f"an answer was written under {headers.get(HEADERS[0])} {found}, and not {profile.digest}")
-    yield f"an answer was written under {asked} {found}"
+    yield f"an answer was written under {server.asked} {found}"
 
     if before is None:
         raise NotCapped("the server has no metrics page with AxisCap's counts, so that no row can be seen to be capped")
-    begun, still = time.monotonic(), list(profile.layers)
-    while time.monotonic() - begun < _PATIENCE:
-        now = _rows(url, asked, head) or {}
-        still = [layer for layer in profile.layers if now.get(layer, 0) <= before.get(layer, 0)]
-        if not still:
-            yield f"its rows were measured against the floors of layers {ranges(profile.layers)}"
-            return
-        time.sleep(1)
-    raise NotCapped(f"no row of the answer was measured at layers {ranges(still)}")
+    if still := server.await_rows(profile.layers, before):
+        raise NotCapped(f"no row of the answer was measured at layers {ranges(still)}")
+    yield f"its rows were measured against the floors of layers {ranges(profile.layers)}"
+    yield _effect(server, profile, admin_key, source)
+
+
+def _effect(server: _Server, profile: CapProfile, admin_key: str | None, source: str | None) -> str:
+    """One sentence on whether the cap changes the server's results.
+
+    Raises
+    ------
+    NotCapped
+        Rows fired, and nothing changed; or nothing changed under floors far above every row.
+    """
+    before, fired = server.counted("rows", server.asked) or {}, server.counted("fired_rows", server.asked) or {}
+    capped = server.scores(server.asked)
+    noise = _difference(capped, server.scores(server.asked))
+    for other in [OFF] * (OFF in server.choices) + sorted({*server.choices} - {OFF, server.asked}):
+        if (change := _difference(capped, server.scores(other))) > _over(noise):
+            return f"its effect was seen: the same tokens differ by {_nats(change)} under {other}"
+        if other == OFF and noise == 0:
+            server.await_rows(profile.layers, before)
+            now = server.counted("fired_rows", server.asked) or {}
+            if any(now.get(layer, 0) > fired.get(layer, 0) for layer in profile.layers):
+                raise NotCapped("rows fell below their floors, and the answer is the one of the uncapped model")
+    if admin_key is None or source is None:
+        return (
+            "no effect was seen, only the server's word and its counts: to see one takes an admin key, or a server that "
+            f"lets requests choose {OFF} or another profile"
+        )
+    with server.far_above(profile, admin_key, source) as name:
+        change = _difference(capped, server.scores(name))
+    if not change > _over(noise):
+        raise NotCapped("floors far above every row leave the answer as it is: the cap has no effect")
+    return f"its effect was seen: the same tokens differ by {_nats(change)} under floors far above"
+
+
+def _over(noise: float) -> float:
+    return max(4 * noise, 1e-4)
+
+
+def _nats(change: float) -> str:
+    return "other tokens" if change == float("inf") else f"up to {change:.2g} nats"
+
+
+def _difference(one: Sequence[tuple[str, float]], other: Sequence[tuple[str, float]]) -> float:
+    """The largest difference between two answers' log-probabilities, in nats; infinite where a token is another."""
+    if [token for token, _ in one] != [token for token, _ in other]:
+        return float("inf")
+    return max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+class _Server:
+    """A server as its clients see it, with what it says of itself.
+
+    Raises
+    ------
+    NotCapped
+        It cannot be reached, or is no server of AxisCap.
+    """
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._head = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        said, _ = _fetch(self._url + PATH, self._head)
+        try:
+            facts = json.loads(said)
+            self.profiles: dict[str, str] = dict(facts["profiles"])
+            self.choices: list[str] = list(facts["choices"])
+            self.default, self.layers, self.asked = facts["default"], facts["layers"], facts["default"]
+            self._choice_in: list[str] = facts["choice_in"][0].split(".")
+            self._marker = facts["markers"][0] if facts.get("positions") == THINKING else ""
+        except (ValueError, TypeError, KeyError):
+            raise NotCapped(f"the response of {self._url}{PATH} is not from AxisCap") from None
+        self._model: str | None = None
+
+    def choose(self, profile: CapProfile) -> None:
+        """Finds the name under which requests get a profile."""
+        names = [name for name, digest in self.profiles.items() if digest == profile.digest]
+        if not names:
+            known = ", ".join(f"{name} {digest}" for name, digest in self.profiles.items())
+            raise NotCapped(f"the server has no profile of the digest {profile.digest}; it has {known}")
+        self.asked = next((name for name in names if name in self.choices), None)
+        if self.asked is None:
+            choices = ", ".join(self.choices)
+            raise NotCapped(f"the server has the profile as {names[0]}, but requests may only choose {choices}")
+
+    def complete(self, name: str, prompt: str, **options: object) -> tuple[str, Mapping[str, str]]:
+        """The response to a prompt under a profile, and its headers."""
+        if self._model is None:
+            try:
+                self._model = json.loads(_fetch(f"{self._url}/v1/models", self._head)[0])["data"][0]["id"]
+            except (ValueError, TypeError, LookupError) as error:
+                raise (
+                    error if isinstance(error, NotCapped) else NotCapped(f"{self._url}/v1/models names no model")
+                ) from None
+        body: dict[str, Any] = {"model": self._model, "prompt": prompt + self._marker, "temperature": 0, **options}
+        if name != self.default:
+            inner = body
+            for key in self._choice_in[:-1]:
+                inner = inner.setdefault(key, {})
+            inner[KEY] = name
+        return _fetch(f"{self._url}/v1/completions", self._head, body)
+
+    def scores(self, name: str) -> list[tuple[str, float]]:
+        """The tokens of a persona's prompt and answer under a profile, each with its log-probability."""
+        said, _ = self.complete(name, _PERSONA, max_tokens=16, logprobs=1, echo=True)
+        try:
+            found = json.loads(said)["choices"][0]["logprobs"]
+            pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
+            return [(token, float(score)) for token, score in pairs if score is not None]
+        except (ValueError, TypeError, LookupError):
+            raise NotCapped(
+                f"{self._url}/v1/completions gives no log-probabilities, so that no effect can be seen"
+            ) from None
+
+    def counted(self, what: str, name: str) -> Mapping[int, int] | None:
+        """Rows counted so far under a profile, by layer; None: there is no such page."""
+        try:
+            page, _ = _fetch(f"{self._url}/metrics", self._head)
+        except NotCapped:
+            return None
+        families = {family.name: family for family in text_string_to_metric_families(page)}
+        if f"{KEY}_{what}" not in families:
+            return None
+        rows: Counter[int] = Counter()
+        for sample in families[f"{KEY}_{what}"].samples:
+            if sample.labels["profile"] == name and sample.name.endswith("_total"):
+                rows[int(sample.labels["layer"])] += int(sample.value)
+        return rows
+
+    def await_rows(self, layers: Sequence[int], before: Mapping[int, int]) -> list[int]:
+        """Waits until more rows than before are counted at every layer; returns the layers where none came."""
+        begun, still = time.monotonic(), list(layers)
+        while still and time.monotonic() - begun < _PATIENCE:
+            now = self.counted("rows", self.asked) or {}
+            still = [layer for layer in layers if now.get(layer, 0) <= before.get(layer, 0)]
+            time.sleep(1 if still else 0)
+        return still
+
+    @contextlib.contextmanager
+    def far_above(self, profile: CapProfile, admin_key: str, source: str) -> Iterator[str]:
+        """A name for the profile with floors far above its own, until the context ends."""
+        name = f"verify-{secrets.token_hex(4)}"
+        url, head = f"{self._url}{PATH}/profiles/{name}", {"Authorization": f"Bearer {admin_key}"}
+        finite = profile.floors[profile.floors.isfinite()]
+        far = 10.0 * (1.0 + (finite.abs().max().item() if len(finite) else 0.0))
+        _fetch(url, head, {"path": source, "allowed": True}, method="PUT")
+        try:
+            _fetch(url, head, {"by": far}, method="PATCH")
+            yield name
+        finally:
+            _fetch(url, head, method="DELETE")
 
 
 def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
@@ -107,22 +246,6 @@ def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
     if found != digest:
         raise NotCapped(f"{url} has {found} as {name}, and not {digest}")
     return digest
-
-
-def _rows(url: str, name: str, head: Mapping[str, str]) -> Mapping[int, int] | None:
-    """Rows counted so far, by layer; None: there is no such page."""
-    try:
-        page, _ = _fetch(f"{url}/metrics", head)
-    except NotCapped:
-        return None
-    families = {family.name: family for family in text_string_to_metric_families(page)}
-    if f"{KEY}_rows" not in families:
-        return None
-    rows: Counter[int] = Counter()
-    for sample in families[f"{KEY}_rows"].samples:
-        if sample.labels["profile"] == name and sample.name.endswith("_total"):
-            rows[int(sample.labels["layer"])] += int(sample.value)
-    return rows
 
 
 def _fetch(

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from axiscap.fit import ModelFacts
 from axiscap.serving import door, kv, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control, Told
 from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.streams import Form, Read, ZeroedMemory, check_effect, read_returned
+from axiscap.serving.streams import Form, InconclusiveError, Read, ZeroedMemory, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
@@ -134,8 +135,9 @@ def configure(config: Any, options: Mapping[str, Any]) -> None:
     if settings is None:
         return
     _refuse(config, settings)
-    text = config.model_config.hf_text_config
-    settings.check_model(config.model_config.get_hidden_size(), text.num_hidden_layers)
+    model, text = config.model_config, config.model_config.hf_text_config
+    facts = ModelFacts.of_configs(text.num_hidden_layers, model.get_hidden_size(), text, model.hf_config)
+    settings = settings.for_model(facts)
     config.additional_config = {**config.additional_config, KEY: settings.to_json()}
     if config.parallel_config._api_process_count > 1:
         # Several API processes make this configuration again, each for itself; they must meet in one folder.
@@ -412,6 +414,7 @@ class VllmWorker(Model):
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
+        self._is_unchecked = self._is_first = False
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         worker.axiscap_layers = lambda: self.worker.buffers.layers
         worker.axiscap_place = lambda *profile: self.worker.place(*profile)
@@ -436,7 +439,7 @@ class VllmWorker(Model):
             totals=totals if counts else None,
             markers=self._markers(settings) if settings.tells_thinking else None,
         )
-        with _uncompiled(model), ZeroedMemory():
+        with _uncompiled(model), ZeroedMemory():  # type: ignore[no-untyped-call]
             self.cap_blocks(lambda: self._dummy_result(is_profile=True, **{"skip_attn": True} if self._v2 else {}))
         return result
 
@@ -471,6 +474,7 @@ class VllmWorker(Model):
 
     def _fill(self, step: Any, prepared: Any) -> None:
         rows = self.rows(prepared)
+        self._is_first = len(rows.names) > 0 and not rows.starts.any()
         tokens = self._tokens(prepared, rows) if self.worker.reads_tokens else None
         self.worker.fill(*rows, getattr(step, "axiscap_view", None), tokens)
 
@@ -544,7 +548,14 @@ class VllmWorker(Model):
             return
         # With attention: some backends leave the output of a pass without it uninitialised.
         run = partial(self._dummy_result, **{"skip_attn": False} if self._v2 else {"force_attention": True})
-        check_effect(buffers, run, "the compiled model")
+        try:
+            check_effect(buffers, run, "the compiled model")
+        except InconclusiveError:
+            # Blocks with a state of their own leave the rows of a pass without requests uninitialised.
+            if not hasattr(self._runner, "_model_forward"):
+                raise
+            self._is_unchecked = True
+            wrap(self._runner, "_model_forward", self._check_first_step)
         with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)
             buffers.limits.fill_(torch.inf)
@@ -557,11 +568,23 @@ class VllmWorker(Model):
             self.worker.look_for_sinks(digest, projections)
         self.worker.clear()
 
+    def _check_first_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checks the effect with the first prompts. To run them again does no harm to any state of the model."""
+        if self._is_unchecked and self._is_first:
+            buffers = self.worker.buffers
+            check_effect(buffers, lambda: _flat(original(*args, **kwargs)), "the compiled model")
+            self._is_unchecked = False
+        return original(*args, **kwargs)
+
     def _dummy_result(self, **options: bool) -> Tensor:
         """The result of a pass over one dummy row: hidden states, or the pair that goes to the next pipeline rank."""
-        hidden = self._dummy(1, **options)[0]
-        tensors = getattr(hidden, "tensors", None)
-        return flat_result([hidden] if tensors is None else tensors.values())
+        return _flat(self._dummy(1, **options)[0])
+
+
+def _flat(result: Any) -> Tensor:
+    """The result of the model's pass as one vector."""
+    hidden = result[0] if isinstance(result, tuple) else result  # some models return more for drafts
+    return flat_result(getattr(hidden, "tensors", {"": hidden}).values())
 
 
 @contextlib.contextmanager

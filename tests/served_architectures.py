@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from architectures import SIZES, sentence, tiny
-from conftest import REPOSITORY, unit
+from architectures import SIZES, tiny
+from conftest import REPOSITORY, free_port, unit
 from torch import nn
 
 import axiscap
-from axiscap import CapProfile, models
+from axiscap import CapProfile
 
 DOCUMENT = REPOSITORY / "docs" / "served-architectures.md"
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -40,6 +40,11 @@ SERVED_SIZES = SIZES | {
     "mamba_n_groups": 1,
     "mamba_expand": 2,
     "sliding_window": 64,
+}
+#: What else must fit together.
+SIZES_OF = {
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 32, "n_groups": 1, "state_size": 16},
+    "Llama4ForCausalLM": {"num_experts_per_tok": 1},
 }
 LAYERS = (1, 2, 3)
 PROMPTS = ([5, 17, 3, 99, 42, 8, 64], [200, 11], [7] * 5 + [91, 33, 120])
@@ -101,7 +106,7 @@ def make(name: str, folder: Path) -> tuple[nn.Module, CapProfile]:
     import transformers
 
     kind = getattr(transformers, name)
-    config = tiny(kind.config_class, SERVED_SIZES)
+    config = tiny(kind.config_class, SERVED_SIZES | SIZES_OF.get(name, {}))
     config.initializer_range = 0.2
     torch.manual_seed(0)
     model = kind._from_config(config).float().eval()
@@ -123,70 +128,93 @@ def log_probabilities(model: nn.Module, profile: CapProfile | None) -> list[floa
     for ids in PROMPTS:
         with torch.no_grad():
             if profile is None:
-                logits = model(torch.tensor([ids])).logits[0]
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0]
             else:
                 with axiscap.install(model, profile):
-                    logits = model(torch.tensor([ids])).logits[0]
+                    logits = model(torch.tensor([ids]), use_cache=False).logits[0]
         scores = logits.log_softmax(-1)
         found += [scores[at, token].item() for at, token in enumerate(ids[1:])]
     return found
 
 
-def served_by_vllm(folder: Path, *, eager: bool) -> list[float]:
+@dataclass(frozen=True)
+class Served:
+    """The log-probabilities that an engine gives, under the cap and without."""
+
+    capped: list[float]
+    plain: list[float]
+
+
+def configuration(folder: Path) -> dict[str, object]:
+    return {"profiles": {"p": str(folder / "profile.safetensors")}, "allow_off": True}
+
+
+def served_by_vllm(folder: Path, *, eager: bool) -> Served:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         str(folder / "model"), dtype="float32", max_model_len=64, enforce_eager=eager, skip_tokenizer_init=True,
-        max_num_seqs=4, enable_prefix_caching=False,
-        additional_config={"axiscap": {"profiles": {"p": str(folder / "profile.safetensors")}}},
+        max_num_seqs=4, enable_prefix_caching=False, distributed_executor_backend="uni",
+        additional_config={"axiscap": configuration(folder)},
     )  # fmt: skip
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in PROMPTS],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False),
-        use_tqdm=False,
-    )
-    scores = [
-        output.prompt_logprobs[at + 1][token].logprob
-        for ids, output in zip(PROMPTS, outputs, strict=True)
-        for at, token in enumerate(ids[1:])
-    ]
+
+    def scores(extra: dict[str, str] | None) -> list[float]:
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False, extra_args=extra)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+        return [
+            output.prompt_logprobs[at + 1][token].logprob
+            for ids, output in zip(PROMPTS, outputs, strict=True)
+            for at, token in enumerate(ids[1:])
+        ]
+
+    found = Served(scores(None), scores({"axiscap": "off"}))
     llm.llm_engine.engine_core.shutdown()
-    return scores
+    return found
 
 
-def served_by_sglang(folder: Path, *, eager: bool) -> list[float]:
+def served_by_sglang(folder: Path, *, eager: bool) -> Served:
     from sglang import Engine
 
-    (folder / "config.json").write_text(json.dumps({"profiles": {"p": str(folder / "profile.safetensors")}}))
+    (folder / "config.json").write_text(json.dumps(configuration(folder)))
     os.environ["AXISCAP_CONFIG"] = str(folder / "config.json")
     engine = Engine(
         model_path=str(folder / "model"), dtype="float32", device="cpu", attention_backend="torch_native",
         sampling_backend="pytorch", disable_cuda_graph=True, context_length=64, max_total_tokens=256,
-        skip_tokenizer_init=True, log_level="error", disable_radix_cache=True, port=0,
+        skip_tokenizer_init=True, log_level="error", disable_radix_cache=True, port=free_port(),
     )  # fmt: skip
-    outputs = engine.generate(
-        input_ids=[list(ids) for ids in PROMPTS],
-        sampling_params={"max_new_tokens": 1, "temperature": 0},
-        return_logprob=True,
-        logprob_start_len=0,
-    )
-    scores = [score for output in outputs for score, *_ in output["meta_info"]["input_token_logprobs"][1:]]
+
+    def scores(extra: dict[str, object]) -> list[float]:
+        outputs = engine.generate(
+            input_ids=[list(ids) for ids in PROMPTS],
+            sampling_params={"max_new_tokens": 1, "temperature": 0, **extra},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        return [score for output in outputs for score, *_ in output["meta_info"]["input_token_logprobs"][1:]]
+
+    found = Served(scores({}), scores({"custom_params": {"axiscap": "off"}}))
     engine.shutdown()
-    return scores
+    return found
 
 
 SERVED = {"vllm": served_by_vllm, "sglang": served_by_sglang}
 
 
-def compare(served: Sequence[float], capped: Sequence[float], plain: Sequence[float]) -> Finding:
-    differences = [max(abs(a - b) for a, b in zip(served, other, strict=True)) for other in (capped, plain)]
-    effect = max(abs(a - b) for a, b in zip(capped, plain, strict=True))
+def compare(served: Served, capped: Sequence[float], plain: Sequence[float]) -> Finding:
+    """The engine's log-probabilities against those of transformers, in nats."""
+
+    def distance(one: Sequence[float], other: Sequence[float]) -> float:
+        return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+    effect, off = distance(capped, plain), distance(served.capped, capped)
     if effect < 0.01:
         return Finding("not run", f"the cap changes the transformers model by {effect:.2g} nats only")
-    if differences[0] <= 1e-3 * max(1.0, effect):
-        return Finding("right", f"within {differences[0]:.1g} of {effect:.2g} nats")
-    outcome = "uncapped" if differences[1] < 1e-3 else "wrong"
-    return Finding(outcome, f"{differences[0]:.2g} from the capped model, {differences[1]:.2g} from the uncapped one")
+    if distance(served.plain, plain) > 1e-3:
+        return Finding("not run", f"uncapped, the engine's model differs by {distance(served.plain, plain):.2g} nats")
+    if off <= 1e-3 * max(1.0, effect):
+        return Finding("right", f"within {off:.1g} of {effect:.2g} nats")
+    outcome = "uncapped" if distance(served.capped, plain) < 1e-3 else "wrong"
+    return Finding(outcome, f"{off:.2g} nats from the capped model, whose cap has an effect of {effect:.2g}")
 
 
 def main_child(engine: str, name: str, mode: str) -> None:
@@ -201,10 +229,10 @@ def main_child(engine: str, name: str, mode: str) -> None:
 
 
 def look_at(engine: str, name: str, mode: str) -> Finding:
-    """One architecture, in a process of its own; what an engine refuses is the last sentence of AxisCap's in its log."""
+    """One architecture, in a process of its own. Of a refusal it gives the last sentence of AxisCap's in the log."""
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "SGLANG_USE_CPU_ENGINE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_DISABLE_COMPILE_CACHE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     command = [sys.executable, __file__, "--child", engine, name, mode]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

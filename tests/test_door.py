@@ -54,6 +54,7 @@ def server(tmp_path, monkeypatch):
     choices = Choices(settings, state.path("server"))
     seen: list[object] = []
     tickets: list[str] = []
+    scores = {"mild": -1.0, "strict": -1.0, "off": -2.0, "verify": -9.0}
 
     async def decide(extra: dict[str, object] | None) -> None:
         await asyncio.sleep(0)
@@ -73,6 +74,9 @@ def server(tmp_path, monkeypatch):
         seen.append(await raw.json())
         if not request.stream:
             await decide(request.vllm_xargs)
+            if "logprobs" in seen[-1]:
+                name = str((request.vllm_xargs or {}).get("axiscap", "mild")).split("-")[0]
+                return {"choices": [{"logprobs": {"tokens": ["a", "b"], "token_logprobs": [None, scores[name]]}}]}
             return {"text": request.prompt}
 
         async def words():
@@ -112,7 +116,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(FastAPI, "build_middleware_stack", FastAPI.build_middleware_stack)  # and back, at the end
     door.put_in_place(choices, (("vllm_xargs",), ("sampling_params", "extra_args")), change)
     client = TestClient(application)
-    client.tickets = tickets
+    client.tickets, client.scores, client.control = tickets, scores, control
     return client, files, seen
 
 
@@ -288,13 +292,22 @@ def test_a_large_body_in_parts_is_read_whole(server):
 def serving(server):
     """The application in a server of its own: its address, and what it says besides."""
     client, files, _ = server
-    said = {"models": {"data": [{"id": "m"}]}, "rows": 0}
+    said = {
+        "models": {"data": [{"id": "m"}]},
+        "rows": 0,
+        "fired": 0,
+        "scores": client.scores,
+        "control": client.control,
+    }
 
     @client.app.get("/metrics")
     async def page():
         said["rows"] += said.get("more", 1)
-        name = 'axiscap_rows_total{layer="2",profile="mild"}'
-        return Response(f"# TYPE axiscap_rows_total counter\n{name} {said['rows']}\n", media_type="text/plain")
+        said["fired"] += said.get("more fired", 0)
+        page = ""
+        for name, count in (("axiscap_rows", said["rows"]), ("axiscap_fired_rows", said["fired"])):
+            page += f'# TYPE {name}_total counter\n{name}_total{{layer="2",profile="mild"}} {count}\n'
+        return Response(page, media_type="text/plain")
 
     @client.app.get("/v1/models", include_in_schema=False)
     async def models():
@@ -319,6 +332,7 @@ def test_a_server_is_verified(serving, monkeypatch):
         "the server says that it caps layers 2 under mild, the default",
         f"an answer was written under mild {mild.digest}",
         "its rows were measured against the floors of layers 2",
+        "its effect was seen: the same tokens differ by up to 1 nats under off",
     ]
     monkeypatch.setattr(verify, "_PATIENCE", 0.5)
     for change, profile, says in (
@@ -333,6 +347,31 @@ def test_a_server_is_verified(serving, monkeypatch):
         list(verify.verify("http://127.0.0.1:9", mild))
     with pytest.raises(verify.NotCapped, match="no-url/axiscap cannot be reached: unknown url type"):
         list(verify.verify("no-url", mild))
+
+
+def test_the_effect_of_a_cap_is_verified_where_it_can_be_seen(serving, monkeypatch):
+    """Against the uncapped answer; else with the admin key, under floors far above; else it is said that none was."""
+    url, files, said = serving
+    mild, scores = CapProfile.load(files["mild"]), said["scores"]
+    monkeypatch.setattr(verify, "_PATIENCE", 0.5)
+    scores["off"] = scores["mild"]
+    assert list(verify.verify(url, mild))[-1].startswith("no effect was seen, only the server's word and its counts")
+    options = {"admin_key": "secret", "source": files["mild"]}
+    assert list(verify.verify(url, mild, **options))[-1] == (
+        "its effect was seen: the same tokens differ by up to 8 nats under floors far above"
+    )
+    assert list(said["control"].load.__self__._registry.names) == ["mild", "strict"]  # the second name is gone again
+    scores["verify"] = scores["mild"]
+    with pytest.raises(verify.NotCapped, match="floors far above every row leave the answer as it is"):
+        list(verify.verify(url, mild, **options))
+    said["more fired"] = 1
+    with pytest.raises(
+        verify.NotCapped, match="rows fell below their floors, and the answer is the one of the uncapped"
+    ):
+        list(verify.verify(url, mild))
+    scores["mild"] = None
+    with pytest.raises(verify.NotCapped, match="gives no log-probabilities"):
+        list(verify.verify(url, mild))
 
 
 def test_a_profile_is_rolled_out(serving):

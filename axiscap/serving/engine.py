@@ -9,7 +9,7 @@ where a worker's totals go. Clients come in by ``door``. ``vllm`` and ``sglang``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,9 +180,22 @@ def _is_elsewhere(block: nn.Module) -> bool:
     return type(block).__name__ == "PPMissingLayer"
 
 
-def flat_result(tensors: Iterable[Tensor]) -> Tensor:
-    """A copy of what a pass returns, as one vector of float32."""
-    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+def run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a forward pass with copies of its tensors, also those of another pipeline rank: it may change them."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        if isinstance(tensors := getattr(value, "tensors", None), dict):
+            return type(value)({name: copied(tensor) for name, tensor in tensors.items()})
+        return value
+
+    return forward(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
+
+
+def flat_result(parts: Iterable[Any]) -> Tensor:
+    """A copy of the tensors that a pass returns, as one vector of float32."""
+    return torch.cat([part.reshape(-1).float() for part in parts if isinstance(part, Tensor)])
 
 
 def refuse(engine: str, reasons: Mapping[str, bool]) -> None:

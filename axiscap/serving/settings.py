@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -33,8 +32,6 @@ ROWS = {
 }
 #: What begins and ends the thinking of most models.
 MARKERS = ("<think>", "</think>")
-
-_LOGGER = logging.getLogger("axiscap")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_SLOTS = 1024
@@ -247,13 +244,6 @@ class Settings:
         settings = replace(self, model=asdict(model))
         for name, profile in self._load().items():
             settings.check_profile(name, profile)
-            if missing := unstated(profile):
-                _LOGGER.warning(
-                    "axiscap: profile %s does not state the %s of its model, so that this was not compared with the "
-                    "served one",
-                    name,
-                    " and the ".join(missing),
-                )
         return settings
 
     def check_room(self, profile: CapProfile) -> None:
@@ -280,7 +270,11 @@ class Settings:
         default = self.default or "none: requests that name no profile are left alone"
         where = f"{ROWS[self.positions]} at layers {ranges(self.layers)}"
         said = f"axiscap: capping {where} under {profiles}; default {default}"
-        return f"{said}; requests may choose {', '.join(registry.choices)}"
+        said += f"; requests may choose {', '.join(registry.choices)}"
+        for name, profile in self._load().items():
+            if missing := unstated(profile):
+                said += f"; {name} was not compared with the model: it states no {' and no '.join(missing)}"
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""

@@ -23,6 +23,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ from axiscap.fit import ModelFacts
 from axiscap.serving import door, metrics, sglang_norm, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
-from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse
+from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.streams import Form, Output, Read, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
@@ -304,8 +305,11 @@ def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwa
     if not _model.is_capped:
         raise SettingsError("axiscap: this SGLang runs no model before it captures graphs, so that it cannot be capped")
     if _model.worker.buffers.layers:
-        batch = _dummy_pass(runner.eager_runner)[1]
-        check_effect(_model.worker.buffers, lambda: _result(_run_forward(runner, batch)), "the decoding model")
+        _, batch, proxies = _dummy_pass(runner.eager_runner)
+        forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
+        check_effect(
+            _model.worker.buffers, lambda: _result(run_again(forward, pp_proxy_tensors=proxies)), "the decoding model"
+        )
     _model.worker.clear()
     _model.is_checked = True
     updater = type(runner.weight_updater)
@@ -314,8 +318,9 @@ def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwa
             wrap(updater, name, _update_weights)
 
 
-def _dummy_pass(eager: Any) -> tuple[Tensor, Any]:
-    """Runs the model on one request's rows, without a graph; returns its result and its batch.
+def _dummy_pass(eager: Any) -> tuple[Tensor, Any, Any]:
+    """Runs the model on one request's rows, without a graph; returns its result, its batch, and what it had from the
+    pipeline rank before.
 
     The rows are those that SGLang itself makes up: of request 0 of its pool, in the block of the cache for padding.
     """
@@ -333,7 +338,7 @@ def _dummy_pass(eager: Any) -> tuple[Tensor, Any]:
             num_token_non_padded=count.clone(), pp_proxy_tensors=proxies, ngram_embedding_info=None,
             global_num_tokens_gpu=count.clone(), global_num_tokens_for_logprob_gpu=count.clone(),
         )  # fmt: skip
-    passes: list[tuple[Any, Any]] = []
+    passes: list[tuple[Any, Any, Any]] = []
 
     @contextlib.contextmanager
     def noted() -> Iterator[None]:
@@ -341,7 +346,8 @@ def _dummy_pass(eager: Any) -> tuple[Tensor, Any]:
 
         @functools.wraps(forward)
         def noting(ids: Any, positions: Any, batch: Any, **kwargs: Any) -> Any:
-            passes.append((forward(ids, positions, batch, **kwargs), batch))
+            proxies = kwargs.get("pp_proxy_tensors")
+            passes.append((forward(ids, positions, batch, **kwargs), batch, proxies))
             return passes[-1][0]
 
         own = "forward" in vars(runner.model)
@@ -357,18 +363,14 @@ def _dummy_pass(eager: Any) -> tuple[Tensor, Any]:
     context = getattr(eager, "model_context", contextlib.nullcontext)
     with torch.no_grad(), context():
         eager._dummy_run(1, noted(), buffers=buffers)
-    ((result, batch),) = passes
-    return _result(result), batch
+    ((result, batch, proxies),) = passes
+    return _result(result), batch, proxies
 
 
 def _result(output: Any) -> Tensor:
     """What a pass comes to: logits, or what goes to the next pipeline rank."""
     output = getattr(output, "logits_output", output)
     return flat_result(output.tensors.values() if hasattr(output, "tensors") else [output.next_token_logits])
-
-
-def _run_forward(runner: Any, batch: Any) -> Any:
-    return inspect.unwrap(type(runner).forward)(runner, batch)
 
 
 def _update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -515,6 +517,8 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     worker = _model.worker
     buffers = worker.buffers
     if known is None:  # a warm-up or a capture of the engine's own
+        if getattr(batch, "rids", None):
+            raise RuntimeError("axiscap: a batch ran without the slots of its rows, so that it was not capped")
         worker.clear()
         return original(runner, batch, *args, **kwargs)
     requests: list[Any]
@@ -536,7 +540,8 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
     kind = batch.forward_mode.name
     # Prompts without a prefix: to run them again does no harm to any state of the model.
     if kind == "EXTEND" and kind not in _checked and len(requests) and not rows.starts.any():
-        check_effect(buffers, lambda: _result(original(runner, batch, *args, **kwargs)), "the model that reads prompts")
+        forward = partial(original, runner, batch)
+        check_effect(buffers, lambda: _result(run_again(forward, *args, **kwargs)), "the model that reads prompts")
         _checked.add(kind)
     result = original(runner, batch, *args, **kwargs)
     if len(requests) and rows.starts[0] == 0 and (digest := worker.unseen(requests[0].rid)) is not None:

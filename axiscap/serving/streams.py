@@ -216,9 +216,7 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
                 raise SettingsError(f"axiscap: layer {layer} of {where} measures no row: the cap is not in it")
         noise, size = (run() - plain).norm().item(), plain.norm().item()
         if not (noise <= _MOST_NOISE * size and max(map(abs, measured)) < _LARGEST):  # also if one is not finite
-            raise InconclusiveError(
-                f"axiscap: two passes of {where} over equal rows differ by {noise:.3g} of {size:.3g}"
-            )
+            raise InconclusiveError(f"axiscap: passes of {where} over equal rows differ by {noise:.3g} of {size:.3g}")
         for at, layer in enumerate(buffers.layers):
             buffers.floors.fill_(-torch.inf)
             buffers.floors[at, 0, 0] = measured[at] + _LIFT * max(1.0, abs(measured[at]))

@@ -98,8 +98,8 @@ def _effect(server: _Server, profile: CapProfile, admin_key: str | None, source:
                 raise NotCapped("rows fell below their floors, and the answer is the one of the uncapped model")
     if admin_key is None or source is None:
         return (
-            "no effect was seen, only the server's word and its counts: to see one takes an admin key, or a server that "
-            f"lets requests choose {OFF} or another profile"
+            "no effect was seen, only the server's word and its counts: to see one takes an admin key, or requests "
+            f"that may choose {OFF} or another profile"
         )
     with server.far_above(profile, admin_key, source) as name:
         change = _difference(capped, server.scores(name))
@@ -181,7 +181,10 @@ class _Server:
         try:
             found = json.loads(said)["choices"][0]["logprobs"]
             pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
-            return [(token, float(score)) for token, score in pairs if score is not None]
+            scores = [(token, float(score)) for token, score in pairs if score is not None]
+            if scores:
+                return scores
+            raise ValueError
         except (ValueError, TypeError, LookupError):
             raise NotCapped(
                 f"{self._url}/v1/completions gives no log-probabilities, so that no effect can be seen"

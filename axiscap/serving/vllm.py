@@ -28,7 +28,7 @@ from axiscap.fit import ModelFacts
 from axiscap.serving import door, kv, metrics, state
 from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control, Told
-from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse
+from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
 from axiscap.serving.streams import Form, InconclusiveError, Read, ZeroedMemory, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
@@ -188,6 +188,8 @@ def _refuse(config: Any, settings: Settings) -> None:
         "prefill context parallelism shards the rows": parallel.prefill_context_parallel_size > 1,
         "microbatches split the rows (enable_dbo)": parallel.use_ubatching,
         "kv_sharing_fast_prefill drops rows on the way": config.cache_config.kv_sharing_fast_prefill,
+        "memory that sleeps may lose the profiles (enable_sleep_mode)": config.model_config.enable_sleep_mode,
+        "elastic ranks load models of their own (enable_elastic_ep)": getattr(parallel, "enable_elastic_ep", False),
     }
     if (transfer := config.kv_transfer_config) is not None:
         known = (*kv.BY_HASH, kv.SHARED, *kv.BY_REQUEST)
@@ -414,9 +416,13 @@ class VllmWorker(Model):
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
-        self._is_unchecked = self._is_first = False
+        self._is_unchecked = self._is_first = self._is_filled = False
+        self._fault: SettingsError | None = SettingsError("axiscap: the cap was not tested before the first step")
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
-        worker.axiscap_layers = lambda: self.worker.buffers.layers
+        for name in ("reload_weights", "finish_weight_update"):
+            if hasattr(worker, name):
+                wrap(worker, name, self._load_weights)
+        worker.axiscap_layers = self._layers
         worker.axiscap_place = lambda *profile: self.worker.place(*profile)
 
     def _load_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -443,6 +449,11 @@ class VllmWorker(Model):
             self.cap_blocks(lambda: self._dummy_result(is_profile=True, **{"skip_attn": True} if self._v2 else {}))
         return result
 
+    def _layers(self) -> list[int]:
+        if not hasattr(self, "worker"):
+            raise SettingsError("axiscap: the worker loaded no model that could be capped")
+        return self.worker.buffers.layers
+
     def _markers(self, settings: Settings) -> tuple[int, int]:
         model = self._config.model_config
         options = {"revision": model.tokenizer_revision, "trust_remote_code": model.trust_remote_code}
@@ -453,12 +464,17 @@ class VllmWorker(Model):
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._fault is not None:
+            raise self._fault
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
         self.worker.begin(step.finished_req_ids, new)
         if self._v2:
             told = ((new.req_id, new.prefill_token_ids or new.prompt_token_ids) for new in step.scheduled_new_reqs)
             self._begun = {name: ids or () for name, ids in told}
+        self._is_filled = False
         result = original(step, *args, **kwargs)
+        if step.total_num_scheduled_tokens and not self._is_filled:
+            raise RuntimeError("axiscap: a step ran without the slots of its rows, so that it was not capped")
         self.worker.end()
         return result
 
@@ -474,7 +490,7 @@ class VllmWorker(Model):
 
     def _fill(self, step: Any, prepared: Any) -> None:
         rows = self.rows(prepared)
-        self._is_first = len(rows.names) > 0 and not rows.starts.any()
+        self._is_filled, self._is_first = True, len(rows.names) > 0 and not rows.starts.any()
         tokens = self._tokens(prepared, rows) if self.worker.reads_tokens else None
         self.worker.fill(*rows, getattr(step, "axiscap_view", None), tokens)
 
@@ -535,6 +551,12 @@ class VllmWorker(Model):
         self._check_effect()
         return result
 
+    def _load_weights(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checks the effect once more. Whoever loads weights gets the error, and so does every later step."""
+        result = original(*args, **kwargs)
+        self._check_effect()
+        return result
+
     def _check_effect(self) -> None:
         """Stops the server unless the cap is in force at every layer of the model as it runs.
 
@@ -544,8 +566,16 @@ class VllmWorker(Model):
             It is not.
         """
         buffers = self.worker.buffers
-        if not buffers.layers:
-            return
+        if buffers.layers:
+            try:
+                self._check_layers()
+            except SettingsError as error:
+                self._fault = error
+                raise
+        self._fault = None
+
+    def _check_layers(self) -> None:
+        buffers = self.worker.buffers
         # With attention: some backends leave the output of a pass without it uninitialised.
         run = partial(self._dummy_result, **{"skip_attn": False} if self._v2 else {"force_attention": True})
         try:
@@ -572,7 +602,7 @@ class VllmWorker(Model):
         """Checks the effect with the first prompts. To run them again does no harm to any state of the model."""
         if self._is_unchecked and self._is_first:
             buffers = self.worker.buffers
-            check_effect(buffers, lambda: _flat(original(*args, **kwargs)), "the compiled model")
+            check_effect(buffers, lambda: _flat(run_again(original, *args, **kwargs)), "the compiled model")
             self._is_unchecked = False
         return original(*args, **kwargs)
 

@@ -6,7 +6,7 @@ PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines test-torch wheels screenshots docs lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines served-architectures test-torch wheels screenshots docs lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -34,9 +34,10 @@ test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
 # Their many processes must not compile all that they import again and again; uv leaves it to the first import.
 test-vllm test-sglang: export PYTHONDONTWRITEBYTECODE =
 test-vllm: .venv-vllm/built .venv-garak/made
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_fails_closed.py tests/served_architectures.py \
+	  tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
 test-sglang: .venv-sglang/built
-	.venv-sglang/bin/python -m pytest tests/test_sglang_serving.py
+	.venv-sglang/bin/python -m pytest tests/test_sglang_fails_closed.py tests/served_architectures.py tests/test_sglang_serving.py
 
 # Ten minutes on one core to compile llama.cpp, once; then two.
 test-llamacpp: .venv-llamacpp/built
@@ -61,6 +62,11 @@ test-torch-%: .venv-torch-%/built
 	.venv-torch-$*/bin/uv pip install --quiet --python .venv-torch-$*/bin/python torch==$* \
 	  numpy safetensors typer rich pytest hypothesis
 	touch $@
+
+# Tiny models of many architectures in both engines, and a page of what was found; an hour.
+served-architectures: .venv-vllm/built .venv-sglang/built
+	for engine in vllm sglang; do \
+	  PYTHONPATH=tests .venv-$$engine/bin/python tests/served_architectures.py || exit 1; done
 
 # One wheel for each Python beside several versions of torch, and a page of it; two hours, and 60 GB.
 wheels: .venv/built

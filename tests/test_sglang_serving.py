@@ -407,7 +407,7 @@ def test_a_wrong_configuration_stops_the_server_before_it_listens(tmp_path):
     CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
     config.write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
     said = refusal(SERVER, AXISCAP_CONFIG=str(config), **CPU)
-    assert "the profiles are for hidden size 64, but the model has 576" in said
+    assert "axiscap: profile 'a' has hidden size 64, the model 576" in said
     assert "ready to roll" not in said
 
 

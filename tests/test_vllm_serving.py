@@ -484,4 +484,4 @@ def test_another_models_profile_stops_the_server(tmp_path):
     CapProfile([2], axes, torch.zeros(1, 1)).save(tmp_path / "other.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"profiles": {"a": str(tmp_path / "other.safetensors")}}))
     said = refusal(MODEL, AXISCAP_CONFIG=str(tmp_path / "config.json"), **SMALL)
-    assert "the profiles are for hidden size 64, but the model has 576" in said
+    assert "axiscap: profile 'a' has hidden size 64, the model 576" in said

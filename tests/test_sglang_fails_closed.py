@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,6 +16,9 @@ pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 
 from serving import configuration, refusal, running, small_model, wait_for
 from test_sglang_serving import CPU, SERVER
+
+from axiscap.serving import sglang as adapter
+from axiscap.serving.settings import Settings, SettingsError
 
 #: Each process of a server runs this when it starts: it changes SGLang behind what AxisCap puts in place.
 CHANGE = """
@@ -178,10 +183,7 @@ def test_weights_that_are_loaded_while_serving(folder, tmp_path):
     import os
     def replace(updater):
         if os.path.exists(os.environ["REPLACE"]):
-            import gc
-            for runner in gc.get_objects():
-                if type(runner) is ModelRunner:
-                    replace_layer(runner.model)
+            replace_layer(updater.get_model())
     after(WeightUpdater, "update_weights_from_disk", replace)
     """
     command, environment = changed(folder, tmp_path, fault)
@@ -192,17 +194,22 @@ def test_weights_that_are_loaded_while_serving(folder, tmp_path):
         assert server.text("Who are you?", "strict") == before
         assert server.text("Who are you?", "off") != before
         mark.touch()
-        server.client.post("/update_weights_from_disk", json=body)
-        with pytest.raises((httpx.TransportError, AssertionError)):
-            server.text("Who are you now?", "strict")
-        wait_for(lambda: server.process.poll() is not None)
-        assert "layer 1 of the model that reads prompts measures no row" in server.log.read_text()
+        with contextlib.suppress(httpx.TransportError):  # it may be gone before it answers
+            server.client.post("/update_weights_from_disk", json=body)
+        wait_for(lambda: server.process.poll() is not None, seconds=120)
+        assert "layer 1 of the decoding model measures no row" in server.log.read_text()
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
-    [(["--enable-memory-saver"], "memory that is released"), (["--elastic-ep-backend", "mooncake"], "elastic ranks")],
+    ("options", "says"),
+    [
+        ({"enable_memory_saver": True}, r"takes the profiles with it \(--enable-memory-saver\)"),
+        ({"elastic_ep_backend": "mooncake"}, r"load models of their own \(--elastic-ep-backend\)"),
+    ],
 )
-def test_what_takes_the_cap_away_while_serving_is_refused(option, says, folder, tmp_path):
-    command, environment = changed(folder, tmp_path, "")
-    assert says in refusal([*command, *option], **environment)
+def test_what_takes_the_cap_away_while_serving_is_refused(options, says, folder, monkeypatch):
+    settings = Settings.parse(configuration(folder))
+    monkeypatch.setattr(adapter, "_settings", settings, raising=False)
+    adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1))
+    with pytest.raises(SettingsError, match=says):
+        adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1, **options))

@@ -87,6 +87,8 @@ class Model(ABC):
     """In a worker: where a block's output is complete, and whose rows a step computes."""
 
     worker: Worker
+    #: Why nothing may be served: the cap was not seen to come through yet, or no longer does.
+    fault: SettingsError | None = SettingsError("axiscap: the cap was not tested before the first step")
     _blocks: nn.ModuleList
 
     def hold(

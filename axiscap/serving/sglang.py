@@ -37,7 +37,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.streams import Form, Output, Read, check_effect, read_returned
+from axiscap.serving.streams import Form, InconclusiveError, Output, Read, check_effect, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
@@ -171,7 +171,7 @@ def _parallel() -> Any:
 
 def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, *args, **kwargs)
-    if _model is None or not _model.is_checked:
+    if _model is None or _model.fault is not None:
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
@@ -304,18 +304,39 @@ def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwa
         return
     if not _model.is_capped:
         raise SettingsError("axiscap: this SGLang runs no model before it captures graphs, so that it cannot be capped")
-    if _model.worker.buffers.layers:
-        _, batch, proxies = _dummy_pass(runner.eager_runner)
-        forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
-        check_effect(
-            _model.worker.buffers, lambda: _result(run_again(forward, pp_proxy_tensors=proxies)), "the decoding model"
-        )
-    _model.worker.clear()
-    _model.is_checked = True
+    _check_effect(runner)
+
+    def update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checks once more. Whoever loads weights gets the error, and so does every later batch."""
+        result = original(*args, **kwargs)
+        _check_effect(runner)
+        return result
+
     updater = type(runner.weight_updater)
     for name in dir(updater):
         if name.startswith("update_weights"):
-            wrap(updater, name, _update_weights)
+            wrap(updater, name, update)
+
+
+def _check_effect(runner: Any) -> None:
+    """Checks the effect of the cap on a decoding step of request 0, which SGLang keeps for padding."""
+    assert _model is not None
+    if _model.worker.buffers.layers:
+        _, batch, proxies = _dummy_pass(runner.eager_runner)
+        forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
+        try:
+            check_effect(
+                _model.worker.buffers,
+                lambda: _result(run_again(forward, pp_proxy_tensors=proxies)),
+                "the decoding model",
+            )
+        except InconclusiveError:
+            pass  # a block changed its state: the first prompts show the effect
+        except SettingsError as error:
+            _model.fault = error
+            raise
+    _model.fault = None
+    _model.worker.clear()
 
 
 def _dummy_pass(eager: Any) -> tuple[Tensor, Any, Any]:
@@ -373,12 +394,6 @@ def _result(output: Any) -> Tensor:
     return flat_result(output.tensors.values() if hasattr(output, "tensors") else [output.next_token_logits])
 
 
-def _update_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The next prompt shows whether the cap is still in the model."""
-    _checked.clear()
-    return original(*args, **kwargs)
-
-
 def _markers(args: Any) -> tuple[int, int]:
     tokenizer = getattr(args, "tokenizer_path", None) or args.model_path
     return marker_ids(_settings.markers, tokenizer, trust_remote_code=args.trust_remote_code)
@@ -425,8 +440,7 @@ class SglangModel(Model):
 
     def __init__(self, ranks: int, norms: Mapping[int, nn.Module]) -> None:
         self._ranks, self._norms = ranks, norms
-        #: Whether the blocks are capped, and whether that was seen to come through.
-        self.is_capped = self.is_checked = False
+        self.is_capped = False
 
     def rows(self, step: Any) -> Rows:
         """
@@ -457,12 +471,10 @@ class SglangModel(Model):
     def reader(self, block: nn.Module, layer: int) -> Read:
         names = list(inspect.signature(block.forward).parameters)
         kind = type(block).__name__
-        if "forward_batch" not in names:
-            raise SettingsError(f"axiscap: layer {layer}, a {kind}, takes no forward_batch")
-        position = names.index("forward_batch")
+        position = names.index("forward_batch") if "forward_batch" in names else len(names)
 
         def read(args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Output:
-            batch = kwargs["forward_batch"] if "forward_batch" in kwargs else args[position]
+            batch = kwargs.get("forward_batch", args[position] if position < len(args) else None)
             stream = getattr(batch, "residual_stream", None)
             if stream is not None:
                 pending = stream.pending
@@ -513,6 +525,8 @@ _checked: set[str] = set()
 def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     if runner.is_draft_worker or _model is None:
         return original(runner, batch, *args, **kwargs)
+    if _model.fault is not None and getattr(batch, "rids", None):
+        raise _model.fault
     known = getattr(batch, "axiscap_rows", None)
     worker = _model.worker
     buffers = worker.buffers

@@ -417,7 +417,6 @@ class VllmWorker(Model):
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
         self._is_unchecked = self._is_first = self._is_filled = False
-        self._fault: SettingsError | None = SettingsError("axiscap: the cap was not tested before the first step")
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         for name in ("reload_weights", "finish_weight_update"):
             if hasattr(worker, name):
@@ -464,8 +463,8 @@ class VllmWorker(Model):
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._fault is not None:
-            raise self._fault
+        if self.fault is not None:
+            raise self.fault
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
         self.worker.begin(step.finished_req_ids, new)
         if self._v2:
@@ -570,9 +569,9 @@ class VllmWorker(Model):
             try:
                 self._check_layers()
             except SettingsError as error:
-                self._fault = error
+                self.fault = error
                 raise
-        self._fault = None
+        self.fault = None
 
     def _check_layers(self) -> None:
         buffers = self.worker.buffers

@@ -269,8 +269,8 @@ def page() -> str:
     lines = [
         "# Served architectures",
         "",
-        "Tiny random models, each made from a configuration of transformers and served by real engines on a CPU, eagerly",
-        "and in float32. *Right*: under a cap at three layers, the log-probabilities of three prompts are those of the",
+        "Tiny random models, each made from a configuration of transformers and served by real engines on a CPU,",
+        "eagerly and in float32. *Right*: under a cap at three layers, the log-probabilities of three prompts are those of the",
         "capped transformers model, within the engine's own distance to the uncapped one. *Refused*: the server does not",
         "start, with AxisCap's reason. *Not run*: the engine or transformers cannot run the tiny model.",
         "`make served-architectures` writes this page, in an hour.",

@@ -416,7 +416,8 @@ class VllmWorker(Model):
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
-        self._is_unchecked = self._is_first = self._is_filled = False
+        self._handed_on: Any = None
+        self._is_unchecked = self._is_first = self._is_filled = self._is_warming_up = False
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         for name in ("reload_weights", "finish_weight_update"):
             if hasattr(worker, name):
@@ -463,6 +464,12 @@ class VllmWorker(Model):
         return original(*args, **kwargs)
 
     def _execute(self, original: Callable[..., Any], step: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dummy_run"):  # the second runner's _dummy_run, which returns nothing on earlier pipeline ranks
+            self._handed_on = original(step, *args, **kwargs)
+            return self._handed_on
+        if self._is_warming_up:  # requests that the engine makes up
+            self.worker.clear()
+            return original(step, *args, **kwargs)
         if self.fault is not None:
             raise self.fault
         new = ((request.req_id, Choice.of(request.sampling_params.extra_args)) for request in step.scheduled_new_reqs)
@@ -488,6 +495,8 @@ class VllmWorker(Model):
         return batch
 
     def _fill(self, step: Any, prepared: Any) -> None:
+        if self._is_warming_up:
+            return
         rows = self.rows(prepared)
         self._is_filled, self._is_first = True, len(rows.names) > 0 and not rows.starts.any()
         tokens = self._tokens(prepared, rows) if self.worker.reads_tokens else None
@@ -546,7 +555,9 @@ class VllmWorker(Model):
         block.register_forward_hook(cap_sum if form is Form.SUM else cap_first)
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_warming_up = True
         result = original(*args, **kwargs)
+        self._is_warming_up = False
         self._check_effect()
         return result
 
@@ -607,7 +618,8 @@ class VllmWorker(Model):
 
     def _dummy_result(self, **options: bool) -> Tensor:
         """The result of a pass over one dummy row: hidden states, or the pair that goes to the next pipeline rank."""
-        return _flat(self._dummy(1, **options)[0])
+        hidden = self._dummy(1, **options)[0]
+        return _flat(self._handed_on if hidden is None else hidden)
 
 
 def _flat(result: Any) -> Tensor:

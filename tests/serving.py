@@ -509,12 +509,13 @@ def rolled_out(server: Server, profiles: tuple[Path, dict[str, CapProfile]], dem
 
 
 def verified(server: Server, folder: Path) -> None:
-    """`axiscap verify` sees rows of an answer that were capped, by the default and by a choice."""
+    """`axiscap verify` sees rows of an answer that were capped, by the default and by a choice, and their effect."""
     command = [str(REPOSITORY / ".venv" / "bin" / "axiscap"), "verify", server.url, "--profile"]
     for name in ("mild", "strict"):
         done = subprocess.run([*command, str(folder / f"{name}.safetensors")], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "its rows were measured against the floors of layers" in done.stdout
+        assert "its effect was seen: the same tokens differ by" in done.stdout
     moved = CapProfile.load(folder / "mild.safetensors")
     moved.with_floors(moved.floors - 1).save(folder / "another.safetensors")
     done = subprocess.run([*command, str(folder / "another.safetensors")], capture_output=True, text=True)

@@ -685,6 +685,39 @@ def test_profiles_that_do_not_fit(profile, error, message, llama):
     assert hooks_and_attributes(llama) == before
 
 
+def made_for(architecture: str) -> CapProfile:
+    return CapProfile([0], unit(1, 1, 32), torch.zeros(1, 1), {"model": {"architecture": architecture}})
+
+
+def test_a_profile_of_another_architecture_is_refused_unless_it_is_allowed(llama):
+    other = made_for("Qwen2ForCausalLM")
+    with pytest.raises(ValueError, match=r"made for Qwen2ForCausalLM, and .* another architecture \(llama\)"):
+        axiscap.install(llama, {"mine": made_for("LlamaForCausalLM"), "other": other})
+    with axiscap.install(llama, other, allow_other_model=True), torch.no_grad():
+        llama(tokens(1, 5))
+    with pytest.raises(ValueError, match="hidden size"):  # which nothing allows
+        axiscap.install(llama, CapProfile([0], unit(1, 1, 16), torch.zeros(1, 1)), allow_other_model=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "architectures"),
+    [
+        (lambda: build("Llama"), ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"]),
+        (peft_wrapped, ["LlamaForCausalLM"]),
+        (lambda: torch.compile(build("Llama")), ["LlamaForCausalLM"]),
+        (gemma3_multimodal, ["Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"]),
+        (llava, ["LlamaForCausalLM", "LlavaForConditionalGeneration"]),
+    ],
+    ids=["plain", "PEFT", "compiled", "Gemma3 multimodal", "Llava"],
+)
+def test_a_wrapper_of_a_language_model_takes_the_language_models_profiles(make, architectures):
+    model = make()
+    for architecture in architectures:
+        axiscap.install(model, made_for(architecture)).remove()
+    with pytest.raises(ValueError, match="another architecture"):
+        axiscap.install(model, made_for("FalconH1ForCausalLM"))
+
+
 def test_changing_the_profile_later_changes_nothing(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     with axiscap.install(llama, profile), torch.no_grad():

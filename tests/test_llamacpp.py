@@ -293,6 +293,15 @@ def test_what_cannot_be_is_said(llama, profiles, shipped_profile):
         llamacpp.install(llama, str(SHIPPED_PROFILE))
     with pytest.raises(ValueError, match="profile 'default' has hidden size 8, the model 576"):
         llamacpp.install(llama, CapProfile([1], torch.eye(8)[:1, None], torch.zeros(1, 1)))
+    facts = shipped_profile.provenance["model"]
+    axes, floors = shipped_profile.axes, shipped_profile.floors
+    for architecture in ("LlamaForCausalLM", "MistralForCausalLM"):  # llama.cpp has one name for both
+        stated = {"model": {**facts, "architecture": architecture}}
+        llamacpp.install(llama, CapProfile(shipped_profile.layers, axes, floors, stated)).remove()
+    other = CapProfile(shipped_profile.layers, axes, floors, {"model": {**facts, "architecture": "GPT2LMHeadModel"}})
+    with pytest.raises(ValueError, match="made for GPT2LMHeadModel, and this model is of another architecture"):
+        llamacpp.install(llama, other)
+    llamacpp.install(llama, other, allow_other_model=True).remove()
     with llamacpp.install(llama, profiles) as cap:
         with pytest.raises(RuntimeError, match="has an AxisCap installation already"):
             llamacpp.install(llama, shipped_profile)

@@ -5,7 +5,9 @@ counts; and a profile's way into all replicas.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import secrets
 import time
 import urllib.error
@@ -90,7 +92,7 @@ def _effect(server: _Server, profile: CapProfile, admin_key: str | None, source:
     noise = _difference(capped, server.scores(server.asked))
     for other in [OFF] * (OFF in server.choices) + sorted({*server.choices} - {OFF, server.asked}):
         if (change := _difference(capped, server.scores(other))) > _over(noise):
-            return f"its effect was seen: the same tokens differ by {_nats(change)} under {other}"
+            return _seen(change, other)
         if other == OFF and noise == 0:
             server.await_rows(profile.layers, before)
             now = server.counted("fired_rows", server.asked) or {}
@@ -105,22 +107,28 @@ def _effect(server: _Server, profile: CapProfile, admin_key: str | None, source:
         change = _difference(capped, server.scores(name))
     if not change > _over(noise):
         raise NotCapped("floors far above every row leave the answer as it is: the cap has no effect")
-    return f"its effect was seen: the same tokens differ by {_nats(change)} under floors far above"
+    return _seen(change, "floors far above")
 
 
 def _over(noise: float) -> float:
     return max(4 * noise, 1e-4)
 
 
-def _nats(change: float) -> str:
-    return "other tokens" if change == float("inf") else f"up to {change:.2g} nats"
+def _seen(change: float, where: str) -> str:
+    if math.isinf(change):
+        return f"its effect was seen: under {where} the answer has other tokens"
+    return f"its effect was seen: the same tokens differ by up to {change:.2g} nats under {where}"
 
 
 def _difference(one: Sequence[tuple[str, float]], other: Sequence[tuple[str, float]]) -> float:
-    """The largest difference between two answers' log-probabilities, in nats; infinite where a token is another."""
-    if [token for token, _ in one] != [token for token, _ in other]:
-        return float("inf")
-    return max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True))
+    """The largest difference between the log-probabilities of the tokens that two answers begin with, in nats.
+
+    Infinite if the tokens alone differ.
+    """
+    pairs = list(zip(one, other, strict=False))
+    alike = list(itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], pairs))
+    change = max((abs(a - b) for (_, a), (_, b) in alike), default=0.0)
+    return math.inf if change == 0 and len(alike) < len(pairs) else change
 
 
 class _Server:

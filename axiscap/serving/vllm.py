@@ -575,13 +575,12 @@ class VllmWorker(Model):
         SettingsError
             It is not.
         """
-        buffers = self.worker.buffers
-        if buffers.layers:
-            try:
+        try:
+            if self.worker.buffers.layers:
                 self._check_layers()
-            except SettingsError as error:
-                self.fault = error
-                raise
+        except SettingsError as error:
+            self.fault = error
+            raise
         self.fault = None
 
     def _check_layers(self) -> None:

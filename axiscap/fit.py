@@ -12,7 +12,7 @@ from axiscap.profile import CapProfile
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a profile has to fit.
+    """The facts of a model that a profile is compared with.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def family(name: str) -> str:
 def check_fits(name: str, profile: CapProfile, model: ModelFacts, *, allow_other_model: bool = False) -> None:
     """Checks a profile against the model that it is to be installed in.
 
-    A fine-tuned model has the architecture of its base, and passes. What a profile does not state is not checked
-    (:func:`unstated`).
+    A fine-tuned model has the architecture of its base, and passes. Facts that the profile does not state are not
+    checked (:func:`unstated`).
 
     Parameters
     ----------
@@ -86,6 +86,6 @@ def check_fits(name: str, profile: CapProfile, model: ModelFacts, *, allow_other
 
 
 def unstated(profile: CapProfile) -> list[str]:
-    """What a profile does not say of its model, so that :func:`check_fits` cannot compare it."""
+    """The facts of its model that a profile does not state, so that :func:`check_fits` cannot compare them."""
     facts = {"architecture": profile.architecture, "layer count": profile.num_layers}
     return [name for name, value in facts.items() if value is None]

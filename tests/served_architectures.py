@@ -44,7 +44,7 @@ SERVED_SIZES = SIZES | {
     "mamba_expand": 2,
     "sliding_window": 64,
 }
-#: What else must fit together.
+#: Sizes that a class needs besides.
 SIZES_OF = {
     "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "FalconForCausalLM": {"ffn_hidden_size": 512},
@@ -132,7 +132,7 @@ def make(name: str, folder: Path) -> tuple[nn.Module, CapProfile]:
 
 
 def log_probabilities(model: nn.Module, profile: CapProfile | None) -> list[float]:
-    """Of each prompt's tokens but the first, by the transformers model."""
+    """The log-probabilities of each prompt's tokens but the first, by the transformers model."""
     found = []
     for ids in PROMPTS:
         with torch.no_grad():

@@ -41,7 +41,7 @@ def sum_of(pair: tuple[Tensor, Tensor]) -> Tensor:
     return pair[0] + pair[1]
 
 
-#: What a block makes of its branch and the stream, how the next one reads that, and the form.
+#: A block's output as a function of its branch and the stream, the next block's reading of it, and its form.
 READABLE = {
     "tensor": (lambda branch, stream: branch + stream, lambda given: given, Form.STREAM),
     "tensor of a batch": (lambda branch, stream: (branch + stream)[None], lambda given: given[0], Form.STREAM),

@@ -385,7 +385,7 @@ def _dummy_pass(eager: Any) -> tuple[Tensor, Any, Any]:
 
 
 def _result(output: Any) -> Tensor:
-    """What a pass comes to: logits, or what goes to the next pipeline rank."""
+    """The result of a pass as one vector: logits, or the tensors for the next pipeline rank."""
     output = getattr(output, "logits_output", output)
     return flat_result(output.tensors.values() if hasattr(output, "tensors") else [output.next_token_logits])
 

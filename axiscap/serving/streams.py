@@ -34,7 +34,7 @@ Run = Callable[[], Tensor]
 
 
 class Form(Enum):
-    """What a block's output is."""
+    """The forms of a block's output."""
 
     STREAM = "the stream"
     SUM = "a pair whose sum is the stream"

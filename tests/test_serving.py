@@ -596,6 +596,28 @@ def test_a_ticket_is_the_servers_own(control, forged):
         control.decide({TOLD: forged}, "r")
 
 
+def test_a_watched_step_shows_which_layer_no_longer_measures(tmp_path):
+    make_buffers(tmp_path)
+    settings = Settings.parse(
+        {"profiles": {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}, "default": "a"}
+    )
+    worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, None)
+
+    def run(*layers: int) -> None:
+        worker.watch()
+        for at, layer in enumerate(worker.buffers.layers):
+            if layer in layers:
+                torch.ops.axiscap.cap_.buffers(torch.randn(2, HIDDEN), *worker.buffers.tensors(at))
+        worker.end()
+
+    run(2, 3, 5)  # rows without a slot, as those of padding: they are measured as NaN
+    for _ in range(63):
+        run()
+    with pytest.raises(RuntimeError, match="layer 3 no longer measures the rows of a step: its cap is gone"):
+        run(2, 5)
+    worker.end()  # a step without rows
+
+
 def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     """A step like the last one is not written again: all that may change under the same names is."""
     _, profiles = make_buffers(tmp_path)

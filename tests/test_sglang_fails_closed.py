@@ -200,6 +200,25 @@ def test_weights_that_are_loaded_while_serving(folder, tmp_path):
         assert "layer 1 of the decoding model measures no row" in server.log.read_text()
 
 
+def test_a_layer_that_is_replaced_while_serving_ends_the_server_soon(folder, tmp_path):
+    fault = """
+    import os
+    def replace(eager):
+        if os.path.exists(os.environ["REPLACE"]):
+            replace_layer(eager.model_runner.model)
+    after(EagerRunner, "execute", replace)
+    """
+    command, environment = changed(folder, tmp_path, fault)
+    mark = tmp_path / "replace"
+    with running(command, tmp_path, "custom_params", REPLACE=str(mark), **environment) as server:
+        server.text("Who are you?", "strict")
+        mark.touch()
+        with contextlib.suppress(httpx.TransportError, AssertionError):
+            server.text("Who are you now?", "strict", max_tokens=100, ignore_eos=True)
+        wait_for(lambda: server.process.poll() is not None, seconds=120)
+        assert "layer 1 no longer measures the rows of a step: its cap is gone" in server.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

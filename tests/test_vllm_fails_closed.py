@@ -171,7 +171,7 @@ def test_a_graph_that_was_made_before_the_cap_is_not_served(folder, monkeypatch,
 
     def compiled_too_early(self, *args, **kwargs):
         load(self, *args, **kwargs)
-        self._dummy_run.__wrapped__(1, is_profile=True)
+        self._dummy_run.__wrapped__(64, is_profile=True)
 
     monkeypatch.setattr(CPUModelRunner, "load_model", compiled_too_early)
     with pytest.raises(Exception, match="layer 0 of the compiled model measures no row"):
@@ -195,6 +195,14 @@ def test_weights_that_are_loaded_while_serving(folder, monkeypatch):
         llm.collective_rpc("reload_weights")
     with pytest.raises(Exception, match="layer 1 of the compiled model measures no row"):
         generate(llm)
+
+
+def test_a_layer_that_is_replaced_while_serving_ends_the_engine_soon(folder):
+    llm = start(folder)
+    generate(llm)
+    llm.collective_rpc(lambda worker: replace_layer(worker.model_runner.model))
+    with pytest.raises(RuntimeError, match="layer 1 no longer measures the rows of a step: its cap is gone"):
+        llm.generate(["Who?"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True), use_tqdm=False)
 
 
 @pytest.mark.parametrize(

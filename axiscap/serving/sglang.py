@@ -549,6 +549,8 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
         forward = partial(original, runner, batch)
         check_effect(buffers, lambda: _result(run_again(forward, *args, **kwargs)), "the model that reads prompts")
         _model.is_tested_on_prompts = True
+    if rows.counts.any():
+        worker.watch()
     result = original(runner, batch, *args, **kwargs)
     if len(requests) and rows.starts[0] == 0 and (digest := worker.unseen(requests[0].rid)) is not None:
         worker.look_for_sinks(digest, buffers.all_projections[:, 0])

@@ -501,6 +501,7 @@ class VllmWorker(Model):
         self._is_filled, self._is_first = True, len(rows.names) > 0 and not rows.starts.any()
         tokens = self._tokens(prepared, rows) if self.worker.reads_tokens else None
         self.worker.fill(*rows, getattr(step, "axiscap_view", None), tokens)
+        self.worker.watch()
 
     def _tokens(self, prepared: Any, rows: Rows) -> Tokens:
         total = int(rows.counts.sum())
@@ -634,7 +635,8 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.do_not_compile = True  # type: ignore[assignment]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # a model that torch compiles as a whole
+            yield
     finally:
         for part in parts:
             part.do_not_compile = False  # type: ignore[assignment]

@@ -18,6 +18,11 @@ from axiscap.serving.thinking import Thinking, Tokens
 
 _LOGGER = logging.getLogger("axiscap")
 
+#: Of so many steps, one is watched: it shows whether every layer still measures its rows, and waits for the device.
+_WATCHED_EVERY = 64
+#: No projection of a real row.
+_UNSEEN = 12345.0
+
 
 class Worker:
     """
@@ -52,6 +57,7 @@ class Worker:
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes, bytes] | None = None
         self._to_count = False
+        self._steps, self._is_watching = 0, False
         self._looked_at: set[str] = set()
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
@@ -184,8 +190,27 @@ class Worker:
             found += [first + position - start for position in positions if 0 <= position - start < count]
         return np.array(found, np.int32)
 
+    def watch(self) -> None:
+        """Before the model runs on the rows of :meth:`fill`: has :meth:`end` check every layer, now and then."""
+        self._is_watching = self._steps % _WATCHED_EVERY == 0
+        self._steps += 1
+        if self._is_watching:
+            self.buffers.all_projections[:, 0].fill_(_UNSEEN)
+
     def end(self) -> None:
-        """After a step, whether or not it had rows."""
+        """After a step, whether or not it had rows.
+
+        Raises
+        ------
+        RuntimeError
+            A layer did not measure the rows of a watched step.
+        """
+        if self._is_watching:
+            self._is_watching = False
+            first = self.buffers.all_projections[:, 0, 0].tolist()
+            for layer, projection in zip(self.buffers.layers, first, strict=True):
+                if projection == _UNSEEN:
+                    raise RuntimeError(f"axiscap: layer {layer} no longer measures the rows of a step: its cap is gone")
         if self._telemetry:
             if self._to_count:
                 self._telemetry.count()

@@ -17,6 +17,7 @@ from axiscap.serving.streams import (
     Output,
     ZeroedMemory,
     check_effect,
+    check_form,
     learn_form,
     read_returned,
 )
@@ -113,6 +114,16 @@ def test_an_output_that_is_no_stream_is_refused_by_its_shape(returned, says):
     block = Block(returned)
     with pytest.raises(SettingsError, match=f"layer 2, a Block, returns no rows of a stream, but {says}"):
         learn_form(block, LAYER, reads, lambda: block(torch.ones(3, HIDDEN)))
+
+
+def test_a_block_that_returns_another_form_later_is_refused():
+    row = torch.ones(1, HIDDEN)
+    for form in Form:
+        one, pair = (read_returned(returned, LAYER, "Block") for returned in (row, (row, row)))
+        right, wrong = (one, pair) if form is Form.STREAM else (pair, one)
+        check_form(right, form, LAYER, "Block")
+        with pytest.raises(SettingsError, match=f"layer 2, a Block, no longer returns {form.value}"):
+            check_form(wrong, form, LAYER, "Block")
 
 
 def test_a_block_that_does_not_run_once_is_refused():

@@ -37,7 +37,7 @@ from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control
 from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
 from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.streams import Form, InconclusiveError, Output, Read, check_effect, read_returned
+from axiscap.serving.streams import Form, InconclusiveError, Output, Read, check_effect, check_form, read_returned
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
@@ -493,9 +493,8 @@ class SglangModel(Model):
             sglang_norm.take_in(self._norms[layer], tensors)
 
         def cap(module: Any, args: Any, kwargs: Any, returned: Any) -> Any:
-            hidden, residual, returned = read(args, kwargs, returned)
-            if (residual is None) != (form is Form.STREAM):
-                raise SettingsError(f"axiscap: layer {layer}, a {kind}, no longer returns {form.value}")
+            output = hidden, residual, returned = read(args, kwargs, returned)
+            check_form(output, form, layer, kind)
             if form is not Form.SUM:
                 torch.ops.axiscap.cap_.buffers(hidden, *tensors)
             elif not in_norm:

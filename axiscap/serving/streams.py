@@ -72,6 +72,12 @@ def read_returned(returned: Any, layer: int, kind: str) -> Output:
     return Output(hidden, residual if isinstance(residual, Tensor) else None, returned)
 
 
+def check_form(output: Output, form: Form, layer: int, kind: str) -> None:
+    """Raises SettingsError if a block no longer returns one tensor, or a pair, as it did when its form was learned."""
+    if (output.residual is None) != (form is Form.STREAM):
+        raise SettingsError(f"axiscap: layer {layer}, a {kind}, no longer returns {form.value}")
+
+
 def _described(returned: Any) -> str:
     if isinstance(returned, Tensor):
         return f"a tensor of {'x'.join(map(str, returned.shape))}"

@@ -30,7 +30,15 @@ from axiscap.serving import settings as shared
 from axiscap.serving.control import Choices, Control, Told
 from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
 from axiscap.serving.settings import KEY, OFF, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.streams import Form, InconclusiveError, Read, ZeroedMemory, check_effect, read_returned
+from axiscap.serving.streams import (
+    Form,
+    InconclusiveError,
+    Read,
+    ZeroedMemory,
+    check_effect,
+    check_form,
+    read_returned,
+)
 from axiscap.serving.thinking import Tokens, marker_ids
 from axiscap_plugin import wrap
 
@@ -417,7 +425,7 @@ class VllmWorker(Model):
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
         self._handed_on: Any = None
-        self._is_unchecked = self._is_first = self._is_filled = self._is_warming_up = False
+        self._is_first = self._is_filled = self._is_warming_up = False
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         for name in ("reload_weights", "finish_weight_update"):
             if hasattr(worker, name):
@@ -545,15 +553,16 @@ class VllmWorker(Model):
         for name, tensor in zip(names, tensors, strict=True):
             block.register_buffer(name, tensor, persistent=False)
 
-        def cap_sum(module: Any, args: Any, returned: Any) -> None:
-            hidden, residual, _ = read_returned(returned, layer, kind)
-            torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *[getattr(module, name) for name in names])
+        def cap(module: Any, args: Any, returned: Any) -> None:
+            output = hidden, residual, _ = read_returned(returned, layer, kind)
+            check_form(output, form, layer, kind)
+            bank = [getattr(module, name) for name in names]
+            if form is Form.SUM:
+                torch.ops.axiscap.cap_residual_.buffers(hidden, residual, *bank)
+            else:
+                torch.ops.axiscap.cap_.buffers(hidden, *bank)
 
-        def cap_first(module: Any, args: Any, returned: Any) -> None:
-            hidden, _, _ = read_returned(returned, layer, kind)
-            torch.ops.axiscap.cap_.buffers(hidden, *[getattr(module, name) for name in names])
-
-        block.register_forward_hook(cap_sum if form is Form.SUM else cap_first)
+        block.register_forward_hook(cap)
 
     def _warm_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._is_warming_up = True
@@ -592,10 +601,7 @@ class VllmWorker(Model):
             check_effect(buffers, run, "the compiled model")
         except InconclusiveError:
             # Blocks with a state of their own leave the rows of a pass without requests uninitialised.
-            if not hasattr(self._runner, "_model_forward"):
-                raise
-            self._is_unchecked = True
-            wrap(self._runner, "_model_forward", self._check_first_step)
+            wrap(self._runner.get_model(), "forward", self._check_first_step)
         with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)
             buffers.limits.fill_(torch.inf)
@@ -610,10 +616,9 @@ class VllmWorker(Model):
 
     def _check_first_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checks the effect with the first prompts. To run them again does no harm to any state of the model."""
-        if self._is_unchecked and self._is_first:
-            buffers = self.worker.buffers
-            check_effect(buffers, lambda: _flat(run_again(original, *args, **kwargs)), "the compiled model")
-            self._is_unchecked = False
+        if self._is_first:
+            del self._runner.get_model().forward  # this wrapper
+            check_effect(self.worker.buffers, lambda: _flat(run_again(original, *args, **kwargs)), "the compiled model")
         return original(*args, **kwargs)
 
     def _dummy_result(self, **options: bool) -> Tensor:

@@ -295,6 +295,17 @@ def test_padding_is_neither_capped_nor_measured(side, llama):
     assert torch.equal(lifted, mask == 1)
 
 
+def test_a_mask_of_the_whole_sequence_counts_its_last_columns_behind_a_cache(llama):
+    """Of a loop of one's own: left padding lies in the cache, and the tokens of the step are all real."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with axiscap.install(llama, profile_for(llama, LAYERS, 1e3)) as cap, torch.no_grad():
+        cache = llama(tokens(2, 4), attention_mask=mask[:, :4], use_cache=True).past_key_values
+        cap.reset_stats()
+        llama(tokens(2, 2, seed=1), attention_mask=mask, past_key_values=cache)
+        assert cap.stats()["default"][1].rows == 4
+        assert not cap.projections()[1].isnan().any()
+
+
 def test_a_positional_mask_counts_too(llama):
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     with axiscap.install(llama, profile_for(llama, LAYERS, 0.0)) as cap, torch.no_grad():

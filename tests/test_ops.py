@@ -705,6 +705,37 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(op, args, kwargs, test_utils=checks + (["test_schema"] if "fp8" not in name else []))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [7, 40, 1040])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_projection_at_its_limit_is_capped(dtype, size, directions):
+    """Exactly there, of either sign; a row beyond it is left alone."""
+    rows = torch.zeros(3, size, dtype=dtype)
+    rows[:, 3] = torch.tensor([-1.5, 1.5, -1.5078125])
+    axes = torch.zeros(1, directions, size)
+    axes[..., 3] = 1
+    floors, limits = torch.full((1, directions), 2.0), torch.full((1, directions), 1.5)
+    wanted = rows.clone()
+    wanted[:2, 3] = 2
+    for cap in (
+        lambda streams, given: ops.cap_(streams, axes, floors, limits=limits, projections=given),
+        lambda streams, given: ops.cap_residual_(
+            torch.zeros_like(streams), streams, axes, floors, limits=limits, projections=given
+        ),
+    ):
+        streams, projections = rows.clone(), torch.zeros(3, directions)
+        cap(streams, projections)
+        assert_same_bits(streams, wanted)
+        assert projections[:2, 0].tolist() == [-1.5, 1.5]
+        assert projections[2].isnan().all()
+
+
+def test_a_projection_at_its_floor_is_not_counted_as_below():
+    stats = ops.accumulate_(ops.new_stats(1, 1), torch.tensor([[2.0], [1.5], [2.5]]), torch.tensor([[2.0]]))
+    counted = dict(zip(_C.STAT_FIELDS, stats[0, 0].tolist(), strict=True))
+    assert (counted["seen"], counted["below"], counted["fired"], counted["shortfall"]) == (3, 1, 1, 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_whole_without_a_graph_break(dynamic):

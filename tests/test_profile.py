@@ -299,6 +299,18 @@ def test_profiles_from_other_tools_load(tmp_path):
     assert CapProfile.load(path).layers == (0,)
 
 
+def test_each_part_that_changes_a_model_changes_the_digest():
+    axes, floors = unit(2, 1, 8), torch.zeros(2, 1)
+    parts = {"lifts": axes / 2, "limits": torch.ones(2, 1), "sinks": (0,)}
+    other = {"lifts": axes / 4, "limits": torch.full((2, 1), 2.0), "sinks": (0, 2)}
+    digests = [CapProfile([1, 2], axes, floors).digest]
+    for name in parts:
+        digests += [CapProfile([1, 2], axes, floors, **{name: value[name]}).digest for value in (parts, other)]
+    digests += [CapProfile([1, 3], axes, floors).digest, CapProfile([1, 2], axes, floors + 1).digest]
+    digests += [CapProfile([1, 2], -axes, floors).digest]
+    assert len(set(digests)) == len(digests)
+
+
 def test_profiles_come_from_stores_and_keep_to_their_digest(tmp_path):
     made = good()
     made.save(tmp_path / "a#b.safetensors")

@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import prometheus_client.parser
@@ -29,6 +30,7 @@ from axiscap.serving import settings as serving
 from axiscap.serving import telemetry as telemetry_module
 from axiscap.serving.buffers import Buffers
 from axiscap.serving.control import TOLD, Choices, Control
+from axiscap.serving.engine import Scheduling
 from axiscap.serving.settings import Choice, ChoiceError, Registry, Settings, SettingsError
 from axiscap.serving.telemetry import Telemetry, Writer
 from axiscap.serving.thinking import Thinking, Tokens, marker_ids
@@ -301,6 +303,57 @@ def control(files, tmp_path, monkeypatch):
 def test_what_an_operator_says_wrong_is_one_sentence(control, method, arguments, says):
     with pytest.raises(ValueError, match=says):
         getattr(control, method)(*arguments)
+
+
+def test_a_profile_that_a_running_request_has_keeps_its_slot(tmp_path, files, monkeypatch):
+    """Whatever comes meanwhile; once the request is gone, its slot is free."""
+    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
+    settings = Settings.parse({"profiles": {"strict": files["strict"]}, "slots": 2})
+    placed: list[int] = []
+    control = Control(settings, state.folder("server"), lambda slot, *_: placed.append(slot), share=False)
+
+    class Request:
+        pass
+
+    running = [Request(), Request()]
+    control.begun(running[0], control.decide({}, "r"))
+    control.move_floors("strict", 1.0)
+    control.begun(running[1], control.decide({}, "r"))
+    with pytest.raises(ValueError, match=r"all 2 slots are taken, by .* that still run under 1 replaced ones"):
+        control.move_floors("strict", 2.0)
+    assert placed == [1]
+    running.pop(0)
+    control.move_floors("strict", 2.0)
+    assert placed == [1, 0]
+
+
+@pytest.mark.parametrize(("key", "own"), [("cache_salt", None), ("extra_key", "mine")])
+def test_a_decided_request_is_apart_in_the_engines_cache(control, key, own):
+    """By its content's digest in front of the client's own key; equal contents share, and nothing else does."""
+
+    class OneProcess(Scheduling):
+        def extra(self, request):
+            return request.asked
+
+        def carry(self, request, extra):
+            request.carried = extra
+
+    OneProcess.key = key
+    scheduling = OneProcess(control)
+    keys = []
+    for asked in ({}, {"axiscap": "strict"}):
+        request = SimpleNamespace(asked=asked, **{key: own})
+        choice = scheduling.decide(request, "r")
+        assert Choice.of(request.carried) == choice
+        keys.append(getattr(request, key))
+    assert keys == [f"axiscap={choice.digest};{own or ''}"] * 2
+    control.move_floors("strict", 1.0)
+    request = SimpleNamespace(asked={}, **{key: own})
+    scheduling.decide(request, "r")
+    assert getattr(request, key) not in keys
+    request = SimpleNamespace(asked={}, **{key: own})
+    scheduling.decide(request, "r", apart=False)
+    assert getattr(request, key) == own
 
 
 def test_floors_are_moved_from_the_content_that_was_loaded(control, files):

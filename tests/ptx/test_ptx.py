@@ -276,11 +276,15 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(dtype, size,
         torch.testing.assert_close(out, wanted)
 
 
+#: A row that a block's registers hold, and a wider one.
+NARROW_AND_WIDE = (1040, HELD[torch.bfloat16] + 8)
+
+
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("directions", [1, 2])
-def test_a_projection_at_its_floor_does_not_fire(op, directions):
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_a_projection_at_its_floor_does_not_fire(op, directions, size):
     """Exactly there, and one place below it."""
-    size = 1040
     rows = torch.zeros(2, size, dtype=torch.bfloat16)
     rows[:, 3] = torch.tensor([2.0, 1.9921875])
     before = rows.clone()
@@ -295,6 +299,44 @@ def test_a_projection_at_its_floor_does_not_fire(op, directions):
     if op not in ("norm", "norm_fp8"):
         name = "hidden0" if op == "cap" else "residual"
         assert device.memory[name].requested["st"] == size * 2
+
+
+@pytest.mark.parametrize("op", ["cap", "cap_residual"])
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_a_row_in_which_nothing_fires_is_not_written(op, size):
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    device = Device(resident=1)
+    run_on(device, op, rows, unit(1, 1, size), torch.full((1, 1), -math.inf))
+    assert device.memory["hidden0" if op == "cap" else "residual"].requested["st"] == 0
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_a_projection_at_its_limit_is_capped(op, directions, size):
+    """Exactly there, of either sign; one place beyond it the row is left alone."""
+    rows = torch.zeros(3, size, dtype=torch.bfloat16)
+    rows[:, 3] = torch.tensor([-1.5, 1.5, -1.5078125])
+    before = rows.clone()
+    axes = torch.zeros(1, directions, size)
+    axes[..., 3] = 1
+    projections, fired = torch.empty(1, 3, directions), torch.empty(3, directions, dtype=torch.uint8)
+    norm, _, _ = normed_by(op, torch.ones(size, dtype=torch.bfloat16), rows)
+    Device(resident=1).call(
+        [rows if op == "cap" else torch.zeros_like(rows)],
+        axes[None],
+        torch.full((1, 1, directions), 2.0),
+        residual=None if op == "cap" else rows,
+        limits=torch.full((1, 1, directions), 1.5),
+        projections=projections,
+        fired=fired,
+        **norm,
+    )
+    assert fired[:, 0].tolist() == [1, 1, 0]
+    assert projections[0, :2, 0].tolist() == [-1.5, 1.5]
+    assert projections[0, 2].isnan().all()
+    assert rows[:2, 3].tolist() == [2.0, 2.0]
+    assert_same_bits(rows[2], before[2])
 
 
 @pytest.mark.parametrize("op", list(OPS))
@@ -315,9 +357,10 @@ def test_a_slot_behind_the_bank_is_refused_wherever_it_comes(op, size, resident)
 
 
 @pytest.mark.parametrize("op", list(OPS))
-def test_rows_may_lie_further_apart_than_32_bits_reach(op):
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_rows_may_lie_further_apart_than_32_bits_reach(op, size):
     """Of two streams, at strides of their own; memory between the rows is never touched."""
-    size, stride = 1040, (1 << 31) + 8
+    stride = (1 << 31) + 8
     near = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(2)).bfloat16()
     far = [
         torch.empty(2 * apart + size, dtype=torch.bfloat16).as_strided((3, size), (apart, 1))
@@ -340,13 +383,15 @@ def test_rows_may_lie_further_apart_than_32_bits_reach(op):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions):
+@pytest.mark.parametrize("width", ["of several rows to a warp", "of several warps to a row", "wide"])
+def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions, width):
     """Projection and floor are finite, what lies between them is not; the axis has zeros, and so has the row."""
+    sizes = {"of several rows to a warp": 72, "of several warps to a row": 1040, "wide": HELD[dtype] + 8}
     for op in OPS:
-        rows = torch.zeros(2, 72, dtype=dtype)
+        rows = torch.zeros(2, sizes[width], dtype=dtype)
         rows[:, 3] = torch.tensor([-2e38, 1.0])
         before = rows.clone()
-        axes, floors = torch.zeros(1, directions, 72), torch.full((1, directions), 3e38)
+        axes, floors = torch.zeros(1, directions, rows.shape[1]), torch.full((1, directions), 3e38)
         axes[..., 3] = 1
         projections, fired = run_on(Device(), op, rows, axes, floors)
         assert fired.any(-1).tolist() == [0, 1]
@@ -559,6 +604,8 @@ def test_wide_rows_against_the_oracle(dtype, op):
         assert device.name == wide_name(dtype, op)
         assert device.launch.block == 512
         assert device.launch.dynamic == -(-size // 1024) * 4096
+    several = Input(dtype, 3, HELD[dtype] + 8, 2, 2, 0, 1.0, True, False, 9, lifts=True)  # each with a lift of its own
+    check_against_the_oracle(Device(resident=2), op, several)
 
 
 @pytest.mark.parametrize("op", list(OPS))

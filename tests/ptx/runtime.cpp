@@ -5,14 +5,27 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "axiscap/accelerator.h"
 
 namespace {
 int ptx_version, major, carveout = -1;
+std::vector<axiscap::CapParams> layers;
+
+// How many bytes a kernel's argument has: 280 for one layer, and 72 for each more of up to 48 (test_ptx.py).
+size_t argument_bytes() { return layers.size() == 1 || layers[0].hidden_size > 8192 ? 280 : 280 + 47 * 72; }
+
+// Whether a pointer of the call's is in the argument.
+bool is_launched_with(const void* argument, const void* pointer) {
+  for (size_t at = 0; at < argument_bytes(); at += 8)
+    if (!std::memcmp(static_cast<const char*>(argument) + at, &pointer, 8)) return true;
+  return false;
+}
 
 // Of the kernels, which are registered before main.
 std::map<const void*, std::string>& names() {
@@ -44,13 +57,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
   return *blocks = 2, cudaSuccess;
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   bool early = false;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     early = early || (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                       config->attrs[i].val.programmaticStreamSerializationAllowed);
-  std::printf("%s, %u x %u blocks, %zu bytes, %d %% shared, %s\n", early ? "early" : "in order", config->gridDim.x,
+  std::printf("%s, %u x %u blocks, %zu bytes, %d %% shared, %s", early ? "early" : "in order", config->gridDim.x,
               config->gridDim.y, config->dynamicSmemBytes, carveout, names().at(kernel).c_str());
+  size_t lifts = 0;
+  for (const axiscap::CapParams& layer : layers) lifts += layer.lifts && is_launched_with(arguments[0], layer.lifts);
+  std::printf(lifts ? ", %zu lifts\n" : "\n", lifts);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
@@ -73,16 +89,39 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaSuccess; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
 }
 
-// What the kernels were compiled for, the device's major version, and the call: rows, H, layers.
+// The arguments are what the kernels were compiled for, the device's major version, and the call: rows, H, layers, the
+// op, a pointer or stride of the last layer that no vector divides ("-": all are aligned), and whether layers have
+// lifts.
 int main(int, char** given) {
   ptx_version = std::atoi(given[1]), major = std::atoi(given[2]);
-  alignas(16) static char rows[16];
-  alignas(16) static float axes[64], floors[1];
+  const std::string op = given[6], odd = given[7];
+  alignas(16) static char memory[4096];
+  alignas(16) static float floors[1], scale[1];
   axiscap::CapParams p;
-  p.hidden = p.out = rows, p.rows = std::atoi(given[3]);
-  p.hidden_stride = p.out_stride = p.hidden_size = std::atoi(given[4]);
-  p.axes = axes, p.floors = floors, p.num_slots = p.directions = 1;
-  const std::vector<axiscap::CapParams> layers(std::atoi(given[5]), p);
+  p.hidden = memory, p.out = op == "cap" ? memory : memory + 64, p.rows = std::atoi(given[3]);
+  p.hidden_stride = p.residual_stride = p.out_stride = p.normed_stride = p.hidden_size = std::atoi(given[4]);
+  p.axes = reinterpret_cast<float*>(memory + 128), p.floors = floors, p.num_slots = p.directions = 1;
+  if (op != "cap") p.residual = memory + 64;
+  if (op == "norm" || op == "norm_fp8") p.weight = memory + 192, p.normed = memory + 256;
+  if (op == "norm_fp8") p.scale = scale;
+  layers.assign(std::atoi(given[5]), p);
+  for (size_t i = 0; i < layers.size() && std::atoi(given[8]); ++i)
+    layers[i].lifts = reinterpret_cast<float*>(memory + 512 + 16 * i);
+  axiscap::CapParams& last = layers.back();
+  const auto shift = [](auto& pointer) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(uintptr_t(pointer) + 4);
+  };
+  if (odd == "hidden") shift(last.hidden);
+  if (odd == "residual") shift(last.residual);
+  if (odd == "out") shift(last.out);
+  if (odd == "axes") shift(last.axes);
+  if (odd == "lifts") shift(last.lifts);
+  if (odd == "weight") shift(last.weight);
+  if (odd == "normed") last.normed = memory + 257;
+  if (odd == "hidden_stride") last.hidden_stride += 1;
+  if (odd == "residual_stride") last.residual_stride += 1;
+  if (odd == "out_stride") last.out_stride += 1;
+  if (odd == "normed_stride") last.normed_stride += 1;
   for (int call = 0; call < 2; ++call)  // what is remembered is as right as what is asked
     if (const char* error = axiscap::accelerator->cap(layers.data(), int64_t(layers.size()), nullptr))
       return std::puts(error), 1;

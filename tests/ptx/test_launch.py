@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from emulated import HELD, kernel_name, nvcc, wide_name
+from emulated import HELD, OPS, kernel_name, nvcc, wide_name
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,20 @@ def test_a_kernel_starts_early_only_where_it_was_compiled_to_wait(launcher, comp
         assert line.startswith(f"{launched}, 1 x 1 blocks, 16384 bytes, 100 % shared, ")
 
 
-def launches(launcher: Path, compiled: int, device: int, rows: int, size: int = 64, layers: int = 1) -> list[str]:
+def launches(
+    launcher: Path,
+    compiled: int,
+    device: int,
+    rows: int,
+    size: int = 64,
+    layers: int = 1,
+    *,
+    op: str = "cap",
+    odd: str = "-",
+    lifts: bool = False,
+) -> list[str]:
     """Of two calls: what is remembered is as right as what is asked."""
-    command = [launcher, *map(str, (compiled, device, rows, size, layers))]
+    command = [launcher, *map(str, (compiled, device, rows, size, layers, op, odd, int(lifts)))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
     return lines[: len(lines) // 2]
@@ -76,7 +87,43 @@ def test_which_kernel_is_launched(launcher, size, layers, wanted):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", [64, 8200])
+def test_each_op_starts_its_own_kernel(launcher, op, size):
+    (line,) = launches(launcher, 90, 9, 4, size, op=op)
+    wide = size > HELD[torch.float32]
+    assert line.endswith(wide_name(torch.float32, op) if wide else kernel_name(torch.float32, op, False, True))
+
+
+#: Pointers and strides that the kernels for aligned rows read or write in whole vectors, by op.
+ODD = [
+    *(("cap", odd, 1) for odd in ("hidden", "hidden_stride", "axes", "lifts", "out", "out_stride")),
+    *(("cap", odd, 3) for odd in ("hidden", "hidden_stride", "axes", "lifts", "out", "out_stride")),
+    *(("cap_residual", odd, 1) for odd in ("hidden", "residual", "residual_stride", "lifts", "out", "out_stride")),
+    *(("norm", odd, 1) for odd in ("residual", "residual_stride", "weight", "normed", "normed_stride")),
+    *(("norm_fp8", odd, 1) for odd in ("residual", "weight", "normed", "normed_stride")),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "odd", "layers"), ODD)
+def test_one_pointer_or_stride_that_no_vector_divides_is_enough(launcher, op, odd, layers):
+    """Of the last layer: then all layers of the launch are read element by element."""
+    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, odd=odd, lifts=odd == "lifts")
+    assert kernel_name(torch.float32, op, False, False, 48 if layers > 1 else 1) in line
+    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, lifts=odd == "lifts")
+    assert kernel_name(torch.float32, op, False, True, 48 if layers > 1 else 1) in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 3, 48])
+def test_each_layer_is_launched_with_its_own_lifts(launcher, layers):
+    (line,) = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
+    assert line.endswith(f", {layers} lifts")
+
+
+@pytest.mark.slow
 def test_a_row_that_no_kernel_takes_is_not_launched(launcher):
-    command = [launcher, *map(str, (90, 9, 1, 24577, 1))]
+    command = [launcher, *map(str, (90, 9, 1, 24577, 1, "cap", "-", 0))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "H must be at most 24576 on a GPU\n")

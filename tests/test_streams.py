@@ -244,6 +244,21 @@ def test_a_cap_that_does_not_come_through_at_one_layer_is_found(tmp_path):
             check_effect(buffers, Capped(buffers, in_vain=layer), "the model")
 
 
+def test_rows_of_uninitialised_memory_show_nothing(tmp_path):
+    """A layer that measures NaN, or a number that no row has, is in the model all the same."""
+    buffers, _ = make_buffers(tmp_path)
+    for value in (torch.nan, 1e30):
+
+        def run(value=value) -> Tensor:
+            for projections in buffers.projections:
+                projections[0] = value
+            buffers.projections[0][0] = 1.0
+            return torch.ones(4)
+
+        with pytest.raises(InconclusiveError, match="passes of the model over equal rows differ by 0 of 2"):
+            check_effect(buffers, run, "the model")
+
+
 @pytest.mark.parametrize("noise", [10.0, torch.nan, torch.inf])
 def test_noise_is_not_taken_for_an_effect(noise, tmp_path):
     buffers, _ = make_buffers(tmp_path)

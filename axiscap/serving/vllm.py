@@ -406,6 +406,9 @@ def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class VllmWorker(Model):
     """A worker's part: caps the block outputs of its layers, and tells the buffers whose rows a step computes."""
 
+    _is_first = _is_filled = _is_warming_up = False
+    _handed_on: Any = None
+
     def __init__(self, worker: Any) -> None:
         self._runner = runner = worker.model_runner
         self._config = worker.vllm_config
@@ -424,8 +427,6 @@ class VllmWorker(Model):
         else:
             wrap(runner, "_prepare_inputs", self._prepare_v1)
         self._begun: dict[str, Sequence[int]] = {}  # of the step's new requests, what is to be computed of them
-        self._handed_on: Any = None
-        self._is_first = self._is_filled = self._is_warming_up = False
         wrap(worker, "compile_or_warm_up_model", self._warm_up)
         for name in ("reload_weights", "finish_weight_update"):
             if hasattr(worker, name):
@@ -597,10 +598,14 @@ class VllmWorker(Model):
         buffers = self.worker.buffers
         # With attention: some backends leave the output of a pass without it uninitialised.
         run = partial(self._dummy_result, **{"skip_attn": False} if self._v2 else {"force_attention": True})
-        try:
-            check_effect(buffers, run, "the compiled model")
-        except InconclusiveError:
-            # Blocks with a state of their own leave the rows of a pass without requests uninitialised.
+        # Blocks with a state of their own leave the rows of a pass without requests uninitialised.
+        is_conclusive = not self._config.model_config.has_inner_state
+        if is_conclusive:
+            try:
+                check_effect(buffers, run, "the compiled model")
+            except InconclusiveError:
+                is_conclusive = False
+        if not is_conclusive:
             wrap(self._runner.get_model(), "forward", self._check_first_step)
         with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)

@@ -13,6 +13,7 @@ from torch import Tensor
 from axiscap.serving.buffers import Buffers, Counts
 from axiscap.serving.control import read_profile
 from axiscap.serving.settings import ANSWER, Choice, Settings
+from axiscap.serving.streams import UNSEEN
 from axiscap.serving.telemetry import Telemetry, Writer
 from axiscap.serving.thinking import Thinking, Tokens
 
@@ -20,8 +21,6 @@ _LOGGER = logging.getLogger("axiscap")
 
 #: Of so many steps, one is watched: it shows whether every layer still measures its rows, and waits for the device.
 _WATCHED_EVERY = 64
-#: No projection of a real row.
-_UNSEEN = 12345.0
 
 
 class Worker:
@@ -195,7 +194,7 @@ class Worker:
         self._is_watching = self._steps % _WATCHED_EVERY == 0
         self._steps += 1
         if self._is_watching:
-            self.buffers.all_projections[:, 0].fill_(_UNSEEN)
+            self.buffers.all_projections[:, 0].fill_(UNSEEN)
 
     def end(self) -> None:
         """After a step, whether or not it had rows.
@@ -209,7 +208,7 @@ class Worker:
             self._is_watching = False
             first = self.buffers.all_projections[:, 0, 0].tolist()
             for layer, projection in zip(self.buffers.layers, first, strict=True):
-                if projection == _UNSEEN:
+                if projection == UNSEEN:
                     raise RuntimeError(f"axiscap: layer {layer} no longer measures the rows of a step: its cap is gone")
         if self._telemetry:
             if self._to_count:

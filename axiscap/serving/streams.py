@@ -225,7 +225,7 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
             if projection == UNSEEN:
                 raise SettingsError(f"axiscap: layer {layer} of {where} measures no row: the cap is not in it")
         noise, size = (run() - plain).norm().item(), plain.norm().item()
-        is_stable = noise <= _MOST_NOISE * size  # not if one of them is not finite
+        is_stable = noise <= _MOST_NOISE * size  # false if one of them is not finite
         if not (is_stable and all(abs(projection) < _LARGEST for projection in measured)):
             raise InconclusiveError(f"axiscap: passes of {where} over equal rows differ by {noise:.3g} of {size:.3g}")
         for at, layer in enumerate(buffers.layers):

@@ -295,7 +295,6 @@ KINDS = {
         ("GPTNeoXForCausalLM", "compiled"),
         ("OPTForCausalLM", "eager"),
         ("FalconH1ForCausalLM", "eager"),
-        ("GraniteMoeHybridForCausalLM", "eager"),
     ),
     "sglang": (("CohereForCausalLM", "eager"), ("StableLmForCausalLM", "eager"), ("LlamaForCausalLM", "eager")),
 }

@@ -383,10 +383,10 @@ def test_rows_may_lie_further_apart_than_32_bits_reach(op, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("width", ["of several rows to a warp", "of several warps to a row", "wide"])
+@pytest.mark.parametrize("width", ["several rows to a warp", "several warps to a row", "wide"])
 def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions, width):
     """Projection and floor are finite, what lies between them is not; the axis has zeros, and so has the row."""
-    sizes = {"of several rows to a warp": 72, "of several warps to a row": 1040, "wide": HELD[dtype] + 8}
+    sizes = {"several rows to a warp": 72, "several warps to a row": 1040, "wide": HELD[dtype] + 8}
     for op in OPS:
         rows = torch.zeros(2, sizes[width], dtype=dtype)
         rows[:, 3] = torch.tensor([-2e38, 1.0])
@@ -847,13 +847,13 @@ def test_planted_faults_are_caught(change, size, error, message):
         (wait_behind_the_first_loads, test_cap_layers_in_one_launch, PtxError, "before the wait"),
         (
             offset_of_32_bits,
-            functools.partial(test_rows_may_lie_further_apart_than_32_bits_reach, "cap"),
+            functools.partial(test_rows_may_lie_further_apart_than_32_bits_reach, "cap", 1040),
             PtxError,
             "where nothing is",
         ),
         (
             fire_at_the_floor,
-            functools.partial(test_a_projection_at_its_floor_does_not_fire, "cap", 1),
+            functools.partial(test_a_projection_at_its_floor_does_not_fire, "cap", 1, 1040),
             AssertionError,
             None,
         ),
@@ -865,7 +865,9 @@ def test_planted_faults_are_caught(change, size, error, message):
         ),
         (
             never_look_whether_it_fits,
-            functools.partial(test_an_infinite_shortfall_leaves_the_row_alone, torch.bfloat16, 1),
+            functools.partial(
+                test_an_infinite_shortfall_leaves_the_row_alone, torch.bfloat16, 1, "several rows to a warp"
+            ),
             AssertionError,
             None,
         ),

@@ -296,7 +296,7 @@ def test_padding_is_neither_capped_nor_measured(side, llama):
 
 
 def test_a_mask_of_the_whole_sequence_counts_its_last_columns_behind_a_cache(llama):
-    """Of a loop of one's own: left padding lies in the cache, and the tokens of the step are all real."""
+    """In a user's own loop, the left padding lies in the cache, and the tokens of the step are all real."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     with axiscap.install(llama, profile_for(llama, LAYERS, 1e3)) as cap, torch.no_grad():
         cache = llama(tokens(2, 4), attention_mask=mask[:, :4], use_cache=True).past_key_values

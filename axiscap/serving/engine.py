@@ -154,13 +154,7 @@ class Model(ABC):
 
     @abstractmethod
     def reader(self, block: nn.Module, layer: int) -> Read:
-        """Reads the complete output of a block.
-
-        Raises
-        ------
-        SettingsError
-            The block's signature is unknown.
-        """
+        """Reads the complete output of a block."""
 
     @abstractmethod
     def cap_block(self, block: nn.Module, layer: int, form: Form, tensors: tuple[Tensor, ...]) -> None:

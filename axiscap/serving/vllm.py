@@ -406,7 +406,7 @@ def _with_view(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class VllmWorker(Model):
     """A worker's part: caps the block outputs of its layers, and tells the buffers whose rows a step computes."""
 
-    _is_first = _is_filled = _is_warming_up = False
+    _is_first = _is_filled = _is_warming_up = _awaits_prompts = False
     _handed_on: Any = None
 
     def __init__(self, worker: Any) -> None:
@@ -605,7 +605,9 @@ class VllmWorker(Model):
                 check_effect(buffers, run, "the compiled model")
             except InconclusiveError:
                 is_conclusive = False
-        if not is_conclusive:
+        self._is_first = False  # of an earlier step: the passes below are over dummy rows
+        if not is_conclusive and not self._awaits_prompts:
+            self._awaits_prompts = True
             wrap(self._runner.get_model(), "forward", self._check_first_step)
         with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)
@@ -623,6 +625,7 @@ class VllmWorker(Model):
         """Checks the effect with the first prompts. To run them again does no harm to any state of the model."""
         if self._is_first:
             del self._runner.get_model().forward  # this wrapper
+            self._awaits_prompts = False
             check_effect(self.worker.buffers, lambda: _flat(run_again(original, *args, **kwargs)), "the compiled model")
         return original(*args, **kwargs)
 

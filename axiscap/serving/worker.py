@@ -19,7 +19,7 @@ from axiscap.serving.thinking import Thinking, Tokens
 
 _LOGGER = logging.getLogger("axiscap")
 
-#: Of so many steps, one is watched: it shows whether every layer still measures its rows, and waits for the device.
+#: One step in this many is watched: it shows whether every layer still measures its rows, and waits for the device.
 _WATCHED_EVERY = 64
 
 

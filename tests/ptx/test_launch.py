@@ -108,7 +108,7 @@ ODD = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "odd", "layers"), ODD)
 def test_one_pointer_or_stride_that_no_vector_divides_is_enough(launcher, op, odd, layers):
-    """Of the last layer: then all layers of the launch are read element by element."""
+    """The last layer has it, and then all layers of the launch are read element by element."""
     (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, odd=odd, lifts=odd == "lifts")
     assert kernel_name(torch.float32, op, False, False, 48 if layers > 1 else 1) in line
     (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, lifts=odd == "lifts")

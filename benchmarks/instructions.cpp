@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "axiscap/cpu.h"
+#include "launchers/cpu.h"
 
 int main(int argc, char** argv) {
   if (argc != 5) {

@@ -85,7 +85,7 @@ def registers(architecture: int) -> dict[str, int]:
     """Registers a thread of each kernel, from ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
-        source = [f"-I{ROOT / 'csrc/include'}", str(ROOT / "csrc/cuda/launch.cu"), "-o", f"{folder}/out"]
+        source = [f"-I{ROOT / 'csrc'}", str(ROOT / "csrc/launchers/cuda.cu"), "-o", f"{folder}/out"]
         said = subprocess.run([*command, *source], check=True, capture_output=True, text=True).stderr
     found = re.findall(r"entry function '(\S+)'.*?Used (\d+) registers", said, re.S)
     return {name: int(count) for name, count in found}

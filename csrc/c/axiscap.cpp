@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "axiscap/accelerator.h"
-#include "axiscap/cpu.h"
+#include "launchers/accelerator.h"
+#include "launchers/cpu.h"
 
 namespace {
 

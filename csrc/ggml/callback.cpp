@@ -1,9 +1,10 @@
+#include "ggml/callback.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 
-#include "axiscap/cpu.h"
-#include "axiscap/ggml.h"
+#include "launchers/cpu.h"
 
 namespace axiscap::ggml {
 namespace {

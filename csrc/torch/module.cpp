@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "axiscap/accelerator.h"
-#include "axiscap/cpu.h"
-#include "axiscap/ggml.h"
-#include "axiscap/plan.h"
+#include "ggml/callback.h"
+#include "kernels/cuda/plan.h"
+#include "launchers/accelerator.h"
+#include "launchers/cpu.h"
 #include "ops.h"
 
 namespace py = pybind11;

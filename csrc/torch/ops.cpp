@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "axiscap/accelerator.h"
-#include "axiscap/cpu.h"
+#include "launchers/accelerator.h"
+#include "launchers/cpu.h"
 
 namespace axiscap {
 namespace {

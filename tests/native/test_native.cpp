@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "axiscap/cpu.h"
+#include "launchers/cpu.h"
 
 using namespace axiscap;
 

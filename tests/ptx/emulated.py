@@ -1,4 +1,4 @@
-"""The ops, on the interpreter: tensors become buffers, a call becomes a launch, as csrc/cuda/launch.cu makes it."""
+"""The ops, on the interpreter: tensors become buffers, a call becomes a launch, as csrc/launchers/cuda.cu makes it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def nvcc() -> str:
 
 @functools.cache
 def ptx_text(architecture: int = 90) -> str:
-    """The PTX of csrc/cuda/launch.cu, compiled with the build's own flags."""
+    """The PTX of csrc/launchers/cuda.cu, compiled with the build's own flags."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.ptx"
-        source = REPOSITORY / "csrc" / "cuda" / "launch.cu"
+        source = REPOSITORY / "csrc" / "launchers" / "cuda.cu"
         command = [nvcc(), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{architecture}"]
-        subprocess.run([*command, f"-I{REPOSITORY / 'csrc/include'}", str(source), "-o", str(out)], check=True)
+        subprocess.run([*command, f"-I{REPOSITORY / 'csrc'}", str(source), "-o", str(out)], check=True)
         return out.read_text()
 
 

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that csrc/cuda/launch.cu calls, for a machine without a GPU: it says what the arguments
-// of the program say of the device and of the kernels, and prints how each kernel is launched.
+// The part of the CUDA runtime that csrc/launchers/cuda.cu calls, for a machine without a GPU: it says what the
+// arguments of the program say of the device and of the kernels, and prints how each kernel is launched.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "axiscap/accelerator.h"
+#include "launchers/accelerator.h"
 
 namespace {
 int ptx_version, major, carveout = -1;

@@ -27,9 +27,9 @@ def compiled(tmp_path_factory) -> dict[int, tuple[Path, str]]:
     def build(architecture: int) -> tuple[Path, str]:
         out = folder / f"sm_{architecture}.cubin"
         command = [compiler, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
-        source = REPOSITORY / "csrc" / "cuda" / "launch.cu"
+        source = REPOSITORY / "csrc" / "launchers" / "cuda.cu"
         done = subprocess.run(
-            [*command, f"-I{REPOSITORY / 'csrc/include'}", str(source), "-o", str(out)],
+            [*command, f"-I{REPOSITORY / 'csrc'}", str(source), "-o", str(out)],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         return out, done.stderr

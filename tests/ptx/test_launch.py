@@ -14,8 +14,8 @@ from emulated import HELD, OPS, kernel_name, nvcc, wide_name
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory) -> Path:
     program = tmp_path_factory.mktemp("launch") / "launch"
-    sources = [REPOSITORY / "csrc" / "cuda" / "launch.cu", REPOSITORY / "tests" / "ptx" / "runtime.cpp"]
-    command = [nvcc(), "-std=c++17", "-arch=compute_80", "-cudart", "none", f"-I{REPOSITORY / 'csrc/include'}"]
+    sources = [REPOSITORY / "csrc" / "launchers" / "cuda.cu", REPOSITORY / "tests" / "ptx" / "runtime.cpp"]
+    command = [nvcc(), "-std=c++17", "-arch=compute_80", "-cudart", "none", f"-I{REPOSITORY / 'csrc'}"]
     subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True, capture_output=True, text=True)
     return program
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "axiscap/params.h"
+#include "kernels/params.h"
 
 namespace axiscap::ggml {
 

@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include "axiscap/params.h"
-#include "axiscap/plan.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/params.h"
 
 namespace axiscap::cuda {
 

@@ -1,10 +1,10 @@
 // Chooses the instruction set, once, and runs its kernels.
+#include "launchers/cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-
-#include "axiscap/cpu.h"
 
 namespace axiscap {
 

@@ -1,5 +1,5 @@
 // The kernels for one instruction set. CMake compiles this file once for each, with its flags and its AXISCAP_ISA.
-#include "axiscap/cap_cpu.h"
+#include "kernels/cpu/cap.h"
 
 namespace axiscap::AXISCAP_ISA {
 

@@ -12,6 +12,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "kernels/params.h"
+
 namespace axiscap::AXISCAP_ISA {
 
 #if defined(__AVX512F__)

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "axiscap/params.h"
+#include "kernels/params.h"
 
 namespace axiscap::cuda {
 

@@ -3,8 +3,8 @@
 // bits, and leaves the statistics of a slot without rows alone.
 #pragma once
 
-#include "axiscap/params.h"
-#include "axiscap/plan.h"
+#include "kernels/cuda/plan.h"
+#include "kernels/params.h"
 
 namespace axiscap::cuda {
 

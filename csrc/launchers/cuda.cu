@@ -3,9 +3,9 @@
 #include <atomic>
 #include <cstdint>
 
-#include "axiscap/accelerator.h"
-#include "axiscap/stats_cuda.cuh"
-#include "axiscap/wide_cuda.cuh"
+#include "kernels/cuda/stats.cuh"
+#include "kernels/cuda/wide.cuh"
+#include "launchers/accelerator.h"
 
 namespace axiscap::cuda {
 namespace {

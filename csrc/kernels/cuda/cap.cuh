@@ -6,7 +6,7 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "axiscap/rows_cuda.cuh"
+#include "kernels/cuda/rows.cuh"
 
 namespace axiscap::cuda {
 

@@ -2,7 +2,7 @@
 // device needs no other knowledge of it.
 #pragma once
 
-#include "axiscap/params.h"
+#include "kernels/params.h"
 
 namespace axiscap {
 

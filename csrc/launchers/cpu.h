@@ -1,7 +1,7 @@
 // The CPU kernels' door: plain functions over a range of rows, so that whoever calls brings the threads.
 #pragma once
 
-#include "axiscap/params.h"
+#include "kernels/params.h"
 
 namespace axiscap::cpu {
 

@@ -3,7 +3,7 @@
 // again what it stores beside: a model of such a width has much else to do.
 #pragma once
 
-#include "axiscap/cap_cuda.cuh"
+#include "kernels/cuda/cap.cuh"
 
 namespace axiscap::cuda {
 

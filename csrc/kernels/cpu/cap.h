@@ -12,8 +12,8 @@
 #include <new>
 #include <type_traits>
 
-#include "axiscap/params.h"
-#include "axiscap/simd.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/params.h"
 
 namespace axiscap::AXISCAP_ISA {
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from axiscap import ops
+from axiscap import _C, ops
 from axiscap.banks import CappedLayer, Installed, by_name
 from axiscap.fit import ModelFacts, check_fits
 from axiscap.models import decoder_layers, language_class, text_config
@@ -44,15 +44,36 @@ _installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _CappedLayer(CappedLayer):
-    """A layer whose hidden states are tensors of torch's."""
+    """A layer whose hidden states are torch tensors.
+
+    ``run(output)`` caps the output, keeps its projections and counts them, in one call of the extension. It returns
+    False, with nothing done, for all but the plain case: no gradient, and the shape and device that the pass announced.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        profiles: Sequence[CapProfile],
+        directions: int,
+        device: torch.device,
+        passes: dict[torch.device, Any],
+        position: int,
+    ) -> None:
+        self._passes, self._position = passes, position
+        super().__init__(index, profiles, directions, device)
+
+    def place(self, *parts: Any) -> None:
+        super().place(*parts)
+        one = self._passes.setdefault(self.axes.device, _C.Pass())
+        self.run: Callable[[object], bool] = _C.layer(self.bank, self.stats, one, self._position)
 
     def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass, *, count: bool = True) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
         if hidden.device != self.axes.device:
             self.place(self.axes, self.floors, self.more, self.stats, hidden.device)
         compiling = torch.compiler.is_compiling()
-        # An exported program is the cap alone: what it would leave behind here is no data, but a trace of it. (The
-        # flag, since torch.compile of 2.10 and 2.11 takes is_exporting() for true.)
+        # Do not count in an exported program: the statistics would be traced, not recorded. (The flag, since
+        # torch.compile of 2.10 and 2.11 takes is_exporting() for true.)
         count = count and not (compiling and torch.compiler._is_exporting_flag)
         projections = self._projections(hidden, seen, compiling) if count else None
         if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
@@ -66,13 +87,26 @@ class _CappedLayer(CappedLayer):
         return hidden
 
     def _projections(self, hidden: Tensor, seen: Pass, compiling: bool) -> Tensor:
-        """Room for those of one pass: the last one's, where it fits."""
+        """A tensor for the projections of one pass: that of the last pass, if it has as many rows."""
         rows = hidden.numel() // hidden.shape[-1]
         room, _ = seen.projections.get(self.index, (None, None))
         if compiling or room is None or room.shape[0] != rows or room.device != hidden.device:
             room = self.floors.new_empty((rows, self.floors.shape[1]))
         seen.projections[self.index] = room, hidden.shape[:-1]
         return room
+
+
+class _LayerHook(Hook):
+    """The hook of a capped layer: one call of the extension, or of ``call`` for what that does not take."""
+
+    def __init__(self, layer: _CappedLayer, call: Callable[..., Any]) -> None:
+        super().__init__(call)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling() and self.layer.run(output):
+            return None
+        return self.call(module, args, output)
 
 
 class Installation(Installed):
@@ -128,9 +162,15 @@ class Installation(Installed):
         # Profiles that say nothing of sinks, until it was seen once whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
 
-        directions = max(profile.directions for profile in profiles.values())
+        directions = self._directions = max(profile.directions for profile in profiles.values())
         indices = sorted({layer for profile in profiles.values() for layer in profile.layers})
-        self._layers = {i: _CappedLayer(i, list(profiles.values()), directions, _device(blocks[i])) for i in indices}
+        self._native_passes: dict[torch.device, Any] = {}  # of the layers' fast way
+        self._layers = {
+            index: _CappedLayer(
+                index, list(profiles.values()), directions, _device(blocks[index]), self._native_passes, position
+            )
+            for position, index in enumerate(indices)
+        }
 
         self._undo: list[Any] = []
         self._blocks = blocks
@@ -142,7 +182,9 @@ class Installation(Installed):
             self._signature = inspect.signature(owner.forward)
             self._undo.append(owner.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True).remove)
             for index, layer in self._layers.items():
-                self._undo.append(blocks[index].register_forward_hook(Hook(self._after_layer(layer))).remove)
+                self._undo.append(
+                    blocks[index].register_forward_hook(_LayerHook(layer, self._after_layer(layer))).remove
+                )
                 _recorders_last(blocks[index])
             self._listen_to_generate(getattr(model, "_orig_mod", model))
             _installed.update(blocks)
@@ -362,6 +404,25 @@ class Installation(Installed):
         this.slots = {}
         if not torch.compiler.is_compiling():
             self._last = this
+            ids = args[0] if args else given.get("input_ids")
+            self._announce(this, given.get("inputs_embeds") if ids is None else ids)
+
+    def _announce(self, this: Pass, inputs: object) -> None:
+        """Tells the layers' fast way the pass that begins: its shape, slots, and where its projections go."""
+        for native in self._native_passes.values():
+            native.end()
+        is_traced = torch._C._get_tracing_state() is not None
+        if self._unlooked or is_traced or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+            return
+        batch, tokens = inputs.shape[:2]
+        try:
+            for device, native in self._native_passes.items():
+                slots = self._slots_of(this, device, batch, tokens)
+                layers = [index if layer.axes.device == device else None for index, layer in self._layers.items()]
+                room = this.room(device, layers, torch.Size((batch, tokens)), self._directions)
+                native.begin(batch, tokens, slots, room)
+        except ValueError:  # the inputs are not those of the layers, or the layer itself says what is wrong
+            return
 
     def _after_layer(self, layer: _CappedLayer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -393,14 +454,12 @@ class Installation(Installed):
         # those of the last forward pass, and counted already.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         this = self._last if again else self._passes.mine
-        key = (hidden.device, hidden.shape)
-        if key not in this.slots:
-            this.slots[key] = self._make_slots(hidden, this.tokens)
+        slots = self._slots_of(this, hidden.device, *_batch_and_tokens(hidden))
         looks = bool(self._unlooked) and hidden.shape[-2] > 1 and not torch.compiler.is_compiling()
         norms = hidden.detach().float().norm(dim=-1).flatten() if looks else None
-        capped = layer.cap(hidden, this.slots[key], this, count=not again)
+        capped = layer.cap(hidden, slots, this, count=not again)
         if norms is not None:
-            self._look_for_sinks(layer, norms, this.slots[key], this.projections[layer.index][0])
+            self._look_for_sinks(layer, norms, slots, this.projections[layer.index][0])
         return capped
 
     def _cap_replicated(self, layer: _CappedLayer, hidden: Any) -> Tensor:
@@ -411,7 +470,8 @@ class Installation(Installed):
                 "is replicated"
             )
         this, local = self._passes.mine, hidden.to_local()
-        capped = layer.cap(local, self._make_slots(local, this.tokens), this)
+        slots = self._make_slots(local.device, *_batch_and_tokens(local), this.tokens)
+        capped = layer.cap(local, slots, this)
         made: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
         return made
 
@@ -436,8 +496,13 @@ class Installation(Installed):
                 stacklevel=2,
             )
 
-    def _make_slots(self, hidden: Tensor, known: Tokens) -> Tensor | None:
-        batch, tokens = hidden.shape[:2] if hidden.dim() == 3 else (1, hidden.shape[0])
+    def _slots_of(self, this: Pass, device: torch.device, batch: int, tokens: int) -> Tensor | None:
+        key = (device, batch, tokens)
+        if key not in this.slots:
+            this.slots[key] = self._make_slots(device, batch, tokens, this.tokens)
+        return this.slots[key]
+
+    def _make_slots(self, device: torch.device, batch: int, tokens: int, known: Tokens) -> Tensor | None:
         real, generated, positions, chosen = known
         selection = [0] if chosen is not None else self._selected()
         if self._generated_only and generated is None:
@@ -447,26 +512,26 @@ class Installation(Installed):
             return None
         if batch % len(selection) != 0:
             raise ValueError(f"profiles are selected for {len(selection)} sequences, but the batch has {batch}")
-        slots = torch.tensor(selection, dtype=torch.int32, device=hidden.device)[:, None]
+        slots = torch.tensor(selection, dtype=torch.int32, device=device)[:, None]
         if chosen is not None:
-            slots = chosen.to(hidden.device)
+            slots = chosen.to(device)
         if len(slots) > 1:
             slots = slots.repeat_interleave(batch // len(slots), 0)
         if real is not None:
             if real.shape[0] != batch or real.shape[1] < tokens:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(real.shape)}, but hidden states {tuple(hidden.shape)}"
+                    f"attention_mask has shape {tuple(real.shape)}, but hidden states have ({batch}, {tokens}) tokens"
                 )
-            slots = torch.where(real[:, -tokens:].to(hidden.device), slots, -1)
+            slots = torch.where(real[:, -tokens:].to(device), slots, -1)
         if generated is not None:
             # Rows that generate() knows nothing of are virtual tokens, in front.
             generated = nn.functional.pad(generated, (max(0, tokens - len(generated)), 0))
-            slots = torch.where(generated.to(hidden.device), slots, -1)
+            slots = torch.where(generated.to(device), slots, -1)
         if self._sinks:
             if positions is None or positions.dim() == 0:
-                start = 0 if positions is None else positions.to(hidden.device)
-                positions = (torch.arange(tokens, device=hidden.device) + start)[None]
-            positions = positions[:, -tokens:].to(hidden.device)
+                start = 0 if positions is None else positions.to(device)
+                positions = (torch.arange(tokens, device=device) + start)[None]
+            positions = positions[:, -tokens:].to(device)
             for at, sinks in self._sinks.items():
                 for sink in sinks:  # a few; a tensor of them would be a copy to the device in each pass
                     slots = torch.where((slots == at) & (positions == sink), -1, slots)
@@ -630,6 +695,10 @@ def _check_streams(model: nn.Module, block: nn.Module) -> None:
     floating = (parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())
     if next(floating, torch.float32) == torch.float64:
         raise ValueError("the model is float64; float32, bfloat16 and float16 can be capped")
+
+
+def _batch_and_tokens(hidden: Tensor) -> tuple[int, int]:
+    return (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (1, hidden.shape[0])
 
 
 def _has_no_data(hidden: Tensor) -> bool:

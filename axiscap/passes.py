@@ -37,14 +37,29 @@ class Pass:
         self.tokens = Tokens()
         self.announced: Tokens | None = None  # what generate() said of the coming one
         self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
-        self.slots: dict[tuple[torch.device, torch.Size], Tensor | None] = {}
+        self.slots: dict[tuple[torch.device, int, int], Tensor | None] = {}  # by device, batch and tokens
         self.selection: list[int] | None = None  # as compiled code has to look it up
         self.chooser: int | None = None  # the task that made it
         self.several_tasks = False
         self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
+        self._rooms: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}
         # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
         # where in the sequence the prompt ends.
         self.generating = self.given = self.prompt_length = 0
+
+    def room(self, device: torch.device, layers: list[int | None], shape: torch.Size, directions: int) -> Tensor:
+        """(layers, rows, K) float32 for the projections of a pass, NaN until a layer has run.
+
+        ``layers`` has None for those on another device. The last pass's tensor is used again if it fits.
+        """
+        room, parts = self._rooms.get(device, (None, {}))
+        if room is None or next(iter(parts.values()))[1] != shape:
+            with torch.inference_mode(False):
+                room = torch.full((len(layers), shape.numel(), directions), torch.nan, device=device)
+            parts = {layer: (part, shape) for layer, part in zip(layers, room, strict=True) if layer is not None}
+            self._rooms[device] = room, parts
+        self.projections.update(parts)
+        return room
 
 
 class Passes(threading.local):

@@ -10,8 +10,8 @@ namespace axiscap {
 // that says what went wrong.
 struct Accelerator {
   const char* name;
-  const char* (*cap)(const CapParams* layers, int64_t count, void* stream);
-  const char* (*accumulate)(const StatsParams&, void* stream);
+  const char* (*cap)(const CapParams* layers, int64_t count, int device, void* stream);
+  const char* (*accumulate)(const StatsParams&, int device, void* stream);
   int64_t max_hidden_size;  // of a row
   int runtime;              // version of the runtime that is linked, such as 13000
   int (*driver)();          // the newest runtime that the driver can run; 0: there is no driver

@@ -1,15 +1,11 @@
-// The pybind11 door: the same ops, called without the dispatcher.
-#include <pybind11/pybind11.h>
+// The module axiscap._C: the ops, banks that are checked once, what stands on a layer of a running model, and what
+// tools ask of the build.
 #include <pybind11/stl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <deque>
+#include <limits>
 #include <optional>
-#include <set>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,345 +13,216 @@
 #include "kernels/cuda/plan.h"
 #include "launchers/accelerator.h"
 #include "launchers/cpu.h"
-#include "ops.h"
+#include "torch/binding.h"
 
-namespace py = pybind11;
-using namespace py::literals;
-
-namespace axiscap {
-namespace {
-
-// A tensor that Python gives: borrowed.
-struct Given {
-  PyObject* object;
-
-  py::object keep() const { return py::reinterpret_borrow<py::object>(object); }
-};
-
-// What the door knows of torch's Python: looked up on import.
-struct Torch {
-  PyTypeObject* tensor;
-  PyObject* increment_version;
-  PyObject* requires_grad;  // the attribute's name
-  // torch's stable interface has no way from a Python object to a handle, nor to a tensor's dispatch keys. But a handle
-  // is the address of a pointer to what `_cdata` tells the address of, which the object holds; and that holds the keys,
-  // which `_dispatch_keys` tells. Where they lie is found out on import, from some tensors that have other values
-  // there. Where it is not found, Python is asked each time.
-  ptrdiff_t handle = 0, keys = 0;  // 0: not found
-  PyObject* dispatch_keys;
-  uint64_t dense, owned;  // keys: of what has its elements in memory; of what somebody else must look at first
-};
-Torch torch_{};
-
-}  // namespace
-}  // namespace axiscap
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<axiscap::Given> {
-  PYBIND11_TYPE_CASTER(axiscap::Given, const_name("torch.Tensor"));
-
-  bool load(handle source, bool) {
-    value.object = source.ptr();
-    return PyObject_TypeCheck(value.object, axiscap::torch_.tensor);
-  }
-};
-
-}  // namespace pybind11::detail
+using namespace pybind11::literals;
 
 namespace axiscap {
 namespace {
 
-// The place, among so many bytes behind each of these addresses, that holds what belongs to each. 0: there is none.
-ptrdiff_t find(const std::vector<std::pair<uintptr_t, uint64_t>>& addresses, ptrdiff_t begin, ptrdiff_t end) {
-  for (ptrdiff_t place = begin; place < end; place += sizeof(uint64_t))
-    if (std::all_of(addresses.begin(), addresses.end(), [place](const auto& at) {
-          return *reinterpret_cast<const uint64_t*>(at.first + place) == at.second;
-        }))
-      return place;
-  return 0;
-}
-
-uint64_t told_keys(const py::handle& tensor) {
-  return py::handle(torch_.dispatch_keys)(tensor).attr("raw_repr")().cast<uint64_t>();
-}
-
-// Whether there is an object at what may be an address.
-bool is_mapped(uintptr_t address) {
-  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-  unsigned char resident;
-  return address % sizeof(uint64_t) == 0 && mincore(reinterpret_cast<void*>(address / page * page), 1, &resident) == 0;
-}
-
-// A tensor shares its counter of versions, and nothing else of its own, with what `detach` returns and not with its
-// `data`. Many tensors are looked at, since words between a tensor's members hold anything, and are alike by chance.
-VersionPlace find_version(const py::object& torch, ptrdiff_t end) {
-  const auto impl = [](const py::object& tensor) { return tensor.attr("_cdata").cast<uintptr_t>(); };
-  constexpr size_t kTensors = 16;
-  std::array<std::array<py::object, 3>, kTensors> alive;
-  std::array<std::array<uintptr_t, 3>, kTensors> impls;
-  for (size_t i = 0; i < kTensors; ++i) {
-    const py::object tensor = torch.attr("empty")(3, "device"_a = "cpu");
-    alive[i] = {tensor, tensor.attr("detach")(), tensor.attr("data")};
-    std::transform(alive[i].begin(), alive[i].end(), impls[i].begin(), impl);
-  }
-  // So many changes that no other number beside it, of references or versions, is the same by chance.
-  constexpr size_t kChanges = 1009;
-  py::handle(torch_.increment_version)(py::make_tuple(alive[0][0]) * py::int_(kChanges));
-  const auto version = alive[0][0].attr("_version").cast<uint32_t>();
-
-  VersionPlace found;
-  for (ptrdiff_t place = sizeof(uint64_t); place < end; place += sizeof(uint64_t)) {
-    const auto word = [place](uintptr_t of) { return *reinterpret_cast<const uintptr_t*>(of + place); };
-    std::set<uintptr_t> counters;
-    for (const auto& [tensor, shares, shares_not] : impls)
-      if (word(tensor) == word(shares)) counters.insert({word(tensor), word(shares_not)});
-    const uintptr_t counter = word(impls[0][0]);
-    if (counters.size() != 2 * kTensors || counters.contains(0) || !is_mapped(counter)) continue;
-    // Behind the table of functions: what counts references, and the version.
-    for (ptrdiff_t number = sizeof(uint64_t); number < ptrdiff_t(3 * sizeof(uint64_t)); number += sizeof(uint32_t))
-      if (*reinterpret_cast<const uint32_t*>(counter + number) == version) found = {place, number};
-  }
-  return found;
-}
-
-void look_up_torch() {
-  const py::object torch = py::module_::import("torch"), internals = torch.attr("_C");
-  const auto kept = [](const py::object& object) { return py::object(object).release().ptr(); };  // while we live
-  torch_.tensor = reinterpret_cast<PyTypeObject*>(kept(torch.attr("Tensor")));
-  torch_.increment_version = kept(internals.attr("_increment_version"));
-  torch_.dispatch_keys = kept(internals.attr("_dispatch_keys"));
-  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
-
-  const auto keys_of = [&](const char* name) {
-    return internals.attr("DispatchKeySet")(internals.attr("DispatchKey").attr(name))
-        .attr("raw_repr")()
-        .cast<uint64_t>();
-  };
-  torch_.dense = keys_of("Dense");
-  for (const char* name :
-       {"Python", "Functionalize", "FuncTorchBatched", "FuncTorchGradWrapper", "Negative", "Conjugate", "ZeroTensor"})
-    torch_.owned |= keys_of(name);
-
-  // Imported inside inference mode, too: a tensor of that mode has no version.
-  const py::object normal_mode = torch.attr("inference_mode")(false);
-  normal_mode.attr("__enter__")();
-  const py::object one = torch.attr("empty")(3, "device"_a = "cpu");
-  const std::array<py::object, 4> tensors{one, torch.attr("_neg_view")(one), one.attr("to")("meta"),
-                                          one.attr("to_sparse")()};
-  std::vector<std::pair<uintptr_t, uint64_t>> objects, impls;
-  for (const py::object& tensor : tensors) {
-    const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
-    objects.emplace_back(reinterpret_cast<uintptr_t>(tensor.ptr()), impl);
-    impls.emplace_back(impl, told_keys(tensor));
-  }
-  constexpr ptrdiff_t kLeastTensor = 23 * sizeof(uint64_t);  // what a tensor has at least, in every torch so far
-  torch_.handle = find(objects, sizeof(PyObject), torch_.tensor->tp_basicsize);
-  torch_.keys = find(impls, sizeof(uint64_t), kLeastTensor);
-  if (torch_.handle && torch_.keys) version_place = find_version(torch, kLeastTensor);
-  normal_mode.attr("__exit__")(py::none(), py::none(), py::none());
-}
-
-bool is_true(PyObject* answer) {
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
-}
-
-// A given tensor's view, and whether its memory is what its sizes and strides say. Another one belongs to a mode, a
-// transform, a layout or a subclass (a fake one, a DTensor, a vmapped one, a sparse one): it goes through the
-// dispatcher, where its owner does his part, or there is no kernel for it.
-struct Look {
-  TensorView view;
-  bool is_plain;
-
-  explicit Look(Given given) {
-    const char* impl;
-    if (torch_.handle) {
-      char* place = reinterpret_cast<char*>(given.object) + torch_.handle;
-      view.handle = reinterpret_cast<AtenTensorHandle>(place);
-      impl = *reinterpret_cast<const char* const*>(place);
-    } else {
-      impl_ = given.keep().attr("_cdata").cast<uintptr_t>();
-      view.handle = reinterpret_cast<AtenTensorHandle>(&impl_);
-      impl = reinterpret_cast<const char*>(impl_);
-    }
-    const uint64_t keys =
-        torch_.keys ? *reinterpret_cast<const uint64_t*>(impl + torch_.keys) : told_keys(given.object);
-    is_plain = (keys & torch_.dense) && !(keys & torch_.owned);
-    if (!is_plain) return;
-    view = TensorView(view.handle);
-    is_plain = view.device.is_cpu() || view.device.is_cuda();
-  }
-  Look(const Look&) = delete;  // the view may refer to it
-
- private:
-  uintptr_t impl_;
-};
-
-// How Python gives each kind of argument of an op, and how it is looked at.
-template <class Argument>
-struct Seen;
-
-template <>
-struct Seen<const TensorView&> {
-  using From = Given;
-  Look look;
-
-  explicit Seen(Given given) : look(given) {}
-  bool is_plain() const { return look.is_plain; }
-  const TensorView& get() const { return look.view; }
-};
-
-template <>
-struct Seen<Optional> {
-  using From = std::optional<Given>;
-  std::optional<Look> look;
-
-  explicit Seen(From given) {
-    if (given) look.emplace(*given);
-  }
-  bool is_plain() const { return !look || look->is_plain; }
-  Optional get() const { return look ? &look->view : nullptr; }
-};
-
-template <>
-struct Seen<TensorList> {
-  using From = std::vector<Given>;
-  std::deque<Look> looks;
-  std::vector<TensorView> views;
-
-  explicit Seen(const From& given) {
-    for (const Given& tensor : given) views.push_back(looks.emplace_back(tensor).view);
-  }
-  bool is_plain() const {
-    return std::all_of(looks.begin(), looks.end(), [](const Look& look) { return look.is_plain; });
-  }
-  TensorList get() const { return views; }
-};
-
-template <>
-struct Seen<double> {
-  using From = double;
-  double value;
-
-  explicit Seen(double value) : value(value) {}
-  bool is_plain() const { return true; }
-  double get() const { return value; }
-};
-
-py::object to_python(Given given) { return given.keep(); }
-py::object to_python(const std::optional<Given>& given) { return given ? given->keep() : py::none(); }
-py::object to_python(double given) { return py::float_(given); }
-py::object to_python(const std::vector<Given>& given) {
-  py::list list;
-  for (const Given& tensor : given) list.append(tensor.keep());
-  return list;
-}
-
-// What autograd is told of a tensor that a direct call changes: what the dispatcher's door announces, at less cost.
-// Before the call one that needs a gradient is refused, behind it the change is counted.
-void check_may_change(Given given, const char* name) {
-  check_needs_no_gradient(
-      aoti_torch_grad_mode_is_enabled() && is_true(PyObject_GetAttr(given.object, torch_.requires_grad)), name);
-}
-void check_may_change(const std::vector<Given>& given, const char* name) {
-  for (const Given& tensor : given) check_may_change(tensor, name);
-}
-
-void mark_changed(Given given, const TensorView& view) {
-  if (count_change(view.handle)) return;
-  py::handle(torch_.increment_version)(py::make_tuple(given.keep()));
-}
-void mark_changed(const std::vector<Given>& given, TensorList views) {
-  for (size_t i = 0; i < given.size(); ++i) mark_changed(given[i], views[i]);
-}
-
-void dispatch(const char* op, const py::dict& arguments) {
-  py::module_::import("torch").attr("ops").attr("axiscap").attr(op)(**arguments);
-}
-
-// An op's door: the op itself on plain tensors, and else the dispatcher, under the same name with the same arguments.
-// `Changing` are the places of the arguments that it changes.
-template <class Changing, class... Arguments>
-class Door {
- public:
-  Door(const char* name, void (*op)(Arguments...), std::array<const char*, sizeof...(Arguments)> names)
-      : name_(name), op_(op), names_(names) {}
-
-  void operator()(typename Seen<Arguments>::From... given) const {
-    call(std::index_sequence_for<Arguments...>(), Changing(), std::tie(given...));
-  }
-
- private:
-  template <size_t... I, size_t... C, class Tuple>
-  void call(std::index_sequence<I...>, std::index_sequence<C...>, Tuple given) const {
-    const std::tuple<Seen<Arguments>...> seen{std::get<I>(given)...};
-    if (!(std::get<I>(seen).is_plain() && ...)) {
-      py::dict arguments;
-      ((arguments[names_[I]] = to_python(std::get<I>(given))), ...);
-      return dispatch(name_, arguments);
-    }
-    (check_may_change(std::get<C>(given), names_[C]), ...);
-    op_(std::get<I>(seen).get()...);
-    (mark_changed(std::get<C>(given), std::get<C>(seen).get()), ...);
-  }
-
-  const char* name_;
-  void (*op_)(Arguments...);
-  std::array<const char*, sizeof...(Arguments)> names_;
-};
-
-template <size_t... changing, class... Arguments, class... Names>
-auto door(const char* name, void (*op)(Arguments...), Names... names) {
-  return Door<std::index_sequence<changing...>, Arguments...>(name, op, {names...});
-}
-
-// A bank that holds its tensors, checked once; once more where somebody freed, moved or resized one since.
+// A bank that holds its tensors, with values that were checked once.
 struct KeptBank {
-  py::object axes, floors, lifts, limits;  // the last two may be None
-  Seen<const TensorView&> axes_seen, floors_seen;
-  Seen<Optional> lifts_seen, limits_seen;
-  Bank bank;
+  std::array<py::object, 4> objects;  // axes, floors, lifts and limits; the last two may be None
+  std::array<const char*, 4> data{};
+  std::array<int64_t, 4> numels{};
 
-  KeptBank(Given axes_, Given floors_, std::optional<Given> lifts_, std::optional<Given> limits_)
-      : axes(axes_.keep()),
-        floors(floors_.keep()),
-        lifts(to_python(lifts_)),
-        limits(to_python(limits_)),
-        axes_seen(axes_),
-        floors_seen(floors_),
-        lifts_seen(lifts_),
-        limits_seen(limits_),
-        bank(described(), floors_seen.get(), lifts_seen.get(), limits_seen.get()) {
-    CHECK_VALUE(is_plain(), kNotDense);
-    check_values(bank);
-  }
-  KeptBank(const KeptBank&) = delete;  // the bank refers to its neighbours
+  KeptBank(const py::object& axes, const py::object& floors, const py::object& lifts, const py::object& limits);
+
+  // Reads the tensors as they are now. Returns false if somebody freed, moved or resized one since: the caller of
+  // Bank owns them, and may share them with a module.
+  bool read(std::array<Tensor, 4>& tensors, Bank& bank) const;
 
  private:
-  static constexpr const char* kNotDense = "a bank is made of dense tensors with data";
-
-  bool is_plain() const {
-    return axes_seen.is_plain() && floors_seen.is_plain() && lifts_seen.is_plain() && limits_seen.is_plain();
-  }
-
-  // What is wrong with sizes and dtypes is said before that tensors have no data: those of a mode, or of no device.
-  const TensorView& described() {
-    const auto describe = [](Look& look) {
-      if (!look.is_plain) look.view = TensorView(look.view.handle, false);
-    };
-    try {
-      describe(axes_seen.look);
-      describe(floors_seen.look);
-      if (lifts_seen.look) describe(*lifts_seen.look);
-      if (limits_seen.look) describe(*limits_seen.look);
-    } catch (const std::runtime_error&) {
-      throw py::value_error(kNotDense);
-    }
-    return axes_seen.get();
+  Bank bank_of(const std::array<Tensor, 4>& tensors) const {
+    return {&tensors[0], &tensors[1], data[2] ? &tensors[2] : nullptr, data[3] ? &tensors[3] : nullptr};
   }
 };
+
+constexpr const char* kBankNames[] = {"axes", "floors", "lifts", "limits"};
+
+KeptBank::KeptBank(const py::object& axes, const py::object& floors, const py::object& lifts, const py::object& limits)
+    : objects{axes, floors, lifts, limits} {
+  std::array<Tensor, 4> tensors;
+  const auto is_given = [&](int i) { return i < 2 || !objects[i].is_none(); };
+  for (int i = 0; i < 4; ++i)
+    if (is_given(i)) check_is_tensor(objects[i].ptr(), kBankNames[i]);
+  for (int i = 1; i < 4; ++i) {
+    if (!is_given(i)) continue;
+    const py::object device = objects[i].attr("device"), wanted = axes.attr("device");
+    CHECK_VALUE(device.equal(wanted), kBankNames[i], " must be on the device of axes, ", std::string(py::str(wanted)),
+                ", got ", std::string(py::str(device)));
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (!is_given(i)) continue;
+    CHECK_VALUE(tensors[i].read(objects[i].ptr(), false) && !tensors[i].is_negated(),
+                "a bank is made of dense tensors with data");
+    data[i] = tensors[i].data;
+    numels[i] = tensors[i].numel;
+  }
+  const Bank bank = bank_of(tensors);
+  bank.check();
+  bank.check_values();
+}
+
+bool KeptBank::read(std::array<Tensor, 4>& tensors, Bank& bank) const {
+  for (int i = 0; i < 4; ++i)
+    if (data[i] &&
+        (!tensors[i].read(objects[i].ptr(), false) || tensors[i].data != data[i] || tensors[i].numel != numels[i]))
+      return false;
+  bank = bank_of(tensors);
+  return tensors[1].numel * tensors[0].sizes.back() == tensors[0].numel;
+}
+
+// Bank.cap_: the op with a bank that needs no more checks.
+PyObject* cap_with_bank(PyObject* self, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+  static const Signature signature("cap_(Tensor(a!) hidden, Tensor? slots=None, Tensor(z!)? projections=None) -> ()");
+  return call_guarded([&] {
+    // The method descriptor has checked the type of self; pybind11's cast would look it up once more.
+    const auto& kept = *reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr<KeptBank>();
+    BoundArguments bound;
+    std::array<Tensor, 4> tensors;
+    Bank bank;
+    if (bound.bind(signature, {arguments, count, names}, false) && kept.read(tensors, bank)) {
+      bound.axes = bank.axes, bound.floors = bank.floors, bound.lifts = bank.lifts, bound.limits = bank.limits;
+      cap_with_checked_bank_(bound);
+      return py::none().release().ptr();
+    }
+    const auto given = [&](int i) {
+      return py::reinterpret_borrow<py::object>(bound.given[i] ? bound.given[i] : Py_None);
+    };
+    const py::object op = py::module_::import("axiscap._C").attr("cap_");
+    return op(given(0), kept.objects[0], kept.objects[1], given(1), "lifts"_a = kept.objects[2],
+              "limits"_a = kept.objects[3], "projections"_a = given(2))
+        .release()
+        .ptr();
+  });
+}
+
+// What the layers of one forward pass share, set before the first of them runs.
+struct Pass {
+  unsigned long thread = 0;    // that runs it; 0: no pass, and every layer is the slow one
+  std::vector<int64_t> shape;  // (batch, tokens) of the hidden states
+  Device device;
+  py::object slots_object, projections_object;
+  const int32_t* slots = nullptr;
+  float* projections = nullptr;  // (layers, rows, K), or null
+  int64_t rows = 0;
+
+  // slots: (batch * tokens,) int32 in the bank, or None; projections: (layers, rows, K) float32.
+  void begin(int64_t batch, int64_t tokens, const py::object& slots, const py::object& projections);
+  void end() { thread = 0; }
+};
+
+void Pass::begin(int64_t batch, int64_t tokens, const py::object& given_slots, const py::object& given_projections) {
+  end();
+  Tensor room;
+  check_is_tensor(given_projections.ptr(), "projections");
+  if (!room.read(given_projections.ptr(), false)) return;
+  rows = batch * tokens;
+  CHECK_VALUE(room.dim() == 3 && room.size(1) == rows && room.is_contiguous() && room.dtype == kFloat,
+              "projections must be (layers, ", rows, ", K) float32, contiguous, got ", room.sizes);
+  slots = nullptr;
+  if (!given_slots.is_none()) {
+    Tensor read;
+    check_is_tensor(given_slots.ptr(), "slots");
+    if (!read.read(given_slots.ptr(), false)) return;
+    slots = check_slots(&read, room, rows, std::numeric_limits<int32_t>::max(), Extent::kExact);
+  }
+  slots_object = given_slots;
+  projections_object = given_projections;
+  projections = room.as<float>();
+  device = room.device;
+  shape = {batch, tokens};
+  thread = PyThread_get_thread_ident();
+}
+
+// A capped layer of a running model: one call caps its hidden states, keeps their projections and counts them. Bank and
+// statistics are the installation's own copies, which nobody else can free or move.
+struct Layer {
+  py::object bank_object, stats_object, pass_object;
+  const Pass& pass;
+  Device device;
+  CapParams cap;
+  StatsParams stats;
+  int64_t index;  // of the layer's projections in those of the pass
+
+  Layer(const py::object& bank, const py::object& stats, const py::object& pass, int64_t index);
+
+  // Returns false, and changes nothing, for anything but the plain case: hidden states (batch, tokens, H) of the pass
+  // that has begun, contiguous, on the bank's device, without a gradient.
+  bool run(PyObject* output) const;
+};
+
+Layer::Layer(const py::object& bank, const py::object& given_stats, const py::object& given_pass, int64_t index)
+    : bank_object(bank),
+      stats_object(given_stats),
+      pass_object(given_pass),
+      pass(given_pass.cast<const Pass&>()),
+      index(index) {
+  std::array<Tensor, 4> tensors;
+  Bank read;
+  CHECK_VALUE(bank.cast<const KeptBank&>().read(tensors, read), "bank has moved");
+  Tensor sums;
+  check_is_tensor(given_stats.ptr(), "stats");
+  CHECK_VALUE(sums.read(given_stats.ptr(), false) && sums.dtype == kDouble && sums.is_contiguous() &&
+                  sums.numel == read.floors->numel * kStatFields && sums.device == read.axes->device,
+              "stats must be (S, K, fields) float64, contiguous, on the device of the bank, got ", sums.sizes);
+  device = read.axes->device;
+  cap.hidden_size = read.axes->size(2);
+  cap.axes = read.axes->as<const float>();
+  cap.num_slots = read.axes->size(0);
+  cap.directions = read.axes->size(1);
+  use_bank(cap, read);
+  stats.floors = cap.floors;
+  stats.stats = sums.as<double>();
+  stats.num_slots = cap.num_slots;
+  stats.directions = cap.directions;
+}
+
+bool Layer::run(PyObject* output) const {
+  if (pass.thread != PyThread_get_thread_ident() || is_grad_enabled()) return false;
+  PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
+  Tensor hidden;
+  if (!hidden.read(object, false) || !hidden.is_contiguous() || !(hidden.device == device) ||
+      !(pass.device == device) || hidden.is_negated())
+    return false;
+  const int64_t dim = hidden.dim();
+  const bool is_of_pass = (dim == 3 && hidden.sizes.first(2) == Sizes{pass.shape.data(), 2}) ||
+                          (dim == 2 && pass.shape[0] == 1 && hidden.size(0) == pass.shape[1]);
+  const bool is_row = hidden.dtype == kFloat || hidden.dtype == kBFloat16 || hidden.dtype == kHalf;
+  if (!is_of_pass || !is_row || hidden.sizes.back() != cap.hidden_size || in_dual_level()) return false;
+
+  CapParams p = cap;
+  p.dtype = hidden.dtype == kFloat ? DType::kFloat32 : hidden.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+  p.hidden = p.out = hidden.data;
+  p.hidden_stride = p.out_stride = p.hidden_size;
+  p.rows = pass.rows;
+  p.slots = pass.slots;
+  p.projections = pass.projections + index * p.rows * p.directions;
+  increment_versions(&object, 1);
+  launch(&p, 1, device);
+
+  StatsParams s = stats;
+  s.rows = p.rows;
+  s.slots = p.slots;
+  s.projections = p.projections;
+  launch(s, device);
+  return true;
+}
+
+PyObject* run_layer(PyObject* self, PyObject* output) {
+  return call_guarded([&] {
+    const auto& layer = *static_cast<const Layer*>(PyCapsule_GetPointer(self, nullptr));
+    return py::bool_(layer.run(output)).release().ptr();
+  });
+}
+
+// A function of a layer's output, True if it capped. Python calls a builtin function faster than a method.
+py::object layer_function(const py::object& bank, const py::object& stats, const py::object& pass, int64_t index) {
+  static PyMethodDef definition{"cap_layer", run_layer, METH_O, "Caps a layer's output in place, if it is plain."};
+  const py::capsule self(new Layer(bank, stats, pass, index), [](void* layer) { delete static_cast<Layer*>(layer); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
+}
 
 // ggml's callback with the banks and statistics that it refers to.
 struct KeptCallback {
@@ -375,95 +242,68 @@ struct KeptCallback {
     library.nbytes = reinterpret_cast<decltype(library.nbytes)>(functions[3]);
     library.tensor_get = reinterpret_cast<decltype(library.tensor_get)>(functions[4]);
     library.tensor_set = reinterpret_cast<decltype(library.tensor_set)>(functions[5]);
-    Sizes sizes;
+    std::vector<int64_t> sizes;
     std::vector<ggml::Callback::Layer> made(layers.size());
     for (size_t i = 0; i < made.size(); ++i) {
       if (layers[i].is_none()) continue;
       const auto pair = layers[i].cast<py::tuple>();
       const KeptBank& kept = pair[0].cast<const KeptBank&>();
-      const Look looked(pair[1].cast<Given>());
-      const TensorView& axes = kept.bank.axes;
-      const TensorView& stats = looked.view;
-      if (sizes.count == 0) sizes = axes.sizes;
-      CHECK_VALUE(axes.device.is_cpu() && axes.sizes == sizes, "banks must be of one size, on the CPU");
+      std::array<Tensor, 4> tensors;
+      Bank bank;
+      CHECK_VALUE(kept.read(tensors, bank), "a bank has moved");
+      const Tensor& axes = *bank.axes;
+      Tensor stats;
+      const bool is_plain = stats.read(pair[1].ptr(), false);
+      if (sizes.empty()) sizes.assign(axes.sizes.begin(), axes.sizes.end());
+      const Sizes first{sizes.data(), int64_t(sizes.size())};
+      CHECK_VALUE(axes.device.is_cpu() && axes.sizes == first, "banks must be of one size, on the CPU");
       const std::array<int64_t, 3> fields{sizes[0], sizes[1], kStatFields};
       const Sizes wanted{fields.data(), 3};
-      CHECK_VALUE(looked.is_plain && stats.device.is_cpu() && stats.is_contiguous() && stats.dtype == kDouble &&
-                      stats.sizes == wanted,
-                  "stats must be (S, K, fields) float64, contiguous, on the CPU");
-      made[i].axes = axes.as<const float>();
-      made[i].floors = kept.bank.floors.as<const float>();
-      made[i].lifts = kept.bank.lifts ? kept.bank.lifts->as<const float>() : nullptr;
-      made[i].limits = kept.bank.limits ? kept.bank.limits->as<const float>() : nullptr;
-      made[i].stats = stats.as<double>();
+      CHECK_VALUE(
+          is_plain && stats.device.is_cpu() && stats.is_contiguous() && stats.dtype == kDouble && stats.sizes == wanted,
+          "stats must be (S, K, fields) float64, contiguous, on the CPU");
+      CapParams p;
+      use_bank(p, bank);
+      made[i] = {axes.as<const float>(), p.lifts, p.floors, p.limits, stats.as<double>()};
     }
-    CHECK_VALUE(sizes.count > 0, "at least one layer must be capped");
+    CHECK_VALUE(!sizes.empty(), "at least one layer must be capped");
     return {library, std::move(made), sizes[0], sizes[1], sizes[2]};
   }
 };
 
-// The memory bound over a tensor's bytes, with the threads that the ops would use.
-template <class Pass>
-void over_bytes(Given tensor, Pass pass) {
-  const Look looked(tensor);
-  const TensorView& view = looked.view;
-  CHECK_VALUE(looked.is_plain && view.device.is_cpu() && view.is_contiguous(),
+// Runs `pass` over a tensor's bytes, with the threads that the ops would use: the memory bound of a benchmark.
+template <class Function>
+void over_bytes(const py::object& object, Function pass) {
+  Tensor tensor;
+  check_is_tensor(object.ptr(), "tensor");
+  CHECK_VALUE(tensor.read(object.ptr(), false) && tensor.device.is_cpu() && tensor.is_contiguous(),
               "tensor must be contiguous and on the CPU");
   constexpr int64_t kGrain = 64 * 1024;
-  parallel_for(0, view.numel * view.item_bytes, kGrain,
-               [&](int64_t begin, int64_t end) { pass(view.data + begin, end - begin); });
+  parallel_for(0, tensor.numel * tensor.item_bytes, kGrain,
+               [&](int64_t begin, int64_t end) { pass(tensor.data + begin, end - begin); });
 }
 
-PYBIND11_MODULE(_C, m) {
-  look_up_torch();
+void define_bank(py::module_& m) {
+  py::class_<KeptBank> bank(m, "Bank");
+  bank.def(py::init<const py::object&, const py::object&, const py::object&, const py::object&>(), "axes"_a, "floors"_a,
+           "lifts"_a = py::none(), "limits"_a = py::none());
+  for (int i = 0; i < 4; ++i)
+    bank.def_property_readonly(kBankNames[i], [i](const KeptBank& kept) { return kept.objects[i]; });
+  static PyMethodDef cap{"cap_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cap_with_bank)),
+                         METH_FASTCALL | METH_KEYWORDS, "cap_(hidden, slots=None, projections=None)"};
+  bank.attr("cap_") =
+      py::reinterpret_steal<py::object>(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(bank.ptr()), &cap));
+}
 
-  py::class_<KeptBank>(m, "Bank")
-      .def(py::init<Given, Given, std::optional<Given>, std::optional<Given>>(), "axes"_a, "floors"_a,
-           "lifts"_a = py::none(), "limits"_a = py::none())
-      .def_readonly("axes", &KeptBank::axes)
-      .def_readonly("floors", &KeptBank::floors)
-      .def_readonly("lifts", &KeptBank::lifts)
-      .def_readonly("limits", &KeptBank::limits)
-      .def(
-          "cap_",
-          [](const KeptBank& kept, Given hidden, std::optional<Given> slots, std::optional<Given> projections) {
-            const Seen<const TensorView&> stream(hidden);
-            const Seen<Optional> of_rows(slots), read(projections);
-            if (!stream.is_plain() || !of_rows.is_plain() || !read.is_plain() || !kept.bank.is_as_it_was())
-              return dispatch("cap_",
-                              py::dict("hidden"_a = hidden.keep(), "axes"_a = kept.axes, "floors"_a = kept.floors,
-                                       "slots"_a = to_python(slots), "lifts"_a = kept.lifts, "limits"_a = kept.limits,
-                                       "projections"_a = to_python(projections)));
-            check_may_change(hidden, "hidden");
-            cap_bank_(stream.get(), kept.bank, of_rows.get(), read.get());
-            mark_changed(hidden, stream.get());
-          },
-          "hidden"_a, "slots"_a = py::none(), "projections"_a = py::none());
+void define_layers(py::module_& m) {
+  py::class_<Pass>(m, "Pass")
+      .def(py::init())
+      .def("begin", &Pass::begin, "batch"_a, "tokens"_a, "slots"_a, "projections"_a)
+      .def("end", &Pass::end);
+  m.def("layer", layer_function, "bank"_a, "stats"_a, "pass_"_a, "index"_a);
+}
 
-  const auto slots = "slots"_a = py::none(), lifts = "lifts"_a = py::none(), limits = "limits"_a = py::none(),
-             projections = "projections"_a = py::none();
-  m.def("cap_", door<0>("cap_", cap_, "hidden", "axes", "floors", "slots", "lifts", "limits", "projections"),
-        "hidden"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
-  m.def("cap_residual_",
-        door<1>("cap_residual_", cap_residual_, "hidden", "residual", "axes", "floors", "slots", "lifts", "limits",
-                "projections"),
-        "hidden"_a, "residual"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
-  m.def("add_rms_norm_cap_",
-        door<0, 1>("add_rms_norm_cap_", add_rms_norm_cap_, "hidden", "residual", "weight", "eps", "axes", "floors",
-                   "slots", "weight_bias", "lifts", "limits", "projections"),
-        "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots, "weight_bias"_a = 0.0, lifts,
-        limits, projections);
-  m.def("add_rms_norm_cap_fp8_",
-        door<0, 2>("add_rms_norm_cap_fp8_", add_rms_norm_cap_fp8_, "quantized", "hidden", "residual", "weight", "eps",
-                   "axes", "floors", "slots", "weight_bias", "scale", "scales", "lifts", "limits", "projections"),
-        "quantized"_a, "hidden"_a, "residual"_a, "weight"_a, "eps"_a, "axes"_a, "floors"_a, slots,
-        "weight_bias"_a = 0.0, "scale"_a = py::none(), "scales"_a = py::none(), lifts, limits, projections);
-  m.def("cap_layers_",
-        door<0>("cap_layers_", cap_layers_, "hiddens", "axes", "floors", "slots", "lifts", "limits", "projections"),
-        "hiddens"_a, "axes"_a, "floors"_a, slots, lifts, limits, projections);
-  m.def("accumulate_", door<0>("accumulate_", accumulate_, "stats", "projections", "floors", "slots"), "stats"_a,
-        "projections"_a, "floors"_a, slots);
-
+void define_ggml(py::module_& m) {
   py::class_<KeptCallback>(m, "GgmlCallback")
       .def(py::init<const std::vector<uintptr_t>&, const py::list&>(), "functions"_a, "layers"_a)
       .def_property_readonly_static(
@@ -487,10 +327,12 @@ PYBIND11_MODULE(_C, m) {
             kept.callback.set_other(slot);
           },
           "slot"_a);
+}
 
+void define_tools(py::module_& m) {
   m.def(
       "read_pass",
-      [](Given tensor) {
+      [](const py::object& tensor) {
         over_bytes(tensor, [](const char* data, int64_t bytes) {
           // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
           volatile uint64_t sink = cpu::read_pass(data, bytes);
@@ -498,7 +340,9 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       "tensor"_a);
-  m.def("read_modify_write_pass", [](Given tensor) { over_bytes(tensor, cpu::read_modify_write_pass); }, "tensor"_a);
+  m.def(
+      "read_modify_write_pass", [](const py::object& tensor) { over_bytes(tensor, cpu::read_modify_write_pass); },
+      "tensor"_a);
   m.def("isa", &cpu::isa);
   m.def(
       "plan",
@@ -532,6 +376,15 @@ PYBIND11_MODULE(_C, m) {
   });
   m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
   m.attr("MAX_DIRECTIONS") = kMaxDirections;
+}
+
+PYBIND11_MODULE(_C, m) {
+  import_torch();
+  bind_ops(m);
+  define_bank(m);
+  define_layers(m);
+  define_ggml(m);
+  define_tools(m);
 }
 
 }  // namespace

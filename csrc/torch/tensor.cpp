@@ -1,21 +1,48 @@
-#include "tensor.h"
+#include "torch/tensor.h"
 
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
-#include <atomic>
+#include <utility>
 
 namespace axiscap {
 namespace {
 
-const int32_t kCpu = aoti_torch_device_type_cpu(), kCuda = aoti_torch_device_type_cuda(),
-              kMeta = aoti_torch_device_type_meta();
+// References that live as long as the process.
+struct Torch {
+  const DLPackExchangeAPI* exchange;
+  PyTypeObject *tensor, *parameter;
+  PyObject *is_negated, *increment_version, *is_inference;
+  PyObject *forward_ad, *current_level, *requires_grad;
+} torch_;
+
+bool is_true(PyObject* answer) {
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
+}
 
 }  // namespace
 
-const ScalarType kFloat{aoti_torch_dtype_float32()}, kBFloat16{aoti_torch_dtype_bfloat16()},
-    kHalf{aoti_torch_dtype_float16()}, kFloat8{aoti_torch_dtype_float8_e4m3fn()}, kDouble{aoti_torch_dtype_float64()},
-    kInt{aoti_torch_dtype_int32()}, kBool{aoti_torch_dtype_bool()};
+void import_torch() {
+  const auto keep = [](const py::object& object) { return py::object(object).release().ptr(); };
+  const py::module_ torch = py::module_::import("torch"), forward_ad = py::module_::import("torch.autograd.forward_ad");
+  const py::object tensor = torch.attr("Tensor");
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(keep(tensor));
+  torch_.parameter = reinterpret_cast<PyTypeObject*>(keep(torch.attr("nn").attr("Parameter")));
+  torch_.is_negated = keep(tensor.attr("is_neg"));
+  torch_.is_inference = keep(tensor.attr("is_inference"));
+  torch_.increment_version = keep(torch.attr("_C").attr("_increment_version"));
+  torch_.forward_ad = keep(forward_ad.attr("__dict__"));
+  torch_.current_level = PyUnicode_InternFromString("_current_level");
+  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
+  const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+  if (!capsule.is_none())
+    torch_.exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!torch_.exchange || torch_.exchange->header.version.major != DLPACK_MAJOR_VERSION ||
+      !torch_.exchange->dltensor_from_py_object_no_sync)
+    throw py::import_error("axiscap needs torch 2.10 or later, whose tensors have DLPack's exchange interface");
+}
 
 bool Sizes::operator==(const Sizes& other) const {
   return count == other.count && std::equal(begin(), end(), other.begin());
@@ -27,40 +54,63 @@ std::ostream& operator<<(std::ostream& out, const Sizes& sizes) {
   return out << ']';
 }
 
-bool Device::is_cpu() const { return type == kCpu; }
-bool Device::is_cuda() const { return type == kCuda; }
-
 std::ostream& operator<<(std::ostream& out, const Device& device) {
   if (device.is_cpu()) return out << "cpu";
   if (device.is_cuda()) return out << "cuda:" << device.index;
-  if (device.type == kMeta) return out << "meta";
-  return out << "device " << device.index << " of type " << device.type;
+  return out << "device " << device.index << " of DLPack's type " << device.type;
 }
 
 std::ostream& operator<<(std::ostream& out, ScalarType type) {
-  return out << torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(type.number));
+  static constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {kFloat, "Float"},
+      {kBFloat16, "BFloat16"},
+      {kHalf, "Half"},
+      {kDouble, "Double"},
+      {kFloat8, "Float8_e4m3fn"},
+      {kInt, "Int"},
+      {{kDLInt, 64}, "Long"},
+      {{kDLInt, 16}, "Short"},
+      {{kDLInt, 8}, "Char"},
+      {{kDLUInt, 8}, "Byte"},
+      {{kDLUInt, 16}, "UInt16"},
+      {{kDLUInt, 32}, "UInt32"},
+      {{kDLUInt, 64}, "UInt64"},
+      {{kDLBool, 8}, "Bool"},
+      {{kDLComplex, 32}, "ComplexHalf"},
+      {{kDLComplex, 64}, "ComplexFloat"},
+      {{kDLComplex, 128}, "ComplexDouble"},
+      {{kDLFloat8_e5m2, 8}, "Float8_e5m2"},
+      {{kDLFloat8_e4m3fnuz, 8}, "Float8_e4m3fnuz"},
+      {{kDLFloat8_e5m2fnuz, 8}, "Float8_e5m2fnuz"},
+      {{kDLFloat8_e8m0fnu, 8}, "Float8_e8m0fnu"},
+  };
+  for (const auto& [known, name] : kNames)
+    if (known == type) return out << name;
+  return out << "DLPack's type " << int(type.code) << " of " << int(type.bits) << " bits";
 }
 
-TensorView::TensorView(AtenTensorHandle handle, bool with_data) : handle(handle) {
-  void* first = nullptr;
-  if (with_data) TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &first));
-  data = static_cast<char*>(first);
-  int64_t dims = 0, *shape = nullptr, *steps = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &shape));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &steps));
-  sizes = {shape, dims};
-  strides = {steps, dims};
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype.number));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes));
-  item_bytes = int64_t(aoti_torch_dtype_element_size(dtype.number));
+bool Tensor::read(PyObject* given, bool any_class) {
+  object = given;
+  sizes = {};
+  data = nullptr;
+  if (!any_class && Py_TYPE(given) != torch_.tensor && Py_TYPE(given) != torch_.parameter) return false;
+  DLTensor exported;
+  if (torch_.exchange->dltensor_from_py_object_no_sync(given, &exported)) {
+    PyErr_Clear();  // sparse, meta, quantised, of torch.func: no memory to show
+    return false;
+  }
+  sizes = {exported.shape, exported.ndim};
+  strides = {exported.strides, exported.ndim};
+  dtype = {exported.dtype.code, exported.dtype.bits};
+  device = {exported.device.device_type, exported.device.device_id};
+  item_bytes = exported.dtype.bits / 8;
+  data = static_cast<char*>(exported.data) + exported.byte_offset;
+  numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return data || numel == 0;
 }
 
-bool TensorView::is_contiguous(int64_t first_dim) const {
+bool Tensor::is_contiguous(int64_t first_dim) const {
   if (numel == 0) return true;
   int64_t expected = 1;
   for (int64_t d = dim() - 1; d >= first_dim; --d) {
@@ -71,24 +121,57 @@ bool TensorView::is_contiguous(int64_t first_dim) const {
   return true;
 }
 
-Span TensorView::span(const char* name) const {
+Span Tensor::span() const {
   if (numel == 0) return {};
   int64_t last = 0;
   for (int64_t d = 0; d < dim(); ++d) last += (sizes[d] - 1) * strides[d];
-  CHECK_VALUE((offset + last + 1) * item_bytes <= storage_bytes, name, " has less memory than its shape ", sizes,
-              " needs");
   return {data, data + (last + 1) * item_bytes};
 }
 
-VersionPlace version_place;
-
-bool count_change(AtenTensorHandle tensor) {
-  if (!version_place.counter) return false;
-  const char* impl = *reinterpret_cast<const char* const*>(tensor);
-  char* counter = *reinterpret_cast<char* const*>(impl + version_place.counter);
-  if (!counter) return false;
-  std::atomic_ref(*reinterpret_cast<uint32_t*>(counter + version_place.number)).fetch_add(1);
-  return true;
+bool Tensor::is_negated() const {
+  // Only the imaginary part of a conjugated tensor is: no integer, no bfloat16, no fp8.
+  if (dtype != kFloat && dtype != kHalf && dtype != kDouble) return false;
+  return is_true(PyObject_Vectorcall(torch_.is_negated, &object, 1, nullptr));
 }
+
+bool Tensor::requires_grad() const { return is_true(PyObject_GetAttr(object, torch_.requires_grad)); }
+
+void check_is_tensor(PyObject* object, const char* name) {
+  CHECK_TYPE(PyObject_TypeCheck(object, torch_.tensor), name, " must be a torch.Tensor, got ",
+             Py_TYPE(object)->tp_name);
+}
+
+void* current_stream(Device device) {
+  void* stream = nullptr;
+  if (torch_.exchange->current_work_stream(device.type, device.index, &stream)) throw py::error_already_set();
+  return stream;
+}
+
+void increment_versions(PyObject* const* tensors, int count) {
+  // A list that stays: the call is short, and a new tuple would be a fifth of it.
+  static PyObject* const list = PyList_New(1);
+  for (int i = 0; i < count; ++i) {
+    Py_INCREF(tensors[i]);
+    PyList_SetItem(list, 0, tensors[i]);
+    PyObject* done = PyObject_Vectorcall(torch_.increment_version, &list, 1, nullptr);
+    PyList_SetItem(list, 0, Py_NewRef(Py_None));
+    Py_XDECREF(done);
+    if (done) continue;
+    // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
+    py::error_already_set error;
+    if (!is_true(PyObject_Vectorcall(torch_.is_inference, &tensors[i], 1, nullptr))) throw error;
+  }
+}
+
+bool in_dual_level() {
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.current_level);
+  return level && PyLong_AsLong(level) >= 0;
+}
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  CHECK_RUN(torch_parallel_for(begin, end, grain, body, context) == 0, "axiscap: torch's threads failed");
+}
+
+bool is_grad_enabled() { return aoti_torch_grad_mode_is_enabled(); }
 
 }  // namespace axiscap

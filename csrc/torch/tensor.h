@@ -1,17 +1,9 @@
-// A tensor as torch's stable C interface tells of it, and the errors that speak of one. Nothing in csrc/torch knows
-// torch's own C++: one binary runs beside every torch from the version that CMakeLists.txt names.
+// Tensors as torch exports them to C (DLPack's exchange interface), and the errors that name them.
 #pragma once
 
+#include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
-// torch's stable interface alone, as its version 2.10 has it: the module runs with that torch and every later one. Not
-// defined for the whole compilation, because the pybind11 that comes with torch 2.10 cannot be included after it.
-#define TORCH_TARGET_VERSION 0x020a000000000000
-#define TORCH_STABLE_ONLY
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstddef>
 #include <cstdint>
 #include <ostream>
 #include <sstream>
@@ -19,13 +11,14 @@
 
 namespace axiscap {
 
-// What Python sees as its own exceptions, through either door: torch's bindings translate those of pybind11.
+namespace py = pybind11;
+
 #define AXISCAP_CHECK(error, condition, ...) \
   if (!(condition)) [[unlikely]]             \
   throw error(::axiscap::words(__VA_ARGS__))
-#define CHECK_VALUE(condition, ...) AXISCAP_CHECK(pybind11::value_error, condition, __VA_ARGS__)
-#define CHECK_TYPE(condition, ...) AXISCAP_CHECK(pybind11::type_error, condition, __VA_ARGS__)
-#define CHECK_INDEX(condition, ...) AXISCAP_CHECK(pybind11::index_error, condition, __VA_ARGS__)
+#define CHECK_VALUE(condition, ...) AXISCAP_CHECK(py::value_error, condition, __VA_ARGS__)
+#define CHECK_TYPE(condition, ...) AXISCAP_CHECK(py::type_error, condition, __VA_ARGS__)
+#define CHECK_INDEX(condition, ...) AXISCAP_CHECK(py::index_error, condition, __VA_ARGS__)
 #define CHECK_RUN(condition, ...) AXISCAP_CHECK(std::runtime_error, condition, __VA_ARGS__)
 
 template <class... Parts>
@@ -37,8 +30,8 @@ std::string words(const Parts&... parts) {
 
 // Sizes or strides: borrowed.
 struct Sizes {
-  const int64_t* data = nullptr;
-  int64_t count = 0;
+  const int64_t* data;
+  int64_t count;
 
   int64_t operator[](int64_t i) const { return data[i]; }
   const int64_t* begin() const { return data; }
@@ -51,59 +44,60 @@ struct Sizes {
 std::ostream& operator<<(std::ostream& out, const Sizes& sizes);  // [2, 3]
 
 struct Device {
-  int32_t type = 0;
-  int32_t index = 0;
+  DLDeviceType type;
+  int32_t index;
 
-  bool is_cpu() const;
-  bool is_cuda() const;
+  bool is_cpu() const { return type == kDLCPU; }
+  bool is_cuda() const { return type == kDLCUDA; }
   bool operator==(const Device& other) const { return type == other.type && (is_cpu() || index == other.index); }
 };
 
 std::ostream& operator<<(std::ostream& out, const Device& device);  // cuda:0
 
-// torch's number for a dtype.
 struct ScalarType {
-  int32_t number = 0;
+  uint8_t code;  // DLDataTypeCode
+  uint8_t bits;
 
   bool operator==(const ScalarType&) const = default;
 };
 
 std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float
 
-extern const ScalarType kFloat, kBFloat16, kHalf, kFloat8, kDouble, kInt, kBool;
+inline constexpr ScalarType kFloat{kDLFloat, 32}, kBFloat16{kDLBfloat, 16}, kHalf{kDLFloat, 16},
+    kFloat8{kDLFloat8_e4m3fn, 8}, kDouble{kDLFloat, 64}, kInt{kDLInt, 32};
 
 // From a tensor's first byte to the one behind its last.
 struct Span {
   const char* begin;
   const char* end;
 
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
 };
 
-// Borrowed from a tensor, for as long as it lives and keeps its sizes.
-struct TensorView {
-  AtenTensorHandle handle = nullptr;
+// A tensor that Python passes. The object and its sizes are borrowed for the length of a call. Nothing is initialised
+// before `read`: a call has room for many of them.
+struct Tensor {
+  PyObject* object;
   Sizes sizes, strides;
   ScalarType dtype;
   Device device;
-  int64_t numel = 0;
-  int64_t item_bytes = 0;
-  int64_t offset = 0;  // of the first element in the storage, in elements
-  int64_t storage_bytes = 0;
-  char* data = nullptr;  // of the first element
+  int64_t numel;
+  int64_t item_bytes;
+  char* data;  // of the first element
 
-  TensorView() = default;
-  // Raises std::runtime_error where a tensor has no data, as those of torch.func; a view without is for checks of
-  // sizes.
-  explicit TensorView(AtenTensorHandle handle, bool with_data = true);
+  // Reads a dense tensor that has its elements in memory. Returns false, without an error, for every other one: sparse,
+  // fake, meta, freed, of a transform of torch.func. `any_class` admits subclasses of torch.Tensor, which the
+  // dispatcher has seen before; without it they are refused, since their own code must run first.
+  bool read(PyObject* given, bool any_class);
 
   int64_t dim() const { return sizes.count; }
   int64_t size(int64_t d) const { return sizes[d < 0 ? d + sizes.count : d]; }
   int64_t stride(int64_t d) const { return strides[d < 0 ? d + strides.count : d]; }
   bool is_contiguous(int64_t first_dim = 0) const;
-  // Raises where the storage has less memory than the sizes need, since it was resized, or freed by a parameter's
-  // owner.
-  Span span(const char* name) const;
+  Span span() const;
+  // A view whose sign torch has not applied yet: the exported memory holds the negative of each element.
+  bool is_negated() const;
+  bool requires_grad() const;
 
   template <class T>
   T* as() const {
@@ -111,21 +105,35 @@ struct TensorView {
   }
 };
 
-// Where a tensor's version lies, by which autograd notices that a saved one is not what it was: the place of the
-// pointer to its counter in the tensor, and that of the number in the counter. torch's stable interface has no function
-// for it; module.cpp finds the two on import. 0: not found.
-struct VersionPlace {
-  ptrdiff_t counter = 0, number = 0;
-};
-extern VersionPlace version_place;
+using Optional = const Tensor*;  // null: not given
 
-// Counts a change of a tensor's elements. False where torch must be asked to: its version was not found, or it has
-// none, as those of inference mode.
-bool count_change(AtenTensorHandle tensor);
+// Looks up what this module needs of torch. Once, on import.
+void import_torch();
 
-// Raises, in the words of both doors, where a tensor that is changed needs a gradient.
-inline void check_needs_no_gradient(bool needs, const char* name) {
-  CHECK_VALUE(!needs, name, " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
+// Raises TypeError if the object is no torch.Tensor.
+void check_is_tensor(PyObject* object, const char* name);
+
+// The stream that torch would launch on.
+void* current_stream(Device device);
+
+// Counts a change of the tensors' elements, so that autograd refuses to use what it saved of them.
+void increment_versions(PyObject* const* tensors, int count);
+
+// Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around it,
+// may have a tangent.
+bool in_dual_level();
+
+// Runs `body` over parts of [begin, end) with the threads that torch has for its own ops.
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body);
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  const auto call = [](int64_t from, int64_t to, void* given) { (*static_cast<const Body*>(given))(from, to); };
+  parallel_for(begin, end, grain, call, const_cast<Body*>(&body));
 }
+
+bool is_grad_enabled();
 
 }  // namespace axiscap

@@ -1,0 +1,256 @@
+#include "torch/checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "launchers/accelerator.h"
+
+namespace axiscap {
+namespace {
+
+void check_axes(const Tensor& axes, int64_t dim) {
+  check_dtype(axes, "axes", kFloat);
+  const Sizes sizes = axes.sizes;
+  CHECK_VALUE(sizes.count == dim, "axes must have shape ", dim == 3 ? "(S, K, H)" : "(L, S, K, H)", ", got ", sizes);
+  CHECK_VALUE(axes.numel > 0, "axes must have no dimension of size 0, got shape ", sizes);
+  CHECK_VALUE(sizes[dim - 2] <= kMaxDirections, "axes must have at most ", kMaxDirections,
+              " directions (dimension -2), got ", sizes[dim - 2]);
+  CHECK_VALUE(axes.is_contiguous(), "axes must be contiguous, got strides ", axes.strides);
+  CHECK_VALUE(!axes.device.is_cuda() || !accelerator || sizes[dim - 1] <= accelerator->max_hidden_size,
+              "axes must have an H of at most ", accelerator->max_hidden_size, " on ", axes.device, ", got ",
+              sizes[dim - 1]);
+}
+
+// A part of a bank beside its axes: of their shape, or of that less H.
+void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, bool has_size) {
+  check_dtype(tensor, name, kFloat);
+  const Sizes wanted = has_size ? axes.sizes : axes.sizes.first(axes.dim() - 1);
+  CHECK_VALUE(tensor.sizes == wanted, name, " must have the shape of axes", has_size ? ", " : " less H, ", wanted,
+              ", got ", tensor.sizes);
+  CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides);
+  CHECK_VALUE(tensor.device == axes.device, name, " must be on the device of axes, ", axes.device, ", got ",
+              tensor.device);
+}
+
+// Rows that lie side by side in one buffer, with one stride, share nothing.
+bool is_interleaved(const Tensor& a, const Tensor& b) {
+  if (a.dim() < 2 || b.dim() < 2 || a.item_bytes != b.item_bytes) return false;
+  const int64_t bytes = a.item_bytes, stride = a.stride(-2) * bytes;
+  if (stride <= 0 || b.stride(-2) * bytes != stride) return false;
+  const int64_t shift = ((b.data - a.data) % stride + stride) % stride;
+  return shift >= a.size(-1) * bytes && shift + b.size(-1) * bytes <= stride;
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  CHECK_TYPE(tensor.dtype == kFloat || tensor.dtype == kBFloat16 || tensor.dtype == kHalf, name,
+             " must be float32, bfloat16 or float16, got ", tensor.dtype);
+  return tensor.dtype == kFloat ? DType::kFloat32 : tensor.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+}
+
+// A tensor's numbers where the host can read them: its own, or a copy.
+class OnHost {
+ public:
+  explicit OnHost(const Tensor& tensor) {
+    if (tensor.device.is_cpu()) {
+      data_ = tensor.as<const float>();
+      return;
+    }
+    object_ = py::handle(tensor.object).attr("cpu")();
+    Tensor copy;
+    CHECK_RUN(copy.read(object_.ptr(), true), "axiscap: a copy to the CPU has no data");
+    data_ = copy.as<const float>();
+  }
+
+  float operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  py::object object_;
+  const float* data_;
+};
+
+}  // namespace
+
+Rows rows_of(const Tensor& tensor, const char* name) {
+  const Sizes sizes = tensor.sizes, strides = tensor.strides;
+  const int64_t dim = sizes.count;
+  CHECK_VALUE(dim >= 1 && sizes[dim - 1] >= 1, name, " must have shape (..., H) with H >= 1, got ", sizes);
+  CHECK_VALUE(strides[dim - 1] == 1 || sizes[dim - 1] == 1, name,
+              " must have stride 1 in its last dimension, got strides ", strides);
+  Rows rows{1, sizes[dim - 1]};
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (rows.count == 1) rows.stride = strides[d];
+    CHECK_VALUE(rows.count == 0 || sizes[d] == 0 || strides[d] == rows.stride * rows.count, name,
+                " must have rows with one uniform stride, got shape ", sizes, " with strides ", strides);
+    rows.count *= sizes[d];
+  }
+  return rows;
+}
+
+Rows writable_rows_of(const Tensor& tensor, const char* name) {
+  const Rows rows = rows_of(tensor, name);
+  CHECK_VALUE(rows.count <= 1 || rows.stride >= tensor.size(-1), name,
+              " is changed in place, so its rows must not overlap; got a row stride of ", rows.stride,
+              " for H = ", tensor.size(-1));
+  return rows;
+}
+
+void Bank::check(bool several_layers) const {
+  check_axes(*axes, several_layers ? 4 : 3);
+  if (floors) check_beside(*floors, "floors", *axes, false);
+  if (lifts) check_beside(*lifts, "lifts", *axes, true);
+  if (limits) check_beside(*limits, "limits", *axes, false);
+}
+
+void Bank::check_values() const {
+  constexpr double kTolerance = 1e-3;
+  const int64_t size = axes->sizes.back(), directions = floors->numel;
+  const OnHost axis(*axes), floor(*floors);
+  std::optional<OnHost> lift, limit;
+  if (lifts) lift.emplace(*lifts);
+  if (limits) limit.emplace(*limits);
+  const auto product = [size](const OnHost& a, const OnHost& b, int64_t k) {
+    double sum = 0;
+    for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
+    return sum;
+  };
+  // A NaN fails each of these comparisons.
+  for (int64_t k = 0; k < directions; ++k) {
+    const double norm = std::sqrt(product(axis, axis, k));
+    CHECK_VALUE(std::abs(norm - 1) <= kTolerance, "axes must be finite and of unit length (", kTolerance,
+                "), got a norm of ", norm);
+    CHECK_VALUE(floor[k] < std::numeric_limits<float>::infinity(),
+                "floors must be finite, or -inf for a direction that is off, got ", floor[k]);
+    if (lift) {
+      const double along = product(axis, *lift, k);
+      CHECK_VALUE(along > 0 && along <= 1 + kTolerance,
+                  "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", along);
+    }
+    if (limit) CHECK_VALUE((*limit)[k] > 0, "limits must be positive, or inf for none, got ", (*limit)[k]);
+  }
+}
+
+Memory& Memory::read(const Bank& bank) {
+  read(bank.axes, "axes").read(bank.floors, "floors").read(bank.lifts, "lifts");
+  return read(bank.limits, "limits");
+}
+
+Memory& Memory::add(Optional tensor, const char* name, bool changed) {
+  if (!tensor) return *this;
+  parts_[count_++] = {tensor->span(), tensor, name};
+  if (changed) std::swap(parts_[changed_++], parts_[count_ - 1]);
+  return *this;
+}
+
+void Memory::check() const {
+  for (int i = 0; i < changed_; ++i)
+    for (int j = i + 1; j < count_; ++j) {
+      const Part &a = parts_[i], &b = parts_[j];
+      CHECK_VALUE(!a.span.overlaps(b.span) || is_interleaved(*a.tensor, *b.tensor), a.name,
+                  " is changed, and shares memory with ", b.name);
+    }
+}
+
+void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
+  CHECK_TYPE(tensor.dtype == wanted, name, " must be ", wanted, ", got ", tensor.dtype);
+}
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& hidden) {
+  CHECK_VALUE(tensor.device == hidden.device, name, " must be on the device of hidden, ", hidden.device, ", got ",
+              tensor.device);
+}
+
+const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, int64_t num_slots, Extent extent) {
+  if (!slots) return nullptr;
+  check_dtype(*slots, "slots", kInt);
+  if (extent == Extent::kAtLeast)
+    CHECK_VALUE(slots->dim() >= 1 && slots->size(0) >= rows, "slots must have room for the ", rows, " rows, got shape ",
+                slots->sizes);
+  CHECK_VALUE(slots->dim() == 1 && (slots->size(0) == rows || extent == Extent::kAtLeast),
+              "slots must have shape (rows,) = (", rows, ",), got ", slots->sizes);
+  CHECK_VALUE(slots->is_contiguous(), "slots must be contiguous, got strides ", slots->strides);
+  check_device(*slots, "slots", beside);
+  const int32_t* data = slots->as<const int32_t>();
+  // On an accelerator reading them would wait for the device; its kernels leave such rows alone and report NaN.
+  if (slots->device.is_cpu())
+    for (int64_t row = 0; row < rows; ++row)
+      CHECK_INDEX(data[row] >= kNoSlot && data[row] < num_slots, "slots[", row, "] must be in [0, ", num_slots,
+                  ") or -1, got ", data[row]);
+  return data;
+}
+
+float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> wanted,
+                         Extent extent) {
+  if (!projections) return nullptr;
+  const Sizes shape{wanted.begin(), int64_t(wanted.size())};
+  const int64_t rows = shape[0];
+  check_dtype(*projections, "projections", kFloat);
+  const Sizes found = projections->sizes;
+  bool fits = found == shape;
+  if (extent == Extent::kAtLeast) {
+    CHECK_VALUE(found.count >= 1 && found[0] >= rows, "projections must have room for the ", rows, " rows, got shape ",
+                found);
+    fits = found.count == shape.count && std::equal(found.begin() + 1, found.end(), shape.begin() + 1);
+  }
+  CHECK_VALUE(fits, "projections must have shape ", shape, ", got ", found);
+  CHECK_VALUE(projections->is_contiguous(), "projections must be contiguous, got strides ", projections->strides);
+  check_device(*projections, "projections", hidden);
+  return projections->as<float>();
+}
+
+CapParams params_for(const Tensor& hidden, Rows rows, const Tensor& axes, Optional slots, Extent extent) {
+  CapParams p;
+  p.dtype = dtype_of(hidden, "hidden");
+  p.rows = rows.count;
+  p.hidden_size = hidden.sizes.back();
+  p.hidden = hidden.data;
+  p.hidden_stride = rows.stride;
+  const Sizes sizes = axes.sizes;
+  const int64_t dim = sizes.count;
+  CHECK_VALUE(sizes[dim - 1] == p.hidden_size, "axes must have the H of hidden, ", p.hidden_size, ", got ",
+              sizes[dim - 1]);
+  check_device(axes, "axes", hidden);
+  p.axes = axes.as<const float>();
+  p.num_slots = sizes[dim - 3];
+  p.directions = sizes[dim - 2];
+  p.slots = check_slots(slots, hidden, p.rows, p.num_slots, extent);
+  return p;
+}
+
+void use_bank(CapParams& p, const Bank& bank) {
+  p.floors = bank.floors->as<const float>();
+  p.lifts = bank.lifts ? bank.lifts->as<const float>() : nullptr;
+  p.limits = bank.limits ? bank.limits->as<const float>() : nullptr;
+}
+
+void write_in_place(CapParams& p) {
+  p.out = const_cast<void*>(p.hidden);
+  p.out_stride = p.hidden_stride;
+}
+
+void use_residual(CapParams& p, const Tensor& hidden, const Tensor& residual) {
+  CHECK_VALUE(residual.sizes == hidden.sizes, "residual must have the shape of hidden, ", hidden.sizes, ", got ",
+              residual.sizes);
+  check_dtype(residual, "residual", hidden.dtype);
+  check_device(residual, "residual", hidden);
+  p.residual = residual.data;
+  p.residual_stride = writable_rows_of(residual, "residual").stride;
+  p.out = residual.data;
+  p.out_stride = p.residual_stride;
+}
+
+void use_norm(CapParams& p, const Tensor& hidden, const Tensor& weight, double eps, double weight_bias) {
+  check_dtype(weight, "weight", hidden.dtype);
+  CHECK_VALUE(weight.dim() == 1 && weight.size(0) == p.hidden_size && weight.is_contiguous(),
+              "weight must have shape (H,) = (", p.hidden_size, ",), contiguous, got ", weight.sizes);
+  check_device(weight, "weight", hidden);
+  CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
+  CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
+  p.weight = weight.data;
+  p.eps = float(eps);
+  p.weight_bias = float(weight_bias);
+}
+
+}  // namespace axiscap

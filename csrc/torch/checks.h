@@ -1,0 +1,77 @@
+// What is checked of an op's arguments before a byte changes, and the plain pointers that remain of them.
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <vector>
+
+#include "kernels/params.h"
+#include "torch/tensor.h"
+
+namespace axiscap {
+
+struct Rows {
+  int64_t count;
+  int64_t stride;  // in elements
+};
+
+// The leading dimensions of (..., H) as one dimension of rows with one stride.
+Rows rows_of(const Tensor& tensor, const char* name);
+// The same of a tensor that is changed: its rows do not overlap.
+Rows writable_rows_of(const Tensor& tensor, const char* name);
+
+// Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given; all of
+// several layers with a leading L.
+struct Bank {
+  Optional axes, floors, lifts, limits;
+
+  void check(bool several_layers = false) const;
+  // Reads the values: for set-up, not for calls. Raises unless every axis is finite and of unit length, every floor
+  // finite or -inf, every lift finite, above 0 and at most 1 along its axis, and every limit positive.
+  void check_values() const;
+};
+
+// The memory of a call's tensors. What is changed shares none with the rest: a kernel reads a row again after it wrote
+// another, and rows are worked on at the same time.
+class Memory {
+ public:
+  Memory& read(Optional tensor, const char* name) { return add(tensor, name, false); }
+  Memory& change(Optional tensor, const char* name) { return add(tensor, name, true); }
+  Memory& read(const Bank& bank);
+  void check() const;
+
+ private:
+  struct Part {
+    Span span;
+    Optional tensor;
+    const char* name;
+  };
+
+  Memory& add(Optional tensor, const char* name, bool changed);
+
+  Part parts_[14];  // as many as the op with the most arguments has, those that are changed first
+  int count_ = 0, changed_ = 0;
+};
+
+void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted);
+void check_device(const Tensor& tensor, const char* name, const Tensor& hidden);
+
+// Whether a buffer has the rows of the call, or room for them at its beginning.
+enum class Extent { kExact, kAtLeast };
+
+const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, int64_t num_slots, Extent extent);
+float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> wanted,
+                         Extent extent);
+
+// What every op needs: a stream of rows, and the axes that measure it.
+CapParams params_for(const Tensor& hidden, Rows rows, const Tensor& axes, Optional slots, Extent extent);
+// What a cap needs beside them.
+void use_bank(CapParams& p, const Bank& bank);
+// The correction goes back to where the rows are.
+void write_in_place(CapParams& p);
+// The second stream, which the correction goes into.
+void use_residual(CapParams& p, const Tensor& hidden, const Tensor& residual);
+// The norm of the sum; the op says where it goes.
+void use_norm(CapParams& p, const Tensor& hidden, const Tensor& weight, double eps, double weight_bias);
+
+}  // namespace axiscap

@@ -28,8 +28,7 @@ caller's promise here; :class:`axiscap.CapProfile` and ``axiscap.install`` check
 The functions call the kernels directly. Under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which run the same code from torch's dispatcher. The overloads ``buffers``, such as
 ``torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, projections, lifts, limits)``, are for graphs that keep
-slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of them. (Where
-vLLM compiles, a slice of a buffer would be copied before the call and after it.)
+slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of them.
 """
 
 from __future__ import annotations
@@ -193,7 +192,7 @@ def add_rms_norm_cap_(
     limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual add and the norm before a block, with the cap between them; returns (hidden, residual), changed.
+    """The residual add and the norm before a block, with the cap between them; returns (hidden, residual).
 
     ``residual <- cap(hidden + residual)``, ``hidden <- residual / sqrt(mean(residual^2) + eps) * (weight +
     weight_bias)``. The sum is taken in float32 and rounded once, when it is stored; the norm is that of the stored row.

@@ -137,7 +137,7 @@ bool BoundArguments::bind(const Signature& signature, const PythonCall& call, bo
     } else if (p.tensor) {
       is_plain &= read_tensor(p, given[i], is_dispatched, tensors[i]);
       this->*p.tensor = &tensors[i];
-      if (p.is_changed) changed[changed_count++] = given[i];
+      parts[parts_count++] = {&tensors[i], p.name.c_str(), p.is_changed};
     } else {
       for (const py::handle item : py::reinterpret_borrow<py::sequence>(given[i]))
         is_plain &= read_tensor(p, item.ptr(), is_dispatched, hiddens.emplace_back());

@@ -64,8 +64,8 @@ struct BoundArguments : Arguments {
   bool bind(const Signature& signature, const PythonCall& call, bool is_dispatched);
 };
 
-// Adds each op as a function (`cap_`), which hands tensors that are not plain to the dispatcher, and OPS: (schema, names
-// of the arguments, kernel) of each op, for torch.library.
+// Adds each op as a function (`cap_`), which hands tensors that are not plain to the dispatcher, and OPS: (schema,
+// names of the arguments, kernel) of each op, for torch.library.
 void bind_ops(py::module_& m);
 
 }  // namespace axiscap

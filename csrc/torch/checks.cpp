@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 
 #include "launchers/accelerator.h"
 
@@ -45,30 +44,9 @@ bool is_interleaved(const Tensor& a, const Tensor& b) {
 
 DType dtype_of(const Tensor& tensor, const char* name) {
   CHECK_TYPE(tensor.dtype == kFloat || tensor.dtype == kBFloat16 || tensor.dtype == kHalf, name,
-             " must be float32, bfloat16 or float16, got ", tensor.dtype);
+             " must be float32, bfloat16 or float16, got ", tensor.dtype_name());
   return tensor.dtype == kFloat ? DType::kFloat32 : tensor.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
-
-// A tensor's numbers where the host can read them: its own, or a copy.
-class OnHost {
- public:
-  explicit OnHost(const Tensor& tensor) {
-    if (tensor.device.is_cpu()) {
-      data_ = tensor.as<const float>();
-      return;
-    }
-    object_ = py::handle(tensor.object).attr("cpu")();
-    Tensor copy;
-    CHECK_RUN(copy.read(object_.ptr(), true), "axiscap: a copy to the CPU has no data");
-    data_ = copy.as<const float>();
-  }
-
-  float operator[](int64_t i) const { return data_[i]; }
-
- private:
-  py::object object_;
-  const float* data_;
-};
 
 }  // namespace
 
@@ -107,11 +85,15 @@ void Bank::check(bool several_layers) const {
 void Bank::check_values() const {
   constexpr double kTolerance = 1e-3;
   const int64_t size = axes->sizes.back(), directions = floors->numel;
-  const OnHost axis(*axes), floor(*floors);
-  std::optional<OnHost> lift, limit;
-  if (lifts) lift.emplace(*lifts);
-  if (limits) limit.emplace(*limits);
-  const auto product = [size](const OnHost& a, const OnHost& b, int64_t k) {
+  std::vector<py::object> copies;  // on the CPU
+  const auto on_host = [&](Optional tensor) -> const float* {
+    Tensor copy;
+    if (!tensor || !copy.read(copies.emplace_back(py::handle(tensor->object).attr("cpu")()).ptr(), true))
+      return nullptr;
+    return copy.as<const float>();
+  };
+  const float *axis = on_host(axes), *floor = on_host(floors), *lift = on_host(lifts), *limit = on_host(limits);
+  const auto product = [size](const float* a, const float* b, int64_t k) {
     double sum = 0;
     for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
     return sum;
@@ -124,37 +106,29 @@ void Bank::check_values() const {
     CHECK_VALUE(floor[k] < std::numeric_limits<float>::infinity(),
                 "floors must be finite, or -inf for a direction that is off, got ", floor[k]);
     if (lift) {
-      const double along = product(axis, *lift, k);
+      const double along = product(axis, lift, k);
       CHECK_VALUE(along > 0 && along <= 1 + kTolerance,
                   "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", along);
     }
-    if (limit) CHECK_VALUE((*limit)[k] > 0, "limits must be positive, or inf for none, got ", (*limit)[k]);
+    if (limit) CHECK_VALUE(limit[k] > 0, "limits must be positive, or inf for none, got ", limit[k]);
   }
 }
 
-Memory& Memory::read(const Bank& bank) {
-  read(bank.axes, "axes").read(bank.floors, "floors").read(bank.lifts, "lifts");
-  return read(bank.limits, "limits");
-}
-
-Memory& Memory::add(Optional tensor, const char* name, bool changed) {
-  if (!tensor) return *this;
-  parts_[count_++] = {tensor->span(), tensor, name};
-  if (changed) std::swap(parts_[changed_++], parts_[count_ - 1]);
-  return *this;
-}
-
-void Memory::check() const {
-  for (int i = 0; i < changed_; ++i)
-    for (int j = i + 1; j < count_; ++j) {
-      const Part &a = parts_[i], &b = parts_[j];
-      CHECK_VALUE(!a.span.overlaps(b.span) || is_interleaved(*a.tensor, *b.tensor), a.name,
-                  " is changed, and shares memory with ", b.name);
+void check_apart(std::span<const Part> parts) {
+  for (const Part& a : parts) {
+    if (!a.is_changed) continue;
+    const Span span = a.tensor->span();
+    for (const Part& b : parts) {
+      if (&a == &b || !span.overlaps(b.tensor->span()) || is_interleaved(*a.tensor, *b.tensor)) continue;
+      const bool is_pair = b.is_changed && std::string_view(b.name) == "residual";
+      const char* other = a.name == b.name ? "another of them" : is_pair ? a.name : b.name;
+      throw py::value_error(words(is_pair ? b.name : a.name, " is changed, and shares memory with ", other));
     }
+  }
 }
 
 void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
-  CHECK_TYPE(tensor.dtype == wanted, name, " must be ", wanted, ", got ", tensor.dtype);
+  CHECK_TYPE(tensor.dtype == wanted, name, " must be ", wanted, ", got ", tensor.dtype_name());
 }
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& hidden) {
@@ -249,6 +223,8 @@ void use_norm(CapParams& p, const Tensor& hidden, const Tensor& weight, double e
   CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
   CHECK_VALUE(std::isfinite(weight_bias), "weight_bias must be finite, got ", weight_bias);
   p.weight = weight.data;
+  p.normed = hidden.data;
+  p.normed_stride = p.hidden_stride;
   p.eps = float(eps);
   p.weight_bias = float(weight_bias);
 }

@@ -1,8 +1,8 @@
 // What is checked of an op's arguments before a byte changes, and the plain pointers that remain of them.
 #pragma once
 
-#include <array>
 #include <initializer_list>
+#include <span>
 #include <vector>
 
 #include "kernels/params.h"
@@ -31,27 +31,16 @@ struct Bank {
   void check_values() const;
 };
 
-// The memory of a call's tensors. What is changed shares none with the rest: a kernel reads a row again after it wrote
-// another, and rows are worked on at the same time.
-class Memory {
- public:
-  Memory& read(Optional tensor, const char* name) { return add(tensor, name, false); }
-  Memory& change(Optional tensor, const char* name) { return add(tensor, name, true); }
-  Memory& read(const Bank& bank);
-  void check() const;
-
- private:
-  struct Part {
-    Span span;
-    Optional tensor;
-    const char* name;
-  };
-
-  Memory& add(Optional tensor, const char* name, bool changed);
-
-  Part parts_[14];  // as many as the op with the most arguments has, those that are changed first
-  int count_ = 0, changed_ = 0;
+// A tensor of a call under the name of its argument.
+struct Part {
+  Optional tensor;
+  const char* name;
+  bool is_changed;
 };
+
+// Raises if a tensor that is changed shares memory with another one: a kernel reads a row again after it wrote another,
+// and rows are worked on at the same time.
+void check_apart(std::span<const Part> parts);
 
 void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted);
 void check_device(const Tensor& tensor, const char* name, const Tensor& hidden);
@@ -71,7 +60,7 @@ void use_bank(CapParams& p, const Bank& bank);
 void write_in_place(CapParams& p);
 // The second stream, which the correction goes into.
 void use_residual(CapParams& p, const Tensor& hidden, const Tensor& residual);
-// The norm of the sum; the op says where it goes.
+// The norm of the sum, which replaces hidden.
 void use_norm(CapParams& p, const Tensor& hidden, const Tensor& weight, double eps, double weight_bias);
 
 }  // namespace axiscap

@@ -1,7 +1,6 @@
 #include "torch/ops.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "launchers/accelerator.h"
 #include "launchers/cpu.h"
@@ -22,12 +21,13 @@ void check_launched(const char* error, Device device) {
   CHECK_RUN(!error, "axiscap: the launch on ", device, " failed: ", error);
 }
 
-// Autograd learns of the change before it happens: torch refuses it where it must not happen.
-void launch_changing(const Arguments& a, const CapParams* layers, int64_t count, Device device) {
-  increment_versions(a.changed, a.changed_count);
-  for (const Tensor& hidden : a.hiddens) increment_versions(&hidden.object, 1);
-  launch(layers, count, device);
+// The last checks of an op in place. Autograd learns of the change before it happens, so that torch can refuse it.
+void prepare_change(std::span<const Part> parts) {
+  check_apart(parts);
+  for (const Part& part : parts)
+    if (part.is_changed) increment_version(part.tensor->object);
 }
+void prepare_change(const Arguments& a) { prepare_change({a.parts, size_t(a.parts_count)}); }
 
 py::object new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, const char* dtype = nullptr) {
   const py::object new_empty = py::handle(like.object).attr("new_empty");
@@ -42,10 +42,18 @@ Tensor view_of(const py::object& object) {
   return tensor;
 }
 
+// What the ops in place that have one stream of rows do last.
+py::object cap_in_place(const Arguments& a, CapParams& p) {
+  use_bank(p, a.bank());
+  p.projections = check_projections(a.projections, *a.hidden, {p.rows, p.directions}, a.extent);
+  prepare_change(a);
+  launch(&p, 1, a.hidden->device);
+  return py::none();
+}
+
 py::object cap_(const Arguments& a) {
   a.bank().check();
-  cap_with_checked_bank_(a);
-  return py::none();
+  return cap_with_checked_bank_(a);
 }
 
 // Returns (out, projections (rows, K), fired (rows, K) bool).
@@ -78,43 +86,13 @@ py::object project(const Arguments& a) {
   return projections;
 }
 
-py::object cap_residual_(const Arguments& a) {
-  const Tensor& hidden = *a.hidden;
-  const Bank bank = a.bank();
-  bank.check();
-  Memory memory;
-  memory.change(a.residual, "residual").change(a.projections, "projections");
-  memory.read(a.hidden, "hidden").read(bank).read(a.slots, "slots");
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
-  use_residual(p, hidden, *a.residual);
-  use_bank(p, bank);
-  p.projections = check_projections(a.projections, hidden, {p.rows, p.directions}, a.extent);
-  memory.check();
-  launch_changing(a, &p, 1, hidden.device);
-  return py::none();
-}
-
-py::object add_rms_norm_cap_(const Arguments& a) {
-  const Tensor& hidden = *a.hidden;
-  const Bank bank = a.bank();
-  bank.check();
-  Memory memory;
-  memory.change(a.residual, "residual").change(a.hidden, "hidden").change(a.projections, "projections");
-  memory.read(a.weight, "weight").read(bank).read(a.slots, "slots");
-  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
-  use_residual(p, hidden, *a.residual);
-  use_norm(p, hidden, *a.weight, a.eps, a.weight_bias);
-  use_bank(p, bank);
-  p.projections = check_projections(a.projections, hidden, {p.rows, p.directions}, a.extent);
-  memory.check();
-  p.normed = hidden.data;
-  p.normed_stride = p.hidden_stride;
-  launch_changing(a, &p, 1, hidden.device);
-  return py::none();
-}
-
-// One of scale and scales is given.
-void use_scale(CapParams& p, const Arguments& a) {
+// The norm goes to `quantized` in fp8. One of scale and scales is given.
+void use_quantized(CapParams& p, const Arguments& a) {
+  const Tensor &hidden = *a.hidden, &quantized = *a.quantized;
+  CHECK_VALUE(quantized.sizes == hidden.sizes, "quantized must have the shape of hidden, ", hidden.sizes, ", got ",
+              quantized.sizes);
+  check_dtype(quantized, "quantized", kFloat8);
+  check_device(quantized, "quantized", hidden);
   CHECK_VALUE(!a.scale != !a.scales, "one of scale and scales must be given");
   const Tensor& given = a.scale ? *a.scale : *a.scales;
   const char* name = a.scale ? "scale" : "scales";
@@ -122,43 +100,24 @@ void use_scale(CapParams& p, const Arguments& a) {
   check_dtype(given, name, kFloat);
   CHECK_VALUE(given.numel == wanted && given.is_contiguous(), name, " must be contiguous and have ", wanted,
               a.scale ? " element" : " elements, one for each row", ", got shape ", given.sizes);
-  check_device(given, name, *a.hidden);
-  p.scale = a.scale ? given.as<const float>() : nullptr;
-  p.scales = a.scales ? given.as<float>() : nullptr;
-}
-
-py::object add_rms_norm_cap_fp8_(const Arguments& a) {
-  const Tensor &hidden = *a.hidden, &quantized = *a.quantized;
-  const Bank bank = a.bank();
-  bank.check();
-  Memory memory;
-  memory.change(a.residual, "residual").change(a.quantized, "quantized").change(a.scales, "scales");
-  memory.change(a.projections, "projections").read(a.hidden, "hidden").read(a.weight, "weight");
-  memory.read(a.scale, "scale").read(bank).read(a.slots, "slots");
-  CapParams p = params_for(hidden, rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
-  use_residual(p, hidden, *a.residual);
-  use_norm(p, hidden, *a.weight, a.eps, a.weight_bias);
-  CHECK_VALUE(quantized.sizes == hidden.sizes, "quantized must have the shape of hidden, ", hidden.sizes, ", got ",
-              quantized.sizes);
-  check_dtype(quantized, "quantized", kFloat8);
-  check_device(quantized, "quantized", hidden);
-  use_scale(p, a);
-  use_bank(p, bank);
-  p.projections = check_projections(a.projections, hidden, {p.rows, p.directions}, a.extent);
-  memory.check();
+  check_device(given, name, hidden);
   p.normed = quantized.data;
   p.normed_stride = writable_rows_of(quantized, "quantized").stride;
-  launch_changing(a, &p, 1, hidden.device);
-  return py::none();
+  if (a.scale) p.scale = given.as<float>();
+  if (a.scales) p.scales = given.as<float>();
 }
 
-// Raises if two of the streams share memory.
-void check_streams_apart(const std::vector<Tensor>& hiddens) {
-  std::vector<size_t> order(hiddens.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](size_t i, size_t j) { return hiddens[i].data < hiddens[j].data; });
-  for (size_t i = 1; i < order.size(); ++i)
-    Memory().change(&hiddens[order[i]], "hiddens").read(&hiddens[order[i - 1]], "another of them").check();
+// cap_residual_, and with a weight the norm behind it.
+py::object cap_residual_(const Arguments& a) {
+  const Tensor& hidden = *a.hidden;
+  a.bank().check();
+  const bool changes_hidden = a.weight && !a.quantized;
+  const Rows rows = changes_hidden ? writable_rows_of(hidden, "hidden") : rows_of(hidden, "hidden");
+  CapParams p = params_for(hidden, rows, *a.axes, a.slots, a.extent);
+  use_residual(p, hidden, *a.residual);
+  if (a.weight) use_norm(p, hidden, *a.weight, a.eps, a.weight_bias);
+  if (a.quantized) use_quantized(p, a);
+  return cap_in_place(a, p);
 }
 
 py::object cap_layers_(const Arguments& a) {
@@ -191,19 +150,16 @@ py::object cap_layers_(const Arguments& a) {
       if (p.projections) p.projections += p.rows * p.directions;
     }
     write_in_place(p);
-    Memory memory;
-    memory.change(&hidden, "hiddens").change(a.projections, "projections").read(bank).read(a.slots, "slots");
-    memory.check();
   }
-  check_streams_apart(a.hiddens);
-  launch_changing(a, layers.data(), count, first.device);
+  std::vector<Part> parts(a.parts, a.parts + a.parts_count);
+  for (const Tensor& hidden : a.hiddens) parts.insert(parts.begin(), {&hidden, "hiddens", true});
+  prepare_change(parts);
+  launch(layers.data(), count, first.device);
   return py::none();
 }
 
 py::object accumulate_(const Arguments& a) {
   const Tensor &stats = *a.stats, &projections = *a.projections, &floors = *a.floors;
-  Memory memory;
-  memory.change(&stats, "stats").read(&projections, "projections").read(&floors, "floors").read(a.slots, "slots");
   check_dtype(stats, "stats", kDouble);
   check_dtype(projections, "projections", kFloat);
   check_dtype(floors, "floors", kFloat);
@@ -221,7 +177,6 @@ py::object accumulate_(const Arguments& a) {
               floors.sizes, ", rows contiguous, got ", projections.sizes, " with strides ", projections.strides);
   check_device(floors, "floors", projections);
   check_device(stats, "stats", projections);
-  memory.check();
   StatsParams p;
   p.rows = projections.size(-2);
   p.num_slots = floors.size(-2);
@@ -232,7 +187,7 @@ py::object accumulate_(const Arguments& a) {
   p.floors = floors.as<const float>();
   p.slots = check_slots(a.slots, projections, p.rows, p.num_slots, a.extent);
   p.stats = stats.as<double>();
-  increment_versions(a.changed, a.changed_count);
+  prepare_change(a);
   launch(p, projections.device);
   return py::none();
 }
@@ -255,11 +210,11 @@ constexpr Op kOps[] = {
      cap_residual_},
     {"cap_residual_.buffers(Tensor hidden, Tensor(a!) residual, " BUFFERS ", " OPTIONS ") -> ()", cap_residual_},
     {"add_rms_norm_cap_(" NORMED ", " BANK ", *, float weight_bias=0.0, " OPTIONS ", " PROJECTIONS ") -> ()",
-     add_rms_norm_cap_},
-    {"add_rms_norm_cap_.buffers(" NORMED ", " BUFFERS ", float weight_bias=0.0, " OPTIONS ") -> ()", add_rms_norm_cap_},
+     cap_residual_},
+    {"add_rms_norm_cap_.buffers(" NORMED ", " BUFFERS ", float weight_bias=0.0, " OPTIONS ") -> ()", cap_residual_},
     {"add_rms_norm_cap_fp8_(" QUANTIZED ", " BANK ", *, " SCALES ", " OPTIONS ", " PROJECTIONS ") -> ()",
-     add_rms_norm_cap_fp8_},
-    {"add_rms_norm_cap_fp8_.buffers(" QUANTIZED ", " BUFFERS ", " SCALES ", " OPTIONS ") -> ()", add_rms_norm_cap_fp8_},
+     cap_residual_},
+    {"add_rms_norm_cap_fp8_.buffers(" QUANTIZED ", " BUFFERS ", " SCALES ", " OPTIONS ") -> ()", cap_residual_},
     {"cap_layers_(Tensor(a!)[] hiddens, " BANK ", *, " OPTIONS ", " PROJECTIONS ") -> ()", cap_layers_},
     {"accumulate_(Tensor(a!) stats, Tensor projections, Tensor floors, Tensor? slots=None) -> ()", accumulate_},
 };
@@ -268,17 +223,10 @@ constexpr Op kOps[] = {
 
 std::span<const Op> ops() { return kOps; }
 
-void cap_with_checked_bank_(const Arguments& a) {
-  const Tensor& hidden = *a.hidden;
-  const Bank bank = a.bank();
-  Memory memory;
-  memory.change(a.hidden, "hidden").change(a.projections, "projections").read(bank).read(a.slots, "slots");
-  CapParams p = params_for(hidden, writable_rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
-  use_bank(p, bank);
-  p.projections = check_projections(a.projections, hidden, {p.rows, p.directions}, a.extent);
-  memory.check();
+py::object cap_with_checked_bank_(const Arguments& a) {
+  CapParams p = params_for(*a.hidden, writable_rows_of(*a.hidden, "hidden"), *a.axes, a.slots, a.extent);
   write_in_place(p);
-  launch_changing(a, &p, 1, hidden.device);
+  return cap_in_place(a, p);
 }
 
 void launch(const CapParams* layers, int64_t count, Device device) {

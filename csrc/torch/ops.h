@@ -18,10 +18,9 @@ struct Arguments {
   double eps = 0, weight_bias = 0;
   Extent extent = Extent::kExact;  // of slots and projections
 
-  // The tensors that the op changes.
-  static constexpr int kMaxChanged = 4;
-  PyObject* changed[kMaxChanged] = {};
-  int changed_count = 0;
+  static constexpr int kMaxTensors = 14;
+  Part parts[kMaxTensors];  // every tensor that is given, but for the hiddens
+  int parts_count = 0;
 
   Bank bank() const { return {axes, floors, lifts, limits}; }
 };
@@ -36,7 +35,7 @@ struct Op {
 std::span<const Op> ops();
 
 // cap_ with a bank that has been checked.
-void cap_with_checked_bank_(const Arguments& a);
+py::object cap_with_checked_bank_(const Arguments& a);
 
 // Starts a checked call: one for each layer, of one row count and dtype.
 void launch(const CapParams* layers, int64_t count, Device device);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
+#include <string_view>
 #include <utility>
 
 namespace axiscap {
@@ -61,32 +62,20 @@ std::ostream& operator<<(std::ostream& out, const Device& device) {
 }
 
 std::ostream& operator<<(std::ostream& out, ScalarType type) {
-  static constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {kFloat, "Float"},
-      {kBFloat16, "BFloat16"},
-      {kHalf, "Half"},
-      {kDouble, "Double"},
-      {kFloat8, "Float8_e4m3fn"},
-      {kInt, "Int"},
-      {{kDLInt, 64}, "Long"},
-      {{kDLInt, 16}, "Short"},
-      {{kDLInt, 8}, "Char"},
-      {{kDLUInt, 8}, "Byte"},
-      {{kDLUInt, 16}, "UInt16"},
-      {{kDLUInt, 32}, "UInt32"},
-      {{kDLUInt, 64}, "UInt64"},
-      {{kDLBool, 8}, "Bool"},
-      {{kDLComplex, 32}, "ComplexHalf"},
-      {{kDLComplex, 64}, "ComplexFloat"},
-      {{kDLComplex, 128}, "ComplexDouble"},
-      {{kDLFloat8_e5m2, 8}, "Float8_e5m2"},
-      {{kDLFloat8_e4m3fnuz, 8}, "Float8_e4m3fnuz"},
-      {{kDLFloat8_e5m2fnuz, 8}, "Float8_e5m2fnuz"},
-      {{kDLFloat8_e8m0fnu, 8}, "Float8_e8m0fnu"},
-  };
-  for (const auto& [known, name] : kNames)
-    if (known == type) return out << name;
-  return out << "DLPack's type " << int(type.code) << " of " << int(type.bits) << " bits";
+  for (const auto& [known, name] : {std::pair(kFloat, "Float"),
+                                    {kBFloat16, "BFloat16"},
+                                    {kHalf, "Half"},
+                                    {kDouble, "Double"},
+                                    {kFloat8, "Float8_e4m3fn"},
+                                    {kInt, "Int"}})
+    if (known == type) out << name;
+  return out;
+}
+
+std::string Tensor::dtype_name() const {
+  std::string name = py::str(py::handle(object).attr("type")());  // torch.cuda.FloatTensor
+  name.erase(name.size() - std::string_view("Tensor").size());
+  return name.substr(name.rfind('.') + 1);
 }
 
 bool Tensor::read(PyObject* given, bool any_class) {
@@ -147,20 +136,16 @@ void* current_stream(Device device) {
   return stream;
 }
 
-void increment_versions(PyObject* const* tensors, int count) {
-  // A list that stays: the call is short, and a new tuple would be a fifth of it.
-  static PyObject* const list = PyList_New(1);
-  for (int i = 0; i < count; ++i) {
-    Py_INCREF(tensors[i]);
-    PyList_SetItem(list, 0, tensors[i]);
-    PyObject* done = PyObject_Vectorcall(torch_.increment_version, &list, 1, nullptr);
-    PyList_SetItem(list, 0, Py_NewRef(Py_None));
-    Py_XDECREF(done);
-    if (done) continue;
-    // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
-    py::error_already_set error;
-    if (!is_true(PyObject_Vectorcall(torch_.is_inference, &tensors[i], 1, nullptr))) throw error;
-  }
+void increment_version(PyObject* tensor) {
+  static PyObject* const list = PyList_New(1);  // a new one for each call would be a fifth of its time
+  PyList_SetItem(list, 0, Py_NewRef(tensor));
+  PyObject* done = PyObject_Vectorcall(torch_.increment_version, &list, 1, nullptr);
+  PyList_SetItem(list, 0, Py_NewRef(Py_None));
+  Py_XDECREF(done);
+  if (done) return;
+  // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
+  py::error_already_set error;
+  if (!is_true(PyObject_Vectorcall(torch_.is_inference, &tensor, 1, nullptr))) throw error;
 }
 
 bool in_dual_level() {
@@ -168,8 +153,11 @@ bool in_dual_level() {
   return level && PyLong_AsLong(level) >= 0;
 }
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  CHECK_RUN(torch_parallel_for(begin, end, grain, body, context) == 0, "axiscap: torch's threads failed");
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  using Body = std::function<void(int64_t, int64_t)>;
+  const auto call = [](int64_t from, int64_t to, void* given) { (*static_cast<const Body*>(given))(from, to); };
+  CHECK_RUN(torch_parallel_for(begin, end, grain, call, const_cast<Body*>(&body)) == 0,
+            "axiscap: torch's threads failed");
 }
 
 bool is_grad_enabled() { return aoti_torch_grad_mode_is_enabled(); }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
 #include <ostream>
 #include <sstream>
 #include <string>
@@ -61,7 +62,7 @@ struct ScalarType {
   bool operator==(const ScalarType&) const = default;
 };
 
-std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float
+std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float: the dtypes that an op takes
 
 inline constexpr ScalarType kFloat{kDLFloat, 32}, kBFloat16{kDLBfloat, 16}, kHalf{kDLFloat, 16},
     kFloat8{kDLFloat8_e4m3fn, 8}, kDouble{kDLFloat, 64}, kInt{kDLInt, 32};
@@ -98,6 +99,7 @@ struct Tensor {
   // A view whose sign torch has not applied yet: the exported memory holds the negative of each element.
   bool is_negated() const;
   bool requires_grad() const;
+  std::string dtype_name() const;  // Float
 
   template <class T>
   T* as() const {
@@ -116,23 +118,15 @@ void check_is_tensor(PyObject* object, const char* name);
 // The stream that torch would launch on.
 void* current_stream(Device device);
 
-// Counts a change of the tensors' elements, so that autograd refuses to use what it saved of them.
-void increment_versions(PyObject* const* tensors, int count);
+// Counts a change of a tensor's elements, so that autograd refuses to use what it saved of them.
+void increment_version(PyObject* tensor);
 
-// Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around it,
-// may have a tangent.
+// Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around
+// it, may have a tangent.
 bool in_dual_level();
 
 // Runs `body` over parts of [begin, end) with the threads that torch has for its own ops.
-template <class Body>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body);
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-
-template <class Body>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-  const auto call = [](int64_t from, int64_t to, void* given) { (*static_cast<const Body*>(given))(from, to); };
-  parallel_for(begin, end, grain, call, const_cast<Body*>(&body));
-}
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 bool is_grad_enabled();
 

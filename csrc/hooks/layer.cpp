@@ -1,0 +1,154 @@
+#include "hooks/layer.h"
+
+#include <array>
+#include <limits>
+#include <vector>
+
+#include "torch/bank.h"
+
+using namespace pybind11::literals;
+
+namespace axiscap {
+namespace {
+
+// What the layers of one forward pass share, set before the first of them runs.
+struct Pass {
+  unsigned long thread = 0;    // that runs it; 0: no pass, and every layer is the slow one
+  std::vector<int64_t> shape;  // (batch, tokens) of the hidden states
+  Device device;
+  py::object slots_object, projections_object;
+  const int32_t* slots = nullptr;
+  float* projections = nullptr;  // (layers, rows, K)
+  int64_t layers = 0, rows = 0, directions = 0;
+
+  // slots: (batch * tokens,) int32 in the bank, or None; projections: (layers, rows, K) float32.
+  void begin(int64_t batch, int64_t tokens, const py::object& slots, const py::object& projections);
+  void end() { thread = 0; }
+};
+
+void Pass::begin(int64_t batch, int64_t tokens, const py::object& given_slots, const py::object& given_projections) {
+  end();
+  Tensor room;
+  check_is_tensor(given_projections.ptr(), "projections");
+  if (!room.read(given_projections.ptr(), false)) return;
+  rows = batch * tokens;
+  CHECK_VALUE(room.dim() == 3 && room.size(1) == rows && room.is_contiguous() && room.dtype == kFloat,
+              "projections must be (layers, ", rows, ", K) float32, contiguous, got ", room.sizes);
+  slots = nullptr;
+  if (!given_slots.is_none()) {
+    Tensor read;
+    check_is_tensor(given_slots.ptr(), "slots");
+    if (!read.read(given_slots.ptr(), false)) return;
+    slots = check_slots(&read, room, rows, std::numeric_limits<int32_t>::max(), Extent::kExact);
+  }
+  slots_object = given_slots;
+  projections_object = given_projections;
+  projections = room.as<float>();
+  layers = room.size(0);
+  directions = room.size(2);
+  device = room.device;
+  shape = {batch, tokens};
+  thread = PyThread_get_thread_ident();
+}
+
+// A capped layer of a running model: one call caps its hidden states, keeps their projections and counts them. Bank and
+// statistics are the installation's own copies, which nobody else can free or move.
+struct Layer {
+  py::object bank_object, stats_object, pass_object;
+  const Pass& pass;
+  Device device;
+  CapParams cap;
+  StatsParams stats;
+  int64_t index;  // of the layer's projections in those of the pass
+
+  Layer(const py::object& bank, const py::object& stats, const py::object& pass, int64_t index);
+
+  // Returns false, and changes nothing, for anything but the plain case: hidden states (batch, tokens, H) of the pass
+  // that has begun, contiguous, on the bank's device, without a gradient.
+  bool run(PyObject* output) const;
+};
+
+Layer::Layer(const py::object& bank, const py::object& given_stats, const py::object& given_pass, int64_t index)
+    : bank_object(bank),
+      stats_object(given_stats),
+      pass_object(given_pass),
+      pass(given_pass.cast<const Pass&>()),
+      index(index) {
+  std::array<Tensor, 4> tensors;
+  Bank read;
+  CHECK_VALUE(bank.cast<const KeptBank&>().read(tensors, read), "bank has moved");
+  Tensor sums;
+  check_is_tensor(given_stats.ptr(), "stats");
+  CHECK_VALUE(sums.read(given_stats.ptr(), false) && sums.dtype == kDouble && sums.is_contiguous() &&
+                  sums.numel == read.floors->numel * kStatFields && sums.device == read.axes->device,
+              "stats must be (S, K, fields) float64, contiguous, on the device of the bank, got ", sums.sizes);
+  device = read.axes->device;
+  cap.hidden_size = read.axes->size(2);
+  cap.axes = read.axes->as<const float>();
+  cap.num_slots = read.axes->size(0);
+  cap.directions = read.axes->size(1);
+  use_bank(cap, read);
+  stats.floors = cap.floors;
+  stats.stats = sums.as<double>();
+  stats.num_slots = cap.num_slots;
+  stats.directions = cap.directions;
+}
+
+bool Layer::run(PyObject* output) const {
+  if (pass.thread != PyThread_get_thread_ident() || is_grad_enabled()) return false;
+  PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
+  Tensor hidden;
+  if (!hidden.read(object, false) || !hidden.is_contiguous() || !(hidden.device == device) ||
+      !(pass.device == device) || hidden.is_negated())
+    return false;
+  const int64_t dim = hidden.dim();
+  const bool is_of_pass = (dim == 3 && hidden.sizes.first(2) == Sizes{pass.shape.data(), 2}) ||
+                          (dim == 2 && pass.shape[0] == 1 && hidden.size(0) == pass.shape[1]);
+  const bool is_row = hidden.dtype == kFloat || hidden.dtype == kBFloat16 || hidden.dtype == kHalf;
+  if (!is_of_pass || !is_row || hidden.sizes.back() != cap.hidden_size || in_dual_level() || pass.layers <= index ||
+      pass.directions != cap.directions)
+    return false;
+
+  CapParams p = cap;
+  p.dtype = hidden.dtype == kFloat ? DType::kFloat32 : hidden.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+  p.hidden = p.out = hidden.data;
+  p.hidden_stride = p.out_stride = p.hidden_size;
+  p.rows = pass.rows;
+  p.slots = pass.slots;
+  p.projections = pass.projections + index * p.rows * p.directions;
+  increment_version(object);
+  launch(&p, 1, device);
+
+  StatsParams s = stats;
+  s.rows = p.rows;
+  s.slots = p.slots;
+  s.projections = p.projections;
+  launch(s, device);
+  return true;
+}
+
+PyObject* run_layer(PyObject* self, PyObject* output) {
+  return call_guarded([&] {
+    const auto& layer = *static_cast<const Layer*>(PyCapsule_GetPointer(self, nullptr));
+    return py::bool_(layer.run(output)).release().ptr();
+  });
+}
+
+// A function of a layer's output, True if it capped. Python calls a builtin function faster than a method.
+py::object layer_function(const py::object& bank, const py::object& stats, const py::object& pass, int64_t index) {
+  static PyMethodDef definition{"cap_layer", run_layer, METH_O, "Caps a layer's output in place, if it is plain."};
+  const py::capsule self(new Layer(bank, stats, pass, index), [](void* layer) { delete static_cast<Layer*>(layer); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
+}
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+  py::class_<Pass>(m, "Pass")
+      .def(py::init())
+      .def("begin", &Pass::begin, "batch"_a, "tokens"_a, "slots"_a, "projections"_a)
+      .def("end", &Pass::end);
+  m.def("layer", layer_function, "bank"_a, "stats"_a, "pass_"_a, "index"_a);
+}
+
+}  // namespace axiscap

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import axiscap
-from axiscap import _C, models
+from axiscap import _C, models, ops
 from axiscap.profile import CapProfile
 
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
@@ -225,7 +227,7 @@ def measure(
     quick
         one size and dtype, few repetitions; for looking, not for reporting.
     model
-        also time the decoding of this model.
+        also time the decoding of this model, and its capped layers inside the steps.
     """
     sizes, dtypes = ((4096,), ("bfloat16",)) if quick else (HIDDEN_SIZES, tuple(DTYPES))
     grid = [(h, n, d, s) for d in dtypes for h in sizes for n in ROWS for s in SHARES]
@@ -246,7 +248,8 @@ def measure(
         "axiscap": axiscap.__version__,
     }
     decode = measure_decode(progress, model, quick) if model else None
-    return {"machine": machine, "ops": results[Case], "norm": results[NormCase], "decode": decode}
+    layers = [measure_layer(progress, model, sequences) for sequences in (1, 8)] if model else []
+    return {"machine": machine, "ops": results[Case], "norm": results[NormCase], "decode": decode, "layers": layers}
 
 
 def check_cuda() -> None:
@@ -297,12 +300,8 @@ def measure_decode(progress: Progress, name: str, quick: bool) -> dict[str, Any]
     """
     model, tokenizer = models.load(name)
     layers = models.decoder_layers(model)
-    count = min(8, len(layers))
-    first = (len(layers) - count) * 3 // 4
-    chosen = list(range(first, first + count))
-    size = models.text_config(model).hidden_size
-    generator = torch.Generator().manual_seed(0)
-    axes = torch.nn.functional.normalize(torch.randn(count, 1, size, generator=generator), dim=-1)
+    chosen, axes = _random_axes(model, layers)
+    count = len(chosen)
     inputs = tokenizer("The history of the sea is long, and", return_tensors="pt")
     steps = 30 if quick else 360
     result: dict[str, Any] = {"model": name, "layers": count, "steps": steps, "fire": {}}
@@ -347,6 +346,118 @@ def measure_decode(progress: Progress, name: str, quick: bool) -> dict[str, Any]
             "published": spread(b / t for b, t in zip(base, theirs, strict=False)),
         }
     return result
+
+
+def _random_axes(model: Any, layers: Sequence[Any]) -> tuple[list[int], Tensor]:
+    """Eight middle-to-late layers, and a direction for each: (layers, 1, H)."""
+    count = min(8, len(layers))
+    first = (len(layers) - count) * 3 // 4
+    size = models.text_config(model).hidden_size
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.nn.functional.normalize(torch.randn(count, 1, size, generator=generator), dim=-1)
+    return list(range(first, first + count)), axes
+
+
+class _LayerClock:
+    """Times what stands between two hooks of a layer, or counts the calls of Python and of C that it makes."""
+
+    def __init__(self) -> None:
+        self.nanoseconds: list[int] = []
+        self.calls: list[int] = []
+        self.counts = False
+        self._begin = self._count = 0
+
+    def _see(self, frame: Any, event: str, argument: Any) -> None:
+        self._count += event in ("call", "c_call")
+
+    def start(self, *_: Any) -> None:
+        self._count = 0
+        if self.counts:
+            sys.setprofile(self._see)
+        self._begin = time.perf_counter_ns()
+
+    def stop(self, *_: Any) -> None:
+        elapsed = time.perf_counter_ns() - self._begin
+        sys.setprofile(None)
+        if self.counts:
+            self.calls.append(self._count - 2)  # of this function, and of setprofile
+        else:
+            self.nanoseconds.append(elapsed)
+
+
+def measure_layer(progress: Progress, name: str, sequences: int, rounds: int = 15) -> dict[str, Any]:
+    """The time of a capped layer inside the decoding steps of a real model, where its memory is out of the caches.
+
+    One thread. What ``axiscap.install`` puts there, ``ops.cap_`` alone in a hook, and the published hook, by turns; no
+    row fires. A round's value is the median over ten steps and all capped layers.
+    """
+    model, tokenizer = models.load(name)
+    layers = models.decoder_layers(model)
+    chosen, axes = _random_axes(model, layers)
+    floors = torch.full((len(chosen), 1), -1e4)
+    clock = _LayerClock()
+
+    def op(i: int) -> Callable[..., None]:
+        axis, floor = axes[i : i + 1], floors[i : i + 1]
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            ops.cap_(output[0] if isinstance(output, tuple) else output, axis, floor)
+
+        return hook
+
+    def hook_all(make: Callable[[int], Callable[..., Any]]) -> list[Callable[[], None]]:
+        return [layers[layer].register_forward_hook(make(i)).remove for i, layer in enumerate(chosen)]
+
+    variants: dict[str, Callable[[], list[Callable[[], None]]]] = {
+        "installed": lambda: [axiscap.install(model, CapProfile(chosen, axes, floors)).remove],
+        "op": lambda: hook_all(op),
+        "published": lambda: hook_all(lambda i: _published_hook(-axes[i, 0], -floors[i, 0])),
+    }
+    inputs = tokenizer(["The history of the sea is long, and"] * sequences, return_tensors="pt")["input_ids"]
+
+    def decode(variant: str, steps: int) -> None:
+        undo = hook_all(lambda i: clock.start)
+        undo += variants[variant]()
+        undo += hook_all(lambda i: clock.stop)
+        with torch.inference_mode():
+            past = model(input_ids=inputs, use_cache=True).past_key_values
+            for step in range(steps + 2):
+                if step == 2:  # those before warm up
+                    clock.nanoseconds.clear()
+                    clock.calls.clear()
+                model(input_ids=inputs[:, -1:], past_key_values=past, use_cache=True)
+        for call in undo:
+            call()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    calls = {}
+    task = progress.add_task(f"a capped layer, {sequences} sequences", total=rounds)
+    try:
+        for _ in range(rounds):
+            for variant, found in times.items():
+                decode(variant, 10)
+                found.append(statistics.median(clock.nanoseconds) / 1e3)
+            progress.advance(task)
+        clock.counts = True
+        for variant in variants:
+            decode(variant, 2)
+            calls[variant] = statistics.median(clock.calls)
+    finally:
+        torch.set_num_threads(threads)
+    installed = times["installed"]
+    return {
+        "model": Path(name).name,
+        "layers": len(chosen),
+        "sequences": sequences,
+        "microseconds": {variant: spread(found) for variant, found in times.items()},
+        "calls": calls,
+        "of": {
+            other: spread(own / theirs for own, theirs in zip(installed, times[other], strict=True))
+            for other in ("op", "published")
+        },
+    }
 
 
 def _published_hook(vector: Tensor, cap: Tensor) -> Callable[..., Any]:
@@ -405,6 +516,20 @@ def decode_targets(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         what = f"{decode['model']}, {decode['layers']} layers, {label} fire"
         rows.append((f"{what}: axiscap", "> 0.99", _text(fire["capped"], 3), _met(fire["capped"]["median"] > 0.99)))
         rows.append((f"{what}: the published hook", "", _text(fire["published"], 3), ""))
+    return rows
+
+
+def layer_targets(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A capped layer inside decoding steps: what, microseconds (calls) of each, two ratios, and if both are met."""
+    rows = []
+    for found in results["layers"]:
+        times, of = found["microseconds"], found["of"]
+        each = [
+            f"{times[name]['median']:.1f} ({found['calls'][name]:.0f})" for name in ("installed", "op", "published")
+        ]
+        met = of["published"]["median"] <= 0.5 and of["op"]["median"] <= 1.2
+        what = f"{found['model']}, {found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}"
+        rows.append((what, *each, _text(of["published"]), _text(of["op"]), _met(met)))
     return rows
 
 
@@ -467,3 +592,11 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
         for row in decoding:
             shares.add_row(*row)
         console.print(shares)
+    if results["layers"]:
+        console.print("\n[bold]a capped layer inside decoding steps: microseconds (calls), and ratios[/bold]")
+        inside = Table()
+        for name in ("case", "installed", "op in a hook", "published", "of published, <= 0.5", "of op, <= 1.2", "met"):
+            inside.add_column(name)
+        for cells in layer_targets(results):
+            inside.add_row(*cells)
+        console.print(inside)

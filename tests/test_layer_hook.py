@@ -1,0 +1,202 @@
+"""The hook of a capped layer: one call of the extension, or the slow way, with the same result."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import assert_same_bits, profile_for, unit
+from test_install import FLOOR, LAYERS, build, tokens
+
+import axiscap
+from axiscap import _C, installation, ops
+
+H = 16
+
+
+@pytest.fixture
+def llama():
+    return build("Llama")
+
+
+class Fixture:
+    """A bank of two slots and two directions, its statistics, and a pass of (2, 3) tokens that has begun."""
+
+    def __init__(self, slots=None):
+        self.axes, self.floors = unit(2, 2, H), torch.full((2, 2), 0.5)
+        self.bank, self.stats = _C.Bank(self.axes, self.floors), ops.new_stats(2, 2)
+        self.shared = _C.Pass()
+        self.projections = torch.full((3, 6, 2), torch.nan)
+        self.slots = slots
+        self.shared.begin(2, 3, slots, self.projections)
+        self.run = _C.layer(self.bank, self.stats, self.shared, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [None, [0, 1, -1, 1, 0, 0]])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_call_caps_projects_and_counts(dtype, slots, packed):
+    slots = None if slots is None else torch.tensor(slots, dtype=torch.int32)
+    made = Fixture(slots)
+    hidden = torch.randn(2, 3, H, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected, stats, projections = hidden.clone(), ops.new_stats(2, 2), torch.empty(6, 2)
+    ops.cap_(expected, made.axes, made.floors, slots, projections=projections)
+    ops.accumulate_(stats, projections, made.floors, slots)
+    before = hidden._version
+    with torch.no_grad():
+        assert made.run((hidden, None) if packed else hidden) is True
+    assert hidden._version == before + 1
+    assert_same_bits(hidden, expected)
+    assert_same_bits(made.projections[1], projections)
+    assert made.projections[[0, 2]].isnan().all()
+    assert torch.equal(made.stats, stats)
+
+
+def test_a_single_sequence_may_come_without_its_dimension():
+    made = Fixture()
+    made.shared.begin(1, 6, None, made.projections)
+    hidden = torch.zeros(6, H)
+    with torch.no_grad():
+        assert made.run(hidden)
+    assert_same_bits(hidden, ops.cap(torch.zeros(6, H), made.axes, made.floors))
+
+
+NOT_PLAIN = {
+    "another shape": lambda: torch.zeros(2, 4, H),
+    "another batch of as many rows": lambda: torch.zeros(3, 2, H),
+    "another H": lambda: torch.zeros(2, 3, H + 1),
+    "rows alone": lambda: torch.zeros(6, H),
+    "four dimensions": lambda: torch.zeros(1, 2, 3, H),
+    "no dimension": lambda: torch.zeros(()),
+    "another dtype": lambda: torch.zeros(2, 3, H, dtype=torch.float64),
+    "strided": lambda: torch.zeros(3, 2, H).transpose(0, 1),
+    "negated": lambda: torch._neg_view(torch.zeros(2, 3, H)),
+    "meta": lambda: torch.zeros(2, 3, H, device="meta"),
+    "sparse": lambda: torch.zeros(2, 3, H).to_sparse(),
+    "subclass": lambda: torch.zeros(2, 3, H).as_subclass(type("Subclass", (torch.Tensor,), {})),
+    "no tensor": lambda: None,
+    "an empty tuple": lambda: (),
+    "a tuple of something else": lambda: ("hidden",),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_PLAIN))
+def test_what_is_not_plain_is_left_to_the_slow_way(name):
+    made = Fixture()
+    output = NOT_PLAIN[name]()
+    with torch.no_grad():
+        assert made.run(output) is False
+    assert made.projections.isnan().all()
+    assert not made.stats[..., 0].any()
+    if isinstance(output, torch.Tensor) and output.device.type == "cpu" and not output.is_sparse:
+        assert not output.any()
+
+
+def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way():
+    made, hidden, answers = Fixture(), torch.zeros(2, 3, H), []
+    answers.append(made.run(hidden))  # gradients are on
+    with torch.no_grad():
+        with torch.autograd.forward_ad.dual_level():
+            answers.append(made.run(hidden))
+
+        def elsewhere():
+            with torch.no_grad():
+                answers.append(made.run(hidden))
+
+        thread = threading.Thread(target=elsewhere, daemon=True)
+        thread.start()
+        thread.join()
+        answers.append(_C.layer(made.bank, made.stats, made.shared, 3)(hidden))  # no such layer in the projections
+        made.shared.end()
+        answers.append(made.run(hidden))
+    assert answers == [False] * 5
+    assert not hidden.any()
+
+
+def test_a_pass_refuses_what_does_not_fit():
+    made = Fixture()
+    for wrong, message in (
+        (lambda: made.shared.begin(2, 4, None, made.projections), "projections must be"),
+        (lambda: made.shared.begin(2, 3, None, made.projections.double()), "projections must be"),
+        (lambda: made.shared.begin(2, 3, torch.zeros(5, dtype=torch.int32), made.projections), "slots must have shape"),
+        (lambda: _C.layer(made.bank, made.stats[:1], made.shared, 0), "stats must be"),
+        (lambda: _C.layer(made.bank, made.stats.float(), made.shared, 0), "stats must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with torch.no_grad():
+        assert made.run(torch.zeros(2, 3, H)) is False  # a pass that could not begin is none
+
+
+def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
+    """In every layer of a prompt and of each step, with a mask, under no_grad and in inference mode."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids, mask = tokens(2, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    with axiscap.install(llama, profile) as cap:
+        llama(ids)  # the first pass looks for sinks
+        cap.reset_stats()
+
+        def slow(*_, **__):
+            raise AssertionError("the slow way was taken")
+
+        monkeypatch.setattr(installation._CappedLayer, "cap", slow)
+        llama.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        with torch.inference_mode():
+            llama(ids, attention_mask=mask)
+        rows = (12 + 3 * 2) + 12
+        assert [found.rows for found in cap.stats()["default"].values()] == [rows] * len(LAYERS)
+        with pytest.raises(AssertionError, match="slow way"):
+            llama(ids)  # with gradients
+
+
+@pytest.mark.parametrize("selection", ["strict", ["strict", None], ["default", "strict"]])
+def test_both_ways_give_the_same(llama, selection):
+    mild = profile_for(llama, LAYERS, FLOOR)
+    profiles = {"default": mild, "strict": mild.with_floors(mild.floors + 1)}
+    ids, mask = tokens(2, 5), torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
+    results = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with axiscap.install(llama.requires_grad_(False), profiles) as cap, mode():
+            llama(ids)
+            cap.select(selection)
+            cap.reset_stats()
+            logits = llama(ids, attention_mask=mask).logits
+            results.append((logits.clone(), cap.projections(), cap.stats()))
+    for logits, projections, stats in results[1:]:
+        assert_same_bits(logits, results[0][0])
+        assert stats == results[0][2]
+        for layer, found in projections.items():
+            torch.testing.assert_close(found, results[0][1][layer], rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
+    """One pass is announced at a time; another thread's layers take the slow way, with their own slots."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    floors = {"low": profile.with_floors(profile.floors - 1e3), "high": profile.with_floors(profile.floors + 2)}
+    with axiscap.install(llama, floors) as cap, torch.no_grad():
+        alone = {}
+        for name in floors:
+            cap.select(name)
+            alone[name] = llama(tokens(1, 6)).logits
+        barrier, found = threading.Barrier(2, timeout=30), {}
+
+        def take_turns(*_):
+            barrier.wait()
+
+        handles = [block.register_forward_pre_hook(take_turns) for block in llama.model.layers]
+
+        def work(name):
+            with torch.no_grad():
+                cap.select(name)
+                found[name] = llama(tokens(1, 6)).logits
+
+        threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in floors]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for handle in handles:
+            handle.remove()
+    for name in floors:
+        assert_same_bits(found[name], alone[name])

@@ -104,7 +104,7 @@ class _LayerHook(Hook):
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.compiler.is_compiling() and self.layer.run(output):
+        if not torch.compiler.is_dynamo_compiling() and self.layer.run(output):
             return None
         return self.call(module, args, output)
 

@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from axiscap import _C
 
@@ -72,7 +73,7 @@ def cap_(
     >>> ops.cap_(hidden, axes, torch.zeros(1, 1)).tolist()
     [[0.0, 5.0], [2.0, 5.0]]
     """
-    run = torch.ops.axiscap.cap_ if torch.compiler.is_compiling() else _C.cap_
+    run = torch.ops.axiscap.cap_ if is_dynamo_compiling() else _C.cap_
     run(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     return hidden
 
@@ -156,10 +157,8 @@ def cap_residual_(
 
     Parameters
     ----------
-    residual
-        Of hidden's shape and dtype.
-    hidden, axes, floors, slots, lifts, limits, projections
-        See :mod:`axiscap.ops`, also for the errors. residual and projections are changed.
+    hidden, residual, axes, floors, slots, lifts, limits, projections
+        See :mod:`axiscap.ops`, also for the errors. residual is like hidden; it and projections are changed.
 
     Returns
     -------
@@ -173,7 +172,7 @@ def cap_residual_(
     >>> ops.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
     [[3.0, 2.0]]
     """
-    run = torch.ops.axiscap.cap_residual_ if torch.compiler.is_compiling() else _C.cap_residual_
+    run = torch.ops.axiscap.cap_residual_ if is_dynamo_compiling() else _C.cap_residual_
     run(hidden, residual, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     return residual
 
@@ -200,16 +199,14 @@ def add_rms_norm_cap_(
 
     Parameters
     ----------
-    residual
-        Of hidden's shape and dtype.
     weight
         (H,), of hidden's dtype.
     eps
         Added to the mean of squares.
     weight_bias
         1 for Gemma, whose weights are stored less 1.
-    hidden, axes, floors, slots, lifts, limits, projections
-        See :mod:`axiscap.ops`, also for the errors. hidden, residual and projections are changed.
+    hidden, residual, axes, floors, slots, lifts, limits, projections
+        See :mod:`axiscap.ops`, also for the errors. residual is like hidden; both and projections are changed.
 
     Returns
     -------
@@ -225,7 +222,7 @@ def add_rms_norm_cap_(
     >>> stream.tolist(), [round(value, 3) for value in normed[0].tolist()]
     ([[0.0, 2.0]], [0.0, 1.414])
     """
-    run = torch.ops.axiscap.add_rms_norm_cap_ if torch.compiler.is_compiling() else _C.add_rms_norm_cap_
+    run = torch.ops.axiscap.add_rms_norm_cap_ if is_dynamo_compiling() else _C.add_rms_norm_cap_
     options = {"weight_bias": weight_bias, "lifts": lifts, "limits": limits, "projections": projections}
     run(hidden, residual, weight, eps, axes, floors, slots, **options)
     return hidden, residual
@@ -284,7 +281,7 @@ def add_rms_norm_cap_fp8_(
     >>> ops.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist(), round(scales.item() * 448, 3)
     ([[0.0, 448.0]], 1.414)
     """
-    run = torch.ops.axiscap.add_rms_norm_cap_fp8_ if torch.compiler.is_compiling() else _C.add_rms_norm_cap_fp8_
+    run = torch.ops.axiscap.add_rms_norm_cap_fp8_ if is_dynamo_compiling() else _C.add_rms_norm_cap_fp8_
     options = {"weight_bias": weight_bias, "lifts": lifts, "limits": limits, "projections": projections}
     run(quantized, hidden, residual, weight, eps, axes, floors, slots, scale=scale, scales=scales, **options)
     return quantized, residual
@@ -324,7 +321,7 @@ def cap_layers_(
     [[[0.0, 5.0]], [[0.0, 5.0]]]
     """
     streams = list(hiddens)
-    run = torch.ops.axiscap.cap_layers_ if torch.compiler.is_compiling() else _C.cap_layers_
+    run = torch.ops.axiscap.cap_layers_ if is_dynamo_compiling() else _C.cap_layers_
     run(streams, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
     return streams
 
@@ -354,7 +351,7 @@ def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tenso
     >>> stats[0, 0, :3].tolist()  # seen, fired, below
     [2.0, 1.0, 1.0]
     """
-    run = torch.ops.axiscap.accumulate_ if torch.compiler.is_compiling() else _C.accumulate_
+    run = torch.ops.axiscap.accumulate_ if is_dynamo_compiling() else _C.accumulate_
     run(stats, projections, floors, slots)
     return stats
 
@@ -364,12 +361,8 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
 
     Parameters
     ----------
-    slots
-        S.
-    directions
-        K.
-    device
-        of the tensor.
+    slots, directions, device
+        S, K, and where the tensor is made.
 
     Returns
     -------
@@ -388,14 +381,11 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     return stats
 
 
-# The ops in torch's dispatcher. Schemas and kernels are the extension's; here is what torch needs beside them.
+# The ops in torch's dispatcher: the extension has the schemas and kernels, and torch needs this beside them.
 
 
 def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., Any]:
-    """An op without data: shapes. The kernel checks the call when it runs, all but the devices.
-
-    The dispatcher runs this instead of the kernel if one argument is on the meta device.
-    """
+    """An op without data: shapes, and the devices, since one meta tensor makes the dispatcher choose this."""
 
     def fake(*arguments: Any, **keywords: Any) -> Any:
         given = {**dict(zip(names, arguments, strict=False)), **keywords}
@@ -443,8 +433,7 @@ def _differentiate_cap(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | Non
     g = grad.reshape(-1, grad.shape[-1]).float()
     if slots is None:
         axes, lifts = axes[:1], None if lifts is None else lifts[:1]
-    # Products with the axes of all slots, of which each row keeps its own: a copy of its axis for each row would be as
-    # large as the gradient.
+    # Products with the axes of all slots, of which each row keeps its own: copies would be as large as the gradient.
     own = None if slots is None else slots.clamp(0, len(axes) - 1).long()[:, None]
     for k in reversed(range(axes.shape[1])):
         along = g @ (axes if lifts is None else lifts)[:, k].T

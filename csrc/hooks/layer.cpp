@@ -116,7 +116,7 @@ bool Layer::run(PyObject* output) const {
   p.rows = pass.rows;
   p.slots = pass.slots;
   p.projections = pass.projections + index * p.rows * p.directions;
-  increment_version(object);
+  increment_versions(py::make_tuple(py::handle(object)));
   launch(&p, 1, device);
 
   StatsParams s = stats;

@@ -15,10 +15,9 @@ KeptBank::KeptBank(const py::object& axes, const py::object& floors, const py::o
     : objects{axes, floors, lifts, limits} {
   std::array<Tensor, 4> tensors;
   const auto is_given = [&](int i) { return i < 2 || !objects[i].is_none(); };
-  for (int i = 0; i < 4; ++i)
-    if (is_given(i)) check_is_tensor(objects[i].ptr(), kBankNames[i]);
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (!is_given(i)) continue;
+    check_is_tensor(objects[i].ptr(), kBankNames[i]);
     const py::object device = objects[i].attr("device"), wanted = axes.attr("device");
     CHECK_VALUE(device.equal(wanted), kBankNames[i], " must be on the device of axes, ", std::string(py::str(wanted)),
                 ", got ", std::string(py::str(device)));
@@ -27,6 +26,7 @@ KeptBank::KeptBank(const py::object& axes, const py::object& floors, const py::o
     if (!is_given(i)) continue;
     CHECK_VALUE(tensors[i].read(objects[i].ptr(), false) && !tensors[i].is_negated(),
                 "a bank is made of dense tensors with data");
+    exports[i] = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(objects[i]);
     data[i] = tensors[i].data;
     numels[i] = tensors[i].numel;
   }

@@ -10,6 +10,7 @@ namespace axiscap {
 // A bank that holds its tensors, with values that were checked once.
 struct KeptBank {
   std::array<py::object, 4> objects;  // axes, floors, lifts and limits; the last two may be None
+  std::array<py::object, 4> exports;  // references of torch's, without which each look would make and drop the only one
   std::array<const char*, 4> data{};
   std::array<int64_t, 4> numels{};
 

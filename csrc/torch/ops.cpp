@@ -24,8 +24,11 @@ void check_launched(const char* error, Device device) {
 // The last checks of an op in place. Autograd learns of the change before it happens, so that torch can refuse it.
 void prepare_change(std::span<const Part> parts) {
   check_apart(parts);
+  py::tuple changed(std::count_if(parts.begin(), parts.end(), [](const Part& part) { return part.is_changed; }));
+  size_t i = 0;
   for (const Part& part : parts)
-    if (part.is_changed) increment_version(part.tensor->object);
+    if (part.is_changed) PyTuple_SET_ITEM(changed.ptr(), i++, Py_NewRef(part.tensor->object));
+  increment_versions(changed);
 }
 void prepare_change(const Arguments& a) { prepare_change({a.parts, size_t(a.parts_count)}); }
 
@@ -36,10 +39,10 @@ py::object new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, con
   return dtype ? new_empty(shape, py::arg("dtype") = py::module_::import("torch").attr(dtype)) : new_empty(shape);
 }
 
-Tensor view_of(const py::object& object) {
+char* data_of(const py::object& object) {
   Tensor tensor;
   CHECK_RUN(tensor.read(object.ptr(), true), "axiscap: torch made a tensor without data");
-  return tensor;
+  return tensor.data;
 }
 
 // What the ops in place that have one stream of rows do last.
@@ -66,9 +69,9 @@ py::object cap(const Arguments& a) {
   const py::object out = new_tensor(hidden, {hidden.sizes.begin(), hidden.sizes.end()});
   const py::object projections = new_tensor(hidden, {p.rows, p.directions}, "float32");
   const py::object fired = new_tensor(hidden, {p.rows, p.directions}, "bool");
-  p.projections = view_of(projections).as<float>();
-  p.fired = view_of(fired).as<uint8_t>();
-  p.out = view_of(out).data;
+  p.projections = reinterpret_cast<float*>(data_of(projections));
+  p.fired = reinterpret_cast<uint8_t*>(data_of(fired));
+  p.out = data_of(out);
   p.out_stride = p.hidden_size;
   launch(&p, 1, hidden.device);
   return py::make_tuple(out, projections, fired);
@@ -81,7 +84,7 @@ py::object project(const Arguments& a) {
   std::vector<int64_t> shape{hidden.sizes.begin(), hidden.sizes.end()};
   shape.back() = p.directions;
   const py::object projections = new_tensor(hidden, shape, "float32");
-  p.projections = view_of(projections).as<float>();
+  p.projections = reinterpret_cast<float*>(data_of(projections));
   launch(&p, 1, hidden.device);
   return projections;
 }

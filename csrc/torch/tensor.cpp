@@ -136,16 +136,18 @@ void* current_stream(Device device) {
   return stream;
 }
 
-void increment_version(PyObject* tensor) {
-  static PyObject* const list = PyList_New(1);  // a new one for each call would be a fifth of its time
-  PyList_SetItem(list, 0, Py_NewRef(tensor));
-  PyObject* done = PyObject_Vectorcall(torch_.increment_version, &list, 1, nullptr);
-  PyList_SetItem(list, 0, Py_NewRef(Py_None));
-  Py_XDECREF(done);
-  if (done) return;
+void increment_versions(const py::tuple& tensors) {
+  PyObject* argument = tensors.ptr();
+  if (auto done =
+          py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr)))
+    return;
   // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
   py::error_already_set error;
-  if (!is_true(PyObject_Vectorcall(torch_.is_inference, &tensor, 1, nullptr))) throw error;
+  for (const py::handle tensor : tensors)
+    if (tensors.size() > 1)
+      increment_versions(py::make_tuple(tensor));
+    else if (!py::handle(torch_.is_inference)(tensor).cast<bool>())
+      throw error;
 }
 
 bool in_dual_level() {

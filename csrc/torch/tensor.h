@@ -118,8 +118,8 @@ void check_is_tensor(PyObject* object, const char* name);
 // The stream that torch would launch on.
 void* current_stream(Device device);
 
-// Counts a change of a tensor's elements, so that autograd refuses to use what it saved of them.
-void increment_version(PyObject* tensor);
+// Counts a change of the tensors' elements, so that autograd refuses to use what it saved of them.
+void increment_versions(const py::tuple& tensors);
 
 // Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around
 // it, may have a tangent.

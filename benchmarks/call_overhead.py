@@ -1,6 +1,6 @@
-"""What a call costs beside the kernel, through each door, in two builds: checkouts whose extension is built in place.
+"""What a call costs, kernel and all, by each way to make it, in two builds: checkouts whose extension is built in place.
 
-``python benchmarks/doors.py ../before .`` calls both in turn, each in a process that stays, and gives the medians over
+``python benchmarks/call_overhead.py ../before .`` calls both in turn, each in a process that stays, and gives the medians over
 the rounds with the quartiles of the ratios within a round.
 """
 

@@ -460,16 +460,24 @@ def _differentiate_project(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
-_RESULTS: dict[str, Callable[..., Any]] = {"cap": _empty_cap, "project": _empty_project}
-_library = torch.library.Library("axiscap", "DEF")  # type: ignore[no-untyped-call]
-for _schema, _names, _kernel in _C.OPS:
-    _name = _schema.partition("(")[0]
-    _library.define(_schema)  # type: ignore[no-untyped-call]
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"axiscap::{_name}", _fake(_names, _RESULTS.get(_name)), lib=_library)
-    if _name not in _RESULTS:  # the kernel refuses a changed argument that requires grad
-        _library.impl(_name, _refuse_negated, "Negative")  # type: ignore[no-untyped-call]
-        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-torch.library.register_autograd("axiscap::cap", _differentiate_cap, setup_context=_setup_cap, lib=_library)
-torch.library.register_autograd("axiscap::project", _differentiate_project, setup_context=_setup_project, lib=_library)
+def _register() -> torch.library.Library:
+    """The library, whose ops live as long as it does."""
+    results: dict[str, Callable[..., Any]] = {"cap": _empty_cap, "project": _empty_project}
+    library = torch.library.Library("axiscap", "DEF")  # type: ignore[no-untyped-call]
+    for schema, names, kernel in _C.OPS:
+        name = schema.partition("(")[0]
+        library.define(schema)  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"axiscap::{name}", _fake(names, results.get(name)), lib=library)
+        kernels = {"CPU": kernel, "CUDA": kernel}
+        if name not in results:  # the kernel refuses a changed argument that requires grad
+            kernels |= {"Negative": _refuse_negated, "Autograd": torch.library.fallthrough_kernel}
+        for key, function in kernels.items():
+            library.impl(name, function, key)  # type: ignore[no-untyped-call]
+    torch.library.register_autograd("axiscap::cap", _differentiate_cap, setup_context=_setup_cap, lib=library)
+    torch.library.register_autograd(
+        "axiscap::project", _differentiate_project, setup_context=_setup_project, lib=library
+    )
+    return library
+
+
+_library = _register()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,21 @@ def test_ordinary_work_costs_nothing_that_shows(points):
     assert capped.perplexity <= 1.02  # of the default's own answers, to the questions that roles are asked
     # Of twelve answers, a fall of five and more would be beyond chance (a sign test, one-sided, at 5 %).
     assert capped.checks[0] > uncapped.checks[0] - 5
+
+
+def test_a_thousand_imports():
+    """Each in a process of its own, from one that has loaded torch, with a call; none fails."""
+    script = """
+        import os, torch
+        failed = 0
+        for _ in range(1000):
+            child = os.fork()
+            if child == 0:
+                from axiscap import ops
+                rows = ops.cap_(torch.zeros(2, 8), torch.full((1, 1, 8), 8 ** -0.5), torch.ones(1, 1))
+                os._exit(not rows.all())
+            failed += os.waitpid(child, 0)[1] != 0
+        print(failed)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "0\n"

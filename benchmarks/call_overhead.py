@@ -1,7 +1,7 @@
-"""What a call costs, kernel and all, by each way to make it, in two builds: checkouts whose extension is built in place.
+"""What a call costs, kernel and all, by each way to make it, in two builds: checkouts with extensions built in place.
 
-``python benchmarks/call_overhead.py ../before .`` calls both in turn, each in a process that stays, and gives the medians over
-the rounds with the quartiles of the ratios within a round.
+``python benchmarks/call_overhead.py ../before .`` calls both in turn, each in a process that stays, and gives the
+medians over the rounds with the quartiles of the ratios within a round.
 """
 
 from __future__ import annotations

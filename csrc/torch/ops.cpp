@@ -282,7 +282,7 @@ void launch(const CapParams* layers, int64_t count, Device device) {
   if (p.rows == 0) return;
   if (!device.is_cpu()) {
     const Accelerator& on = accelerator_for(device);
-    return launch_on(device, [&](void* stream) { return on.cap(layers, count, stream); });
+    return launch_on(device, [&](void* stream) { return on.cap(layers, count, device.index, stream); });
   }
   const int64_t row_bytes = p.hidden_size * (p.dtype == DType::kFloat32 ? 4 : 2) * (p.residual ? 2 : 1);
   // A few rows take less time than to work out what each thread would do.
@@ -630,7 +630,7 @@ void accumulate_(const TensorView& stats, const TensorView& projections, const T
   const Device device = projections.device;
   if (device.is_cpu()) return cpu::accumulate(p);
   const Accelerator& on = accelerator_for(device);
-  launch_on(device, [&](void* stream) { return on.accumulate(p, stream); });
+  launch_on(device, [&](void* stream) { return on.accumulate(p, device.index, stream); });
 }
 
 }  // namespace axiscap

@@ -15,6 +15,9 @@
 
 namespace {
 int ptx_version, major, carveout = -1;
+// The devices that there are, the current one, and how often it was set.
+constexpr int kDevices = 20;
+int current = 0, switches = 0;
 std::vector<axiscap::CapParams> layers;
 
 // How many bytes a kernel's argument has: 280 for one layer, and 72 for each more of up to 48 (test_ptx.py).
@@ -35,7 +38,12 @@ std::map<const void*, std::string>& names() {
 }  // namespace
 
 extern "C" {
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  ++switches;
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  return current = device, cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? major : 4;
   return cudaSuccess;
@@ -66,10 +74,14 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
               config->gridDim.y, config->dynamicSmemBytes, carveout, names().at(kernel).c_str());
   size_t lifts = 0;
   for (const axiscap::CapParams& layer : layers) lifts += layer.lifts && is_launched_with(arguments[0], layer.lifts);
-  std::printf(lifts ? ", %zu lifts\n" : "\n", lifts);
+  if (lifts) std::printf(", %zu lifts", lifts);
+  std::printf(current ? ", on device %d\n" : "\n", current);
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
+  std::printf("statistics, on device %d\n", current);
+  return cudaSuccess;
+}
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
@@ -86,15 +98,20 @@ char __cudaInitModule(void**) { return 0; }
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 0; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaSuccess; }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaSuccess; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3 grid, dim3 block, void** arguments, size_t bytes,
+                               cudaStream_t stream) {
+  return cudaLaunchKernel(nullptr, grid, block, arguments, bytes, stream);
+}
 }
 
 // The arguments are what the kernels were compiled for, the device's major version, and the call: rows, H, layers, the
-// op, a pointer or stride of the last layer that no vector divides ("-": all are aligned), and whether layers have
-// lifts.
+// op ("statistics" is one of them), a pointer or stride of the last layer that no vector divides ("-": all are
+// aligned), whether layers have lifts, the device to launch on, and the current one. Returns 1 behind the text of an
+// error, and 2 where another device is current in the end, or was set for nothing.
 int main(int, char** given) {
   ptx_version = std::atoi(given[1]), major = std::atoi(given[2]);
   const std::string op = given[6], odd = given[7];
+  const int device = std::atoi(given[9]), before = std::atoi(given[10]);
   alignas(16) static char memory[4096];
   alignas(16) static float floors[1], scale[1];
   axiscap::CapParams p;
@@ -122,7 +139,14 @@ int main(int, char** given) {
   if (odd == "residual_stride") last.residual_stride += 1;
   if (odd == "out_stride") last.out_stride += 1;
   if (odd == "normed_stride") last.normed_stride += 1;
-  for (int call = 0; call < 2; ++call)  // what is remembered is as right as what is asked
-    if (const char* error = axiscap::accelerator->cap(layers.data(), int64_t(layers.size()), nullptr))
-      return std::puts(error), 1;
+  current = before;
+  int status = 0;
+  for (int call = 0; call < 2; ++call) {  // what is remembered is as right as what is asked
+    const char* error = op == "statistics"
+                            ? axiscap::accelerator->accumulate({}, device, nullptr)
+                            : axiscap::accelerator->cap(layers.data(), int64_t(layers.size()), device, nullptr);
+    if (error) std::puts(error), status = 1;
+  }
+  const bool stays = device < 0 || device == before;
+  return current != before || (stays && switches) ? 2 : status;
 }

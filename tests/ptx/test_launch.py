@@ -43,19 +43,20 @@ def launches(
     compiled: int,
     major: int,
     rows: int,
-    size: int = 64,
+    size: int | str = 64,
     layers: int = 1,
     *,
     op: str = "cap",
     odd: str = "-",
     lifts: bool = False,
-    device: int = -1,
+    device: int | str = -1,
     current: int = 0,
 ) -> list[str]:
     """Of two calls: what is remembered is as right as what is asked."""
     command = [launcher, *map(str, (compiled, major, rows, size, layers, op, odd, int(lifts), device, current))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert not [line for line in lines if "not as planned" in line]
     return lines[: len(lines) // 2]
 
 
@@ -122,10 +123,17 @@ def test_one_pointer_or_stride_that_no_vector_divides_is_enough(launcher, op, od
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 3, 48])
-def test_each_layer_is_launched_with_its_own_lifts(launcher, layers):
-    (line,) = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
-    assert line.endswith(f", {layers} lifts")
+@pytest.mark.parametrize(("layers", "own"), [(1, [1]), (3, [3]), (48, [48]), (50, [48, 2])])
+def test_each_layer_is_launched_with_its_own_lifts(launcher, layers, own):
+    lines = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
+    assert [line.rpartition(", ")[2] for line in lines] == [f"{count} lifts" for count in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", list(OPS))
+def test_several_directions_have_a_kernel_of_their_own(launcher, op):
+    (line,) = launches(launcher, 90, 9, 4, 64, op=op, odd="directions")
+    assert line.endswith(kernel_name(torch.float32, op, True, True))
 
 
 @pytest.mark.slow
@@ -142,6 +150,18 @@ def test_a_call_runs_on_its_device_and_leaves_the_current_one(launcher, op, devi
     """The launcher exits with an error if the current device has changed, or was set where it was right already."""
     (line,) = launches(launcher, 90, 9, 4, op=op, device=device, current=current)
     assert line.endswith(f", on device {launched}") or (launched == 0 and "on device" not in line)
+
+
+@pytest.mark.slow
+def test_what_is_remembered_is_of_one_device_and_one_block(launcher):
+    """Four processors of two blocks, and nine of three; and blocks of equal memory, of which one takes a processor."""
+    shapes = [line.split(", ")[1:3] for line in launches(launcher, 90, 9, 10_000, device="0,5")]
+    assert shapes == [["16 x 1 blocks", "16384 bytes"], ["53 x 1 blocks", "16384 bytes"]]
+    lines = launches(launcher, 90, 9, 10_000, "4608,8200", odd="hidden")
+    assert [line.split(", ")[1:3] for line in lines] == [
+        ["8 x 1 blocks", "36864 bytes"],
+        ["16 x 1 blocks", "36864 bytes"],
+    ]
 
 
 @pytest.mark.slow

@@ -321,6 +321,18 @@ def test_a_projection_at_its_floor_does_not_fire(op, directions, size):
         assert device.memory[name].requested["st"] == size * 2
 
 
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_a_direction_at_its_floor_does_not_fire_beside_one_below(op, size):
+    rows = torch.zeros(1, size, dtype=torch.bfloat16)
+    rows[0, 3], rows[0, 5] = 1.5, 2.0
+    axes = torch.zeros(1, 2, size)
+    axes[0, 0, 3] = axes[0, 1, 5] = 1
+    _, fired = run_on(Device(resident=1), op, rows, axes, torch.full((1, 2), 2.0))
+    assert fired.tolist() == [[1, 0]]
+    assert rows[0, 3] == rows[0, 5] == 2.0
+
+
 @pytest.mark.parametrize("op", ["cap", "cap_residual"])
 @pytest.mark.parametrize("size", NARROW_AND_WIDE)
 def test_a_row_in_which_nothing_fires_is_not_written(op, size):
@@ -420,8 +432,9 @@ def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions, width):
         torch.testing.assert_close(rows[1], reference.cap(before, axes, floors)[1])
 
 
-def test_cap_layers_in_one_launch():
-    size, layers = 72, 3
+@pytest.mark.parametrize("size", [72, 67])
+def test_cap_layers_in_one_launch(size):
+    layers = 3
     streams = [torch.randn(5, size, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(layers)]
     axes, floors = unit(layers, 2, 2, size), torch.zeros(layers, 2, 2)
     slots = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32)
@@ -863,8 +876,18 @@ def test_planted_faults_are_caught(change, size, error, message):
 @pytest.mark.parametrize(
     ("change", "check", "error", "message"),
     [
-        (do_not_wait_for_the_kernel_before, test_cap_layers_in_one_launch, PtxError, "before the wait"),
-        (wait_behind_the_first_loads, test_cap_layers_in_one_launch, PtxError, "before the wait"),
+        (
+            do_not_wait_for_the_kernel_before,
+            functools.partial(test_cap_layers_in_one_launch, 72),
+            PtxError,
+            "before the wait",
+        ),
+        (
+            wait_behind_the_first_loads,
+            functools.partial(test_cap_layers_in_one_launch, 72),
+            PtxError,
+            "before the wait",
+        ),
         (
             offset_of_32_bits,
             functools.partial(test_rows_may_lie_further_apart_than_32_bits_reach, "cap", 1040),

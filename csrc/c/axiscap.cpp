@@ -105,7 +105,7 @@ axiscap_status axiscap_cap_cuda(const axiscap_call* call, void* stream) {
   if (!accelerator) return fail(AXISCAP_UNAVAILABLE, "this library was built without CUDA");
   if (call->rows == 0) return AXISCAP_OK;
   const CapParams params = params_of(*call);
-  if (const char* message = accelerator->cap(&params, 1, stream)) return fail(AXISCAP_CUDA_ERROR, message);
+  if (const char* message = accelerator->cap(&params, 1, -1, stream)) return fail(AXISCAP_CUDA_ERROR, message);
   return AXISCAP_OK;
 }
 

@@ -6,8 +6,8 @@
 
 namespace axiscap {
 
-// Each call is asynchronous on `stream` (the runtime's own handle) of the current device and returns null, or a text
-// that says what went wrong.
+// Each call is asynchronous on `stream` (the runtime's own handle) of a device, and returns null, or a text that says
+// what went wrong. device: its number, or -1 for the current one; the caller's current device stays as it is.
 struct Accelerator {
   const char* name;
   const char* (*cap)(const CapParams* layers, int64_t count, int device, void* stream);

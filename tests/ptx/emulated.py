@@ -18,7 +18,8 @@ from interpreter import Kernel, Launch, Memory, parse
 
 from axiscap import _C
 
-OPS = {"cap": 0, "cap_residual": 1, "norm": 2, "norm_fp8": 3}
+#: Each op, and the one of the kernels that runs it.
+OPS = {"cap": 0, "cap_residual": 1, "norm": 2, "norm_fp8": 2}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
 MAX_LAYERS = 48
@@ -54,15 +55,23 @@ def kernels(architecture: int = 90) -> dict[str, Kernel]:
     return parse(ptx_text(architecture))
 
 
+def register_kernel(dtype: torch.dtype, op: str, any_directions: bool, layers: int = 1) -> str:
+    """Of the kernel for aligned rows in registers: of one direction or of any number, for one layer or for several."""
+    arguments = f"{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}ELb{int(any_directions)}ELi{1 if layers == 1 else MAX_LAYERS}"
+    return f"_ZN7axiscap4cuda17cap_register_rowsI{arguments}EEEvNS0_4CallIXT2_EEE"
+
+
+def shared_kernel(dtype: torch.dtype, op: str, layers: int = 1) -> str:
+    """Of the kernel for rows in shared memory: those that are wide or not aligned."""
+    arguments = f"{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}ELi{1 if layers == 1 else MAX_LAYERS}"
+    return f"_ZN7axiscap4cuda15cap_shared_rowsI{arguments}EEEvNS0_4CallIXT1_EEE"
+
+
 def kernel_name(dtype: torch.dtype, op: str, many: bool, aligned: bool, layers: int = 1) -> str:
-    """Of the kernel for so many layers."""
-    flags = f"ELb{int(many)}ELb{int(aligned)}ELi{1 if layers == 1 else MAX_LAYERS}"
-    return f"_ZN7axiscap4cuda8cap_rowsI{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}{flags}EEEvNS0_4CallIXT3_EEE"
-
-
-def wide_name(dtype: torch.dtype, op: str) -> str:
-    """Of the kernel for rows that are wider than a block's registers."""
-    return f"_ZN7axiscap4cuda8cap_wideI{TYPES[dtype][1]}LNS0_2OpE{OPS[op]}EEEvNS0_4CallILi1EEE"
+    """Of the kernel for rows that are not wide."""
+    if not aligned:
+        return shared_kernel(dtype, op, layers)
+    return register_kernel(dtype, op, many or layers > 1, layers)
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -159,7 +168,7 @@ class Device:
         op = op if weight is not None else "cap_residual" if residual is not None else "cap"
         wide = size > HELD[first.dtype]
         self.name = (
-            wide_name(first.dtype, op) if wide else kernel_name(first.dtype, op, directions > 1, aligned, layers)
+            shared_kernel(first.dtype, op) if wide else kernel_name(first.dtype, op, directions > 1, aligned, layers)
         )
         if rows == 0:
             return

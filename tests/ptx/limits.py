@@ -12,9 +12,13 @@ STACK_BYTES = 0
 # One block's partial sums, twice; the statistics: eight doubles a warp.
 SHARED_BYTES = 2048
 
-# Of three dtypes: four ops, of one direction or more, aligned or not, and that of one stream for several layers as
-# well; four for wide rows; and the statistics, by warps and by blocks.
-KERNELS = 3 * (4 * 2 * 2 + 2 * 2 + 4) + 2
+# Of three dtypes: three ops, each for rows in registers (of one direction, or of any number) and for rows in shared
+# memory; and the cap of several layers, for both.
+CAP_KERNELS = 3 * (3 * (2 + 1) + 2)
+# Each kernel is compiled for every architecture of a release.
+MOST_CAP_KERNELS = 39
+# The statistics, by warps and by blocks.
+KERNELS = CAP_KERNELS + 2
 
 # The gate of cuxray, which reads the machine code and not what the compiler says of it.
 GATE = f"spill_instrs=={SPILL_BYTES}, regs<={REGISTERS}, stack=={STACK_BYTES}, smem<={SHARED_BYTES}"

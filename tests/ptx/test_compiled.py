@@ -76,18 +76,18 @@ def test_accesses_are_wide_and_none_is_local(compiled, architecture):
     assert len(kernels) == limits.KERNELS
     for name, code in kernels.items():
         assert not [op for op in code if op.startswith(("LDL", "STL"))], name
-        if "cap_rows" not in name:
+        if "accumulate_rows" in name:
             continue
-        aligned = re.search(r"ELb[01]ELb1ELi\d+EE", name) is not None
         loads = [op for op in code if op.startswith(("LDG.", "LDGSTS"))]  # also those into shared memory
         stores = [op for op in code if op.startswith("STG")]
         wide_loads = [op for op in loads if ".128" in op]
         wide_stores = [op for op in stores if ".128" in op]
-        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a limit, a projection or a flag.
-        assert bool(wide_loads) == bool(wide_stores) == aligned, name
-        if aligned:
+        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a limit, a projection, a flag or a scale.
+        assert wide_loads, name
+        assert wide_stores, name
+        if "cap_register_rows" in name:
             assert not [op for op in loads + stores if ".U16" in op], name
-            assert len(loads) - len(wide_loads) <= 7, (name, loads)
+            assert len(loads) - len(wide_loads) <= 8, (name, loads)
 
 
 @pytest.mark.slow

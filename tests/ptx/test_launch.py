@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from emulated import HELD, OPS, kernel_name, nvcc, wide_name
+from emulated import HELD, OPS, kernel_name, nvcc, shared_kernel
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,22 @@ def test_a_kernel_starts_early_only_where_it_was_compiled_to_wait(launcher, comp
 def launches(
     launcher: Path,
     compiled: int,
-    device: int,
+    major: int,
     rows: int,
-    size: int = 64,
+    size: int | str = 64,
     layers: int = 1,
     *,
     op: str = "cap",
     odd: str = "-",
     lifts: bool = False,
+    device: int | str = -1,
+    current: int = 0,
 ) -> list[str]:
     """Of two calls: what is remembered is as right as what is asked."""
-    command = [launcher, *map(str, (compiled, device, rows, size, layers, op, odd, int(lifts)))]
+    command = [launcher, *map(str, (compiled, major, rows, size, layers, op, odd, int(lifts), device, current))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert not [line for line in lines if "not as planned" in line]
     return lines[: len(lines) // 2]
 
 
@@ -81,7 +84,11 @@ def test_which_kernel_is_launched(launcher, size, layers, wanted):
     """One layer has parameters of its own; rows that are too wide for registers have a kernel of theirs."""
     lines = launches(launcher, 90, 9, 10_000, size, layers)
     for line, (shape, room) in zip(lines, wanted, strict=True):
-        name = wide_name(torch.float32, "cap") if room is None else kernel_name(torch.float32, "cap", False, True, room)
+        name = (
+            shared_kernel(torch.float32, "cap")
+            if room is None
+            else kernel_name(torch.float32, "cap", False, True, room)
+        )
         assert line == f"early, {shape}, 100 % shared, {name}"
     assert HELD[torch.float32] == 8192
 
@@ -92,7 +99,7 @@ def test_which_kernel_is_launched(launcher, size, layers, wanted):
 def test_each_op_starts_its_own_kernel(launcher, op, size):
     (line,) = launches(launcher, 90, 9, 4, size, op=op)
     wide = size > HELD[torch.float32]
-    assert line.endswith(wide_name(torch.float32, op) if wide else kernel_name(torch.float32, op, False, True))
+    assert line.endswith(shared_kernel(torch.float32, op) if wide else kernel_name(torch.float32, op, False, True))
 
 
 #: Pointers and strides that the kernels for aligned rows read or write in whole vectors, by op.
@@ -116,14 +123,55 @@ def test_one_pointer_or_stride_that_no_vector_divides_is_enough(launcher, op, od
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 3, 48])
-def test_each_layer_is_launched_with_its_own_lifts(launcher, layers):
-    (line,) = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
-    assert line.endswith(f", {layers} lifts")
+@pytest.mark.parametrize(("layers", "own"), [(1, [1]), (3, [3]), (48, [48]), (50, [48, 2])])
+def test_each_layer_is_launched_with_its_own_lifts(launcher, layers, own):
+    lines = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
+    assert [line.rpartition(", ")[2] for line in lines] == [f"{count} lifts" for count in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", list(OPS))
+def test_several_directions_have_a_kernel_of_their_own(launcher, op):
+    (line,) = launches(launcher, 90, 9, 4, 64, op=op, odd="directions")
+    assert line.endswith(kernel_name(torch.float32, op, True, True))
 
 
 @pytest.mark.slow
 def test_a_row_that_no_kernel_takes_is_not_launched(launcher):
-    command = [launcher, *map(str, (90, 9, 1, 24577, 1, "cap", "-", 0))]
+    command = [launcher, *map(str, (90, 9, 1, 24577, 1, "cap", "-", 0, -1, 0))]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "H must be at most 24576 on a GPU\n")
+    assert (done.returncode, done.stdout) == (1, "H must be at most 24576 on a GPU\n" * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "current", "launched"), [(-1, 0, 0), (-1, 3, 3), (0, 3, 0), (2, 0, 2), (5, 5, 5)])
+@pytest.mark.parametrize("op", [*OPS, "statistics"])
+def test_a_call_runs_on_its_device_and_leaves_the_current_one(launcher, op, device, current, launched):
+    """The launcher exits with an error if the current device has changed, or was set where it was right already."""
+    (line,) = launches(launcher, 90, 9, 4, op=op, device=device, current=current)
+    assert line.endswith(f", on device {launched}") or (launched == 0 and "on device" not in line)
+
+
+@pytest.mark.slow
+def test_what_is_remembered_is_of_one_device_and_one_block(launcher):
+    """Four processors of two blocks, and nine of three; and blocks of equal memory, of which one takes a processor."""
+    shapes = [line.split(", ")[1:3] for line in launches(launcher, 90, 9, 10_000, device="0,5")]
+    assert shapes == [["16 x 1 blocks", "16384 bytes"], ["53 x 1 blocks", "16384 bytes"]]
+    lines = launches(launcher, 90, 9, 10_000, "4608,8200", odd="hidden")
+    assert [line.split(", ")[1:3] for line in lines] == [
+        ["8 x 1 blocks", "36864 bytes"],
+        ["16 x 1 blocks", "36864 bytes"],
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["cap", "statistics"])
+@pytest.mark.parametrize("device", [20, 16])
+def test_a_device_that_there_is_not_is_an_error(launcher, op, device):
+    """Nor one beyond those that the launcher remembers."""
+    command = [launcher, *map(str, (90, 9, 4, 64, 1, op, "-", 0, device, 3))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if (op, device) == ("statistics", 16):  # it remembers nothing
+        assert (done.returncode, done.stdout) == (0, "statistics, on device 16\n" * 2)
+    else:
+        assert (done.returncode, done.stdout) == (1, "an error\n" * 2)

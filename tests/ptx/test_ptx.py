@@ -8,11 +8,12 @@ import itertools
 import math
 
 import emulated
+import limits
 import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits, unit
-from emulated import HELD, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, wide_name
+from emulated import HELD, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, shared_kernel
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
 from test_ops import (
@@ -150,12 +151,12 @@ def check_against_the_oracle(device: Device, op: str, case: Input) -> None:
 def test_the_list_of_kernels_is_that_of_the_module():
     one, statistics = {kernel_name(*entry) for entry in KERNELS}, 2
     several = {kernel_name(dtype, "cap", *rest, MAX_LAYERS) for dtype, op, *rest in KERNELS if op == "cap"}
-    wide = {wide_name(dtype, op) for dtype in DTYPES for op in OPS}
     found = {name for name in kernels() if "accumulate_rows" not in name}
-    assert found == one | several | wide
+    assert found == one | several
+    assert len(found) == limits.CAP_KERNELS <= limits.MOST_CAP_KERNELS < 40
     assert len(kernels()) == len(found) + statistics
     # What a launch copies: for a layer a few hundred bytes.
-    assert {kernels()[name].parameters[0][1] for name in one | wide} == {280}
+    assert {kernels()[name].parameters[0][1] for name in one} == {280}
     assert {kernels()[name].parameters[0][1] for name in several} == {280 + 47 * 72}
 
 
@@ -225,6 +226,25 @@ def test_a_row_depends_on_itself_alone(dtype, size):
     shuffled = run_like_the_cpu(device, "cap", odd)[0]
     assert device.name == kernel_name(dtype, "cap", False, False)
     assert_same_bits(shuffled.contiguous(), whole[order].contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("directions", [1, 2])
+def test_unaligned_rows_have_the_bits_of_aligned_ones(dtype, op, directions):
+    """One kernel holds a row in registers, the other in shared memory: sums and roundings are the same."""
+    for size in (40, 1040):
+        case = Input(dtype, 5, size, 2, directions, 0, 1.0, True, False, 7, lifts=True)
+        case.floors[:] = 3.0
+        odd = Input(dtype, 5, size, 2, directions, 1, 1.0, True, False, 7, lifts=True)
+        odd.buffer[:, :size], odd.floors = case.hidden, case.floors
+        odd.axes, odd.lifts, odd.slots = case.axes, case.lifts, case.slots
+        device, other = Device(resident=2), Device(resident=2)
+        found, wanted = run_like_the_cpu(device, op, odd), run_like_the_cpu(other, op, case)
+        assert (device.name, other.name) == tuple(kernel_name(dtype, op, directions > 1, on) for on in (False, True))
+        assert found[4].any()
+        for one, two in zip(found, wanted, strict=True):
+            assert torch.equal(raw_bits(one), raw_bits(two))
 
 
 @pytest.mark.slow
@@ -299,6 +319,18 @@ def test_a_projection_at_its_floor_does_not_fire(op, directions, size):
     if op not in ("norm", "norm_fp8"):
         name = "hidden0" if op == "cap" else "residual"
         assert device.memory[name].requested["st"] == size * 2
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", NARROW_AND_WIDE)
+def test_a_direction_at_its_floor_does_not_fire_beside_one_below(op, size):
+    rows = torch.zeros(1, size, dtype=torch.bfloat16)
+    rows[0, 3], rows[0, 5] = 1.5, 2.0
+    axes = torch.zeros(1, 2, size)
+    axes[0, 0, 3] = axes[0, 1, 5] = 1
+    _, fired = run_on(Device(resident=1), op, rows, axes, torch.full((1, 2), 2.0))
+    assert fired.tolist() == [[1, 0]]
+    assert rows[0, 3] == rows[0, 5] == 2.0
 
 
 @pytest.mark.parametrize("op", ["cap", "cap_residual"])
@@ -400,8 +432,9 @@ def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions, width):
         torch.testing.assert_close(rows[1], reference.cap(before, axes, floors)[1])
 
 
-def test_cap_layers_in_one_launch():
-    size, layers = 72, 3
+@pytest.mark.parametrize("size", [72, 67])
+def test_cap_layers_in_one_launch(size):
+    layers = 3
     streams = [torch.randn(5, size, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(layers)]
     axes, floors = unit(layers, 2, 2, size), torch.zeros(layers, 2, 2)
     slots = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32)
@@ -601,7 +634,7 @@ def test_wide_rows_against_the_oracle(dtype, op):
         case = Input(dtype, 3, size, 2, 1 + seed % 2, 8 * (seed % 2), 1.0, seed < 2, seed % 2 == 1, seed, **more)
         device = Device(resident=2)
         check_against_the_oracle(device, op, case)
-        assert device.name == wide_name(dtype, op)
+        assert device.name == shared_kernel(dtype, op)
         assert device.launch.block == 512
         assert device.launch.dynamic == -(-size // 1024) * 4096
     several = Input(dtype, 3, HELD[dtype] + 8, 2, 2, 0, 1.0, True, False, 9, lifts=True)  # each with a lift of its own
@@ -793,7 +826,7 @@ def fire_at_the_floor(code):
     inverse = {"setp.geu.f32": "setp.gtu.f32", "setp.leu.f32": "setp.ltu.f32"}
     return [
         dataclasses.replace(i, op=inverse[i.op])
-        if i.op == "setp.geu.f32" or (i.op == "setp.leu.f32" and i.operands[2] == "0f00000000")
+        if i.op in inverse and (i.operands[2].startswith("%") or i.operands[2] == "0f00000000")
         else i
         for i in code
     ]
@@ -843,8 +876,18 @@ def test_planted_faults_are_caught(change, size, error, message):
 @pytest.mark.parametrize(
     ("change", "check", "error", "message"),
     [
-        (do_not_wait_for_the_kernel_before, test_cap_layers_in_one_launch, PtxError, "before the wait"),
-        (wait_behind_the_first_loads, test_cap_layers_in_one_launch, PtxError, "before the wait"),
+        (
+            do_not_wait_for_the_kernel_before,
+            functools.partial(test_cap_layers_in_one_launch, 72),
+            PtxError,
+            "before the wait",
+        ),
+        (
+            wait_behind_the_first_loads,
+            functools.partial(test_cap_layers_in_one_launch, 72),
+            PtxError,
+            "before the wait",
+        ),
         (
             offset_of_32_bits,
             functools.partial(test_rows_may_lie_further_apart_than_32_bits_reach, "cap", 1040),
@@ -894,7 +937,7 @@ def test_planted_faults_are_caught_by_what_is_for_them(change, check, error, mes
     ],
 )
 def test_planted_faults_are_caught_in_wide_rows(change, op, error, message, monkeypatch):
-    name = wide_name(torch.bfloat16, op)
+    name = shared_kernel(torch.bfloat16, op)
     planted = mutated(name, change)
     monkeypatch.setattr(emulated, "kernels", lambda: planted)
     check = functools.partial(test_wide_special_rows, op, 1)
@@ -931,7 +974,7 @@ def forget_the_least(code):
 @pytest.mark.parametrize("change", [swap_two, leave_a_lane_out, forget_the_least])
 def test_planted_faults_in_fp8_are_caught(change, size):
     wide = size > HELD[torch.bfloat16]
-    name = wide_name(torch.bfloat16, "norm_fp8") if wide else kernel_name(torch.bfloat16, "norm_fp8", False, True)
+    name = shared_kernel(torch.bfloat16, "norm_fp8") if wide else kernel_name(torch.bfloat16, "norm_fp8", False, True)
 
     def check(device):
         case = Input(torch.bfloat16, 3, size, 2, 1, 0, 1.0, False, False, 1)

@@ -1,308 +1,210 @@
-// The cap on a GPU: one row loop for every op. A row is read once, with 16-byte accesses, while the rows before it are
-// worked on; summed in float32 in an order that depends on H and dtype alone; and stored only if it fired (the norm
-// always stores).
+// The cap on a GPU: load a row, project it, correct it where a projection is below its floor, write it. Sums are in
+// float32, in an order that depends on H and dtype alone. A row is written only if it fired; the norm writes every row.
 #pragma once
 
-#include <cfloat>
-#include <type_traits>
-
-#include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/register_rows.cuh"
+#include "kernels/cuda/shared_rows.cuh"
 
 namespace axiscap::cuda {
 
-// What a row is, and where its correction goes.
-enum class Op {
-  kCap,          // x = hidden
-  kCapResidual,  // x = hidden + residual; the correction goes into residual alone
-  kNorm,         // x = hidden + residual, which residual becomes, capped or not; then the norm of it
-  kNormFp8,      // the same, and the norm in fp8
+// What is known of the row at hand.
+struct Outcome {
+  bool finite;         // no projection is beyond its limit, and no element out of range
+  bool below = false;  // a projection of the row as it came is below its floor
+  bool fired = false;  // a direction corrected the row
+  bool large = false;  // a correction may have taken an element out of range
 };
 
-template <Op kOp>
-inline constexpr bool is_norm = kOp == Op::kNorm || kOp == Op::kNormFp8;
-
-template <class T>
-using Part = float[kVecsPerThread][kPer<T>];  // a thread's part of a row
-
-// From this architecture on a kernel is compiled with the wait below, as the runtime's attributes of a function state
-// it.
-#define AXISCAP_WAITING_ARCHITECTURE 90
-
-__device__ inline void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 10 * AXISCAP_WAITING_ARCHITECTURE
-  // Programmatic dependent launch: this grid may start while the one before it drains, and lets the next do the same.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+// Takes note of a projection of the row as it came.
+template <class Rows>
+__device__ inline void observe(const Rows& rows, int k, float projection, Outcome& outcome) {
+  outcome.finite = outcome.finite && fabsf(projection) <= rows.direction.limit;
+  outcome.below = outcome.below || (rows.is_active() && projection < rows.direction.floor);
+  rows.report(rows.layer.projections, k, projection);
+  rows.report(rows.p.fired, k, uint8_t(0));
 }
 
-// This thread's part of one direction. kKeeps: in registers, from row to row while the slot stays the same; otherwise
-// it is read from the caches, a vector at a time, wherever it is needed.
-template <class T, bool kKeeps, bool kAligned>
-struct Direction {
-  float kept[kKeeps ? kVecsPerThread : 1][kPer<T>] = {};
-  float floor = -INFINITY, limit = FLT_MAX;  // the limit is finite, so that it refuses infinity
-  const float* axis = nullptr;
-  const float* lift = nullptr;
-  int until = 0;  // elements that the axis has: none before the first slot
-  int32_t slot = kNoSlot;
-
-  template <class Rows>
-  __device__ void turn_to(const Rows& rows, int32_t wanted, int directions, int k) {
-    if (wanted == kNoSlot || (kKeeps && wanted == slot)) return;
-    slot = wanted;
-    const int64_t at = int64_t(slot) * directions + k;
-    floor = rows.layer.floors ? __ldg(rows.layer.floors + at) : -INFINITY;
-    limit = rows.layer.limits ? fminf(__ldg(rows.layer.limits + at), FLT_MAX) : FLT_MAX;
-    axis = rows.layer.axes + at * rows.size;
-    lift = rows.layer.lifts ? rows.layer.lifts + at * rows.size : axis;
-    until = rows.size;
-    if constexpr (kKeeps)
-#pragma unroll
-      for (int v = 0; v < kVecsPerThread; ++v) load_axis<kAligned>(axis, rows.at(v), until, kept[v]);
-  }
-
-  template <class Rows>
-  __device__ void get(const Rows& rows, int v, float (&out)[kPer<T>]) const {
-    if constexpr (kKeeps) {
-#pragma unroll
-      for (int e = 0; e < kPer<T>; ++e) out[e] = kept[v][e];
-    } else {
-      asm volatile("" ::: "memory");
-      load_axis<kAligned>(axis, rows.at(v), until, out);
-    }
-  }
-
-  // What the row is corrected along: wanted only where it fired, and not kept; nor is it taken from what is kept of the
-  // axis where v is no constant.
-  template <bool kConstant = true, class Rows>
-  __device__ void get_lift(const Rows& rows, int v, float (&out)[kPer<T>]) const {
-    if (kKeeps && kConstant && lift == axis) return get(rows, v, out);
-    asm volatile("" ::: "memory");
-    load_axis<kAligned>(lift, rows.at(v), until, out);
-  }
-
-  // <x, axis>, this thread's part of it.
-  template <class Rows>
-  __device__ float dot(const Rows& rows, const Part<T>& x) const {
-    float sum[kVecsPerThread], part[kPer<T>];
-#pragma unroll
-    for (int v = 0; v < kVecsPerThread; ++v) {
-      get(rows, v, part);
-      sum[v] = x[v][0] * part[0];
-#pragma unroll
-      for (int e = 1; e < kPer<T>; ++e) sum[v] = fmaf(x[v][e], part[e], sum[v]);
-    }
-    static_assert(kVecsPerThread == 4);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  }
-
-  // x += much * lift
-  template <class Rows>
-  __device__ void add(const Rows& rows, float much, Part<T>& x) const {
-    float part[kPer<T>];
-#pragma unroll
-    for (int v = 0; v < kVecsPerThread; ++v) {
-      get_lift(rows, v, part);
-#pragma unroll
-      for (int e = 0; e < kPer<T>; ++e) x[v][e] = fmaf(part[e], much, x[v][e]);
-    }
-  }
-};
-
-// What base becomes, a vector of what the correction goes into, in float32. A lone direction's correction is made here
-// and now, so that the row takes no registers while it is summed over.
-template <bool kMany, bool kConstant, bool kAligned, class T, int kSources, class Along>
-__device__ inline void correct(const Rows<T, kSources, kAligned>& rows, const Pack& base, const Part<T>& x,
-                               const Along& direction, float correction, int v, float (&y)[kPer<T>]) {
-  const Pack other = kMany && kSources == 2 ? rows.get(0, v) : Pack{};
-  if constexpr (!kMany) direction.template get_lift<kConstant>(rows, v, y);
-#pragma unroll
-  for (int e = 0; e < kPer<T>; ++e) {
-    const float was = element<T>(base, e);
-    y[e] = !kMany          ? fmaf(y[e], correction, was)
-           : kSources == 1 ? x[v][e]
-                           : was + (x[v][e] - (element<T>(other, e) + was));
-  }
-}
-
-// The row at hand, corrected where it fired.
-template <bool kMany, bool kAligned, class T, int kSources, class Along>
-__device__ inline void store_capped(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
-                                    float correction, bool fired) {
-  T* out = static_cast<T*>(rows.layer.out) + rows.index * rows.layer.out_stride;
-#pragma unroll
-  for (int v = 0; v < kVecsPerThread; ++v) {
-    const Pack base = rows.get(kSources - 1, v);
-    float y[kPer<T>];
-    correct<kMany, true>(rows, base, x, direction, correction, v, y);
-    store<T, kAligned>(out, rows.at(v), rows.size, fired ? rounded<T>(y) : base);
-  }
-}
-
-// Whether a correction of so much may take an element of a finite row out of T's range.
+// Whether a correction of this size may take an element of a finite row out of the range of T.
 template <class T>
 __device__ inline bool may_overflow(float correction) {
   return std::is_same_v<T, __half> || correction > kLargeCorrection;
 }
 
-// Whether this thread's part of the row is finite once it is corrected and rounded to T. Element by element a vector at
-// a time, read again, since a row's registers are few there.
-template <Op kOp, bool kMany, class T, int kSources, bool kAligned, class Along>
-__device__ inline bool fits(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, const Along& direction,
-                            float correction) {
-  constexpr bool kInRegisters = kMany || kAligned || is_norm<kOp>;
-  constexpr int kUnroll = kInRegisters ? kVecsPerThread : 1;
-  bool finite = true;
-#pragma unroll kUnroll
-  for (int v = 0; v < kVecsPerThread; ++v) {
-    if (!kInRegisters) asm volatile("" : "+r"(v));  // nothing of this is worth a register elsewhere
-    float y[kPer<T>];
-    Pack sum;
-    if constexpr (is_norm<kOp>) {
-      sum = rounded<T>(x[v]);
-    } else {
-      correct<kMany, kInRegisters>(rows, rows.get(kSources - 1, v), x, direction, correction, v, y);
-      sum = rounded<T>(y);
+// Lifts the row to the floor of direction k. `projection` is of the row as the directions before have left it.
+template <class Rows>
+__device__ inline void correct(Rows& rows, int k, float projection, Outcome& outcome) {
+  const float shortfall = rows.direction.floor - projection;
+  if (!isfinite(projection)) outcome.finite = false;
+  if (!outcome.finite || !(shortfall > 0)) return;
+  rows.add(shortfall);
+  outcome.large = outcome.large || may_overflow<typename Rows::Element>(shortfall);  // an infinite one is large
+  outcome.fired = true;
+  rows.report(rows.p.fired, k, uint8_t(1));
+}
+
+// Projects the row on every axis. If it is below a floor, projects it again, and corrects it direction by direction.
+template <class Rows>
+__device__ inline Outcome cap_directions(Rows& rows) {
+  Outcome outcome{rows.is_active()};
+  if constexpr (Rows::kOneDirection) {
+    const float projection = rows.project(0);
+    observe(rows, 0, projection, outcome);
+    if (outcome.finite && outcome.below) correct(rows, 0, projection, outcome);
+  } else {
+    // The projection is compiled once for both passes.
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int k = 0; k < rows.directions(); ++k) {
+        const float projection = rows.project(k);
+        if (pass == 0)
+          observe(rows, k, projection, outcome);
+        else
+          correct(rows, k, projection, outcome);
+      }
+      // All threads of a warp take part in a projection.
+      if (!__any_sync(kAllLanes, outcome.finite && outcome.below)) break;
     }
-#pragma unroll
-    for (int e = 0; e < kPer<T>; ++e) finite = finite && fabsf(element<T>(sum, e)) <= FLT_MAX;
   }
+  if (outcome.fired) rows.finish_correction();
+  return outcome;
+}
+
+// Whether this thread's part of the corrected row is finite in T.
+template <class Rows>
+__device__ inline bool is_in_range(const Rows& rows) {
+  bool finite = true;
+  rows.for_each_vec([&](int i) {
+    const auto vec = rows.corrected(i);
+#pragma unroll
+    for (int e = 0; e < Rows::kVecSize; ++e) finite = finite && fabsf(vec[e]) <= FLT_MAX;
+  });
   return finite;
 }
 
-// What the norm is divided by before it is rounded to fp8, known to a row's threads once its largest element is.
-__device__ inline float scale_of_row(const CapParams& p, int64_t row, float largest, bool tells) {
-  if (p.scale) return __ldg(p.scale);
-  const float scale = fmaxf(largest / kFp8Max, kFp8LeastScale);
-  if (tells) p.scales[row] = scale;
+// Leaves the row alone if an element does not fit T.
+template <class Rows>
+__device__ inline void check_range(Rows& rows, Outcome& outcome) {
+  if (!__any_sync(kAllLanes, outcome.large)) return;
+  const bool overflows = outcome.fired && !is_in_range(rows);
+  if (rows.group.sum(overflows ? 1.f : 0.f) > 0) outcome.finite = false;
+}
+
+// Takes back what was reported and corrected.
+template <class Rows>
+__device__ inline void leave_alone(Rows& rows, Outcome& outcome) {
+  for (int k = 0; k < rows.directions(); ++k) {
+    rows.report(rows.layer.projections, k, NAN);
+    rows.report(rows.p.fired, k, uint8_t(0));
+  }
+  if (Rows::kNorm && outcome.fired) rows.restore();
+  outcome.fired = false;
+}
+
+// Writes what the correction goes into, corrected or as it came.
+template <class Rows>
+__device__ inline void write_row(const Rows& rows, bool fired) {
+  rows.for_each_vec([&](int i) {
+    const auto vec = Rows::kTwoStreams || fired ? rows.corrected(i) : rows.base(i);
+    vec.store(rows.out(), rows.offset(i), rows.size, rows.is_aligned());
+  });
+}
+
+// Writes the row as it is now, stashes it, and returns the sum of its squares over this thread's part.
+template <class Rows>
+__device__ inline float write_sum(Rows& rows, int size) {
+  float squares = 0;
+  rows.for_each_vec([&](int i) {
+    const auto vec = rows.corrected(i);
+    vec.store(rows.out(), rows.offset(i), size, rows.is_aligned());
+    rows.stash(i, vec);
+    squares = dot(vec.floats(), vec.floats(), squares);
+  });
+  return squares;
+}
+
+// Writes the norm of the stashed row, or for fp8 stashes it and returns the largest |element| of this thread's part.
+template <class Rows>
+__device__ inline float write_norm(Rows& rows, int size, float factor, bool fp8) {
+  using T = typename Rows::Element;
+  using Packed = typename Rows::Packed;
+  const T* weights = static_cast<const T*>(rows.p.weight);
+  float largest = 0;
+  rows.for_each_vec([&](int i) {
+    const auto weight = Packed::template load<Memory::kCached>(weights, rows.offset(i), rows.size, rows.is_aligned());
+    auto y = rows.stashed(i).floats();
+#pragma unroll
+    for (int e = 0; e < Rows::kVecSize; ++e) y[e] = y[e] * factor * (weight[e] + rows.p.weight_bias);
+    const Packed normed = Packed::round(y);
+    if (!fp8) return normed.store(rows.template normed<T>(), rows.offset(i), size, rows.is_aligned());
+    rows.stash(i, normed);
+#pragma unroll
+    for (int e = 0; e < Rows::kVecSize; ++e) largest = fmaxf(largest, fabsf(normed[e]));
+  });
+  return largest;
+}
+
+// The number that the norm of a row is divided by before it is rounded to fp8: one for all rows, or from the largest
+// |element| of the row.
+template <class Rows>
+__device__ inline float fp8_scale(Rows& rows, float largest) {
+  if (rows.p.scale) return __ldg(rows.p.scale);
+  const float scale = fmaxf(rows.group.largest(largest) / kFp8Max, kFp8LeastScale);
+  if (rows.is_reporter()) rows.p.scales[rows.row] = scale;
   return scale;
 }
 
-// The row as it is now, and its norm.
-template <bool kFp8, bool kAligned, class T, int kSources>
-__device__ inline void store_normed(const Rows<T, kSources, kAligned>& rows, const Part<T>& x, float inverse_size,
-                                    int& turn) {
-  const CapParams& p = rows.p;
-  T* out = static_cast<T*>(rows.layer.out) + rows.index * rows.layer.out_stride;
-  const int64_t normed_at = rows.index * p.normed_stride;
-  const int size = rows.real() ? rows.size : 0;
-  float squares = 0, largest = 0;
-  Pack sums[kVecsPerThread];
-  constexpr int kUnroll =
-      kFp8 && !kAligned ? 1 : kVecsPerThread;  // element by element, a vector takes registers enough
+// Writes the stashed norm in fp8.
+template <class Rows>
+__device__ inline void write_fp8(const Rows& rows, int size, float inverse_scale) {
+  rows.for_each_vec([&](int i) {
+    auto y = rows.stashed(i).floats();
 #pragma unroll
-  for (int v = 0; v < kVecsPerThread; ++v) {
-    sums[v] = rounded<T>(x[v]);
-    store<T, kAligned>(out, rows.at(v), size, sums[v]);
-    if (kFp8) rows.keep(0, v, sums[v]);  // what comes takes more registers
-#pragma unroll
-    for (int e = 0; e < kPer<T>; ++e) squares = fmaf(element<T>(sums[v], e), element<T>(sums[v], e), squares);
-  }
-  const float scale = rsqrtf(fmaf(rows.group.sum(squares, turn), inverse_size, p.eps));
-#pragma unroll kUnroll
-  for (int v = 0; v < kVecsPerThread; ++v) {
-    asm volatile("" ::: "memory");  // one vector's weights at a time: all of them would not fit the registers
-    const Pack weight = load_weight<T, kAligned>(static_cast<const T*>(p.weight), rows.at(v), rows.size);
-    const Pack sum = kFp8 ? rows.get(0, v) : sums[v];
-    float y[kPer<T>];
-#pragma unroll
-    for (int e = 0; e < kPer<T>; ++e) y[e] = element<T>(sum, e) * scale * (element<T>(weight, e) + p.weight_bias);
-    const Pack normed = rounded<T>(y);
-    if constexpr (kFp8) {
-      rows.keep(0, v, normed);
-#pragma unroll
-      for (int e = 0; e < kPer<T>; ++e) largest = fmaxf(largest, fabsf(element<T>(normed, e)));
-    } else {
-      store<T, kAligned>(static_cast<T*>(p.normed) + normed_at, rows.at(v), size, normed);
-    }
-  }
-  if constexpr (kFp8) {
-    if (p.scales) largest = rows.group.largest(largest, turn);
-    const float inverse = 1.f / scale_of_row(p, rows.index, largest, rows.real() && rows.group.lane == 0);
-#pragma unroll kUnroll
-    for (int v = 0; v < kVecsPerThread; ++v)
-      store_fp8<T, kAligned>(static_cast<uint8_t*>(p.normed) + normed_at, rows.at(v), size, rows.get(0, v), inverse);
-  }
+    for (int e = 0; e < Rows::kVecSize; ++e) y[e] *= inverse_scale;
+    const auto quantized = Vec<Fp8, Rows::kVecSize>::round(y);
+    quantized.store(rows.template normed<Fp8>(), rows.offset(i), size, rows.is_aligned());
+  });
 }
 
-// kMany: more than one direction. kLayers: those that the call has room for.
-template <class T, Op kOp, bool kMany, bool kAligned, int kLayers>
-__global__ void __launch_bounds__(kMaxThreads, 1) cap_rows(const __grid_constant__ Call<kLayers> call) {
-  // Of several directions each is read in its turn; two streams element by element need the registers for themselves.
-  constexpr bool kKeeps = !kMany && (kOp == Op::kCap || kAligned);
-  const CapParams& p = call.shared;
-  // By an index even where there is one layer: with its fields as constants, ptxas spills where rows are unaligned.
-  const Layer& layer = call.layers[kLayers == 1 && kAligned ? 0 : blockIdx.y];
-  const int directions = kMany ? int(p.directions) : 1;
-  const bool copies = kOp == Op::kCap && layer.out && layer.out != layer.hidden;
-  const Group group(call.threads_per_row);
-  wait_for_the_kernel_before();
+// Writes the row, capped or not, and its norm.
+template <class Rows>
+__device__ inline void write_normed_row(Rows& rows, float inverse_size) {
+  const CapParams& p = rows.p;
+  const int size = rows.is_real() ? rows.size : 0;
+  const bool fp8 = p.scale || p.scales;
+  const float squares = rows.group.sum(write_sum(rows, size));
+  const float largest = write_norm(rows, size, rsqrtf(fmaf(squares, inverse_size, p.eps)), fp8);
+  if (fp8) write_fp8(rows, size, 1.f / fp8_scale(rows, largest));
+}
 
-  Rows<T, kOp == Op::kCap ? 1 : 2, kAligned> rows(p, layer, group, is_norm<kOp> || copies);
-  Direction<T, kKeeps, kAligned> direction;
-  Part<T> x;
-  int turn = 0;  // of the block's partial sums
-  while (rows.any()) {
-    const int32_t slot = rows.slot(), slot_to_come = rows.slot_of(rows.index + rows.kPlaces * rows.step);
-    const bool active = slot != kNoSlot, tells = rows.real() && group.lane == 0;
-    const auto project_on = [&](int k) {
-      if (!kKeeps) direction.turn_to(rows, slot, directions, k);
-      return group.sum(direction.dot(rows, x), turn);
-    };
-    const auto tell = [&](auto* all, int k, auto what) {
-      if (tells && all) all[rows.index * directions + k] = what;
-    };
-    if (kKeeps) direction.turn_to(rows, slot, directions, 0);
-    rows.wait();
-    rows.read(x);
+template <class Rows>
+__device__ inline void cap_row(Rows& rows, float inverse_size) {
+  rows.load();
+  Outcome outcome = cap_directions(rows);
+  check_range(rows, outcome);
+  if (!outcome.finite) leave_alone(rows, outcome);
+  if constexpr (Rows::kNorm)
+    write_normed_row(rows, inverse_size);
+  else if (outcome.fired || (rows.copies && rows.is_real()))
+    write_row(rows, outcome.fired);
+  rows.next();
+}
 
-    // The row as it came, on every axis.
-    bool finite = active, below = false, fired = false, large = false;
-    float projection, correction = 0;
-#pragma unroll 1
-    for (int k = 0; k < directions; ++k) {
-      projection = project_on(k);
-      finite = finite && fabsf(projection) <= direction.limit;
-      below = below || (active && projection < direction.floor);
-      tell(layer.projections, k, projection);
-      tell(p.fired, k, uint8_t(0));
-    }
-    if (is_norm<kOp> && !kAligned) rows.read(x);  // again: it would take registers from the sum
-    // The cap: direction after direction, each on what the ones before have left.
-    if (kMany ? __any_sync(0xffffffffu, below) : below) {
-#pragma unroll 1
-      for (int k = 0; k < directions; ++k) {
-        if (kMany) projection = project_on(k);
-        const float shortfall = direction.floor - projection;
-        if (active && !isfinite(projection)) finite = false;  // an infinite shortfall does not fit, below
-        if (!active || !finite || !(shortfall > 0)) continue;
-        if (kMany || is_norm<kOp>) direction.add(rows, shortfall, x);
-        correction = shortfall;
-        large = large || may_overflow<T>(shortfall);
-        fired = true;
-        tell(p.fired, k, uint8_t(1));
-      }
-    }
-    if (__any_sync(0xffffffffu, large)) {
-      const bool over = fired && !fits<kOp, kMany>(rows, x, direction, correction);
-      if (group.sum(over ? 1.f : 0.f, turn) > 0) finite = false;
-    }
-    if (!finite) {
-      for (int k = 0; k < directions; ++k) {
-        tell(layer.projections, k, NAN);
-        tell(p.fired, k, uint8_t(0));
-      }
-      if ((kMany || is_norm<kOp>) && fired) rows.read(x);
-      fired = false;
-    }
+// Without a minimum number of blocks ptxas aims at fewer registers on sm_120, and spills in three kernels.
+#define AXISCAP_CAP_KERNEL __global__ void __launch_bounds__(kMaxThreads, 1)
 
-    if constexpr (is_norm<kOp>)
-      store_normed<kOp == Op::kNormFp8>(rows, x, call.inverse_size, turn);
-    else if (fired || (copies && rows.real()))
-      store_capped<kMany>(rows, x, direction, correction, fired);
-    rows.next(slot_to_come);
-  }
+// Aligned rows of up to kMaxThreads * kVecsPerThread vectors.
+template <class T, Op kOp, bool kAnyDirections, int kLayers>
+AXISCAP_CAP_KERNEL cap_register_rows(const __grid_constant__ Call<kLayers> call) {
+  ptx::wait_for_previous_grid();
+  RegisterRows<T, kOp, kAnyDirections> rows(call);
+  while (rows.any()) cap_row(rows, call.inverse_size);
+}
+
+// All other rows.
+template <class T, Op kOp, int kLayers>
+AXISCAP_CAP_KERNEL cap_shared_rows(const __grid_constant__ Call<kLayers> call) {
+  ptx::wait_for_previous_grid();
+  SharedRows<T, kOp> rows(call);
+  while (rows.any()) cap_row(rows, call.inverse_size);
 }
 
 }  // namespace axiscap::cuda

@@ -1,0 +1,171 @@
+// Aligned rows that fit the registers of their threads. The rows that follow are on their way into shared memory while
+// the threads work on one. A thread copies the vectors that it will use and no others, so nothing waits for the block.
+#pragma once
+
+#include "kernels/cuda/rows.cuh"
+
+namespace axiscap::cuda {
+
+// The axis of a lone direction stays in registers while the slot stays the same. With kAnyDirections an axis is loaded
+// from the caches for every row.
+template <class T, Op kOp, bool kAnyDirections>
+struct RegisterRows : Rows<T, kOp> {
+  using Base = Rows<T, kOp>;
+  using Base::direction;
+  using Base::group;
+  using Base::kNorm;
+  using Base::kTwoStreams;
+  using Base::kVecSize;
+  using Base::layer;
+  using Base::offset;
+  using Base::p;
+  using Base::row;
+  using Base::size;
+  using Base::step;
+  using typename Base::Floats;
+  using typename Base::Packed;
+
+  static constexpr bool kOneDirection = !kAnyDirections;
+  static constexpr int kVecs = kVecsPerThread, kSources = kTwoStreams ? 2 : 1;
+  static constexpr int kPlaces = kVecsAhead / (kVecs * kSources);  // rows in shared memory
+  // The correction of a lone direction is made where the row is written: x takes no registers after its sum.
+  static constexpr bool kCorrectsLate = !kAnyDirections && !kNorm;
+
+  template <int kLayers>
+  __device__ explicit RegisterRows(const Call<kLayers>& call)
+      : Base(call, call.layers[kLayers == 1 ? 0 : blockIdx.y]), vec_bytes_(blockDim.x * kVecBytes), first_([] {
+          extern __shared__ uint4 dynamic_shared[];
+          return ptx::shared_address(dynamic_shared + threadIdx.x);
+        }()) {
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      slots_[i] = Base::slot_of(row + i * step);
+      prefetch(row + i * step, slots_[i]);
+    }
+  }
+
+  __device__ static constexpr bool is_aligned() { return true; }
+  __device__ bool is_active() const { return slots_[0] != kNoSlot; }
+  __device__ int directions() const { return kAnyDirections ? int(p.directions) : 1; }
+
+  // Waits for the row at hand, and asks for the slot of the row that will take its place.
+  __device__ void load() {
+    next_slot_ = Base::slot_of(row + kPlaces * step);
+    if (!kAnyDirections) select(0);
+    ptx::wait_copies<kPlaces - 1>();
+    restore();
+  }
+
+  // Loads the row as it came.
+  __device__ void restore() {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      x_[i] = get(0, i).floats();
+      if constexpr (kTwoStreams) x_[i] = x_[i] + get(1, i).floats();
+    }
+  }
+
+  // <x, axis of direction k>
+  __device__ float project(int k) {
+    if (kAnyDirections) select(k);
+    float sums[kVecs];
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) sums[i] = dot(x_[i], axis(i), -0.f);  // -0 + a product is the product
+    static_assert(kVecs == 4);
+    return group.sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  // x += scale * lift
+  __device__ void add(float scale) {
+    scale_ = scale;
+    if constexpr (!kCorrectsLate)
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) x_[i] = add_scaled(x_[i], lift(i), scale);
+  }
+
+  template <class Function>
+  __device__ static void for_each_vec(Function function) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) function(i);
+  }
+
+  // Turns x into the corrected residual, where only that is written.
+  __device__ void finish_correction() {
+    if constexpr (kOp == Op::kCapResidual && !kCorrectsLate)
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) x_[i] = add_difference(base(i).floats(), x_[i], get(0, i).floats());
+  }
+
+  // Vector i of what the correction goes into, as it came, and corrected.
+  __device__ Packed base(int i) const { return get(kSources - 1, i); }
+  __device__ Packed corrected(int i) const {
+    if constexpr (kCorrectsLate) return Packed::round(add_scaled(base(i).floats(), lift(i), scale_));
+    return Packed::round(x_[i]);
+  }
+
+  // Holds vector i of a step's result for the next step, in the place of the row as it came.
+  __device__ void stash(int i, const Packed& vec) const { vec.store_shared(address(0, i)); }
+  __device__ Packed stashed(int i) const { return get(0, i); }
+
+  // Leaves the row at hand. Its place in shared memory is for the last of the rows to come.
+  __device__ void next() {
+    prefetch(row + kPlaces * step, next_slot_);
+#pragma unroll
+    for (int i = 1; i < kPlaces; ++i) slots_[i - 1] = slots_[i];
+    slots_[kPlaces - 1] = next_slot_;
+    row += step;
+  }
+
+ private:
+  const uint32_t vec_bytes_;  // between vectors in shared memory
+  const uint32_t first_;      // address of this thread's first vector there
+  uint32_t place_ = 0;        // bytes from there to the row at hand
+  int32_t slots_[kPlaces], next_slot_ = kNoSlot, axis_slot_ = kNoSlot;
+  float scale_ = 0;
+  Floats axis_[kAnyDirections ? 1 : kVecs] = {};
+  Floats x_[kVecs];
+
+  __device__ uint32_t address(int source, int i) const {
+    return first_ + place_ + vec_bytes_ * uint32_t(source * kVecs + i);
+  }
+  __device__ Packed get(int source, int i) const { return Packed::load_shared(address(source, i)); }
+
+  // Starts to copy a row. One that is not read is all zeros, and so is what lies behind the end of a row.
+  __device__ void prefetch(int64_t row, int32_t slot) {
+    const int end = Base::is_read(row, slot) ? size : 0;
+#pragma unroll
+    for (int s = 0; s < kSources; ++s) {
+      const T* from = s ? Base::residual(row) : Base::hidden(row);
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) ptx::copy_async(address(s, i), from + offset(i), offset(i) < end ? kVecBytes : 0);
+    }
+    ptx::commit_copies();
+    if constexpr (kPlaces > 1) place_ = vec_bytes_ * kVecs * kSources - place_;
+  }
+
+  // Makes `direction` number k of the slot of the row at hand.
+  __device__ void select(int k) {
+    if (!is_active() || (!kAnyDirections && slots_[0] == axis_slot_)) return;
+    axis_slot_ = slots_[0];
+    direction.select(layer, int64_t(axis_slot_) * directions() + k, size);
+    if constexpr (!kAnyDirections)
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) axis_[i] = load_from_bank(direction.axis, i);
+  }
+
+  __device__ Floats axis(int i) const {
+    if constexpr (!kAnyDirections) return axis_[i];
+    return load_from_bank(direction.axis, i);
+  }
+
+  __device__ Floats lift(int i) const {
+    if (!kAnyDirections && direction.lift == direction.axis) return axis_[kAnyDirections ? 0 : i];
+    return load_from_bank(direction.lift, i);
+  }
+
+  __device__ Floats load_from_bank(const float* from, int i) const {
+    return Floats::template load<Memory::kCached>(from, offset(i), direction.size, is_aligned());
+  }
+};
+
+}  // namespace axiscap::cuda

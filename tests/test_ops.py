@@ -586,21 +586,21 @@ def test_autograd_notices_a_saved_tensor_that_was_changed():
 
 
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("door", [ops.cap_, torch.ops.axiscap.cap_])
-def test_a_change_counts_as_one(door, mode, monkeypatch):
+@pytest.mark.parametrize("entry", [ops.cap_, torch.ops.axiscap.cap_])
+def test_a_change_counts_as_one(entry, mode, monkeypatch):
     """Of a tensor and of its views, as torch's own ops in place do, and without a call of Python."""
     monkeypatch.setattr(torch._C, "_increment_version", None)
     hidden, axes, floors = torch.zeros(3, 8), unit(1, 1, 8), torch.ones(1, 1)
     for part in (hidden, hidden[1:], hidden.detach()):
         before = part._version
         with mode():
-            door(part, axes, floors)
+            entry(part, axes, floors)
         assert part._version == hidden._version == before + 1
     with torch.inference_mode():
-        door(torch.zeros(3, 8), axes, floors)  # has no version
+        entry(torch.zeros(3, 8), axes, floors)  # has no version
 
 
-# The torch.library door.
+# The ops in torch.library.
 
 
 def longer(tensor):
@@ -835,7 +835,7 @@ def test_exported_programs_keep_the_op():
     assert_same_bits(program.module()(hidden), Block()(hidden))
 
 
-def test_both_doors_run_the_same_code():
+def test_the_function_the_op_and_the_bank_give_the_same():
     hidden = torch.randn(9, 100).bfloat16()
     axes, floors = unit(1, 2, 100), torch.zeros(1, 2)
     results = [hidden.clone() for _ in range(3)]
@@ -1002,19 +1002,19 @@ BAD_CAP = {
 }
 
 
-@pytest.mark.parametrize("door", ["ops", "library", "bank", "residual"])
+@pytest.mark.parametrize("entry", ["ops", "library", "bank", "residual"])
 @pytest.mark.parametrize("name", list(BAD_CAP))
-def test_errors_name_the_argument_and_change_nothing(name, door):
+def test_errors_name_the_argument_and_change_nothing(name, entry):
     argument, spoil, error, message = BAD_CAP[name]
     call = _good()
     call[argument] = spoil(call[argument])
     before = {key: value.clone() if value.device.type == "cpu" else None for key, value in call.items()}
     hidden, axes, floors, slots, projections, lifts, limits = call.values()
     more = {"lifts": lifts, "limits": limits}
-    if door == "residual":
+    if entry == "residual":
         message = message.replace("hidden is", "residual is")
     residual = hidden if "overlap" in message else hidden.clone()
-    doors = {
+    entries = {
         "ops": lambda: ops.cap_(hidden, axes, floors, slots, **more, projections=projections),
         "library": lambda: torch.ops.axiscap.cap_(hidden, axes, floors, slots, **more, projections=projections),
         "bank": lambda: _C.Bank(
@@ -1023,7 +1023,7 @@ def test_errors_name_the_argument_and_change_nothing(name, door):
         "residual": lambda: ops.cap_residual_(hidden, residual, axes, floors, slots, **more, projections=projections),
     }
     with pytest.raises(error, match=message) as caught:
-        doors[door]()
+        entries[entry]()
     assert "\n" not in str(caught.value)
     for key, value in call.items():
         if before[key] is not None:
@@ -1156,9 +1156,9 @@ def test_errors_of_the_norm_in_fp8(changed, error, message):
         "residual": torch.zeros(4, H), "weight": torch.ones(H), "eps": 0.0, "axes": unit(1, 1, H),
         "floors": torch.ones(1, 1), "scale": torch.ones(1), "scales": None,
     } | {name: strange[value] if isinstance(value, str) else value for name, value in changed.items()}  # fmt: skip
-    for door in (ops.add_rms_norm_cap_fp8_, torch.ops.axiscap.add_rms_norm_cap_fp8_):
+    for entry in (ops.add_rms_norm_cap_fp8_, torch.ops.axiscap.add_rms_norm_cap_fp8_):
         with pytest.raises(error, match=message):
-            door(**call)
+            entry(**call)
     assert not call["residual"].any()
 
 
@@ -1378,7 +1378,7 @@ def test_vmap_is_right_or_refused():
 
 
 def _calls(hidden):
-    """Every door that takes a stream, with all else in order for (4, 8)."""
+    """Every call that takes a stream, with all else in order for (4, 8)."""
     axes, floors = unit(1, 1, 8), torch.full((1, 1), 1e3)
     bank = _C.Bank(axes, floors)
     return {
@@ -1425,10 +1425,10 @@ STRANGE = {
 @pytest.mark.parametrize("name", list(STRANGE))
 def test_what_has_no_rows_in_memory_is_refused(name):
     """With a sentence, and without a look at memory that is not there."""
-    for door, call in _calls(STRANGE[name]()).items():
+    for entry, call in _calls(STRANGE[name]()).items():
         with pytest.raises((ValueError, RuntimeError, NotImplementedError, TypeError)) as caught:
             call()
-        assert len(str(caught.value)) > 20, door
+        assert len(str(caught.value)) > 20, entry
 
 
 @pytest.mark.parametrize("argument", ["axes", "floors", "lifts", "limits", "slots", "projections"])
@@ -1442,11 +1442,11 @@ def test_freed_arguments_are_named(argument):
         ops.cap_(torch.ones(4, 8), **given)
 
 
-def test_meta_and_fake_tensors_go_through_every_door():
-    for door, call in _calls(torch.ones(4, 8, device="meta")).items():
+def test_meta_and_fake_tensors_are_taken_by_every_call():
+    for entry, call in _calls(torch.ones(4, 8, device="meta")).items():
         with pytest.raises(ValueError, match="must be on the device of"):
             call()
-        assert door
+        assert entry
     for call in _calls(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.ones(4, 8))).values():
         call()
 

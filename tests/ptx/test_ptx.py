@@ -372,6 +372,22 @@ def test_a_projection_at_its_limit_is_capped(op, directions, size):
 
 
 @pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("size", [1040, HELD[torch.float32] + 8])
+def test_a_projection_that_a_correction_makes_infinite_leaves_the_row_alone(op, size):
+    """The second direction's: every element stays finite, and so the correction of the first alone would be kept."""
+    rows = torch.zeros(1, size)
+    rows[0, 5] = 3e38
+    before = rows.clone()
+    axes = torch.zeros(1, 2, size)
+    axes[0, 0, 3] = 1
+    axes[0, 1, 3] = axes[0, 1, 5] = 0.5**0.5
+    projections, fired = run_on(Device(resident=1), op, rows, axes, torch.tensor([[3e38, 0.0]]))
+    assert fired.tolist() == [[0, 0]]
+    assert projections.isnan().all()
+    assert_same_bits(rows, before)
+
+
+@pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("size", [72, 1040])
 @pytest.mark.parametrize("resident", [1, 3, 100])
 def test_a_slot_behind_the_bank_is_refused_wherever_it_comes(op, size, resident):

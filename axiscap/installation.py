@@ -150,16 +150,16 @@ class Installation(Installed):
         self._profiles = dict(profiles)
         self._generated_only = positions == "generated"
         self._passes = Passes()
-        self._last = self._passes.mine  # of whichever thread
-        # What was chosen last, and by which thread and task; where there were several, it is nobody else's.
+        self._last = self._passes.mine  # the last pass of any thread
+        # The last selection and who made it. Once several threads or tasks have selected, it applies to its own only.
         self._selection: list[int] = [0]
         self._chooser: tuple[int, int] | None = None
         self._several_choose = False
         self._chosen_here: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("chosen", default=None)
-        # Of managers that are still there: each lives as long as its manager.
+        # Each lives as long as its manager.
         self._batching: weakref.WeakSet[Batching] = weakref.WeakSet()
         self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
-        # Profiles that say nothing of sinks, until it was seen once whether they lift one.
+        # Profiles without an entry for sinks, until the first pass has looked whether they lift one.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
 
         directions = self._directions = max(profile.directions for profile in profiles.values())
@@ -356,11 +356,11 @@ class Installation(Installed):
         """
         return self._decoder.register_forward_hook(Hook(lambda *_: see(self.projections()))).remove
 
-    # Hooks. The pre-hook of the decoder learns which tokens are real; the first capped layer on a device turns that and
-    # the selection into slots, which the layers after it share.
+    # Hooks. The pre-hook of the decoder finds the real tokens, makes slots of them and the selection, and announces the
+    # pass to the layers.
 
     def _listen_for_masks(self, around: nn.Module) -> list[Callable[[], None]]:
-        """A module around the decoder may be given the two-dimensional mask, and hand on one that it prepared of it."""
+        """Keeps the two-dimensional mask of a module around the decoder, which may pass a prepared one on."""
         signature = inspect.signature(around.forward)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -385,7 +385,7 @@ class Installation(Installed):
         elif "cu_seq_lens_q" in given and (batching := batching_here(self._batching)) is not None:
             this.tokens = batching.tokens(given["position_ids"], self._generated_only)
         else:
-            # Other forms of masks (prepared 4-d ones) do not say which tokens are padding; then all count as real.
+            # A prepared (4-d) mask does not name the padding; then all tokens count as real.
             mask = mask_of(given.get("attention_mask"))
             real = this.mask if mask is None else mask
             ids = given.get("position_ids")
@@ -394,11 +394,11 @@ class Installation(Installed):
             elif real is not None:
                 positions = real.long().cumsum(-1) - 1
             else:
-                # By what it can do: the argument's name differs between versions of transformers.
+                # Found by its method: the argument's name differs between versions of transformers.
                 caches = (value for value in given.values() if hasattr(value, "get_seq_length"))
                 cache = next(caches, None)
                 length = 0 if cache is None else cache.get_seq_length()
-                # A copy, since a static cache counts on in the tensor that it gives.
+                # A copy, since a static cache counts on in the tensor that it returns.
                 positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
             this.tokens = Tokens(real, None, positions)
         this.slots = {}
@@ -437,7 +437,7 @@ class Installation(Installed):
                     "(tokens, H) can be capped"
                 )
             if not torch.compiler.is_compiling() and _has_no_data(hidden):
-                return None  # of the shape that it would have capped
+                return None  # the shape stays
             if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
                 raise RuntimeError(
                     "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
@@ -452,8 +452,8 @@ class Installation(Installed):
         return hook
 
     def _cap(self, layer: _CappedLayer, hidden: Tensor) -> Tensor:
-        # A backward pass that computes a layer again (a checkpoint) may run in a thread of autograd's; its rows are
-        # those of the last forward pass, and counted already.
+        # A checkpoint computes a layer again during backward, maybe in a thread of autograd. Its rows are those of the
+        # last forward pass, and counted already.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         this = self._last if again else self._passes.mine
         slots = self._slots_of(this, hidden.device, *_batch_and_tokens(hidden))
@@ -465,7 +465,7 @@ class Installation(Installed):
         return capped
 
     def _cap_replicated(self, layer: _CappedLayer, hidden: Any) -> Tensor:
-        """A DTensor of which each process has all rows."""
+        """Caps a replicated DTensor, of which each process has all rows."""
         if not all(placement.is_replicate() for placement in hidden.placements):
             raise ValueError(
                 f"layer {layer.index} returns a DTensor with placements {hidden.placements}; it can be capped where it "
@@ -478,7 +478,7 @@ class Installation(Installed):
         return made
 
     def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None, projections: Tensor) -> None:
-        """Warns, in the first pass alone, where a profile that says nothing of sinks lifts one."""
+        """Warns, in the first pass alone, if a profile without an entry for sinks lifts one."""
         if layer.index == max(self._layers):
             looked, self._unlooked = self._unlooked, set()
         else:
@@ -526,7 +526,7 @@ class Installation(Installed):
                 )
             slots = torch.where(real[:, -tokens:].to(device), slots, -1)
         if generated is not None:
-            # Rows that generate() knows nothing of are virtual tokens, in front.
+            # Rows beyond those of generate() are virtual tokens, in front.
             generated = nn.functional.pad(generated, (max(0, tokens - len(generated)), 0))
             slots = torch.where(generated.to(device), slots, -1)
         if self._sinks:
@@ -535,7 +535,7 @@ class Installation(Installed):
                 positions = (torch.arange(tokens, device=device) + start)[None]
             positions = positions[:, -tokens:].to(device)
             for at, sinks in self._sinks.items():
-                for sink in sinks:  # a few; a tensor of them would be a copy to the device in each pass
+                for sink in sinks:  # few: a tensor of them would be copied to the device in each pass
                     slots = torch.where((slots == at) & (positions == sink), -1, slots)
         return slots.expand(batch, tokens).reshape(-1).contiguous()
 
@@ -544,7 +544,7 @@ class Installation(Installed):
             batching.undo()
 
     def _listen_to_generate(self, model: nn.Module) -> None:
-        """generate() knows what a forward pass does not see: the 2-d mask, and where the prompt ends."""
+        """Wraps generate() and its helpers, which have the 2-d mask and the end of the prompt; a pass does not."""
         if not hasattr(model, "prepare_inputs_for_generation"):
             return
         mask_name = "decoder_attention_mask" if self._encoder_decoder else "attention_mask"
@@ -560,7 +560,7 @@ class Installation(Installed):
                 this.given = (
                     ids.shape[1] if isinstance(ids, Tensor) and ids.dim() > 1 else 0 if embeds is not None else 1
                 )
-                # Until the first pass says it: an assistant's come before it.
+                # Until the first pass sets it: passes of an assistant model come before.
                 lengths = (given.shape[1] for given in (mask, ids, embeds) if isinstance(given, Tensor))
                 this.prompt_length = next(lengths, 1)
             try:
@@ -573,14 +573,14 @@ class Installation(Installed):
         def prepare(original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             this = self._passes.mine
             inputs = original(input_ids, *args, **kwargs)
-            # What goes to the model has the virtual tokens of prompt tuning in it.
+            # The inputs include the virtual tokens of prompt tuning.
             found = (mask_of(given.get(mask_name)) for given in (inputs, kwargs))
             mask = next((mask for mask in found if mask is not None), None)
             total = input_ids.shape[1] if mask is None else mask.shape[1]
             ids = inputs.get(ids_name)
             tokens = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
             if kwargs.get("is_first_iteration") and this.generating < 2:
-                # Drafted tokens come behind the prompt, and are the model's own.
+                # Drafted tokens follow the prompt, and count as generated.
                 drafted = max(0, input_ids.shape[1] - this.given) if this.generating else 0
                 this.prompt_length = total - drafted
             generated = torch.arange(total - tokens, total) >= this.prompt_length if self._generated_only else None
@@ -594,7 +594,7 @@ class Installation(Installed):
             return inputs
 
         def batch(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            # Here, where the caller hears of it: what is raised further in ends in empty answers.
+            # Checked here, in the caller's thread: an error in the manager's thread ends in empty answers.
             one_for_each(self._selected(), len(inputs))
             config = kwargs.get("continuous_batching_config", args[1] if len(args) > 1 else None)
             if config is not None:
@@ -679,7 +679,7 @@ def install(
 
 
 def _check_streams(model: nn.Module, block: nn.Module) -> None:
-    """What the first forward pass would fail at.
+    """Checks that the layers pass on one stream, of a dtype that can be capped.
 
     Raises
     ------
@@ -717,21 +717,21 @@ def _task() -> int:
 
 
 def _recorders_last(block: nn.Module) -> None:
-    """What transformers records for ``output_hidden_states`` is what goes on, behind the cap."""
+    """Moves the hooks of ``output_hidden_states`` behind the cap, so that capped states are recorded."""
     hooks = block._forward_hooks
     for key in [key for key, hook in hooks.items() if hook.__module__ == "transformers.utils.output_capturing"]:
         hooks[key] = hooks.pop(key)
 
 
 def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
-    """The modules that hold the decoder, outermost first, without itself."""
+    """The modules that contain the decoder, outermost first, without the decoder."""
     return [
         module for module in model.modules() if module is not owner and any(part is owner for part in module.modules())
     ]
 
 
 def _owner(model: nn.Module, block: nn.Module) -> nn.Module:
-    """The module whose forward runs the decoder layers: what holds the list that holds the first one."""
+    """The module whose forward runs the decoder layers: the parent of their list."""
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and child[0] is block:
@@ -741,12 +741,12 @@ def _owner(model: nn.Module, block: nn.Module) -> nn.Module:
 
 def _device(block: nn.Module) -> torch.device:
     parameter = next(block.parameters(), None)
-    # Weights that are loaded when they are needed are on "meta"; the first forward pass will tell.
+    # Offloaded weights are on "meta" until they are needed; the first forward pass moves the bank.
     known = parameter is not None and parameter.device.type != "meta"
     return parameter.device if known and parameter is not None else torch.device("cpu")
 
 
 def _forget_compiled_code() -> None:
-    """Code that torch.compile made knows nothing of hooks that came or went after it (it does not guard on them)."""
+    """Drops compiled code, which does not guard on hooks that are added or removed later."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,6 +1,4 @@
-"""What a forward pass is known by: its tokens, the thread that runs it, and the request that it is of; and what stands
-before a model's methods to learn that.
-"""
+"""Per-thread state of a forward pass, and the method wrappers that collect it."""
 
 from __future__ import annotations
 
@@ -15,15 +13,12 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """The tokens of a forward pass: which are real (None: all), which the model wrote (None: it does not matter),
-    their positions in their sequences, (1 or batch, tokens), or where they begin, or None (from 0), and, where the
-    tokens of many sequences stand in one row, the slot that was chosen for each, (1, tokens).
-    """
+    """The tokens of a forward pass."""
 
-    real: Tensor | None = None
-    generated: Tensor | None = None
-    positions: Tensor | None = None
-    chosen: Tensor | None = None
+    real: Tensor | None = None  # no padding; None: all tokens
+    generated: Tensor | None = None  # written by the model; None: not needed
+    positions: Tensor | None = None  # in their sequences, (1 or batch, tokens), or the first one; None: from 0
+    chosen: Tensor | None = None  # the slot of each token, (1, tokens), if the tokens of many sequences are one row
 
 
 def mask_of(given: object) -> Tensor | None:
@@ -31,20 +26,20 @@ def mask_of(given: object) -> Tensor | None:
 
 
 class Pass:
-    """One thread's forward pass: what is known of it, and what it left behind."""
+    """One thread's forward pass, and the projections that it left."""
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self.announced: Tokens | None = None  # what generate() said of the coming one
-        self.mask: Tensor | None = None  # two-dimensional, as a module around the decoder was given it
+        self.announced: Tokens | None = None  # by generate(), for the coming pass
+        self.mask: Tensor | None = None  # two-dimensional, given to a module around the decoder
         self.slots: dict[tuple[torch.device, int, int], Tensor | None] = {}  # by device, batch and tokens
-        self.selection: list[int] | None = None  # as compiled code has to look it up
-        self.chooser: int | None = None  # the task that made it
+        self.selection: list[int] | None = None  # the context variable, for compiled code
+        self.chooser: int | None = None  # the task that selected last
         self.several_tasks = False
         self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
         self._rooms: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}
-        # Of generate(): how many are under way (an assistant's within its model's), how many tokens it was given, and
-        # where in the sequence the prompt ends.
+        # Of generate(): calls under way (an assistant model's runs inside its model's), tokens of the input, and the
+        # position at which the prompt ends.
         self.generating = self.given = self.prompt_length = 0
 
     def room(self, device: torch.device, layers: list[int | None], shape: torch.Size, directions: int) -> Tensor:
@@ -63,14 +58,14 @@ class Pass:
 
 
 class Passes(threading.local):
-    """Each thread's. An object of its own, since what torch.compile changes of a thread-local itself is lost."""
+    """The pass of each thread. An object inside, since torch.compile loses changes of a thread-local's attributes."""
 
     def __init__(self) -> None:
         self.mine = Pass()
 
 
 def left_out(*_: object, **__: object) -> None:
-    """What stands in a copy of a model for a hook: the copy is not capped."""
+    """No-op that replaces the hook when a model is copied or pickled."""
 
 
 def left_out_hook() -> Callable[..., None]:
@@ -78,7 +73,7 @@ def left_out_hook() -> Callable[..., None]:
 
 
 class Hook:
-    """A hook that stays behind where its model is copied or pickled."""
+    """A hook that is not copied or pickled with its model."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
@@ -94,12 +89,12 @@ class Hook:
 
 
 class Method:
-    """Stands in for a model's method, with its signature, which transformers looks at; a copy of the model has its own.
+    """Wraps a method of a model, with its signature, which transformers inspects. A copy of the model is not wrapped.
 
     Parameters
     ----------
     call
-        takes the method, and what it is called with.
+        is called with the method and its arguments.
     """
 
     def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:
@@ -121,7 +116,7 @@ class Method:
         return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.model, self.name))
 
     def undo(self) -> None:
-        """The method as it was. Where somebody stands before it in turn, it only passes on what it is called with."""
+        """Restores the method. If somebody wrapped this wrapper, it stays and passes its arguments on."""
         self.call = lambda original, *args, **kwargs: original(*args, **kwargs)
         if self.model.__dict__.get(self.name) is not self:
             return
@@ -132,11 +127,13 @@ class Method:
 
 
 class Batching:
-    """One of transformers' managers of continuous batching: requests come from many threads, and run in one of its own,
-    where the tokens of all of them stand in one row. A request has what was selected where it was added.
+    """One manager of continuous batching in transformers.
+
+    Requests come from many threads and run in the manager's thread, with their tokens in one row. A request has the
+    selection of the thread that added it.
     """
 
-    MOST = 1 << 16  # requests that are remembered: far more than are under way
+    MAX_REQUESTS = 1 << 16  # that are remembered: far more than are under way
 
     def __init__(self, manager: Any, selected: Callable[[], list[int]]) -> None:
         self.manager, self._selected = manager, selected
@@ -160,12 +157,12 @@ class Batching:
             if len(selection) > 1:
                 raise ValueError("a request is one sequence: select one profile for it, or add all with add_requests")
             slot = selection[0]
-        if request_id is None:  # as the manager would name it: its profile is to be known before it runs
+        if request_id is None:  # the manager's own name, needed before the request runs
             with self.manager._request_lock:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         self._slots[request_id] = slot
-        if len(self._slots) > self.MOST:
+        if len(self._slots) > self.MAX_REQUESTS:
             del self._slots[next(iter(self._slots))]
         return original(input_ids, request_id, *args, **kwargs)
 
@@ -179,7 +176,7 @@ class Batching:
             self._adding.slots = {}
 
     def tokens(self, positions: Tensor, generated_only: bool) -> Tokens:
-        """Of the batch that is about to run, (1, tokens) each."""
+        """The tokens of the batch that is about to run, (1, tokens) each."""
         io = self.manager.batch_processor.inputs_and_outputs
         io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
         count = positions.shape[-1]
@@ -200,7 +197,13 @@ class Batching:
 
 
 def one_for_each(selection: list[int], count: int) -> list[int]:
-    """The slots of as many sequences, of a selection for all of them or for each."""
+    """The slots of ``count`` sequences: a selection is for all of them, or one for each.
+
+    Raises
+    ------
+    ValueError
+        a selection for another number of sequences.
+    """
     if len(selection) > 1 and len(selection) != count:
         raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {count}")
     return selection if len(selection) == count else selection * count
@@ -213,8 +216,12 @@ def no_sharing() -> Any:
 
 
 def check_batching(config: Any) -> None:
-    """Requests under several profiles, or of which some rows are capped, must not take each other's keys, nor may a
-    captured graph keep one batch's rows for all others.
+    """Raises if requests would share keys and values across profiles, or a captured graph one batch's slots.
+
+    Raises
+    ------
+    ValueError
+        with the setting to change.
     """
     if config.allow_block_sharing:
         raise ValueError(
@@ -229,6 +236,6 @@ def check_batching(config: Any) -> None:
 
 
 def batching_here(managers: Iterable[Batching]) -> Batching | None:
-    """The one whose thread this is."""
+    """The manager whose thread this is."""
     here = threading.current_thread()
     return next((known for known in managers if known.manager._generation_thread is here), None)

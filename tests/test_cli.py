@@ -349,13 +349,29 @@ def test_bench_command(command, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_capped_layer_is_timed_inside_real_steps():
+    """All three hooks see each layer of each step, and leave the model as it was; what is installed makes few calls."""
+    with Progress(disable=True) as progress:
+        found = bench.measure_layer(progress, models.DEFAULT_MODEL, sequences=2, rounds=1)
+    assert found["layers"] == 8
+    assert set(found["microseconds"]) == {"installed", "op", "published"}
+    assert all(time["median"] > 0 for time in found["microseconds"].values())
+    # The clock's two, the hook, a question to the compiler and the extension's one.
+    assert found["calls"]["installed"] <= 6 < found["calls"]["op"] < found["calls"]["published"]
+    (row,) = bench.layer_targets({"layers": [found]})
+    assert row[0] == "smollm2-135m-instruct, 2 sequences"
+
+
 def test_the_figures_of_the_documentation_are_those_of_its_data():
-    """The tables of targets are what the committed bench.json gives."""
+    """The tables of targets are what the committed bench.json and bench-qwen.json give."""
     results = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
     page = (REPOSITORY / "docs" / "performance.md").read_text()
     rows = [(what, goal, *found, met) for what, goal, found, met in bench.targets(results)]
     rows += bench.decode_targets(results)
-    assert len(rows) == 9 + 4
+    rows += bench.layer_targets(results)
+    rows += bench.layer_targets(json.loads((REPOSITORY / "docs" / "bench-qwen.json").read_text()))
+    assert len(rows) == 9 + 4 + 4
     for row in rows:
         line = f"| {' | '.join(row)} |"
         assert line in page, line

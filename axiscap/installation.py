@@ -419,8 +419,10 @@ class Installation(Installed):
             return
         try:
             for device, native in self._native_passes.items():
-                slots = self._slots_of(this, device, batch, tokens)
                 layers = [index if layer.axes.device == device else None for index, layer in self._layers.items()]
+                if not any(index is not None for index in layers):
+                    continue  # all of them have moved to another device
+                slots = self._slots_of(this, device, batch, tokens)
                 room = this.room(device, layers, torch.Size((batch, tokens)), self._directions)
                 native.begin(batch, tokens, slots, room)
         except ValueError:  # the inputs are not those of the layers, or the layer itself says what is wrong

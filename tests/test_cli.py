@@ -11,6 +11,7 @@ import sysconfig
 import pytest
 import torch
 from conftest import REPOSITORY, SHIPPED_PROFILE, assert_same_bits, unit
+from rich.progress import Progress
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap

@@ -1,5 +1,4 @@
-// Where an accelerator's kernels enter: csrc/cuda fills in `accelerator` when it is linked, and whoever dispatches by
-// device needs no other knowledge of it.
+// The functions of an accelerator. launchers/cuda.cu sets `accelerator` if it is linked; other code looks here alone.
 #pragma once
 
 #include "kernels/params.h"

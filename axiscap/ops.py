@@ -18,12 +18,11 @@ Arguments that the ops share:
   row of ordinary norm has such a projection; an attention sink can. None, or inf: no limit.
 - projections: (rows, K) float32, filled with ``<row, v_k>`` before the cap.
 
-All on one device. What an op changes shares no memory with its other arguments.
-
-Errors, before anything is changed: TypeError for a dtype, ValueError for a shape, stride, device, shared memory, or a
-tensor that is changed and requires grad, IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator
-leaves that row alone and reports NaN), NotImplementedError for forward-mode derivatives and vmap. Unit length is the
-caller's promise here; :class:`axiscap.CapProfile` and ``axiscap.install`` check it.
+All on one device. What an op changes shares no memory with its other arguments. Errors, before anything is changed:
+TypeError for a dtype, ValueError for a shape, stride, device, shared memory, or a tensor that is changed and requires
+grad, IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator leaves that row alone and reports NaN),
+NotImplementedError for forward-mode derivatives. Unit length is the caller's promise here;
+:class:`axiscap.CapProfile` and ``axiscap.install`` check it.
 
 The functions call the kernels directly. Under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which run the same code from torch's dispatcher. The overloads ``buffers``, such as
@@ -68,9 +67,8 @@ def cap_(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> hidden, axes = torch.tensor([[-1.0, 5.0], [2.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])
-    >>> ops.cap_(hidden, axes, torch.zeros(1, 1)).tolist()
+    >>> axiscap.ops.cap_(hidden, axes, torch.zeros(1, 1)).tolist()
     [[0.0, 5.0], [2.0, 5.0]]
     """
     run = torch.ops.axiscap.cap_ if is_dynamo_compiling() else _C.cap_
@@ -105,9 +103,8 @@ def cap(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> hidden = torch.tensor([[-1.0, 5.0], [2.0, 5.0]], requires_grad=True)
-    >>> capped = ops.cap(hidden, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1))
+    >>> capped = axiscap.ops.cap(hidden, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1))
     >>> capped.sum().backward()
     >>> hidden.grad.tolist()
     [[0.0, 1.0], [1.0, 1.0]]
@@ -133,8 +130,7 @@ def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor
 
     Examples
     --------
-    >>> from axiscap import ops
-    >>> ops.project(torch.tensor([[3.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])).tolist()
+    >>> axiscap.ops.project(torch.tensor([[3.0, 5.0]]), torch.tensor([[[1.0, 0.0]]])).tolist()
     [[3.0]]
     """
     return torch.ops.axiscap.project(hidden, axes, slots)  # type: ignore[no-any-return]
@@ -167,9 +163,8 @@ def cap_residual_(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
-    >>> ops.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
+    >>> axiscap.ops.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
     [[3.0, 2.0]]
     """
     run = torch.ops.axiscap.cap_residual_ if is_dynamo_compiling() else _C.cap_residual_
@@ -215,10 +210,9 @@ def add_rms_norm_cap_(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
     >>> bank = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)
-    >>> normed, stream = ops.add_rms_norm_cap_(hidden, residual, torch.ones(2), 0.0, *bank)
+    >>> normed, stream = axiscap.ops.add_rms_norm_cap_(hidden, residual, torch.ones(2), 0.0, *bank)
     >>> stream.tolist(), [round(value, 3) for value in normed[0].tolist()]
     ([[0.0, 2.0]], [0.0, 1.414])
     """
@@ -273,12 +267,11 @@ def add_rms_norm_cap_fp8_(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> hidden, residual = torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0, 2.0]])
     >>> bank, scales = (torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)), torch.empty(1, 1)
     >>> quantized = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
     >>> call = (quantized, hidden, residual, torch.ones(2), 0.0, *bank)
-    >>> ops.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist(), round(scales.item() * 448, 3)
+    >>> axiscap.ops.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist(), round(scales.item() * 448, 3)
     ([[0.0, 448.0]], 1.414)
     """
     run = torch.ops.axiscap.add_rms_norm_cap_fp8_ if is_dynamo_compiling() else _C.add_rms_norm_cap_fp8_
@@ -314,10 +307,9 @@ def cap_layers_(
 
     Examples
     --------
-    >>> from axiscap import ops
     >>> streams = [torch.tensor([[-1.0, 5.0]]), torch.tensor([[-2.0, 5.0]])]
     >>> axes = torch.tensor([[[1.0, 0.0]]]).expand(2, 1, 1, 2).contiguous()
-    >>> [stream.tolist() for stream in ops.cap_layers_(streams, axes, torch.zeros(2, 1, 1))]
+    >>> [stream.tolist() for stream in axiscap.ops.cap_layers_(streams, axes, torch.zeros(2, 1, 1))]
     [[[0.0, 5.0]], [[0.0, 5.0]]]
     """
     streams = list(hiddens)
@@ -346,8 +338,7 @@ def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tenso
 
     Examples
     --------
-    >>> from axiscap import ops
-    >>> stats = ops.accumulate_(ops.new_stats(1, 1), torch.tensor([[-1.0], [2.0]]), torch.zeros(1, 1))
+    >>> stats = axiscap.ops.accumulate_(axiscap.ops.new_stats(1, 1), torch.tensor([[-1.0], [2.0]]), torch.zeros(1, 1))
     >>> stats[0, 0, :3].tolist()  # seen, fired, below
     [2.0, 1.0, 1.0]
     """
@@ -371,8 +362,7 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
 
     Examples
     --------
-    >>> from axiscap import ops
-    >>> ops.new_stats(2, 1).shape
+    >>> axiscap.ops.new_stats(2, 1).shape
     torch.Size([2, 1, 8])
     """
     stats = torch.zeros(slots, directions, len(_C.STAT_FIELDS), dtype=torch.float64, device=device)

@@ -1,6 +1,5 @@
 #include "hooks/layer.h"
 
-#include <array>
 #include <limits>
 #include <vector>
 
@@ -74,9 +73,9 @@ Layer::Layer(const py::object& bank, const py::object& given_stats, const py::ob
       pass_object(given_pass),
       pass(given_pass.cast<const Pass&>()),
       index(index) {
-  std::array<Tensor, 4> tensors;
-  Bank read;
-  CHECK_VALUE(bank.cast<const KeptBank&>().read(tensors, read), "bank has moved");
+  Tensor tensors[KeptBank::kMaxTensors];
+  Arguments read;
+  CHECK_VALUE(bank.cast<const KeptBank&>().add_to(read, tensors), "bank has moved");
   Tensor sums;
   check_is_tensor(given_stats.ptr(), "stats");
   CHECK_VALUE(sums.read(given_stats.ptr(), false) && sums.dtype == kDouble && sums.is_contiguous() &&

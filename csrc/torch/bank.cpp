@@ -2,46 +2,56 @@
 
 #include <string>
 
-using namespace pybind11::literals;
-
 namespace axiscap {
-namespace {
 
-constexpr const char* kBankNames[] = {"axes", "floors", "lifts", "limits"};
-
-}  // namespace
-
-KeptBank::KeptBank(const py::object& axes, const py::object& floors, const py::object& lifts, const py::object& limits)
-    : objects{axes, floors, lifts, limits} {
-  std::array<Tensor, 4> tensors;
-  const auto is_given = [&](int i) { return i < 2 || !objects[i].is_none(); };
-  for (int i = 0; i < 4; ++i) {
-    if (!is_given(i)) continue;
-    check_is_tensor(objects[i].ptr(), kBankNames[i]);
-    const py::object device = objects[i].attr("device"), wanted = axes.attr("device");
-    CHECK_VALUE(device.equal(wanted), kBankNames[i], " must be on the device of axes, ", std::string(py::str(wanted)),
-                ", got ", std::string(py::str(device)));
-  }
-  for (int i = 0; i < 4; ++i) {
-    if (!is_given(i)) continue;
-    CHECK_VALUE(tensors[i].read(objects[i].ptr(), false) && !tensors[i].is_negated(),
-                "a bank is made of dense tensors with data");
-    exports[i] = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(objects[i]);
-    data[i] = tensors[i].data;
-    numels[i] = tensors[i].numel;
-  }
-  const Bank bank = bank_of(tensors);
-  bank.check();
-  bank.check_values();
+const Signature& KeptBank::signature() {
+  static const Signature parsed(kBankSchema);
+  return parsed;
 }
 
-bool KeptBank::read(std::array<Tensor, 4>& tensors, Bank& bank) const {
-  for (int i = 0; i < 4; ++i)
-    if (data[i] &&
-        (!tensors[i].read(objects[i].ptr(), false) || tensors[i].data != data[i] || tensors[i].numel != numels[i]))
+KeptBank::KeptBank(const py::args& arguments, const py::kwargs& keywords) : held_(signature().parameters.size()) {
+  std::vector<PyObject*> values;
+  for (const py::handle value : arguments) values.push_back(value.ptr());
+  py::tuple names(keywords.size());
+  size_t i = 0;
+  for (const auto& [name, value] : keywords) {
+    names[i++] = name;
+    values.push_back(value.ptr());
+  }
+  BoundArguments bound;
+  const bool is_plain = bound.bind(signature(), {values.data(), Py_ssize_t(arguments.size()), names.ptr()}, false);
+  const py::object device = py::handle(bound.given[0]).attr("device");  // of the axes
+  for (i = 0; i < held_.size(); ++i) {
+    if (!bound.given[i] || bound.given[i] == Py_None) continue;
+    held_[i].object = py::reinterpret_borrow<py::object>(bound.given[i]);
+    const py::object other = held_[i].object.attr("device");
+    CHECK_VALUE(other.equal(device), signature().parameters[i].name, " must be on the device of axes, ",
+                std::string(py::str(device)), ", got ", std::string(py::str(other)));
+  }
+  const py::object export_tensor = py::module_::import("torch.utils.dlpack").attr("to_dlpack");
+  for (i = 0; i < held_.size(); ++i) {
+    if (held_[i].object.is_none()) continue;
+    const Tensor& tensor = bound.tensors[i];
+    CHECK_VALUE(is_plain && !tensor.is_negated(), "a bank is made of dense tensors with data");
+    held_[i].exported = export_tensor(held_[i].object);
+    held_[i].data = tensor.data;
+    held_[i].numel = tensor.numel;
+  }
+  check_bank(bound);
+  check_bank_values(bound);
+}
+
+bool KeptBank::add_to(Arguments& arguments, Tensor* tensors) const {
+  const auto& parameters = signature().parameters;
+  for (size_t i = 0; i < held_.size(); ++i) {
+    const Held& held = held_[i];
+    if (!held.data) continue;
+    if (!tensors[i].read(held.object.ptr(), false) || tensors[i].data != held.data || tensors[i].numel != held.numel)
       return false;
-  bank = bank_of(tensors);
-  return tensors[1].numel * tensors[0].sizes.back() == tensors[0].numel;
+    arguments.*parameters[i].tensor = &tensors[i];
+    arguments.parts[arguments.parts_count++] = {&tensors[i], parameters[i].name.c_str(), false};
+  }
+  return arguments.floors->numel * arguments.axes->sizes.back() == arguments.axes->numel;
 }
 
 namespace {
@@ -53,33 +63,26 @@ PyObject* cap_with_bank(PyObject* self, PyObject* const* arguments, Py_ssize_t c
     // The method descriptor has checked the type of self; pybind11's cast would look it up once more.
     const auto& kept = *reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr<KeptBank>();
     BoundArguments bound;
-    std::array<Tensor, 4> tensors;
-    Bank bank;
-    if (bound.bind(signature, {arguments, count, names}, false) && kept.read(tensors, bank)) {
-      bound.axes = bank.axes, bound.floors = bank.floors, bound.lifts = bank.lifts, bound.limits = bank.limits;
-      for (int i = 0; i < 4; ++i)
-        if (kept.data[i]) bound.parts[bound.parts_count++] = {&tensors[i], kBankNames[i], false};
+    Tensor tensors[KeptBank::kMaxTensors];
+    if (bound.bind(signature, {arguments, count, names}, false) && kept.add_to(bound, tensors))
       return cap_with_checked_bank_(bound).release().ptr();
-    }
-    const auto given = [&](int i) {
-      return py::reinterpret_borrow<py::object>(bound.given[i] ? bound.given[i] : Py_None);
-    };
-    const py::object op = py::module_::import("axiscap._C").attr("cap_");
-    return op(given(0), kept.objects[0], kept.objects[1], given(1), "lifts"_a = kept.objects[2],
-              "limits"_a = kept.objects[3], "projections"_a = given(2))
-        .release()
-        .ptr();
+    py::dict keywords;
+    for (size_t i = 0; i < signature.parameters.size(); ++i)
+      if (bound.given[i]) keywords[signature.parameters[i].name.c_str()] = py::handle(bound.given[i]);
+    for (size_t i = 0; i < kept.signature().parameters.size(); ++i)
+      keywords[kept.signature().parameters[i].name.c_str()] = kept[i];
+    return py::module_::import("axiscap._C").attr("cap_")(**keywords).release().ptr();
   });
 }
 
 }  // namespace
 
 void define_bank(py::module_& m) {
-  py::class_<KeptBank> bank(m, "Bank");
-  bank.def(py::init<const py::object&, const py::object&, const py::object&, const py::object&>(), "axes"_a, "floors"_a,
-           "lifts"_a = py::none(), "limits"_a = py::none());
-  for (int i = 0; i < 4; ++i)
-    bank.def_property_readonly(kBankNames[i], [i](const KeptBank& kept) { return kept.objects[i]; });
+  py::class_<KeptBank> bank(m, "Bank", kBankSchema);
+  bank.def(py::init<const py::args&, const py::kwargs&>());
+  for (size_t i = 0; i < KeptBank::signature().parameters.size(); ++i)
+    bank.def_property_readonly(KeptBank::signature().parameters[i].name.c_str(),
+                               [i](const KeptBank& kept) { return kept[i]; });
   static PyMethodDef cap{"cap_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cap_with_bank)),
                          METH_FASTCALL | METH_KEYWORDS, "cap_(hidden, slots=None, projections=None)"};
   bank.attr("cap_") =

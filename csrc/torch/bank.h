@@ -1,29 +1,33 @@
 // A bank that stays: checked once, then used in many calls.
 #pragma once
 
-#include <array>
+#include <vector>
 
 #include "torch/binding.h"
 
 namespace axiscap {
 
-// A bank that holds its tensors, with values that were checked once.
-struct KeptBank {
-  std::array<py::object, 4> objects;  // axes, floors, lifts and limits; the last two may be None
-  std::array<py::object, 4> exports;  // references of torch's, without which each look would make and drop the only one
-  std::array<const char*, 4> data{};
-  std::array<int64_t, 4> numels{};
+// Holds the tensors of a bank, whose values were checked once.
+class KeptBank {
+ public:
+  KeptBank(const py::args& arguments, const py::kwargs& keywords);
 
-  KeptBank(const py::object& axes, const py::object& floors, const py::object& lifts, const py::object& limits);
+  // Adds the tensors as they are now to a call's arguments. Returns false if somebody freed, moved or resized one
+  // since: the caller of Bank owns them, and may share them with a module. `tensors` has a place for each.
+  bool add_to(Arguments& arguments, Tensor* tensors) const;
+  static constexpr int kMaxTensors = BoundArguments::kMaxParameters;
 
-  // Reads the tensors as they are now. Returns false if somebody freed, moved or resized one since: the caller of
-  // Bank owns them, and may share them with a module.
-  bool read(std::array<Tensor, 4>& tensors, Bank& bank) const;
+  static const Signature& signature();
+  py::object operator[](size_t i) const { return held_[i].object; }  // of a parameter, or None
 
  private:
-  Bank bank_of(const std::array<Tensor, 4>& tensors) const {
-    return {&tensors[0], &tensors[1], data[2] ? &tensors[2] : nullptr, data[3] ? &tensors[3] : nullptr};
-  }
+  struct Held {
+    py::object object = py::none();
+    py::object exported;  // a reference of torch's: without it each look would make the only one, and drop it
+    const char* data = nullptr;
+    int64_t numel = 0;
+  };
+  std::vector<Held> held_;  // by parameter
 };
 
 // Adds the class Bank.

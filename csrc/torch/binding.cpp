@@ -8,18 +8,6 @@
 namespace axiscap {
 namespace {
 
-constexpr std::pair<std::string_view, Optional Arguments::*> kTensors[] = {
-    {"quantized", &Arguments::quantized}, {"hidden", &Arguments::hidden}, {"residual", &Arguments::residual},
-    {"weight", &Arguments::weight},       {"axes", &Arguments::axes},     {"floors", &Arguments::floors},
-    {"slots", &Arguments::slots},         {"scale", &Arguments::scale},   {"scales", &Arguments::scales},
-    {"lifts", &Arguments::lifts},         {"limits", &Arguments::limits}, {"projections", &Arguments::projections},
-    {"stats", &Arguments::stats},
-};
-constexpr std::pair<std::string_view, double Arguments::*> kNumbers[] = {
-    {"eps", &Arguments::eps},
-    {"weight_bias", &Arguments::weight_bias},
-};
-
 template <class Table>
 auto find(const Table& table, std::string_view name) {
   const auto entry = std::find_if(std::begin(table), std::end(table), [&](const auto& e) { return e.first == name; });
@@ -111,8 +99,8 @@ Signature::Signature(const char* text) {
     Parameter p;
     p.name = part.substr(space + 1, equals == part.npos ? part.npos : equals - space - 1);
     p.interned = PyUnicode_InternFromString(p.name.c_str());
-    p.tensor = find(kTensors, p.name);
-    p.number = find(kNumbers, p.name);
+    p.tensor = find(kTensorArguments, p.name);
+    p.number = find(kNumberArguments, p.name);
     p.is_stream = p.name == "hidden" || p.name == "hiddens" || p.name == "residual";
     p.is_changed = part.find('!') != part.npos;
     p.is_required = equals == part.npos;

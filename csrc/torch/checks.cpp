@@ -75,16 +75,16 @@ Rows writable_rows_of(const Tensor& tensor, const char* name) {
   return rows;
 }
 
-void Bank::check(bool several_layers) const {
-  check_axes(*axes, several_layers ? 4 : 3);
-  if (floors) check_beside(*floors, "floors", *axes, false);
-  if (lifts) check_beside(*lifts, "lifts", *axes, true);
-  if (limits) check_beside(*limits, "limits", *axes, false);
+void check_bank(const Arguments& a, bool has_layers) {
+  check_axes(*a.axes, has_layers ? 4 : 3);
+  if (a.floors) check_beside(*a.floors, "floors", *a.axes, false);
+  if (a.lifts) check_beside(*a.lifts, "lifts", *a.axes, true);
+  if (a.limits) check_beside(*a.limits, "limits", *a.axes, false);
 }
 
-void Bank::check_values() const {
+void check_bank_values(const Arguments& a) {
   constexpr double kTolerance = 1e-3;
-  const int64_t size = axes->sizes.back(), directions = floors->numel;
+  const int64_t size = a.axes->sizes.back(), directions = a.floors->numel;
   std::vector<py::object> copies;  // on the CPU
   const auto on_host = [&](Optional tensor) -> const float* {
     Tensor copy;
@@ -92,7 +92,7 @@ void Bank::check_values() const {
       return nullptr;
     return copy.as<const float>();
   };
-  const float *axis = on_host(axes), *floor = on_host(floors), *lift = on_host(lifts), *limit = on_host(limits);
+  const float *axis = on_host(a.axes), *floor = on_host(a.floors), *lift = on_host(a.lifts), *limit = on_host(a.limits);
   const auto product = [size](const float* a, const float* b, int64_t k) {
     double sum = 0;
     for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
@@ -193,10 +193,10 @@ CapParams params_for(const Tensor& hidden, Rows rows, const Tensor& axes, Option
   return p;
 }
 
-void use_bank(CapParams& p, const Bank& bank) {
-  p.floors = bank.floors->as<const float>();
-  p.lifts = bank.lifts ? bank.lifts->as<const float>() : nullptr;
-  p.limits = bank.limits ? bank.limits->as<const float>() : nullptr;
+void use_bank(CapParams& p, const Arguments& a) {
+  p.floors = a.floors->as<const float>();
+  p.lifts = a.lifts ? a.lifts->as<const float>() : nullptr;
+  p.limits = a.limits ? a.limits->as<const float>() : nullptr;
 }
 
 void write_in_place(CapParams& p) {

@@ -3,12 +3,50 @@
 
 #include <initializer_list>
 #include <span>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/params.h"
 #include "torch/tensor.h"
 
 namespace axiscap {
+
+// Whether a buffer has the rows of the call, or room for them at its beginning.
+enum class Extent { kExact, kAtLeast };
+
+// A tensor of a call under the name of its argument.
+struct Part {
+  Optional tensor;
+  const char* name;
+  bool is_changed;
+};
+
+// A call's arguments, by the names that the schemas give them. Null or empty: not given.
+struct Arguments {
+  Optional quantized = nullptr, hidden = nullptr, residual = nullptr, weight = nullptr, axes = nullptr,
+           floors = nullptr, slots = nullptr, scale = nullptr, scales = nullptr, lifts = nullptr, limits = nullptr,
+           projections = nullptr, stats = nullptr;
+  std::vector<Tensor> hiddens;
+  double eps = 0, weight_bias = 0;
+  Extent extent = Extent::kExact;  // of slots and projections
+
+  static constexpr int kMaxTensors = 14;
+  Part parts[kMaxTensors];  // every tensor that is given, but for the hiddens
+  int parts_count = 0;
+};
+
+inline constexpr std::pair<std::string_view, Optional Arguments::*> kTensorArguments[] = {
+    {"quantized", &Arguments::quantized}, {"hidden", &Arguments::hidden}, {"residual", &Arguments::residual},
+    {"weight", &Arguments::weight},       {"axes", &Arguments::axes},     {"floors", &Arguments::floors},
+    {"slots", &Arguments::slots},         {"scale", &Arguments::scale},   {"scales", &Arguments::scales},
+    {"lifts", &Arguments::lifts},         {"limits", &Arguments::limits}, {"projections", &Arguments::projections},
+    {"stats", &Arguments::stats},
+};
+inline constexpr std::pair<std::string_view, double Arguments::*> kNumberArguments[] = {
+    {"eps", &Arguments::eps},
+    {"weight_bias", &Arguments::weight_bias},
+};
 
 struct Rows {
   int64_t count;
@@ -20,23 +58,13 @@ Rows rows_of(const Tensor& tensor, const char* name);
 // The same of a tensor that is changed: its rows do not overlap.
 Rows writable_rows_of(const Tensor& tensor, const char* name);
 
-// Axes (S, K, H) and floors (S, K), with lifts like the axes and limits like the floors where they are given; all of
-// several layers with a leading L.
-struct Bank {
-  Optional axes, floors, lifts, limits;
-
-  void check(bool several_layers = false) const;
-  // Reads the values: for set-up, not for calls. Raises unless every axis is finite and of unit length, every floor
-  // finite or -inf, every lift finite, above 0 and at most 1 along its axis, and every limit positive.
-  void check_values() const;
-};
-
-// A tensor of a call under the name of its argument.
-struct Part {
-  Optional tensor;
-  const char* name;
-  bool is_changed;
-};
+// Checks the tensors that every cap has: axes (S, K, H) and floors (S, K), lifts like the axes, limits like the floors;
+// all of several layers with a leading L. `project` has axes alone.
+void check_bank(const Arguments& a, bool has_layers = false);
+// Checks their values, which takes a copy to the host: for set-up, not for calls. Raises unless every axis is finite
+// and of unit length, every floor finite or -inf, every lift finite, above 0 and at most 1 along its axis, and every
+// limit positive.
+void check_bank_values(const Arguments& a);
 
 // Raises if a tensor that is changed shares memory with another one: a kernel reads a row again after it wrote another,
 // and rows are worked on at the same time.
@@ -45,18 +73,13 @@ void check_apart(std::span<const Part> parts);
 void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted);
 void check_device(const Tensor& tensor, const char* name, const Tensor& hidden);
 
-// Whether a buffer has the rows of the call, or room for them at its beginning.
-enum class Extent { kExact, kAtLeast };
-
 const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, int64_t num_slots, Extent extent);
 float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> wanted,
                          Extent extent);
 
 // What every op needs: a stream of rows, and the axes that measure it.
 CapParams params_for(const Tensor& hidden, Rows rows, const Tensor& axes, Optional slots, Extent extent);
-// What a cap needs beside them.
-void use_bank(CapParams& p, const Bank& bank);
-// The correction goes back to where the rows are.
+void use_bank(CapParams& p, const Arguments& a);
 void write_in_place(CapParams& p);
 // The second stream, which the correction goes into.
 void use_residual(CapParams& p, const Tensor& hidden, const Tensor& residual);

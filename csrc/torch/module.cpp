@@ -37,9 +37,9 @@ struct KeptCallback {
       if (layers[i].is_none()) continue;
       const auto pair = layers[i].cast<py::tuple>();
       const KeptBank& kept = pair[0].cast<const KeptBank&>();
-      std::array<Tensor, 4> tensors;
-      Bank bank;
-      CHECK_VALUE(kept.read(tensors, bank), "a bank has moved");
+      Tensor tensors[KeptBank::kMaxTensors];
+      Arguments bank;
+      CHECK_VALUE(kept.add_to(bank, tensors), "a bank has moved");
       const Tensor& axes = *bank.axes;
       Tensor stats;
       const bool is_plain = stats.read(pair[1].ptr(), false);

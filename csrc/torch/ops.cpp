@@ -47,7 +47,7 @@ char* data_of(const py::object& object) {
 
 // What the ops in place that have one stream of rows do last.
 py::object cap_in_place(const Arguments& a, CapParams& p) {
-  use_bank(p, a.bank());
+  use_bank(p, a);
   p.projections = check_projections(a.projections, *a.hidden, {p.rows, p.directions}, a.extent);
   prepare_change(a);
   launch(&p, 1, a.hidden->device);
@@ -55,17 +55,16 @@ py::object cap_in_place(const Arguments& a, CapParams& p) {
 }
 
 py::object cap_(const Arguments& a) {
-  a.bank().check();
+  check_bank(a);
   return cap_with_checked_bank_(a);
 }
 
 // Returns (out, projections (rows, K), fired (rows, K) bool).
 py::object cap(const Arguments& a) {
   const Tensor& hidden = *a.hidden;
-  const Bank bank = a.bank();
-  bank.check();
+  check_bank(a);
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
-  use_bank(p, bank);
+  use_bank(p, a);
   const py::object out = new_tensor(hidden, {hidden.sizes.begin(), hidden.sizes.end()});
   const py::object projections = new_tensor(hidden, {p.rows, p.directions}, "float32");
   const py::object fired = new_tensor(hidden, {p.rows, p.directions}, "bool");
@@ -79,7 +78,7 @@ py::object cap(const Arguments& a) {
 
 py::object project(const Arguments& a) {
   const Tensor& hidden = *a.hidden;
-  Bank{a.axes, nullptr, nullptr, nullptr}.check();
+  check_bank(a);
   CapParams p = params_for(hidden, rows_of(hidden, "hidden"), *a.axes, a.slots, a.extent);
   std::vector<int64_t> shape{hidden.sizes.begin(), hidden.sizes.end()};
   shape.back() = p.directions;
@@ -113,7 +112,7 @@ void use_quantized(CapParams& p, const Arguments& a) {
 // cap_residual_, and with a weight the norm behind it.
 py::object cap_residual_(const Arguments& a) {
   const Tensor& hidden = *a.hidden;
-  a.bank().check();
+  check_bank(a);
   const bool changes_hidden = a.weight && !a.quantized;
   const Rows rows = changes_hidden ? writable_rows_of(hidden, "hidden") : rows_of(hidden, "hidden");
   CapParams p = params_for(hidden, rows, *a.axes, a.slots, a.extent);
@@ -124,8 +123,7 @@ py::object cap_residual_(const Arguments& a) {
 }
 
 py::object cap_layers_(const Arguments& a) {
-  const Bank bank = a.bank();
-  bank.check(true);
+  check_bank(a, true);
   const int64_t count = a.hiddens.size();
   CHECK_VALUE(count == a.axes->size(0), "axes must have one entry for each of the ", count, " hiddens, got ",
               a.axes->size(0));
@@ -139,7 +137,7 @@ py::object cap_layers_(const Arguments& a) {
     CapParams& p = layers[layer];
     if (layer == 0) {
       p = params_for(hidden, writable_rows_of(hidden, "hiddens"), *a.axes, a.slots, a.extent);
-      use_bank(p, bank);
+      use_bank(p, a);
       p.projections = check_projections(a.projections, first, {count, p.rows, p.directions}, a.extent);
     } else {
       p = layers[layer - 1];
@@ -225,6 +223,8 @@ constexpr Op kOps[] = {
 }  // namespace
 
 std::span<const Op> ops() { return kOps; }
+
+const char* const kBankSchema = "Bank(Tensor axes, Tensor floors, " OPTIONS ") -> ()";
 
 py::object cap_with_checked_bank_(const Arguments& a) {
   CapParams p = params_for(*a.hidden, writable_rows_of(*a.hidden, "hidden"), *a.axes, a.slots, a.extent);

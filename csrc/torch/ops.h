@@ -3,27 +3,10 @@
 #pragma once
 
 #include <span>
-#include <vector>
 
 #include "torch/checks.h"
 
 namespace axiscap {
-
-// A call's arguments, by the names that the schemas give them. Null or empty: not given.
-struct Arguments {
-  Optional quantized = nullptr, hidden = nullptr, residual = nullptr, weight = nullptr, axes = nullptr,
-           floors = nullptr, slots = nullptr, scale = nullptr, scales = nullptr, lifts = nullptr, limits = nullptr,
-           projections = nullptr, stats = nullptr;
-  std::vector<Tensor> hiddens;
-  double eps = 0, weight_bias = 0;
-  Extent extent = Extent::kExact;  // of slots and projections
-
-  static constexpr int kMaxTensors = 14;
-  Part parts[kMaxTensors];  // every tensor that is given, but for the hiddens
-  int parts_count = 0;
-
-  Bank bank() const { return {axes, floors, lifts, limits}; }
-};
 
 struct Op {
   // As torch.library takes it. An overload ".buffers" has slots and projections of at least as many rows as the call,
@@ -33,6 +16,9 @@ struct Op {
 };
 
 std::span<const Op> ops();
+
+// The arguments of Bank, as a schema.
+extern const char* const kBankSchema;
 
 // cap_ with a bank that has been checked.
 py::object cap_with_checked_bank_(const Arguments& a);

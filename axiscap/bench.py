@@ -304,7 +304,7 @@ def measure_decode(progress: Progress, name: str, quick: bool) -> dict[str, Any]
     count = len(chosen)
     inputs = tokenizer("The history of the sea is long, and", return_tensors="pt")
     steps = 30 if quick else 360
-    result: dict[str, Any] = {"model": name, "layers": count, "steps": steps, "fire": {}}
+    result: dict[str, Any] = {"model": Path(name).name, "layers": count, "steps": steps, "fire": {}}
     for label, floor in (("none", -1e4), ("all", 1e2)):
         profile = CapProfile(chosen, axes, torch.full((count, 1), floor))
 

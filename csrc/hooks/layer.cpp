@@ -65,6 +65,9 @@ struct Layer {
   // Returns false, and changes nothing, for anything but the plain case: hidden states (batch, tokens, H) of the pass
   // that has begun, contiguous, on the bank's device, without a gradient.
   bool run(PyObject* output) const;
+
+ private:
+  bool fits(const Tensor& hidden) const;
 };
 
 Layer::Layer(const py::object& bank, const py::object& given_stats, const py::object& given_pass, int64_t index)
@@ -93,25 +96,26 @@ Layer::Layer(const py::object& bank, const py::object& given_stats, const py::ob
   stats.directions = cap.directions;
 }
 
-bool Layer::run(PyObject* output) const {
-  if (pass.thread != PyThread_get_thread_ident() || is_grad_enabled()) return false;
-  PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
-  Tensor hidden;
-  if (!hidden.read(object, false) || !hidden.is_contiguous() || !(hidden.device == device) ||
-      !(pass.device == device) || hidden.is_negated())
-    return false;
+bool Layer::fits(const Tensor& hidden) const {
   const int64_t dim = hidden.dim();
   const bool is_of_pass = (dim == 3 && hidden.sizes.first(2) == Sizes{pass.shape.data(), 2}) ||
                           (dim == 2 && pass.shape[0] == 1 && hidden.size(0) == pass.shape[1]);
-  const bool is_row = hidden.dtype == kFloat || hidden.dtype == kBFloat16 || hidden.dtype == kHalf;
-  if (!is_of_pass || !is_row || hidden.sizes.back() != cap.hidden_size || in_dual_level() || pass.layers <= index ||
-      pass.directions != cap.directions)
-    return false;
+  return is_of_pass && hidden.sizes.back() == cap.hidden_size && hidden.is_contiguous() && hidden.device == device &&
+         pass.device == device && pass.layers > index && pass.directions == cap.directions &&
+         (hidden.dtype == kFloat || hidden.dtype == kBFloat16 || hidden.dtype == kHalf);
+}
+
+bool Layer::run(PyObject* output) const {
+  if (pass.thread != PyThread_get_thread_ident() || is_grad_enabled() || in_dual_level()) return false;
+  PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
+  Tensor hidden;
+  if (!hidden.read(object, false) || !fits(hidden) || hidden.is_negated()) return false;
 
   CapParams p = cap;
   p.dtype = hidden.dtype == kFloat ? DType::kFloat32 : hidden.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
-  p.hidden = p.out = hidden.data;
-  p.hidden_stride = p.out_stride = p.hidden_size;
+  p.hidden = hidden.data;
+  p.hidden_stride = p.hidden_size;
+  write_in_place(p);
   p.rows = pass.rows;
   p.slots = pass.slots;
   p.projections = pass.projections + index * p.rows * p.directions;

@@ -19,6 +19,7 @@ void check_may_change(const Parameter& p, const Tensor& tensor) {
               " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
 }
 
+// Returns false if the tensor is not plain. After the dispatcher there is no other way, and it raises.
 bool read_tensor(const Parameter& p, PyObject* object, bool is_dispatched, Tensor& tensor) {
   check_is_tensor(object, p.name.c_str());
   const bool is_plain = tensor.read(object, is_dispatched) && !(p.is_stream && tensor.is_negated());

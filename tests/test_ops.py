@@ -576,6 +576,19 @@ def test_changing_in_place_what_needs_a_gradient_is_refused():
     assert bool((hidden != 0).any())
 
 
+def test_a_changed_argument_beside_the_stream_must_not_need_a_gradient():
+    hidden, axes, floors = torch.zeros(2, 8), unit(1, 1, 8), torch.ones(1, 1)
+    graded = torch.zeros(2, 1, requires_grad=True)
+    stats = ops.new_stats(1, 1).requires_grad_()
+    for cap in (ops.cap_, torch.ops.axiscap.cap_):
+        with pytest.raises(ValueError, match="projections requires grad"):
+            cap(hidden, axes, floors, projections=graded)
+    with pytest.raises(ValueError, match="stats requires grad"):
+        ops.accumulate_(stats, torch.zeros(2, 1), floors)
+    assert not hidden.any()
+    assert not graded.any()
+
+
 def test_autograd_notices_a_saved_tensor_that_was_changed():
     x = torch.ones(2, 8, requires_grad=True)
     y = x * 2
@@ -600,7 +613,32 @@ def test_a_change_counts_as_one(entry, mode, monkeypatch):
         entry(torch.zeros(3, 8), axes, floors)  # has no version
 
 
+def test_every_tensor_that_an_op_changes_counts_one_change():
+    for name, (op, arguments, keywords) in calls(**_good()).items():
+        schema = op._schema.arguments
+        given = dict(zip([argument.name for argument in schema], arguments, strict=False)) | keywords
+        versions = {argument: [tensor._version for tensor in tensors_of(given[argument])] for argument in given}
+        op(*arguments, **keywords)
+        for argument in schema:
+            change = int(argument.alias_info is not None and argument.alias_info.is_write)
+            found = [tensor._version for tensor in tensors_of(given.get(argument.name))]
+            assert found == [before + change for before in versions.get(argument.name, [])], (name, argument.name)
+
+
+def test_a_change_counts_beside_a_tensor_that_has_no_version():
+    """One that was made in inference mode."""
+    with torch.inference_mode():
+        projections = torch.zeros(2, 1)
+    hidden = torch.zeros(2, 8)
+    ops.cap_(hidden, unit(1, 1, 8), torch.ones(1, 1), projections=projections)
+    assert hidden._version > 0
+
+
 # The ops in torch.library.
+
+
+def tensors_of(given):
+    return [value for value in tree_leaves(given) if isinstance(value, torch.Tensor)]
 
 
 def longer(tensor):
@@ -808,6 +846,19 @@ def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, newer
             torch.testing.assert_close(found, a + b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_buffers_may_be_longer_than_the_step(dtype):
+    """Their first rows are the step's; the others are neither read nor written."""
+    hidden = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    axes, floors = unit(2, 3, 40), torch.zeros(2, 3)
+    slots, wanted = torch.tensor([1, 0, -1, 1, 0], dtype=torch.int32), torch.empty(5, 3)
+    capped = ops.cap_(hidden.clone(), axes, floors, slots, projections=wanted)
+    projections = longer(torch.zeros(5, 3))
+    torch.ops.axiscap.cap_.buffers(hidden, axes, floors, longer(slots), projections)
+    assert_same_bits(hidden, capped)
+    assert_same_bits(projections, longer(wanted))
+
+
 def test_buffers_without_room():
     hidden, axes, floors = torch.zeros(4, 16), unit(1, 1, 16), torch.zeros(1, 1)
     slots, projections = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 1)
@@ -815,6 +866,8 @@ def test_buffers_without_room():
         torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots[:3], projections)
     with pytest.raises(ValueError, match=r"projections must have room for the 4 rows, got shape \[2, 1\]"):
         torch.ops.axiscap.cap_residual_.buffers(hidden, hidden.clone(), axes, floors, slots, projections[:2])
+    with pytest.raises(ValueError, match=r"projections must have shape \[4, 1\], got \[6, 2\]"):
+        torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, torch.zeros(6, 2))
     norm = hidden, hidden.clone(), torch.ones(16), 1e-6, axes, floors
     with pytest.raises(ValueError, match=r"slots must have room for the 4 rows, got shape \[3\]"):
         torch.ops.axiscap.add_rms_norm_cap_.buffers(*norm, slots[:3], projections)
@@ -1110,6 +1163,7 @@ def test_errors_of_the_residual(residual, error, message):
         (torch.ones(H).half(), 0.0, 0.0, TypeError, "weight must be Float, got Half"),
         (torch.ones(2 * H)[::2], 0.0, 0.0, ValueError, "weight must have shape"),
         (torch.ones(H), -1.0, 0.0, ValueError, "eps must be finite and not negative, got -1"),
+        (torch.ones(H), math.inf, 0.0, ValueError, "eps must be finite and not negative, got inf"),
         (torch.ones(H), 0.0, math.nan, ValueError, "weight_bias must be finite"),
     ],
 )
@@ -1119,6 +1173,18 @@ def test_errors_of_the_norm(weight, eps, bias, error, message):
         ops.add_rms_norm_cap_(hidden, residual, weight, eps, unit(1, 1, H), torch.ones(1, 1), weight_bias=bias)
     assert bool((hidden == 1).all())
     assert not residual.any()
+
+
+def test_rows_that_the_norm_replaces_do_not_overlap():
+    """Where the norm goes to another tensor, hidden is read alone, and its rows may."""
+    hidden, bank = torch.ones(H).expand(4, H), (unit(1, 1, H), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="hidden is changed in place, so its rows must not overlap"):
+        ops.add_rms_norm_cap_(hidden, torch.zeros(4, H), torch.ones(H), 1e-6, *bank)
+    quantized = torch.empty(4, H, dtype=torch.float8_e4m3fn)
+    found, wanted = torch.zeros(4, H), torch.zeros(4, H)
+    ops.add_rms_norm_cap_fp8_(quantized, hidden, found, torch.ones(H), 1e-6, *bank, scale=torch.ones(1))
+    ops.cap_(wanted.copy_(hidden), *bank)
+    assert_same_bits(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -1194,6 +1260,18 @@ def test_a_bank_checks_its_values_once(axes, floors, message):
         _C.Bank(axes, floors)
 
 
+def test_a_bank_checks_the_values_of_every_direction_of_every_slot():
+    axes, floors = unit(2, 2, H), torch.ones(2, 2)
+    good = {"axes": axes, "floors": floors, "lifts": _lifts(axes), "limits": torch.ones(2, 2)}
+    _C.Bank(**good)
+    for name, value in good.items():
+        for at in ((0, 1), (1, 0), (1, 1)):
+            spoilt = value.clone()
+            spoilt[at] = math.nan
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                _C.Bank(**good | {name: spoilt})
+
+
 def test_a_bank_checks_its_lifts_and_limits():
     axes, floors = unit(1, 1, H), torch.ones(1, 1)
     for lifts in (2 * axes, -axes, torch.full_like(axes, math.nan)):
@@ -1235,6 +1313,21 @@ def test_zero_rows_and_one_dimension():
     assert ops.project(torch.zeros(5), axes).shape == (1,)
     row = ops.cap_(torch.zeros(5), axes, floors)
     assert row @ axes[0, 0] == pytest.approx(1)
+
+
+def test_a_dimension_of_one_may_have_any_stride():
+    axes, floors = unit(1, 1, 5), torch.ones(1, 1)
+    for view in (
+        torch.zeros(2, 4, 5)[:1, :3],
+        torch.zeros(3, 2, 5)[:, :1],
+        torch.zeros(2, 3, 2, 5)[:1, :, :1],
+        torch.zeros(3, 2, 1, 5).transpose(1, 2)[..., :1, :],
+    ):
+        wanted = ops.cap(view, axes, floors)
+        assert_same_bits(ops.cap_(view, axes, floors).contiguous(), wanted)
+        assert bool((wanted != 0).all())
+    column = torch.zeros(1, 4).T
+    assert ops.cap_(column, torch.ones(1, 1, 1), floors).tolist() == [[1.0]] * 4
 
 
 def test_reference_refuses_slots_outside_the_bank():
@@ -1484,6 +1577,9 @@ def test_memory_that_is_shared_is_refused():
             lambda: ops.cap_residual_(buffer, buffer, axes, floors),
             lambda: ops.cap_residual_(buffer[:4], buffer[1:5], axes, floors),
             lambda: ops.add_rms_norm_cap_(buffer, buffer, torch.ones(8), 1e-6, axes, floors),
+            # Rows of one stride that run into the next row; rows beside each other whose strides differ.
+            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat[12:60].view(3, 16)[:, :8], axes, floors),
+            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat.as_strided((3, 8), (12, 1), 8), axes, floors),
         ],
         "hidden is changed, and shares memory with axes": [
             lambda: ops.cap_(axes[0], axes, floors),
@@ -1508,7 +1604,18 @@ def test_memory_that_is_shared_is_refused():
                 axes,
                 floors,
                 scale=torch.ones(1),
-            )
+            ),
+            # Strides of as many elements, but not of as many bytes.
+            lambda: ops.add_rms_norm_cap_fp8_(
+                flat.view(torch.float8_e4m3fn)[:48].view(3, 16)[:, :8],
+                flat[2:50].view(3, 16)[:, :8],
+                buffer[:3],
+                torch.ones(8),
+                1e-6,
+                axes,
+                floors,
+                scale=torch.ones(1),
+            ),
         ],
         "scales is changed, and shares memory with projections": [
             lambda: ops.add_rms_norm_cap_fp8_(
@@ -1556,9 +1663,32 @@ def test_a_bank_whose_memory_moved_is_looked_at_again():
         with pytest.raises(ValueError, match=f"{name} has less memory than its shape"):
             bank.cap_(hidden)
     axes, floors, lifts, bank = made()
+    lifts.resize_(1, 1, 4)
+    with pytest.raises(ValueError, match="lifts must have the shape of axes"):
+        bank.cap_(hidden)
+    axes, floors, lifts, bank = made()
     axes.resize_(8, 1, 1)
     with pytest.raises(ValueError, match="floors must have the shape of axes less H"):
         bank.cap_(hidden)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_bank_passes_on_every_argument(moved):
+    """Also where its memory has moved, and the call takes another way."""
+    axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
+    lifts, limits = _lifts(axes), torch.full((2, 1), 0.5)
+    bank = _C.Bank(axes, floors, lifts, limits)
+    if moved:
+        floors.set_(torch.full((2, 1), 2.0))
+    hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
+    slots = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
+    found, given, wanted = hidden.clone(), torch.zeros(9, 1), torch.zeros(9, 1)
+    bank.cap_(found, slots, given)
+    assert_same_bits(found, ops.cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=wanted))
+    assert_same_bits(given, wanted)
+    beyond = given[slots >= 0].isnan()
+    assert beyond.any()
+    assert not beyond.all()
 
 
 def test_streams_side_by_side_in_one_buffer_are_two():

@@ -767,6 +767,55 @@ def test_a_projection_at_its_limit_is_capped(dtype, size, directions):
         assert projections[2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [7, 40, 1040])
+def test_a_projection_at_its_floor_does_not_fire(ops, library, dtype, size):
+    """As it comes, or as an earlier direction leaves it. Its zeros keep their sign."""
+    rows = torch.full((2, size), -0.0, dtype=dtype)
+    rows[:, 3] = torch.tensor([1.5, 1.25])
+    axes = torch.zeros(1, 2, size)
+    axes[..., 3] = 1
+    floors = torch.full((1, 2), 1.5)
+    copy, projections, fired = library.cap(rows, axes, floors)
+    assert fired.tolist() == [[False, False], [True, False]]
+    assert projections.tolist() == [[1.5, 1.5], [1.25, 1.25]]
+    assert copy[:, 3].tolist() == [1.5, 1.5]
+    assert_same_bits(copy[0], rows[0])
+    assert_same_bits(ops.cap_(rows.clone(), axes, floors), copy)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1040])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0x477FF000), (torch.bfloat16, 0x7F7F8000)])
+def test_a_correction_may_reach_the_largest_number_and_not_infinity(ops, dtype, least, size):
+    """least: the smallest float32, by its bits, that rounds to infinity."""
+    floors = torch.tensor([[least - 1], [least]], dtype=torch.int32).view(torch.float32)
+    axes = torch.zeros(2, 1, size)
+    axes[..., -1] = 1
+    rows, projections = torch.zeros(2, size, dtype=dtype), torch.empty(2, 1)
+    ops.cap_(rows, axes, floors, torch.tensor([0, 1], dtype=torch.int32), projections=projections)
+    assert rows[:, -1].tolist() == [torch.finfo(dtype).max, 0]
+    assert projections.isnan().flatten().tolist() == [False, True]
+    rows = torch.zeros(1, size)
+    ops.cap_(rows, axes, torch.full((2, 1), torch.finfo(torch.float32).max))
+    assert rows[0, -1] == torch.finfo(torch.float32).max
+
+
+def test_a_row_that_is_left_alone_has_not_fired(library):
+    """Whatever the memory of the results held before."""
+    rows, axes, floors = torch.zeros(6, 8), unit(1, 2, 8), torch.ones(1, 2)
+    rows[1] = math.inf
+    rows[2] = axes[0, 0] * -9
+    slots = torch.tensor([0, 0, 0, -1, -1, 0], dtype=torch.int32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with ones
+    try:
+        _, projections, fired = library.cap(rows, axes, floors, slots, None, torch.full((1, 2), 5.0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    alone = [False, True, True, True, True, False]
+    assert (~fired).all(-1).tolist() == alone
+    assert projections.isnan().all(-1).tolist() == alone
+
+
 def test_a_projection_at_its_floor_is_not_counted_as_below():
     stats = ops.accumulate_(ops.new_stats(1, 1), torch.tensor([[2.0], [1.5], [2.5]]), torch.tensor([[2.0]]))
     counted = dict(zip(_C.STAT_FIELDS, stats[0, 0].tolist(), strict=True))

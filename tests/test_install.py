@@ -738,6 +738,27 @@ def test_changing_the_profile_later_changes_nothing(llama):
         assert_same_bits(llama(tokens(1, 5)).logits, before)
 
 
+def test_floors_that_are_set_are_those_of_one_profile(llama):
+    """By the fast way, the slow one and the one with gradients, from the next pass on."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids, higher = tokens(1, 5), profile.with_floors(profile.floors + torch.tensor([[0.5], [1.0]]))
+    with axiscap.install(llama, higher), torch.no_grad():
+        wanted = llama(ids).logits
+    with axiscap.install(llama, {"first": profile, "second": profile}) as cap:
+        with torch.no_grad():
+            before = llama(ids).logits
+        cap.set_floors(higher.floors, "second")
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                cap.select("first")
+                torch.testing.assert_close(llama(ids).logits, before)
+                cap.select("second")
+                torch.testing.assert_close(llama(ids).logits, wanted)
+        cap.set_floors(higher.floors)
+        cap.select("first")
+        torch.testing.assert_close(llama(ids).logits, wanted)
+
+
 def test_stats_say_what_was_seen(llama):
     profile = profile_for(llama, [2], FLOOR, directions=2)
     with axiscap.install(llama, profile) as cap, torch.no_grad():

@@ -181,6 +181,24 @@ def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
             llama(ids)  # with gradients
 
 
+def test_projections_have_the_shape_of_the_last_pass(llama):
+    """Also behind a pass of as many tokens in more or fewer sequences."""
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap, torch.no_grad():
+        for shape in ((2, 6), (2, 6), (3, 4), (1, 12), (2, 6)):
+            llama(tokens(*shape))
+            assert [found.shape for found in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
+
+
+def test_a_pass_that_cannot_begin_does_not_run_as_the_one_before(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    with axiscap.install(llama, {"mild": profile, "strict": profile}) as cap, torch.no_grad():
+        for _ in range(2):  # the first looks for sinks
+            llama(tokens(2, 5))
+        cap.select(["mild", "strict", "mild"])
+        with pytest.raises(ValueError, match="profiles are selected for 3 sequences, but the batch has 2"):
+            llama(tokens(2, 5))
+
+
 @pytest.mark.parametrize("selection", ["strict", ["strict", None], ["default", "strict"]])
 def test_both_ways_give_the_same(llama, selection):
     mild = profile_for(llama, LAYERS, FLOOR)

@@ -567,6 +567,16 @@ def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slot
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_a_row_without_projections_has_no_gradient():
+    hidden, axes = torch.ones(4, 8), unit(2, 2, 8)
+    hidden[2, 3] = math.inf
+    hidden.requires_grad_()
+    found = ops.project(hidden, axes, torch.tensor([0, -1, 1, 1], dtype=torch.int32))
+    assert found.isnan().all(-1).tolist() == [False, True, True, False]
+    found.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.stack([axes[0].sum(0), *torch.zeros(2, 8), axes[1].sum(0)]))
+
+
 def test_changing_in_place_what_needs_a_gradient_is_refused():
     hidden = torch.zeros(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"hidden requires grad .* use axiscap\.ops\.cap"):

@@ -333,6 +333,19 @@ def test_threads_do_not_show(dtype):
     assert_same_bits(results[2], results[0])
 
 
+def test_threads_do_not_show_in_layers_at_once():
+    """A thread's rows may begin in the middle of one layer and end in another."""
+    streams = torch.randn(3, 101, 512, generator=torch.Generator().manual_seed(3))
+    axes, floors = unit(3, 2, 1, 512), torch.tensor([0.0, 1.0, 2.0]).expand(2, 3).T[..., None].contiguous()
+    slots = torch.randint(-1, 2, (101,), generator=torch.Generator().manual_seed(4)).int()
+    wanted = [ops.cap(stream, axes[layer], floors[layer], slots) for layer, stream in enumerate(streams)]
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found = streams.clone()
+        ops.cap_layers_(list(found), axes, floors, slots)
+        assert_same_bits(found, torch.stack(wanted))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 576, 4096, 8192])
 def test_fired_rows_end_on_the_floor(ops, dtype, size):
@@ -1018,6 +1031,7 @@ def test_statistics_of_layers_at_once_are_those_of_each():
         ("floors", lambda t: t[None]),
         ("projections", lambda t: t[:2]),
         ("projections", lambda t: t[0]),
+        ("projections", lambda t: t[..., :1].contiguous()),
         ("projections", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
         ("slots", lambda t: t[1:]),
     ],
@@ -1029,6 +1043,15 @@ def test_statistics_of_wrong_shapes(name, change):
     with pytest.raises(ValueError, match=f"{name} must have"):
         ops.accumulate_(**{**arguments, name: change(arguments[name])})
     assert_same_bits(arguments["stats"], stats)
+
+
+def test_statistics_of_slots_outside_the_bank_are_refused():
+    stats = ops.new_stats(2, 1)
+    for slot in (2, -2):
+        slots = torch.tensor([0, slot], dtype=torch.int32)
+        with pytest.raises(IndexError, match=rf"slots\[1\] must be in \[0, 2\) or -1, got {slot}"):
+            ops.accumulate_(stats, torch.zeros(2, 1), torch.zeros(2, 1), slots)
+    assert_same_bits(stats, ops.new_stats(2, 1))
 
 
 # Errors: one sentence that names the argument, and nothing changed.
@@ -1256,6 +1279,7 @@ def test_rows_that_the_norm_replaces_do_not_overlap():
         ),
         ({"quantized": torch.zeros(4, H)}, TypeError, "quantized must be Float8_e4m3fn, got Float"),
         ({"quantized": "twisted"}, ValueError, "quantized must have stride 1"),
+        ({"quantized": "repeated"}, ValueError, "quantized is changed in place, so its rows must not overlap"),
         ({"scale": None}, ValueError, "one of scale and scales must be given"),
         ({"scales": torch.zeros(4)}, ValueError, "one of scale and scales must be given"),
         ({"scale": torch.zeros(4)}, ValueError, r"scale must be contiguous and have 1 element, got shape \[4\]"),
@@ -1274,6 +1298,7 @@ def test_rows_that_the_norm_replaces_do_not_overlap():
 def test_errors_of_the_norm_in_fp8(changed, error, message):
     strange = {
         "twisted": torch.zeros(H, 4, dtype=torch.float8_e4m3fn).T,
+        "repeated": torch.zeros(H, dtype=torch.float8_e4m3fn).expand(4, H),
         "leaf": torch.zeros(4, H, requires_grad=True),
     }
     call = {
@@ -1294,6 +1319,7 @@ def test_errors_of_cap_layers():
         (streams[:1], "axes must have one entry for each of the 1 hiddens, got 2"),
         ([streams[0], torch.zeros(3, H)], "hiddens must have one shape"),
         ([streams[0], torch.zeros(H, 4).T], "hiddens must have stride 1"),
+        ([streams[0], torch.zeros(H).expand(4, H)], "hiddens is changed in place, so its rows must not overlap"),
         ([], "hiddens"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -1374,6 +1400,14 @@ def test_zero_rows_and_one_dimension():
     assert row @ axes[0, 0] == pytest.approx(1)
 
 
+def test_rows_that_are_only_read_may_overlap():
+    rows, axes, floors = torch.ones(5).expand(3, 5), unit(1, 1, 5), torch.full((1, 1), 9.0)
+    assert_same_bits(ops.cap(rows, axes, floors), ops.cap(rows.contiguous(), axes, floors))
+    assert_same_bits(ops.project(rows, axes), ops.project(rows.contiguous(), axes))
+    found = ops.cap_residual_(rows, torch.zeros(3, 5), axes, floors)
+    assert_same_bits(found, ops.cap_residual_(rows.contiguous(), torch.zeros(3, 5), axes, floors))
+
+
 def test_a_dimension_of_one_may_have_any_stride():
     axes, floors = unit(1, 1, 5), torch.ones(1, 1)
     for view in (
@@ -1385,6 +1419,8 @@ def test_a_dimension_of_one_may_have_any_stride():
         wanted = ops.cap(view, axes, floors)
         assert_same_bits(ops.cap_(view, axes, floors).contiguous(), wanted)
         assert bool((wanted != 0).all())
+    part = unit(3, 4, 5, seed=1)[:1, :1]
+    assert_same_bits(ops.project(torch.ones(2, 5), part), ops.project(torch.ones(2, 5), part.clone()))
     column = torch.zeros(1, 4).T
     assert ops.cap_(column, torch.ones(1, 1, 1), floors).tolist() == [[1.0]] * 4
 
@@ -1452,6 +1488,19 @@ def test_the_functions_call_the_kernels_directly():
         assert seen == []
         ops.cap_(hidden.as_subclass(type("Subclass", (torch.Tensor,), {})), axes, floors, slots)
     assert "axiscap.cap_.default" in seen
+
+
+def test_the_dispatcher_passes_on_every_argument():
+    axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
+    lifts, limits, slots = _lifts(axes), torch.full((2, 1), 0.5), torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
+    hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
+    results = []
+    for rows in (hidden.clone(), hidden.clone().as_subclass(type("Subclass", (torch.Tensor,), {}))):
+        projections = torch.zeros(9, 1)
+        ops.cap_(rows, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+        results.append((rows.as_subclass(torch.Tensor), projections))
+    for found, wanted in zip(results[1], results[0], strict=True):
+        assert_same_bits(found, wanted)
 
 
 def test_a_call_is_bound_to_the_arguments_of_its_schema():

@@ -391,7 +391,8 @@ def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., 
         given = {**dict(zip(names, arguments, strict=False)), **keywords}
         devices = {name: value.device for name, value in given.items() if isinstance(value, Tensor)}
         if given.get("hiddens"):
-            devices["hidden"] = given["hiddens"][0].device
+            devices["hidden"], *others = (hidden.device for hidden in given["hiddens"])
+            devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
         beside_axes = [name for name in ("floors", "lifts", "limits") if "axes" in devices]
         for name, of in [*((name, "axes") for name in beside_axes), *((name, "hidden") for name in devices)]:
             device, wanted = devices.get(name), devices.get(of)

@@ -1652,6 +1652,13 @@ def test_meta_and_fake_tensors_are_taken_by_every_call():
         call()
 
 
+def test_layers_on_several_devices_are_refused():
+    axes, floors, hidden = unit(2, 1, 1, 8), torch.ones(2, 1, 1), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="hiddens must be on the device of hidden, cpu, got meta"):
+        ops.cap_layers_([hidden, torch.zeros(4, 8, device="meta")], axes, floors)
+    assert not hidden.any()
+
+
 def test_a_bank_without_data_is_refused():
     fake = FakeTensorMode().from_tensor
     for made in (fake, lambda tensor: tensor.to("meta"), torch._neg_view):

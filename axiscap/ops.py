@@ -394,7 +394,8 @@ def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., 
             devices["hidden"], *others = (hidden.device for hidden in given["hiddens"])
             devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
         beside_axes = [name for name in ("floors", "lifts", "limits") if "axes" in devices]
-        for name, of in [*((name, "axes") for name in beside_axes), *((name, "hidden") for name in devices)]:
+        rows = "hidden" if "hidden" in devices else "projections"  # accumulate_ has no hidden
+        for name, of in [*((name, "axes") for name in beside_axes), *((name, rows) for name in devices)]:
             device, wanted = devices.get(name), devices.get(of)
             if device and wanted and device != wanted:
                 raise ValueError(f"{name} must be on the device of {of}, {wanted}, got {device}")

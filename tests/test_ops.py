@@ -1659,6 +1659,17 @@ def test_layers_on_several_devices_are_refused():
     assert not hidden.any()
 
 
+@pytest.mark.parametrize("name", ["stats", "projections", "floors", "slots"])
+def test_statistics_on_several_devices_are_refused(name):
+    given = {
+        "stats": ops.new_stats(1, 1), "projections": torch.zeros(2, 1), "floors": torch.ones(1, 1),
+        "slots": torch.zeros(2, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="must be on the device of projections"):
+        ops.accumulate_(**given | {name: given[name].to("meta")})
+    assert_same_bits(given["stats"], ops.new_stats(1, 1))
+
+
 def test_a_bank_without_data_is_refused():
     fake = FakeTensorMode().from_tensor
     for made in (fake, lambda tensor: tensor.to("meta"), torch._neg_view):

@@ -1789,6 +1789,10 @@ def test_a_bank_whose_memory_moved_is_looked_at_again():
         with pytest.raises(ValueError, match=f"{name} has less memory than its shape"):
             bank.cap_(hidden)
     axes, floors, lifts, bank = made()
+    floors.data = floors.double()
+    with pytest.raises(TypeError, match="floors must be Float, got Double"):
+        bank.cap_(hidden)
+    axes, floors, lifts, bank = made()
     lifts.resize_(1, 1, 4)
     with pytest.raises(ValueError, match="lifts must have the shape of axes"):
         bank.cap_(hidden)
@@ -1815,6 +1819,26 @@ def test_a_bank_passes_on_every_argument(moved):
     beyond = given[slots >= 0].isnan()
     assert beyond.any()
     assert not beyond.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("axes", lambda t: t.transpose_(1, 2), "axes must be contiguous"),
+        ("axes", lambda t: t.transpose_(0, 1), "axes must be contiguous"),
+        ("axes", lambda t: t.unsqueeze_(0), r"axes must have shape \(S, K, H\)"),
+        ("floors", lambda t: t.t_(), "floors must be contiguous"),
+        ("lifts", lambda t: t.transpose_(1, 2), "lifts must be contiguous"),
+        ("limits", lambda t: t.unsqueeze_(0), "limits must have the shape of axes less H"),
+    ],
+)
+def test_a_bank_that_was_reshaped_in_place_is_looked_at_again(name, change, message):
+    parts = {"axes": unit(4, 4, 4), "floors": torch.ones(4, 4), "lifts": unit(4, 4, 4), "limits": torch.ones(4, 4)}
+    bank, hidden = _C.Bank(**parts), torch.zeros(3, 4)
+    change(parts[name])
+    with pytest.raises(ValueError, match=message):
+        bank.cap_(hidden)
+    assert not hidden.any()
 
 
 def test_streams_side_by_side_in_one_buffer_are_two():

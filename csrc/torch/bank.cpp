@@ -37,11 +37,13 @@ KeptBank::KeptBank(const py::object& axes, const py::object& floors, const py::o
 
 bool KeptBank::read(std::array<Tensor, 4>& tensors, Bank& bank) const {
   for (int i = 0; i < 4; ++i)
-    if (data[i] &&
-        (!tensors[i].read(objects[i].ptr(), false) || tensors[i].data != data[i] || tensors[i].numel != numels[i]))
+    if (data[i] && (!tensors[i].read(objects[i].ptr(), false) || tensors[i].data != data[i] ||
+                    tensors[i].numel != numels[i] || !tensors[i].is_contiguous()))
       return false;
   bank = bank_of(tensors);
-  return tensors[1].numel * tensors[0].sizes.back() == tensors[0].numel;
+  const Sizes axes = bank.axes->sizes, floors = bank.floors->sizes;
+  return axes.count == 3 && floors == axes.first(2) && (!bank.lifts || bank.lifts->sizes == axes) &&
+         (!bank.limits || bank.limits->sizes == floors);
 }
 
 namespace {

@@ -16,8 +16,8 @@ struct KeptBank {
 
   KeptBank(const py::object& axes, const py::object& floors, const py::object& lifts, const py::object& limits);
 
-  // Reads the tensors as they are now. Returns false if somebody freed, moved or resized one since: the caller of
-  // Bank owns them, and may share them with a module.
+  // Reads the tensors as they are now. Returns false if somebody freed, moved, resized or reshaped one since: the
+  // caller of Bank owns them, and may share them with a module.
   bool read(std::array<Tensor, 4>& tensors, Bank& bank) const;
 
  private:

@@ -457,6 +457,21 @@ def test_a_profile_that_lifts_a_sink_warns_once(llama):
         with axiscap.install(llama, quiet), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
             llama(ids)
+    with axiscap.install(llama, every), torch.no_grad(), pytest.warns(UserWarning, match="attention sinks"):
+        llama(ids[:, :1])  # one token may be a step behind a cache, and says nothing
+        llama(ids[:, :2])
+    # Beside a profile that would be warned about, one that names its sinks is not: neither where it lifts a row.
+    named = CapProfile(made.layers, axes, made.floors, made.provenance, sinks=(3,))
+    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
+        cap.select("named")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            llama(ids)
+        assert cap.stats()["named"][LAYERS[0]].fired > 0
+    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
+        cap.select(["named", "every"])
+        with pytest.warns(UserWarning, match=r"profile 'every' has no attention sinks.* row 9 "):
+            llama(ids.repeat(2, 1))
 
 
 # Several profiles.

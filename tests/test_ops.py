@@ -1045,6 +1045,25 @@ def test_statistics_of_wrong_shapes(name, change):
     assert_same_bits(arguments["stats"], stats)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("stats", torch.float32, "stats must be Double, got Float"),
+        ("projections", torch.bfloat16, "projections must be Float, got BFloat16"),
+        ("floors", torch.float64, "floors must be Float, got Double"),
+        ("slots", torch.int64, "slots must be Int, got Long"),
+    ],
+)
+def test_statistics_of_wrong_dtypes(name, dtype, message):
+    given = {
+        "stats": ops.new_stats(1, 1), "projections": torch.zeros(2, 1), "floors": torch.ones(1, 1),
+        "slots": torch.zeros(2, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=message):
+        ops.accumulate_(**given | {name: given[name].to(dtype)})
+    assert_same_bits(given["stats"], ops.new_stats(1, 1))
+
+
 def test_statistics_of_slots_outside_the_bank_are_refused():
     stats = ops.new_stats(2, 1)
     for slot in (2, -2):

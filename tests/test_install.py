@@ -459,6 +459,9 @@ def test_a_profile_that_lifts_a_sink_warns_once(llama):
             llama(ids)
     with axiscap.install(llama, every), torch.no_grad(), pytest.warns(UserWarning, match="attention sinks"):
         llama(ids[:, :2])
+    late = every.with_floors(torch.tensor([[-math.inf], [0.0]]))
+    with axiscap.install(llama, late), torch.no_grad(), pytest.warns(UserWarning, match=f"at layer {LAYERS[1]}, row 0"):
+        llama(ids)
     # Beside a profile that would be warned about, one that names its sinks is not: neither where it lifts a row.
     named = CapProfile(made.layers, axes, made.floors, made.provenance, sinks=(3,))
     with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():

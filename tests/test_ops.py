@@ -1696,6 +1696,14 @@ def test_a_bank_without_data_is_refused():
             _C.Bank(made(unit(1, 1, 8)), made(torch.zeros(1, 1)))
 
 
+def test_the_imaginary_part_of_a_conjugated_half_is_read_negated():
+    numbers = torch.view_as_complex(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).half())
+    view = numbers.conj().imag.view(8, 1)
+    assert view.is_neg()
+    axes, floors = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    assert_same_bits(ops.cap(view, axes, floors), view.resolve_neg().clamp(min=0))
+
+
 def test_a_negated_view_is_read_as_it_is_and_not_changed():
     axes, floors = unit(1, 1, 8), torch.full((1, 1), 2.0)
     hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

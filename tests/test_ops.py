@@ -417,7 +417,9 @@ def at_the_edge(dtype, size, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "place"), [(2, 0), (2, 1), (37, 36), (64, 0), (576, 300), (1000, 999), (1001, 1000)])
+@pytest.mark.parametrize(
+    ("size", "place"), [(2, 0), (2, 1), (31, 30), (37, 36), (64, 0), (576, 300), (1000, 999), (1001, 1000)]
+)
 def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(ops, library, dtype, size, place):
     rows, axes, floors, slots = at_the_edge(dtype, size, place)
     for directions in (1, 2):
@@ -446,6 +448,25 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(ops, library
         _, residual = ops.add_rms_norm_cap_(before.clone(), nothing.clone(), weight, 1e-6, *call)
         torch.testing.assert_close(residual, wanted)
         assert_same_bits(residual[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 40, 1040])
+@pytest.mark.parametrize("large_first", [False, True])
+def test_one_large_correction_of_several_is_enough_to_leave_the_range(ops, dtype, size, large_first):
+    """Beside one of a small correction, whichever comes first."""
+    large = 60000.0 if dtype == torch.float16 else 3e38
+    rows, axes = torch.zeros(2, size), torch.zeros(1, 2, size)
+    rows[0, 0], rows[0, 1] = large, -large
+    axes[0, 0, :2], axes[0, 1, 2] = 0.5**0.5, 1
+    floors = torch.tensor([[0.25 * large, 1.0]])
+    if not large_first:
+        axes, floors = axes.flip(1), floors.flip(1)
+    before, projections = rows.to(dtype), torch.empty(2, 2)
+    out = ops.cap_(before.clone(), axes, floors, projections=projections)
+    assert_same_bits(out[0], before[0])
+    assert projections.isfinite().all(-1).tolist() == [False, True]
+    assert out[1, 2] == 1
 
 
 def test_no_gradient_comes_of_a_correction_that_was_left_out(ops):

@@ -381,9 +381,10 @@ def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., 
         given = {**dict(zip(names, arguments, strict=False)), **keywords}
         devices = {name: value.device for name, value in given.items() if isinstance(value, Tensor)}
         if given.get("hiddens"):
-            devices["hidden"] = given["hiddens"][0].device
-        beside_axes = [name for name in ("floors", "lifts", "limits") if "axes" in devices]
-        for name, of in [*((name, "axes") for name in beside_axes), *((name, "hidden") for name in devices)]:
+            devices["hidden"], *others = (hidden.device for hidden in given["hiddens"])
+            devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
+        rows = "hidden" if "hidden" in devices else "projections"  # accumulate_ has no hidden
+        for name, of in [(name, "axes") for name in ("floors", "lifts", "limits")] + [(name, rows) for name in devices]:
             device, wanted = devices.get(name), devices.get(of)
             if device and wanted and device != wanted:
                 raise ValueError(f"{name} must be on the device of {of}, {wanted}, got {device}")

@@ -457,6 +457,23 @@ def test_a_profile_that_lifts_a_sink_warns_once(llama):
         with axiscap.install(llama, quiet), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
             llama(ids)
+    with axiscap.install(llama, every), torch.no_grad(), pytest.warns(UserWarning, match="attention sinks"):
+        llama(ids[:, :2])
+    late = every.with_floors(torch.tensor([[-math.inf], [0.0]]))
+    with axiscap.install(llama, late), torch.no_grad(), pytest.warns(UserWarning, match=f"at layer {LAYERS[1]}, row 0"):
+        llama(ids)
+    # Beside a profile that would be warned about, one that names its sinks is not: neither where it lifts a row.
+    named = CapProfile(made.layers, axes, made.floors, made.provenance, sinks=(3,))
+    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
+        cap.select("named")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            llama(ids)
+        assert cap.stats()["named"][LAYERS[0]].fired > 0
+    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
+        cap.select(["named", "every"])
+        with pytest.warns(UserWarning, match=r"profile 'every' has no attention sinks.* row 9 "):
+            llama(ids.repeat(2, 1))
 
 
 # Several profiles.
@@ -736,6 +753,27 @@ def test_changing_the_profile_later_changes_nothing(llama):
         profile.floors.fill_(50.0)
         profile.axes.neg_()
         assert_same_bits(llama(tokens(1, 5)).logits, before)
+
+
+def test_floors_that_are_set_are_those_of_one_profile(llama):
+    """By the fast way, the slow one and the one with gradients, from the next pass on."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids, higher = tokens(1, 5), profile.with_floors(profile.floors + torch.tensor([[0.5], [1.0]]))
+    with axiscap.install(llama, higher), torch.no_grad():
+        wanted = llama(ids).logits
+    with axiscap.install(llama, {"first": profile, "second": profile}) as cap:
+        with torch.no_grad():
+            before = llama(ids).logits
+        cap.set_floors(higher.floors, "second")
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                cap.select("first")
+                torch.testing.assert_close(llama(ids).logits, before)
+                cap.select("second")
+                torch.testing.assert_close(llama(ids).logits, wanted)
+        cap.set_floors(higher.floors)
+        cap.select("first")
+        torch.testing.assert_close(llama(ids).logits, wanted)
 
 
 def test_stats_say_what_was_seen(llama):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -67,6 +69,7 @@ NOT_PLAIN = {
     "another batch of as many rows": lambda: torch.zeros(3, 2, H),
     "another H": lambda: torch.zeros(2, 3, H + 1),
     "rows alone": lambda: torch.zeros(6, H),
+    "one sequence of a pass of two": lambda: torch.zeros(3, H),
     "four dimensions": lambda: torch.zeros(1, 2, 3, H),
     "no dimension": lambda: torch.zeros(()),
     "another dtype": lambda: torch.zeros(2, 3, H, dtype=torch.float64),
@@ -114,14 +117,42 @@ def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way(
     assert not hidden.any()
 
 
+def test_a_pass_of_other_directions_is_left_to_the_slow_way():
+    made, hidden = Fixture(), torch.zeros(2, 3, H)
+    room = torch.full((3, 6, 3), torch.nan)
+    made.shared.begin(2, 3, None, room)
+    with torch.no_grad():
+        assert made.run(hidden) is False
+    assert not hidden.any()
+    assert room.isnan().all()
+
+
+def test_the_slots_are_those_of_the_last_pass_that_began():
+    made, hidden = Fixture(torch.full((6,), -1, dtype=torch.int32)), torch.zeros(2, 3, H)
+    made.shared.begin(2, 3, None, made.projections)
+    with torch.no_grad():
+        assert made.run(hidden)
+    assert_same_bits(hidden, ops.cap(torch.zeros(2, 3, H), made.axes, made.floors))
+
+
+def test_a_layer_and_its_pass_keep_what_they_use():
+    made = Fixture(torch.zeros(6, dtype=torch.int32))
+    names = ["bank", "stats", "shared", "slots", "projections"]
+    kept = {name: weakref.ref(made.__dict__.pop(name)) for name in names}
+    gc.collect()
+    assert [name for name in names if kept[name]() is None] == []
+
+
 def test_a_pass_refuses_what_does_not_fit():
     made = Fixture()
     for wrong, message in (
         (lambda: made.shared.begin(2, 4, None, made.projections), "projections must be"),
         (lambda: made.shared.begin(2, 3, None, made.projections.double()), "projections must be"),
+        (lambda: made.shared.begin(2, 3, None, made.projections.mT.contiguous().mT), "projections must be"),
         (lambda: made.shared.begin(2, 3, torch.zeros(5, dtype=torch.int32), made.projections), "slots must have shape"),
         (lambda: _C.layer(made.bank, made.stats[:1], made.shared, 0), "stats must be"),
         (lambda: _C.layer(made.bank, made.stats.float(), made.shared, 0), "stats must be"),
+        (lambda: _C.layer(made.bank, made.stats.mT.contiguous().mT, made.shared, 0), "stats must be"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -148,6 +179,24 @@ def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
         assert [found.rows for found in cap.stats()["default"].values()] == [rows] * len(LAYERS)
         with pytest.raises(AssertionError, match="slow way"):
             llama(ids)  # with gradients
+
+
+def test_projections_have_the_shape_of_the_last_pass(llama):
+    """Also behind a pass of as many tokens in more or fewer sequences."""
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap, torch.no_grad():
+        for shape in ((2, 6), (2, 6), (3, 4), (1, 12), (2, 6)):
+            llama(tokens(*shape))
+            assert [found.shape for found in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
+
+
+def test_a_pass_that_cannot_begin_does_not_run_as_the_one_before(llama):
+    profile = profile_for(llama, LAYERS, FLOOR)
+    with axiscap.install(llama, {"mild": profile, "strict": profile}) as cap, torch.no_grad():
+        for _ in range(2):  # the first looks for sinks
+            llama(tokens(2, 5))
+        cap.select(["mild", "strict", "mild"])
+        with pytest.raises(ValueError, match="profiles are selected for 3 sequences, but the batch has 2"):
+            llama(tokens(2, 5))
 
 
 @pytest.mark.parametrize("selection", ["strict", ["strict", None], ["default", "strict"]])

@@ -333,6 +333,19 @@ def test_threads_do_not_show(dtype):
     assert_same_bits(results[2], results[0])
 
 
+def test_threads_do_not_show_in_layers_at_once():
+    """A thread's rows may begin in the middle of one layer and end in another."""
+    streams = torch.randn(3, 101, 512, generator=torch.Generator().manual_seed(3))
+    axes, floors = unit(3, 2, 1, 512), torch.tensor([0.0, 1.0, 2.0]).expand(2, 3).T[..., None].contiguous()
+    slots = torch.randint(-1, 2, (101,), generator=torch.Generator().manual_seed(4)).int()
+    wanted = [ops.cap(stream, axes[layer], floors[layer], slots) for layer, stream in enumerate(streams)]
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found = streams.clone()
+        ops.cap_layers_(list(found), axes, floors, slots)
+        assert_same_bits(found, torch.stack(wanted))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 576, 4096, 8192])
 def test_fired_rows_end_on_the_floor(ops, dtype, size):
@@ -404,7 +417,9 @@ def at_the_edge(dtype, size, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "place"), [(2, 0), (2, 1), (37, 36), (64, 0), (576, 300), (1000, 999), (1001, 1000)])
+@pytest.mark.parametrize(
+    ("size", "place"), [(2, 0), (2, 1), (31, 30), (37, 36), (64, 0), (576, 300), (1000, 999), (1001, 1000)]
+)
 def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(ops, library, dtype, size, place):
     rows, axes, floors, slots = at_the_edge(dtype, size, place)
     for directions in (1, 2):
@@ -433,6 +448,25 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(ops, library
         _, residual = ops.add_rms_norm_cap_(before.clone(), nothing.clone(), weight, 1e-6, *call)
         torch.testing.assert_close(residual, wanted)
         assert_same_bits(residual[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 40, 1040])
+@pytest.mark.parametrize("large_first", [False, True])
+def test_one_large_correction_of_several_is_enough_to_leave_the_range(ops, dtype, size, large_first):
+    """Beside one of a small correction, whichever comes first."""
+    large = 60000.0 if dtype == torch.float16 else 3e38
+    rows, axes = torch.zeros(2, size), torch.zeros(1, 2, size)
+    rows[0, 0], rows[0, 1] = large, -large
+    axes[0, 0, :2], axes[0, 1, 2] = 0.5**0.5, 1
+    floors = torch.tensor([[0.25 * large, 1.0]])
+    if not large_first:
+        axes, floors = axes.flip(1), floors.flip(1)
+    before, projections = rows.to(dtype), torch.empty(2, 2)
+    out = ops.cap_(before.clone(), axes, floors, projections=projections)
+    assert_same_bits(out[0], before[0])
+    assert projections.isfinite().all(-1).tolist() == [False, True]
+    assert out[1, 2] == 1
 
 
 def test_no_gradient_comes_of_a_correction_that_was_left_out(ops):
@@ -567,6 +601,16 @@ def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slot
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_a_row_without_projections_has_no_gradient():
+    hidden, axes = torch.ones(4, 8), unit(2, 2, 8)
+    hidden[2, 3] = math.inf
+    hidden.requires_grad_()
+    found = ops.project(hidden, axes, torch.tensor([0, -1, 1, 1], dtype=torch.int32))
+    assert found.isnan().all(-1).tolist() == [False, True, True, False]
+    found.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.stack([axes[0].sum(0), *torch.zeros(2, 8), axes[1].sum(0)]))
+
+
 def test_changing_in_place_what_needs_a_gradient_is_refused():
     hidden = torch.zeros(2, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"hidden requires grad .* use axiscap\.ops\.cap"):
@@ -574,6 +618,19 @@ def test_changing_in_place_what_needs_a_gradient_is_refused():
     with torch.no_grad():
         ops.cap_(hidden, unit(1, 1, 8), torch.ones(1, 1))
     assert bool((hidden != 0).any())
+
+
+def test_a_changed_argument_beside_the_stream_must_not_need_a_gradient():
+    hidden, axes, floors = torch.zeros(2, 8), unit(1, 1, 8), torch.ones(1, 1)
+    graded = torch.zeros(2, 1, requires_grad=True)
+    stats = ops.new_stats(1, 1).requires_grad_()
+    for cap in (ops.cap_, torch.ops.axiscap.cap_):
+        with pytest.raises(ValueError, match="projections requires grad"):
+            cap(hidden, axes, floors, projections=graded)
+    with pytest.raises(ValueError, match="stats requires grad"):
+        ops.accumulate_(stats, torch.zeros(2, 1), floors)
+    assert not hidden.any()
+    assert not graded.any()
 
 
 def test_autograd_notices_a_saved_tensor_that_was_changed():
@@ -600,7 +657,32 @@ def test_a_change_counts_as_one(entry, mode, monkeypatch):
         entry(torch.zeros(3, 8), axes, floors)  # has no version
 
 
+def test_every_tensor_that_an_op_changes_counts_one_change():
+    for name, (op, arguments, keywords) in calls(**_good()).items():
+        schema = op._schema.arguments
+        given = dict(zip([argument.name for argument in schema], arguments, strict=False)) | keywords
+        versions = {argument: [tensor._version for tensor in tensors_of(given[argument])] for argument in given}
+        op(*arguments, **keywords)
+        for argument in schema:
+            change = int(argument.alias_info is not None and argument.alias_info.is_write)
+            found = [tensor._version for tensor in tensors_of(given.get(argument.name))]
+            assert found == [before + change for before in versions.get(argument.name, [])], (name, argument.name)
+
+
+def test_a_change_counts_beside_a_tensor_that_has_no_version():
+    """One that was made in inference mode."""
+    with torch.inference_mode():
+        projections = torch.zeros(2, 1)
+    hidden = torch.zeros(2, 8)
+    ops.cap_(hidden, unit(1, 1, 8), torch.ones(1, 1), projections=projections)
+    assert hidden._version > 0
+
+
 # The ops in torch.library.
+
+
+def tensors_of(given):
+    return [value for value in tree_leaves(given) if isinstance(value, torch.Tensor)]
 
 
 def longer(tensor):
@@ -729,6 +811,55 @@ def test_a_projection_at_its_limit_is_capped(dtype, size, directions):
         assert projections[2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [7, 40, 1040])
+def test_a_projection_at_its_floor_does_not_fire(ops, library, dtype, size):
+    """As it comes, or as an earlier direction leaves it. Its zeros keep their sign."""
+    rows = torch.full((2, size), -0.0, dtype=dtype)
+    rows[:, 3] = torch.tensor([1.5, 1.25])
+    axes = torch.zeros(1, 2, size)
+    axes[..., 3] = 1
+    floors = torch.full((1, 2), 1.5)
+    copy, projections, fired = library.cap(rows, axes, floors)
+    assert fired.tolist() == [[False, False], [True, False]]
+    assert projections.tolist() == [[1.5, 1.5], [1.25, 1.25]]
+    assert copy[:, 3].tolist() == [1.5, 1.5]
+    assert_same_bits(copy[0], rows[0])
+    assert_same_bits(ops.cap_(rows.clone(), axes, floors), copy)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1040])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0x477FF000), (torch.bfloat16, 0x7F7F8000)])
+def test_a_correction_may_reach_the_largest_number_and_not_infinity(ops, dtype, least, size):
+    """least: the smallest float32, by its bits, that rounds to infinity."""
+    floors = torch.tensor([[least - 1], [least]], dtype=torch.int32).view(torch.float32)
+    axes = torch.zeros(2, 1, size)
+    axes[..., -1] = 1
+    rows, projections = torch.zeros(2, size, dtype=dtype), torch.empty(2, 1)
+    ops.cap_(rows, axes, floors, torch.tensor([0, 1], dtype=torch.int32), projections=projections)
+    assert rows[:, -1].tolist() == [torch.finfo(dtype).max, 0]
+    assert projections.isnan().flatten().tolist() == [False, True]
+    rows = torch.zeros(1, size)
+    ops.cap_(rows, axes, torch.full((2, 1), torch.finfo(torch.float32).max))
+    assert rows[0, -1] == torch.finfo(torch.float32).max
+
+
+def test_a_row_that_is_left_alone_has_not_fired(library):
+    """Whatever the memory of the results held before."""
+    rows, axes, floors = torch.zeros(6, 8), unit(1, 2, 8), torch.ones(1, 2)
+    rows[1] = math.inf
+    rows[2] = axes[0, 0] * -9
+    slots = torch.tensor([0, 0, 0, -1, -1, 0], dtype=torch.int32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with ones
+    try:
+        _, projections, fired = library.cap(rows, axes, floors, slots, None, torch.full((1, 2), 5.0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    alone = [False, True, True, True, True, False]
+    assert (~fired).all(-1).tolist() == alone
+    assert projections.isnan().all(-1).tolist() == alone
+
+
 def test_a_projection_at_its_floor_is_not_counted_as_below():
     stats = ops.accumulate_(ops.new_stats(1, 1), torch.tensor([[2.0], [1.5], [2.5]]), torch.tensor([[2.0]]))
     counted = dict(zip(_C.STAT_FIELDS, stats[0, 0].tolist(), strict=True))
@@ -808,6 +939,19 @@ def test_a_compiled_graph_writes_into_its_buffers_without_a_copy(residual, newer
             torch.testing.assert_close(found, a + b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_buffers_may_be_longer_than_the_step(dtype):
+    """Their first rows are the step's; the others are neither read nor written."""
+    hidden = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    axes, floors = unit(2, 3, 40), torch.zeros(2, 3)
+    slots, wanted = torch.tensor([1, 0, -1, 1, 0], dtype=torch.int32), torch.empty(5, 3)
+    capped = ops.cap_(hidden.clone(), axes, floors, slots, projections=wanted)
+    projections = longer(torch.zeros(5, 3))
+    torch.ops.axiscap.cap_.buffers(hidden, axes, floors, longer(slots), projections)
+    assert_same_bits(hidden, capped)
+    assert_same_bits(projections, longer(wanted))
+
+
 def test_buffers_without_room():
     hidden, axes, floors = torch.zeros(4, 16), unit(1, 1, 16), torch.zeros(1, 1)
     slots, projections = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 1)
@@ -815,6 +959,8 @@ def test_buffers_without_room():
         torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots[:3], projections)
     with pytest.raises(ValueError, match=r"projections must have room for the 4 rows, got shape \[2, 1\]"):
         torch.ops.axiscap.cap_residual_.buffers(hidden, hidden.clone(), axes, floors, slots, projections[:2])
+    with pytest.raises(ValueError, match=r"projections must have shape \[4, 1\], got \[6, 2\]"):
+        torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, torch.zeros(6, 2))
     norm = hidden, hidden.clone(), torch.ones(16), 1e-6, axes, floors
     with pytest.raises(ValueError, match=r"slots must have room for the 4 rows, got shape \[3\]"):
         torch.ops.axiscap.add_rms_norm_cap_.buffers(*norm, slots[:3], projections)
@@ -906,6 +1052,7 @@ def test_statistics_of_layers_at_once_are_those_of_each():
         ("floors", lambda t: t[None]),
         ("projections", lambda t: t[:2]),
         ("projections", lambda t: t[0]),
+        ("projections", lambda t: t[..., :1].contiguous()),
         ("projections", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
         ("slots", lambda t: t[1:]),
     ],
@@ -917,6 +1064,34 @@ def test_statistics_of_wrong_shapes(name, change):
     with pytest.raises(ValueError, match=f"{name} must have"):
         ops.accumulate_(**{**arguments, name: change(arguments[name])})
     assert_same_bits(arguments["stats"], stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("stats", torch.float32, "stats must be Double, got Float"),
+        ("projections", torch.bfloat16, "projections must be Float, got BFloat16"),
+        ("floors", torch.float64, "floors must be Float, got Double"),
+        ("slots", torch.int64, "slots must be Int, got Long"),
+    ],
+)
+def test_statistics_of_wrong_dtypes(name, dtype, message):
+    given = {
+        "stats": ops.new_stats(1, 1), "projections": torch.zeros(2, 1), "floors": torch.ones(1, 1),
+        "slots": torch.zeros(2, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=message):
+        ops.accumulate_(**given | {name: given[name].to(dtype)})
+    assert_same_bits(given["stats"], ops.new_stats(1, 1))
+
+
+def test_statistics_of_slots_outside_the_bank_are_refused():
+    stats = ops.new_stats(2, 1)
+    for slot in (2, -2):
+        slots = torch.tensor([0, slot], dtype=torch.int32)
+        with pytest.raises(IndexError, match=rf"slots\[1\] must be in \[0, 2\) or -1, got {slot}"):
+            ops.accumulate_(stats, torch.zeros(2, 1), torch.zeros(2, 1), slots)
+    assert_same_bits(stats, ops.new_stats(2, 1))
 
 
 # Errors: one sentence that names the argument, and nothing changed.
@@ -1110,6 +1285,7 @@ def test_errors_of_the_residual(residual, error, message):
         (torch.ones(H).half(), 0.0, 0.0, TypeError, "weight must be Float, got Half"),
         (torch.ones(2 * H)[::2], 0.0, 0.0, ValueError, "weight must have shape"),
         (torch.ones(H), -1.0, 0.0, ValueError, "eps must be finite and not negative, got -1"),
+        (torch.ones(H), math.inf, 0.0, ValueError, "eps must be finite and not negative, got inf"),
         (torch.ones(H), 0.0, math.nan, ValueError, "weight_bias must be finite"),
     ],
 )
@@ -1119,6 +1295,18 @@ def test_errors_of_the_norm(weight, eps, bias, error, message):
         ops.add_rms_norm_cap_(hidden, residual, weight, eps, unit(1, 1, H), torch.ones(1, 1), weight_bias=bias)
     assert bool((hidden == 1).all())
     assert not residual.any()
+
+
+def test_rows_that_the_norm_replaces_do_not_overlap():
+    """Where the norm goes to another tensor, hidden is read alone, and its rows may."""
+    hidden, bank = torch.ones(H).expand(4, H), (unit(1, 1, H), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="hidden is changed in place, so its rows must not overlap"):
+        ops.add_rms_norm_cap_(hidden, torch.zeros(4, H), torch.ones(H), 1e-6, *bank)
+    quantized = torch.empty(4, H, dtype=torch.float8_e4m3fn)
+    found, wanted = torch.zeros(4, H), torch.zeros(4, H)
+    ops.add_rms_norm_cap_fp8_(quantized, hidden, found, torch.ones(H), 1e-6, *bank, scale=torch.ones(1))
+    ops.cap_(wanted.copy_(hidden), *bank)
+    assert_same_bits(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -1131,6 +1319,7 @@ def test_errors_of_the_norm(weight, eps, bias, error, message):
         ),
         ({"quantized": torch.zeros(4, H)}, TypeError, "quantized must be Float8_e4m3fn, got Float"),
         ({"quantized": "twisted"}, ValueError, "quantized must have stride 1"),
+        ({"quantized": "repeated"}, ValueError, "quantized is changed in place, so its rows must not overlap"),
         ({"scale": None}, ValueError, "one of scale and scales must be given"),
         ({"scales": torch.zeros(4)}, ValueError, "one of scale and scales must be given"),
         ({"scale": torch.zeros(4)}, ValueError, r"scale must be contiguous and have 1 element, got shape \[4\]"),
@@ -1149,6 +1338,7 @@ def test_errors_of_the_norm(weight, eps, bias, error, message):
 def test_errors_of_the_norm_in_fp8(changed, error, message):
     strange = {
         "twisted": torch.zeros(H, 4, dtype=torch.float8_e4m3fn).T,
+        "repeated": torch.zeros(H, dtype=torch.float8_e4m3fn).expand(4, H),
         "leaf": torch.zeros(4, H, requires_grad=True),
     }
     call = {
@@ -1169,6 +1359,7 @@ def test_errors_of_cap_layers():
         (streams[:1], "axes must have one entry for each of the 1 hiddens, got 2"),
         ([streams[0], torch.zeros(3, H)], "hiddens must have one shape"),
         ([streams[0], torch.zeros(H, 4).T], "hiddens must have stride 1"),
+        ([streams[0], torch.zeros(H).expand(4, H)], "hiddens is changed in place, so its rows must not overlap"),
         ([], "hiddens"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -1192,6 +1383,18 @@ def test_errors_of_cap_layers():
 def test_a_bank_checks_its_values_once(axes, floors, message):
     with pytest.raises(ValueError, match=message):
         _C.Bank(axes, floors)
+
+
+def test_a_bank_checks_the_values_of_every_direction_of_every_slot():
+    axes, floors = unit(2, 2, H), torch.ones(2, 2)
+    good = {"axes": axes, "floors": floors, "lifts": _lifts(axes), "limits": torch.ones(2, 2)}
+    _C.Bank(**good)
+    for name, value in good.items():
+        for at in ((0, 1), (1, 0), (1, 1)):
+            spoilt = value.clone()
+            spoilt[at] = math.nan
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                _C.Bank(**good | {name: spoilt})
 
 
 def test_a_bank_checks_its_lifts_and_limits():
@@ -1235,6 +1438,31 @@ def test_zero_rows_and_one_dimension():
     assert ops.project(torch.zeros(5), axes).shape == (1,)
     row = ops.cap_(torch.zeros(5), axes, floors)
     assert row @ axes[0, 0] == pytest.approx(1)
+
+
+def test_rows_that_are_only_read_may_overlap():
+    rows, axes, floors = torch.ones(5).expand(3, 5), unit(1, 1, 5), torch.full((1, 1), 9.0)
+    assert_same_bits(ops.cap(rows, axes, floors), ops.cap(rows.contiguous(), axes, floors))
+    assert_same_bits(ops.project(rows, axes), ops.project(rows.contiguous(), axes))
+    found = ops.cap_residual_(rows, torch.zeros(3, 5), axes, floors)
+    assert_same_bits(found, ops.cap_residual_(rows.contiguous(), torch.zeros(3, 5), axes, floors))
+
+
+def test_a_dimension_of_one_may_have_any_stride():
+    axes, floors = unit(1, 1, 5), torch.ones(1, 1)
+    for view in (
+        torch.zeros(2, 4, 5)[:1, :3],
+        torch.zeros(3, 2, 5)[:, :1],
+        torch.zeros(2, 3, 2, 5)[:1, :, :1],
+        torch.zeros(3, 2, 1, 5).transpose(1, 2)[..., :1, :],
+    ):
+        wanted = ops.cap(view, axes, floors)
+        assert_same_bits(ops.cap_(view, axes, floors).contiguous(), wanted)
+        assert bool((wanted != 0).all())
+    part = unit(3, 4, 5, seed=1)[:1, :1]
+    assert_same_bits(ops.project(torch.ones(2, 5), part), ops.project(torch.ones(2, 5), part.clone()))
+    column = torch.zeros(1, 4).T
+    assert ops.cap_(column, torch.ones(1, 1, 1), floors).tolist() == [[1.0]] * 4
 
 
 def test_reference_refuses_slots_outside_the_bank():
@@ -1300,6 +1528,19 @@ def test_the_functions_call_the_kernels_directly():
         assert seen == []
         ops.cap_(hidden.as_subclass(type("Subclass", (torch.Tensor,), {})), axes, floors, slots)
     assert "axiscap.cap_.default" in seen
+
+
+def test_the_dispatcher_passes_on_every_argument():
+    axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
+    lifts, limits, slots = _lifts(axes), torch.full((2, 1), 0.5), torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
+    hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
+    results = []
+    for rows in (hidden.clone(), hidden.clone().as_subclass(type("Subclass", (torch.Tensor,), {}))):
+        projections = torch.zeros(9, 1)
+        ops.cap_(rows, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+        results.append((rows.as_subclass(torch.Tensor), projections))
+    for found, wanted in zip(results[1], results[0], strict=True):
+        assert_same_bits(found, wanted)
 
 
 def test_a_call_is_bound_to_the_arguments_of_its_schema():
@@ -1451,11 +1692,37 @@ def test_meta_and_fake_tensors_are_taken_by_every_call():
         call()
 
 
+def test_layers_on_several_devices_are_refused():
+    axes, floors, hidden = unit(2, 1, 1, 8), torch.ones(2, 1, 1), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="hiddens must be on the device of hidden, cpu, got meta"):
+        ops.cap_layers_([hidden, torch.zeros(4, 8, device="meta")], axes, floors)
+    assert not hidden.any()
+
+
+@pytest.mark.parametrize("name", ["stats", "projections", "floors", "slots"])
+def test_statistics_on_several_devices_are_refused(name):
+    given = {
+        "stats": ops.new_stats(1, 1), "projections": torch.zeros(2, 1), "floors": torch.ones(1, 1),
+        "slots": torch.zeros(2, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="must be on the device of projections"):
+        ops.accumulate_(**given | {name: given[name].to("meta")})
+    assert_same_bits(given["stats"], ops.new_stats(1, 1))
+
+
 def test_a_bank_without_data_is_refused():
     fake = FakeTensorMode().from_tensor
     for made in (fake, lambda tensor: tensor.to("meta"), torch._neg_view):
         with pytest.raises(ValueError, match="a bank is made of dense tensors with data"):
             _C.Bank(made(unit(1, 1, 8)), made(torch.zeros(1, 1)))
+
+
+def test_the_imaginary_part_of_a_conjugated_half_is_read_negated():
+    numbers = torch.view_as_complex(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).half())
+    view = numbers.conj().imag.view(8, 1)
+    assert view.is_neg()
+    axes, floors = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    assert_same_bits(ops.cap(view, axes, floors), view.resolve_neg().clamp(min=0))
 
 
 def test_a_negated_view_is_read_as_it_is_and_not_changed():
@@ -1484,6 +1751,9 @@ def test_memory_that_is_shared_is_refused():
             lambda: ops.cap_residual_(buffer, buffer, axes, floors),
             lambda: ops.cap_residual_(buffer[:4], buffer[1:5], axes, floors),
             lambda: ops.add_rms_norm_cap_(buffer, buffer, torch.ones(8), 1e-6, axes, floors),
+            # Rows of one stride that run into the next row; rows beside each other whose strides differ.
+            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat[12:60].view(3, 16)[:, :8], axes, floors),
+            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat.as_strided((3, 8), (12, 1), 8), axes, floors),
         ],
         "hidden is changed, and shares memory with axes": [
             lambda: ops.cap_(axes[0], axes, floors),
@@ -1508,7 +1778,18 @@ def test_memory_that_is_shared_is_refused():
                 axes,
                 floors,
                 scale=torch.ones(1),
-            )
+            ),
+            # Strides of as many elements, but not of as many bytes.
+            lambda: ops.add_rms_norm_cap_fp8_(
+                flat.view(torch.float8_e4m3fn)[:48].view(3, 16)[:, :8],
+                flat[2:50].view(3, 16)[:, :8],
+                buffer[:3],
+                torch.ones(8),
+                1e-6,
+                axes,
+                floors,
+                scale=torch.ones(1),
+            ),
         ],
         "scales is changed, and shares memory with projections": [
             lambda: ops.add_rms_norm_cap_fp8_(
@@ -1556,9 +1837,56 @@ def test_a_bank_whose_memory_moved_is_looked_at_again():
         with pytest.raises(ValueError, match=f"{name} has less memory than its shape"):
             bank.cap_(hidden)
     axes, floors, lifts, bank = made()
+    floors.data = floors.double()
+    with pytest.raises(TypeError, match="floors must be Float, got Double"):
+        bank.cap_(hidden)
+    axes, floors, lifts, bank = made()
+    lifts.resize_(1, 1, 4)
+    with pytest.raises(ValueError, match="lifts must have the shape of axes"):
+        bank.cap_(hidden)
+    axes, floors, lifts, bank = made()
     axes.resize_(8, 1, 1)
     with pytest.raises(ValueError, match="floors must have the shape of axes less H"):
         bank.cap_(hidden)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_bank_passes_on_every_argument(moved):
+    """Also where its memory has moved, and the call takes another way."""
+    axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
+    lifts, limits = _lifts(axes), torch.full((2, 1), 0.5)
+    bank = _C.Bank(axes, floors, lifts, limits)
+    if moved:
+        floors.set_(torch.full((2, 1), 2.0))
+    hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
+    slots = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
+    found, given, wanted = hidden.clone(), torch.zeros(9, 1), torch.zeros(9, 1)
+    bank.cap_(found, slots, given)
+    assert_same_bits(found, ops.cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=wanted))
+    assert_same_bits(given, wanted)
+    beyond = given[slots >= 0].isnan()
+    assert beyond.any()
+    assert not beyond.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("axes", lambda t: t.transpose_(1, 2), "axes must be contiguous"),
+        ("axes", lambda t: t.transpose_(0, 1), "axes must be contiguous"),
+        ("axes", lambda t: t.unsqueeze_(0), r"axes must have shape \(S, K, H\)"),
+        ("floors", lambda t: t.t_(), "floors must be contiguous"),
+        ("lifts", lambda t: t.transpose_(1, 2), "lifts must be contiguous"),
+        ("limits", lambda t: t.unsqueeze_(0), "limits must have the shape of axes less H"),
+    ],
+)
+def test_a_bank_that_was_reshaped_in_place_is_looked_at_again(name, change, message):
+    parts = {"axes": unit(4, 4, 4), "floors": torch.ones(4, 4), "lifts": unit(4, 4, 4), "limits": torch.ones(4, 4)}
+    bank, hidden = _C.Bank(**parts), torch.zeros(3, 4)
+    change(parts[name])
+    with pytest.raises(ValueError, match=message):
+        bank.cap_(hidden)
+    assert not hidden.any()
 
 
 def test_streams_side_by_side_in_one_buffer_are_two():

@@ -413,9 +413,10 @@ def test_fake_and_meta_passes_leave_nothing_behind(llama):
 def test_a_trace_by_jit_is_refused(llama):
     llama.requires_grad_(False)
     with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)), torch.no_grad():
-        with pytest.raises(RuntimeError, match=r"use torch\.compile or torch\.export"):
-            torch.jit.trace(lambda ids: llama(ids, use_cache=False).logits, tokens(1, 4))
-        llama(tokens(1, 4))
+        for _ in range(2):  # the first pass looks for sinks, the later ones take the layers' fast way
+            with pytest.raises(RuntimeError, match=r"use torch\.compile or torch\.export"):
+                torch.jit.trace(lambda ids: llama(ids, use_cache=False).logits, tokens(1, 4))
+            llama(tokens(1, 4))
 
 
 # Copies: plainly uncapped, and alive on their own.

@@ -35,7 +35,7 @@ KeptBank::KeptBank(const py::args& arguments, const py::kwargs& keywords) : held
     CHECK_VALUE(is_plain && !tensor.is_negated(), "a bank is made of dense tensors with data");
     held_[i].exported = export_tensor(held_[i].object);
     held_[i].data = tensor.data;
-    held_[i].numel = tensor.numel;
+    held_[i].sizes.assign(tensor.sizes.begin(), tensor.sizes.end());
   }
   check_bank(bound);
   check_bank_values(bound);
@@ -46,12 +46,14 @@ bool KeptBank::add_to(Arguments& arguments, Tensor* tensors) const {
   for (size_t i = 0; i < held_.size(); ++i) {
     const Held& held = held_[i];
     if (!held.data) continue;
-    if (!tensors[i].read(held.object.ptr(), false) || tensors[i].data != held.data || tensors[i].numel != held.numel)
+    const Sizes sizes{held.sizes.data(), int64_t(held.sizes.size())};
+    if (!tensors[i].read(held.object.ptr(), false) || tensors[i].data != held.data || tensors[i].sizes != sizes ||
+        !tensors[i].is_contiguous())
       return false;
     arguments.*parameters[i].tensor = &tensors[i];
     arguments.parts[arguments.parts_count++] = {&tensors[i], parameters[i].name.c_str(), false};
   }
-  return arguments.floors->numel * arguments.axes->sizes.back() == arguments.axes->numel;
+  return true;
 }
 
 namespace {

@@ -25,7 +25,7 @@ class KeptBank {
     py::object object = py::none();
     py::object exported;  // a reference of torch's: without it each look would make the only one, and drop it
     const char* data = nullptr;
-    int64_t numel = 0;
+    std::vector<int64_t> sizes;
   };
   std::vector<Held> held_;  // by parameter
 };

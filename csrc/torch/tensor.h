@@ -41,7 +41,6 @@ struct Sizes {
   Sizes first(int64_t n) const { return {data, n}; }
   bool operator==(const Sizes& other) const;
 };
-
 std::ostream& operator<<(std::ostream& out, const Sizes& sizes);  // [2, 3]
 
 struct Device {
@@ -52,7 +51,6 @@ struct Device {
   bool is_cuda() const { return type == kDLCUDA; }
   bool operator==(const Device& other) const { return type == other.type && (is_cpu() || index == other.index); }
 };
-
 std::ostream& operator<<(std::ostream& out, const Device& device);  // cuda:0
 
 struct ScalarType {
@@ -61,7 +59,6 @@ struct ScalarType {
 
   bool operator==(const ScalarType&) const = default;
 };
-
 std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float: the dtypes that an op takes
 
 inline constexpr ScalarType kFloat{kDLFloat, 32}, kBFloat16{kDLBfloat, 16}, kHalf{kDLFloat, 16},

@@ -1748,8 +1748,8 @@ def test_memory_that_is_shared_is_refused():
             lambda: ops.cap_residual_(buffer[:4], buffer[1:5], axes, floors),
             lambda: ops.add_rms_norm_cap_(buffer, buffer, torch.ones(8), 1e-6, axes, floors),
             # Rows of one stride that run into the next row; rows beside each other whose strides differ.
-            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat[12:60].view(3, 16)[:, :8], axes, floors),
-            lambda: ops.cap_residual_(flat[:48].view(3, 16)[:, :8], flat.as_strided((3, 8), (12, 1), 8), axes, floors),
+            lambda: ops.cap_residual_(flat[12:60].view(3, 16)[:, :8], flat[:48].view(3, 16)[:, :8], axes, floors),
+            lambda: ops.cap_residual_(flat.as_strided((3, 8), (12, 1), 8), flat[:48].view(3, 16)[:, :8], axes, floors),
         ],
         "hidden is changed, and shares memory with axes": [
             lambda: ops.cap_(axes[0], axes, floors),

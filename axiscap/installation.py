@@ -99,12 +99,13 @@ class _CappedLayer(CappedLayer):
 class _LayerHook(Hook):
     """The hook of a capped layer: one call of the extension, or of ``call`` for what that does not take."""
 
-    def __init__(self, layer: _CappedLayer, call: Callable[..., Any]) -> None:
-        super().__init__(call)
-        self.layer = layer
+    def __init__(self, installation: Installation, layer: _CappedLayer) -> None:
+        super().__init__(installation._after_layer(layer))
+        self.installation, self.layer = installation, layer
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() and self.layer.run(output):
+        # A pass that compiled code began is not announced, even if a graph break runs this hook in Python.
+        if not torch.compiler.is_dynamo_compiling() and self.installation._is_announced and self.layer.run(output):
             return None
         return self.call(module, args, output)
 
@@ -165,6 +166,7 @@ class Installation(Installed):
         directions = self._directions = max(profile.directions for profile in profiles.values())
         indices = sorted({layer for profile in profiles.values() for layer in profile.layers})
         self._native_passes: dict[torch.device, Any] = {}  # of the layers' fast way
+        self._is_announced = False  # the pass that began last, to them
         self._layers = {
             index: _CappedLayer(
                 index, list(profiles.values()), directions, _device(blocks[index]), self._native_passes, position
@@ -182,9 +184,7 @@ class Installation(Installed):
             self._signature = inspect.signature(owner.forward)
             self._undo.append(owner.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True).remove)
             for index, layer in self._layers.items():
-                self._undo.append(
-                    blocks[index].register_forward_hook(_LayerHook(layer, self._after_layer(layer))).remove
-                )
+                self._undo.append(blocks[index].register_forward_hook(_LayerHook(self, layer)).remove)
                 _recorders_last(blocks[index])
             self._listen_to_generate(getattr(model, "_orig_mod", model))
             _installed.update(blocks)
@@ -402,6 +402,7 @@ class Installation(Installed):
                 positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
             this.tokens = Tokens(real, None, positions)
         this.slots = {}
+        self._is_announced = False
         if not torch.compiler.is_compiling():
             self._last = this
             ids = args[0] if args else given.get("input_ids")
@@ -425,6 +426,7 @@ class Installation(Installed):
                 slots = self._slots_of(this, device, batch, tokens)
                 room = this.room(device, layers, torch.Size((batch, tokens)), self._directions)
                 native.begin(batch, tokens, slots, room)
+            self._is_announced = True
         except ValueError:  # the inputs are not those of the layers, or the layer itself says what is wrong
             return
 

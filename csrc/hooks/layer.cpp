@@ -106,10 +106,12 @@ bool Layer::fits(const Tensor& hidden) const {
 }
 
 bool Layer::run(PyObject* output) const {
-  if (pass.thread != PyThread_get_thread_ident() || is_grad_enabled() || in_dual_level()) return false;
+  if (is_grad_enabled() || in_dual_level()) return false;
   PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
   Tensor hidden;
-  if (!hidden.read(object, false) || !fits(hidden) || hidden.is_negated()) return false;
+  if (!hidden.read(object, false) || hidden.is_negated()) return false;
+  // From here until the pass has been copied nothing lets go of the interpreter: another thread may begin its own pass.
+  if (pass.thread != PyThread_get_thread_ident() || !fits(hidden)) return false;
 
   CapParams p = cap;
   p.dtype = hidden.dtype == kFloat ? DType::kFloat32 : hidden.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;

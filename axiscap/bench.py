@@ -247,8 +247,11 @@ def measure(
         "torch": torch.__version__,
         "axiscap": axiscap.__version__,
     }
-    decode = measure_decode(progress, model, quick) if model else None
-    layers = [measure_layer(progress, model, sequences) for sequences in (1, 8)] if model else []
+    decode, layers = None, []
+    if model:
+        loaded = models.load(model)
+        decode = measure_decode(progress, Path(model).name, *loaded, quick)
+        layers = [measure_layer(progress, Path(model).name, *loaded, sequences) for sequences in (1, 8)]
     return {"machine": machine, "ops": results[Case], "norm": results[NormCase], "decode": decode, "layers": layers}
 
 
@@ -293,18 +296,17 @@ class _Alternate:
         return scores
 
 
-def measure_decode(progress: Progress, name: str, quick: bool) -> dict[str, Any]:
+def measure_decode(progress: Progress, name: str, model: Any, tokenizer: Any, quick: bool) -> dict[str, Any]:
     """Decoding steps of a real model at batch 1, variant by turns token by token: plain, capped, published hooks.
 
     The floors are such that no row and, in a second run, every row fires.
     """
-    model, tokenizer = models.load(name)
     layers = models.decoder_layers(model)
     chosen, axes = _random_axes(model, layers)
     count = len(chosen)
     inputs = tokenizer("The history of the sea is long, and", return_tensors="pt")
     steps = 30 if quick else 360
-    result: dict[str, Any] = {"model": Path(name).name, "layers": count, "steps": steps, "fire": {}}
+    result: dict[str, Any] = {"model": name, "layers": count, "steps": steps, "fire": {}}
     for label, floor in (("none", -1e4), ("all", 1e2)):
         profile = CapProfile(chosen, axes, torch.full((count, 1), floor))
 
@@ -359,7 +361,7 @@ def _random_axes(model: Any, layers: Sequence[Any]) -> tuple[list[int], Tensor]:
 
 
 class _LayerClock:
-    """Times what stands between two hooks of a layer, or counts the calls of Python and of C that it makes."""
+    """Times the hook between two hooks of a layer, or counts the calls of Python and of C that it makes."""
 
     def __init__(self) -> None:
         self.nanoseconds: list[int] = []
@@ -367,13 +369,13 @@ class _LayerClock:
         self.counts = False
         self._begin = self._count = 0
 
-    def _see(self, frame: Any, event: str, argument: Any) -> None:
+    def _count_call(self, frame: Any, event: str, argument: Any) -> None:
         self._count += event in ("call", "c_call")
 
     def start(self, *_: Any) -> None:
         self._count = 0
         if self.counts:
-            sys.setprofile(self._see)
+            sys.setprofile(self._count_call)
         self._begin = time.perf_counter_ns()
 
     def stop(self, *_: Any) -> None:
@@ -385,13 +387,14 @@ class _LayerClock:
             self.nanoseconds.append(elapsed)
 
 
-def measure_layer(progress: Progress, name: str, sequences: int, rounds: int = 15) -> dict[str, Any]:
+def measure_layer(
+    progress: Progress, name: str, model: Any, tokenizer: Any, sequences: int, rounds: int = 15
+) -> dict[str, Any]:
     """The time of a capped layer inside the decoding steps of a real model, where its memory is out of the caches.
 
     One thread. What ``axiscap.install`` puts there, ``ops.cap_`` alone in a hook, and the published hook, by turns; no
     row fires. A round's value is the median over ten steps and all capped layers.
     """
-    model, tokenizer = models.load(name)
     layers = models.decoder_layers(model)
     chosen, axes = _random_axes(model, layers)
     floors = torch.full((len(chosen), 1), -1e4)
@@ -430,8 +433,8 @@ def measure_layer(progress: Progress, name: str, sequences: int, rounds: int = 1
             )
         for call in undo:
             call()
-        for found in (clock.nanoseconds, clock.calls):
-            del found[: -steps * len(chosen)]
+        for measured in (clock.nanoseconds, clock.calls):
+            del measured[: -steps * len(chosen)]
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -440,9 +443,9 @@ def measure_layer(progress: Progress, name: str, sequences: int, rounds: int = 1
     task = progress.add_task(f"a capped layer, {sequences} sequences", total=rounds)
     try:
         for _ in range(rounds):
-            for variant, found in times.items():
+            for variant, medians in times.items():
                 decode(variant, 10)
-                found.append(statistics.median(clock.nanoseconds) / 1e3)
+                medians.append(statistics.median(clock.nanoseconds) / 1e3)
             progress.advance(task)
         clock.counts = True
         for variant in variants:
@@ -452,10 +455,10 @@ def measure_layer(progress: Progress, name: str, sequences: int, rounds: int = 1
         torch.set_num_threads(threads)
     installed = times["installed"]
     return {
-        "model": Path(name).name,
+        "model": name,
         "layers": len(chosen),
         "sequences": sequences,
-        "microseconds": {variant: spread(found) for variant, found in times.items()},
+        "microseconds": {variant: spread(medians) for variant, medians in times.items()},
         "calls": calls,
         "of": {
             other: spread(own / theirs for own, theirs in zip(installed, times[other], strict=True))
@@ -526,14 +529,12 @@ def decode_targets(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def layer_targets(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """A capped layer inside decoding steps: what, microseconds (calls) of each, two ratios, and if both are met."""
     rows = []
-    for found in results["layers"]:
-        times, of = found["microseconds"], found["of"]
-        each = [
-            f"{times[name]['median']:.1f} ({found['calls'][name]:.0f})" for name in ("installed", "op", "published")
-        ]
+    for case in results["layers"]:
+        times, calls, of = case["microseconds"], case["calls"], case["of"]
+        costs = [f"{times[name]['median']:.1f} ({calls[name]:.0f})" for name in ("installed", "op", "published")]
         met = of["published"]["median"] <= 0.5 and of["op"]["median"] <= 1.2
-        what = f"{found['model']}, {found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}"
-        rows.append((what, *each, _text(of["published"]), _text(of["op"]), _met(met)))
+        what = f"{case['model']}, {case['sequences']} sequence{'s' if case['sequences'] > 1 else ''}"
+        rows.append((what, *costs, _text(of["published"]), _text(of["op"]), _met(met)))
     return rows
 
 
@@ -577,30 +578,21 @@ def print_tables(console: Console, results: dict[str, Any]) -> None:
         )
     console.print(norms)
 
-    console.print("\n[bold]targets (bfloat16)[/bold]")
-    goals = Table()
-    columns = targets(results)
-    sizes = [f"H = {size}" for size in (4096, 8192)][: len(columns[0][2])]
-    for name in ("case", "target", *sizes, "met"):
-        goals.add_column(name)
-    for what, goal, found, met in columns:
-        goals.add_row(what, goal, *found, met)
-    console.print(goals)
-
+    kernels = [(what, goal, *reached, met) for what, goal, reached, met in targets(results)]
+    sizes = [f"H = {size}" for size in (4096, 8192)][: len(kernels[0]) - 3]
+    _print_table(console, "targets (bfloat16)", ("case", "target", *sizes, "met"), kernels)
     decoding = decode_targets(results)
-    if decoding:
-        console.print("\n[bold]decoding, of the uncapped speed[/bold]")
-        shares = Table()
-        for name in ("case", "target", "share", "met"):
-            shares.add_column(name)
-        for row in decoding:
-            shares.add_row(*row)
-        console.print(shares)
-    if results["layers"]:
-        console.print("\n[bold]a capped layer inside decoding steps: microseconds (calls), and ratios[/bold]")
-        inside = Table()
-        for name in ("case", "installed", "op in a hook", "published", "of published, <= 0.5", "of op, <= 1.2", "met"):
-            inside.add_column(name)
-        for cells in layer_targets(results):
-            inside.add_row(*cells)
-        console.print(inside)
+    _print_table(console, "decoding, of the uncapped speed", ("case", "target", "share", "met"), decoding)
+    columns = ("case", "installed", "op in a hook", "published", "of published, <= 0.5", "of op, <= 1.2", "met")
+    title = "a capped layer inside decoding steps: microseconds (calls), and ratios"
+    _print_table(console, title, columns, layer_targets(results))
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print(table)

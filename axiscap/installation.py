@@ -64,8 +64,8 @@ class _CappedLayer(CappedLayer):
 
     def place(self, *parts: Any) -> None:
         super().place(*parts)
-        one = self._passes.setdefault(self.axes.device, _C.Pass())
-        self.run: Callable[[object], bool] = _C.layer(self.bank, self.stats, one, self._position)
+        shared = self._passes.setdefault(self.axes.device, _C.Pass())
+        self.run: Callable[[object], bool] = _C.layer(self.bank, self.stats, shared, self._position)
 
     def cap(self, hidden: Tensor, slots: Tensor | None, seen: Pass, *, count: bool = True) -> Tensor:
         """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
@@ -409,7 +409,7 @@ class Installation(Installed):
             self._announce(this, given.get("inputs_embeds") if ids is None else ids)
 
     def _announce(self, this: Pass, inputs: object) -> None:
-        """Tells the layers' fast way the pass that begins: its shape, slots, and where its projections go."""
+        """Announces the pass to the layers' fast way: its shape, its slots, and where its projections go."""
         for native in self._native_passes.values():
             native.end()
         is_traced = torch._C._get_tracing_state() is not None

@@ -297,8 +297,7 @@ def cap_layers_(
     hiddens
         L tensors of one shape and dtype, each (..., H).
     axes, floors, slots, lifts, limits, projections
-        See :mod:`axiscap.ops`, also for the errors; all but slots have a leading L. hiddens and projections are
-        changed.
+        See :mod:`axiscap.ops`, also for the errors; all but slots have a leading L. hiddens and projections change.
 
     Returns
     -------
@@ -321,8 +320,7 @@ def cap_layers_(
 def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> Tensor:
     """Adds one call's projections to running statistics, in place; returns them.
 
-    L layers at once: stats (L, S, K, F), projections (L, rows, K), of any stride between layers, and floors (L, S, K);
-    slots are shared.
+    L layers at once: stats (L, S, K, F), projections (L, rows, K) of any stride between layers, floors (L, S, K).
 
     Parameters
     ----------

@@ -38,8 +38,8 @@ class Pass:
         self.several_tasks = False
         self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
         self._rooms: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}
-        # Of generate(): calls under way (an assistant model's runs inside its model's), tokens of the input, and the
-        # position at which the prompt ends.
+        # generate() sets these: how many calls run (an assistant model's call runs inside its model's), how many tokens
+        # the input has, and at which position the prompt ends.
         self.generating = self.given = self.prompt_length = 0
 
     def room(self, device: torch.device, layers: list[int | None], shape: torch.Size, directions: int) -> Tensor:

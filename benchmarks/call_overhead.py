@@ -1,7 +1,8 @@
-"""What a call costs, kernel and all, by each way to make it, in two builds: checkouts with extensions built in place.
+"""Compares what a call of ``cap_`` costs in two builds, by each way to call it.
 
-``python benchmarks/call_overhead.py ../before .`` calls both in turn, each in a process that stays, and gives the
-medians over the rounds with the quartiles of the ratios within a round.
+``python benchmarks/call_overhead.py ../before .`` takes two checkouts whose extensions are built in place. It calls
+both in turn, each in a process that stays, and prints the medians over the rounds and the quartiles of the ratios
+within a round. The kernel's time is included.
 """
 
 from __future__ import annotations

@@ -354,7 +354,8 @@ def test_bench_command(command, tmp_path, monkeypatch):
 def test_a_capped_layer_is_timed_inside_real_steps():
     """All three hooks see each layer of each step, and leave the model as it was; what is installed makes few calls."""
     with Progress(disable=True) as progress:
-        found = bench.measure_layer(progress, models.DEFAULT_MODEL, sequences=2, rounds=1)
+        loaded = models.load(models.DEFAULT_MODEL)
+        found = bench.measure_layer(progress, models.DEFAULT_MODEL, *loaded, sequences=2, rounds=1)
     assert found["layers"] == 8
     assert set(found["microseconds"]) == {"installed", "op", "published"}
     assert all(time["median"] > 0 for time in found["microseconds"].values())

@@ -22,7 +22,7 @@ def llama():
     return build("Llama")
 
 
-class Fixture:
+class CappedLayer:
     """A bank of two slots and two directions, its statistics, and a pass of (2, 3) tokens that has begun."""
 
     def __init__(self, slots=None):
@@ -40,28 +40,28 @@ class Fixture:
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_call_caps_projects_and_counts(dtype, slots, packed):
     slots = None if slots is None else torch.tensor(slots, dtype=torch.int32)
-    made = Fixture(slots)
+    capped = CappedLayer(slots)
     hidden = torch.randn(2, 3, H, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected, stats, projections = hidden.clone(), ops.new_stats(2, 2), torch.empty(6, 2)
-    ops.cap_(expected, made.axes, made.floors, slots, projections=projections)
-    ops.accumulate_(stats, projections, made.floors, slots)
+    ops.cap_(expected, capped.axes, capped.floors, slots, projections=projections)
+    ops.accumulate_(stats, projections, capped.floors, slots)
     before = hidden._version
     with torch.no_grad():
-        assert made.run((hidden, None) if packed else hidden) is True
+        assert capped.run((hidden, None) if packed else hidden) is True
     assert hidden._version == before + 1
     assert_same_bits(hidden, expected)
-    assert_same_bits(made.projections[1], projections)
-    assert made.projections[[0, 2]].isnan().all()
-    assert torch.equal(made.stats, stats)
+    assert_same_bits(capped.projections[1], projections)
+    assert capped.projections[[0, 2]].isnan().all()
+    assert torch.equal(capped.stats, stats)
 
 
 def test_a_single_sequence_may_come_without_its_dimension():
-    made = Fixture()
-    made.shared.begin(1, 6, None, made.projections)
+    capped = CappedLayer()
+    capped.shared.begin(1, 6, None, capped.projections)
     hidden = torch.zeros(6, H)
     with torch.no_grad():
-        assert made.run(hidden)
-    assert_same_bits(hidden, ops.cap(torch.zeros(6, H), made.axes, made.floors))
+        assert capped.run(hidden)
+    assert_same_bits(hidden, ops.cap(torch.zeros(6, H), capped.axes, capped.floors))
 
 
 NOT_PLAIN = {
@@ -86,78 +86,83 @@ NOT_PLAIN = {
 
 @pytest.mark.parametrize("name", list(NOT_PLAIN))
 def test_what_is_not_plain_is_left_to_the_slow_way(name):
-    made = Fixture()
+    capped = CappedLayer()
     output = NOT_PLAIN[name]()
     with torch.no_grad():
-        assert made.run(output) is False
-    assert made.projections.isnan().all()
-    assert not made.stats[..., 0].any()
+        assert capped.run(output) is False
+    assert capped.projections.isnan().all()
+    assert not capped.stats[..., 0].any()
     if isinstance(output, torch.Tensor) and output.device.type == "cpu" and not output.is_sparse:
         assert not output.any()
 
 
 def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way():
-    made, hidden, answers = Fixture(), torch.zeros(2, 3, H), []
-    answers.append(made.run(hidden))  # gradients are on
+    capped, hidden, answers = CappedLayer(), torch.zeros(2, 3, H), []
+    answers.append(capped.run(hidden))  # gradients are on
     with torch.no_grad():
         with torch.autograd.forward_ad.dual_level():
-            answers.append(made.run(hidden))
+            answers.append(capped.run(hidden))
 
         def elsewhere():
             with torch.no_grad():
-                answers.append(made.run(hidden))
+                answers.append(capped.run(hidden))
 
         thread = threading.Thread(target=elsewhere, daemon=True)
         thread.start()
         thread.join()
-        answers.append(_C.layer(made.bank, made.stats, made.shared, 3)(hidden))  # no such layer in the projections
-        made.shared.end()
-        answers.append(made.run(hidden))
+        answers.append(
+            _C.layer(capped.bank, capped.stats, capped.shared, 3)(hidden)
+        )  # no such layer in the projections
+        capped.shared.end()
+        answers.append(capped.run(hidden))
     assert answers == [False] * 5
     assert not hidden.any()
 
 
 def test_a_pass_of_other_directions_is_left_to_the_slow_way():
-    made, hidden = Fixture(), torch.zeros(2, 3, H)
+    capped, hidden = CappedLayer(), torch.zeros(2, 3, H)
     room = torch.full((3, 6, 3), torch.nan)
-    made.shared.begin(2, 3, None, room)
+    capped.shared.begin(2, 3, None, room)
     with torch.no_grad():
-        assert made.run(hidden) is False
+        assert capped.run(hidden) is False
     assert not hidden.any()
     assert room.isnan().all()
 
 
 def test_the_slots_are_those_of_the_last_pass_that_began():
-    made, hidden = Fixture(torch.full((6,), -1, dtype=torch.int32)), torch.zeros(2, 3, H)
-    made.shared.begin(2, 3, None, made.projections)
+    capped, hidden = CappedLayer(torch.full((6,), -1, dtype=torch.int32)), torch.zeros(2, 3, H)
+    capped.shared.begin(2, 3, None, capped.projections)
     with torch.no_grad():
-        assert made.run(hidden)
-    assert_same_bits(hidden, ops.cap(torch.zeros(2, 3, H), made.axes, made.floors))
+        assert capped.run(hidden)
+    assert_same_bits(hidden, ops.cap(torch.zeros(2, 3, H), capped.axes, capped.floors))
 
 
 def test_a_layer_and_its_pass_keep_what_they_use():
-    made = Fixture(torch.zeros(6, dtype=torch.int32))
+    capped = CappedLayer(torch.zeros(6, dtype=torch.int32))
     names = ["bank", "stats", "shared", "slots", "projections"]
-    kept = {name: weakref.ref(made.__dict__.pop(name)) for name in names}
+    kept = {name: weakref.ref(capped.__dict__.pop(name)) for name in names}
     gc.collect()
     assert [name for name in names if kept[name]() is None] == []
 
 
 def test_a_pass_refuses_what_does_not_fit():
-    made = Fixture()
+    capped = CappedLayer()
     for wrong, message in (
-        (lambda: made.shared.begin(2, 4, None, made.projections), "projections must be"),
-        (lambda: made.shared.begin(2, 3, None, made.projections.double()), "projections must be"),
-        (lambda: made.shared.begin(2, 3, None, made.projections.mT.contiguous().mT), "projections must be"),
-        (lambda: made.shared.begin(2, 3, torch.zeros(5, dtype=torch.int32), made.projections), "slots must have shape"),
-        (lambda: _C.layer(made.bank, made.stats[:1], made.shared, 0), "stats must be"),
-        (lambda: _C.layer(made.bank, made.stats.float(), made.shared, 0), "stats must be"),
-        (lambda: _C.layer(made.bank, made.stats.mT.contiguous().mT, made.shared, 0), "stats must be"),
+        (lambda: capped.shared.begin(2, 4, None, capped.projections), "projections must be"),
+        (lambda: capped.shared.begin(2, 3, None, capped.projections.double()), "projections must be"),
+        (lambda: capped.shared.begin(2, 3, None, capped.projections.mT.contiguous().mT), "projections must be"),
+        (
+            lambda: capped.shared.begin(2, 3, torch.zeros(5, dtype=torch.int32), capped.projections),
+            "slots must have shape",
+        ),
+        (lambda: _C.layer(capped.bank, capped.stats[:1], capped.shared, 0), "stats must be"),
+        (lambda: _C.layer(capped.bank, capped.stats.float(), capped.shared, 0), "stats must be"),
+        (lambda: _C.layer(capped.bank, capped.stats.mT.contiguous().mT, capped.shared, 0), "stats must be"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
     with torch.no_grad():
-        assert made.run(torch.zeros(2, 3, H)) is False  # a pass that could not begin is none
+        assert capped.run(torch.zeros(2, 3, H)) is False  # a pass that could not begin is none
 
 
 def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):

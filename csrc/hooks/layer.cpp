@@ -10,9 +10,9 @@ using namespace pybind11::literals;
 namespace axiscap {
 namespace {
 
-// What the layers of one forward pass share, set before the first of them runs.
+// The layers of one forward pass share this. It is set before the first of them runs.
 struct Pass {
-  unsigned long thread = 0;    // that runs it; 0: no pass, and every layer is the slow one
+  unsigned long thread = 0;    // runs the pass; 0: there is none, and each layer takes the slow way
   std::vector<int64_t> shape;  // (batch, tokens) of the hidden states
   Device device;
   py::object slots_object, projections_object;
@@ -25,23 +25,23 @@ struct Pass {
   void end() { thread = 0; }
 };
 
-void Pass::begin(int64_t batch, int64_t tokens, const py::object& given_slots, const py::object& given_projections) {
+void Pass::begin(int64_t batch, int64_t tokens, const py::object& slots_tensor, const py::object& projections_tensor) {
   end();
   Tensor room;
-  check_is_tensor(given_projections.ptr(), "projections");
-  if (!room.read(given_projections.ptr(), false)) return;
+  check_is_tensor(projections_tensor.ptr(), "projections");
+  if (!room.read(projections_tensor.ptr(), false)) return;
   rows = batch * tokens;
   CHECK_VALUE(room.dim() == 3 && room.size(1) == rows && room.is_contiguous() && room.dtype == kFloat,
               "projections must be (layers, ", rows, ", K) float32, contiguous, got ", room.sizes);
   slots = nullptr;
-  if (!given_slots.is_none()) {
+  if (!slots_tensor.is_none()) {
     Tensor read;
-    check_is_tensor(given_slots.ptr(), "slots");
-    if (!read.read(given_slots.ptr(), false)) return;
+    check_is_tensor(slots_tensor.ptr(), "slots");
+    if (!read.read(slots_tensor.ptr(), false)) return;
     slots = check_slots(&read, room, rows, std::numeric_limits<int32_t>::max(), Extent::kExact);
   }
-  slots_object = given_slots;
-  projections_object = given_projections;
+  slots_object = slots_tensor;
+  projections_object = projections_tensor;
   projections = room.as<float>();
   layers = room.size(0);
   directions = room.size(2);
@@ -60,7 +60,7 @@ struct Layer {
   StatsParams stats;
   int64_t index;  // of the layer's projections in those of the pass
 
-  Layer(const py::object& bank, const py::object& stats, const py::object& pass, int64_t index);
+  Layer(const py::object& bank, const py::object& stats_tensor, const py::object& shared_pass, int64_t index);
 
   // Returns false, and changes nothing, for anything but the plain case: hidden states (batch, tokens, H) of the pass
   // that has begun, contiguous, on the bank's device, without a gradient.
@@ -70,28 +70,24 @@ struct Layer {
   bool fits(const Tensor& hidden) const;
 };
 
-Layer::Layer(const py::object& bank, const py::object& given_stats, const py::object& given_pass, int64_t index)
+Layer::Layer(const py::object& bank, const py::object& stats_tensor, const py::object& shared_pass, int64_t index)
     : bank_object(bank),
-      stats_object(given_stats),
-      pass_object(given_pass),
-      pass(given_pass.cast<const Pass&>()),
+      stats_object(stats_tensor),
+      pass_object(shared_pass),
+      pass(shared_pass.cast<const Pass&>()),
       index(index) {
   Tensor tensors[KeptBank::kMaxTensors];
-  Arguments read;
-  CHECK_VALUE(bank.cast<const KeptBank&>().add_to(read, tensors), "bank has moved");
-  Tensor sums;
-  check_is_tensor(given_stats.ptr(), "stats");
-  CHECK_VALUE(sums.read(given_stats.ptr(), false) && sums.dtype == kDouble && sums.is_contiguous() &&
-                  sums.numel == read.floors->numel * kStatFields && sums.device == read.axes->device,
-              "stats must be (S, K, fields) float64, contiguous, on the device of the bank, got ", sums.sizes);
-  device = read.axes->device;
-  cap.hidden_size = read.axes->size(2);
-  cap.axes = read.axes->as<const float>();
-  cap.num_slots = read.axes->size(0);
-  cap.directions = read.axes->size(1);
-  use_bank(cap, read);
+  Arguments tensors_of_bank;
+  CHECK_VALUE(bank.cast<const KeptBank&>().add_to(tensors_of_bank, tensors), "bank has moved");
+  const Tensor& axes = *tensors_of_bank.axes;
+  device = axes.device;
+  cap.num_slots = axes.size(0);
+  cap.directions = axes.size(1);
+  cap.hidden_size = axes.size(2);
+  cap.axes = axes.as<const float>();
+  use_bank(cap, tensors_of_bank);
   stats.floors = cap.floors;
-  stats.stats = sums.as<double>();
+  stats.stats = check_stats(stats_tensor, tensors_of_bank);
   stats.num_slots = cap.num_slots;
   stats.directions = cap.directions;
 }
@@ -101,8 +97,7 @@ bool Layer::fits(const Tensor& hidden) const {
   const bool is_of_pass = (dim == 3 && hidden.sizes.first(2) == Sizes{pass.shape.data(), 2}) ||
                           (dim == 2 && pass.shape[0] == 1 && hidden.size(0) == pass.shape[1]);
   return is_of_pass && hidden.sizes.back() == cap.hidden_size && hidden.is_contiguous() && hidden.device == device &&
-         pass.device == device && pass.layers > index && pass.directions == cap.directions &&
-         (hidden.dtype == kFloat || hidden.dtype == kBFloat16 || hidden.dtype == kHalf);
+         pass.device == device && pass.layers > index && pass.directions == cap.directions && is_row_dtype(hidden);
 }
 
 bool Layer::run(PyObject* output) const {
@@ -110,11 +105,11 @@ bool Layer::run(PyObject* output) const {
   PyObject* object = PyTuple_Check(output) && PyTuple_GET_SIZE(output) > 0 ? PyTuple_GET_ITEM(output, 0) : output;
   Tensor hidden;
   if (!hidden.read(object, false) || hidden.is_negated()) return false;
-  // From here until the pass has been copied nothing lets go of the interpreter: another thread may begin its own pass.
+  // Nothing releases the GIL from here until the pass is copied: then another thread may begin its own.
   if (pass.thread != PyThread_get_thread_ident() || !fits(hidden)) return false;
 
   CapParams p = cap;
-  p.dtype = hidden.dtype == kFloat ? DType::kFloat32 : hidden.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+  p.dtype = dtype_of(hidden, "hidden");
   p.hidden = hidden.data;
   p.hidden_stride = p.hidden_size;
   write_in_place(p);

@@ -10,30 +10,29 @@ const Signature& KeptBank::signature() {
 }
 
 KeptBank::KeptBank(const py::args& arguments, const py::kwargs& keywords) : held_(signature().parameters.size()) {
-  std::vector<PyObject*> values;
-  for (const py::handle value : arguments) values.push_back(value.ptr());
+  std::vector<PyObject*> call;
+  for (const py::handle value : arguments) call.push_back(value.ptr());
   py::tuple names(keywords.size());
   size_t i = 0;
   for (const auto& [name, value] : keywords) {
     names[i++] = name;
-    values.push_back(value.ptr());
+    call.push_back(value.ptr());
   }
   BoundArguments bound;
-  const bool is_plain = bound.bind(signature(), {values.data(), Py_ssize_t(arguments.size()), names.ptr()}, false);
-  const py::object device = py::handle(bound.given[0]).attr("device");  // of the axes
+  const bool is_plain = bound.bind(signature(), {call.data(), Py_ssize_t(arguments.size()), names.ptr()}, false);
+  const py::object device = py::handle(bound.values[0]).attr("device");  // of the axes
   for (i = 0; i < held_.size(); ++i) {
-    if (!bound.given[i] || bound.given[i] == Py_None) continue;
-    held_[i].object = py::reinterpret_borrow<py::object>(bound.given[i]);
+    if (!bound.values[i] || bound.values[i] == Py_None) continue;
+    held_[i].object = py::reinterpret_borrow<py::object>(bound.values[i]);
     const py::object other = held_[i].object.attr("device");
     CHECK_VALUE(other.equal(device), signature().parameters[i].name, " must be on the device of axes, ",
                 std::string(py::str(device)), ", got ", std::string(py::str(other)));
   }
-  const py::object export_tensor = py::module_::import("torch.utils.dlpack").attr("to_dlpack");
   for (i = 0; i < held_.size(); ++i) {
-    if (held_[i].object.is_none()) continue;
     const Tensor& tensor = bound.tensors[i];
+    if (held_[i].object.is_none()) continue;
     CHECK_VALUE(is_plain && !tensor.is_negated(), "a bank is made of dense tensors with data");
-    held_[i].exported = export_tensor(held_[i].object);
+    held_[i].exported = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(held_[i].object);
     held_[i].data = tensor.data;
     held_[i].sizes.assign(tensor.sizes.begin(), tensor.sizes.end());
   }
@@ -56,6 +55,18 @@ bool KeptBank::add_to(Arguments& arguments, Tensor* tensors) const {
   return true;
 }
 
+double* check_stats(const py::object& stats, const Arguments& bank) {
+  const Sizes entries = bank.floors->sizes;
+  const int64_t shape[] = {entries[0], entries[1], kStatFields};
+  const Sizes expected{shape, 3};
+  Tensor tensor;
+  check_is_tensor(stats.ptr(), "stats");
+  CHECK_VALUE(tensor.read(stats.ptr(), false) && tensor.dtype == kDouble && tensor.is_contiguous() &&
+                  tensor.sizes == expected && tensor.device == bank.axes->device,
+              "stats must be ", expected, " float64, contiguous, on the device of the bank, got ", tensor.sizes);
+  return tensor.as<double>();
+}
+
 namespace {
 
 // Bank.cap_: the op with a bank that needs no more checks.
@@ -70,7 +81,7 @@ PyObject* cap_with_bank(PyObject* self, PyObject* const* arguments, Py_ssize_t c
       return cap_with_checked_bank_(bound).release().ptr();
     py::dict keywords;
     for (size_t i = 0; i < signature.parameters.size(); ++i)
-      if (bound.given[i]) keywords[signature.parameters[i].name.c_str()] = py::handle(bound.given[i]);
+      if (bound.values[i]) keywords[signature.parameters[i].name.c_str()] = py::handle(bound.values[i]);
     for (size_t i = 0; i < kept.signature().parameters.size(); ++i)
       keywords[kept.signature().parameters[i].name.c_str()] = kept[i];
     return py::module_::import("axiscap._C").attr("cap_")(**keywords).release().ptr();

@@ -30,6 +30,9 @@ class KeptBank {
   std::vector<Held> held_;  // by parameter
 };
 
+// The statistics (S, K, fields) that belong to a bank, float64 and contiguous on its device.
+double* check_stats(const py::object& stats, const Arguments& bank);
+
 // Adds the class Bank.
 void define_bank(py::module_& m);
 

@@ -31,12 +31,12 @@ bool read_tensor(const Parameter& p, PyObject* object, bool is_dispatched, Tenso
 }
 
 // The argument that Python gives for each parameter.
-void match(const Signature& signature, const PythonCall& call, PyObject** given) {
+void match(const Signature& signature, const PythonCall& call, PyObject** values) {
   const auto& parameters = signature.parameters;
   CHECK_TYPE(call.count <= Py_ssize_t(parameters.size()) &&
                  (call.count == 0 || !parameters[size_t(call.count) - 1].is_keyword_only),
              signature.name, " takes fewer positional arguments than ", call.count);
-  std::copy_n(call.arguments, call.count, given);
+  std::copy_n(call.arguments, call.count, values);
   const Py_ssize_t keywords = call.names ? PyTuple_GET_SIZE(call.names) : 0;
   for (Py_ssize_t k = 0; k < keywords; ++k) {
     PyObject* name = PyTuple_GET_ITEM(call.names, k);
@@ -45,11 +45,11 @@ void match(const Signature& signature, const PythonCall& call, PyObject** given)
     if (i == parameters.size())  // a name that Python has not interned
       for (i = 0; i < parameters.size() && PyUnicode_Compare(parameters[i].interned, name) != 0;) ++i;
     CHECK_TYPE(i < parameters.size(), signature.name, " has no argument ", PyUnicode_AsUTF8(name));
-    CHECK_TYPE(!given[i], signature.name, " got ", parameters[i].name, " twice");
-    given[i] = call.arguments[call.count + k];
+    CHECK_TYPE(!values[i], signature.name, " got ", parameters[i].name, " twice");
+    values[i] = call.arguments[call.count + k];
   }
   for (size_t i = 0; i < parameters.size(); ++i)
-    CHECK_TYPE(!parameters[i].is_required || (given[i] && given[i] != Py_None), signature.name, " needs ",
+    CHECK_TYPE(!parameters[i].is_required || (values[i] && values[i] != Py_None), signature.name, " needs ",
                parameters[i].name);
 }
 
@@ -86,7 +86,7 @@ Signature::Signature(const char* text) {
   const size_t begin = schema.find('('), end = schema.rfind(") ->");
   const std::string_view full_name = schema.substr(0, begin);
   name = full_name.substr(0, full_name.find('.'));
-  if (name.size() < full_name.size()) overload = full_name.substr(name.size() + 1);
+  is_overload = name.size() < full_name.size();
   bool is_keyword_only = false;
   for (size_t at = begin + 1; at < end;) {
     const size_t stop = std::min(schema.find(", ", at), end);
@@ -111,24 +111,24 @@ Signature::Signature(const char* text) {
 }
 
 bool BoundArguments::bind(const Signature& signature, const PythonCall& call, bool is_dispatched) {
-  match(signature, call, given);
+  match(signature, call, values);
   if (in_dual_level()) {
     PyErr_Format(PyExc_NotImplementedError, "axiscap::%s has no forward-mode derivative", signature.name.c_str());
     throw py::error_already_set();
   }
-  if (!signature.overload.empty()) extent = Extent::kAtLeast;
+  if (signature.is_overload) extent = Extent::kAtLeast;
   bool is_plain = true;
   for (size_t i = 0; i < signature.parameters.size(); ++i) {
     const Parameter& p = signature.parameters[i];
-    if (!given[i] || given[i] == Py_None) continue;
+    if (!values[i] || values[i] == Py_None) continue;
     if (p.number) {
-      this->*p.number = py::handle(given[i]).cast<double>();
+      this->*p.number = py::handle(values[i]).cast<double>();
     } else if (p.tensor) {
-      is_plain &= read_tensor(p, given[i], is_dispatched, tensors[i]);
+      is_plain &= read_tensor(p, values[i], is_dispatched, tensors[i]);
       this->*p.tensor = &tensors[i];
       parts[parts_count++] = {&tensors[i], p.name.c_str(), p.is_changed};
     } else {
-      for (const py::handle item : py::reinterpret_borrow<py::sequence>(given[i]))
+      for (const py::handle item : py::reinterpret_borrow<py::sequence>(values[i]))
         is_plain &= read_tensor(p, item.ptr(), is_dispatched, hiddens.emplace_back());
     }
   }
@@ -147,7 +147,7 @@ void bind_ops(py::module_& m) {
     py::list names;
     for (const Parameter& p : op.signature.parameters) names.append(p.name);
     registered.append(py::make_tuple(op.op.schema, names, make(op.kernel, call_kernel)));
-    if (op.signature.overload.empty()) m.attr(op.signature.name.c_str()) = make(op.function, call_function);
+    if (!op.signature.is_overload) m.attr(op.signature.name.c_str()) = make(op.function, call_function);
   }
   m.attr("OPS") = registered;
 }

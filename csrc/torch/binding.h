@@ -43,8 +43,8 @@ struct Parameter {
 
 // A schema, read once.
 struct Signature {
-  std::string name;      // cap_
-  std::string overload;  // buffers, or empty
+  std::string name;  // cap_
+  bool is_overload;  // .buffers
   std::vector<Parameter> parameters;
 
   explicit Signature(const char* schema);
@@ -53,7 +53,7 @@ struct Signature {
 // The arguments of one call, and the tensors that they refer to.
 struct BoundArguments : Arguments {
   static constexpr int kMaxParameters = 16;
-  PyObject* given[kMaxParameters] = {};  // by parameter; null: none
+  PyObject* values[kMaxParameters] = {};  // by parameter; null: none
   Tensor tensors[kMaxParameters];
 
   BoundArguments() = default;

@@ -25,8 +25,8 @@ void check_axes(const Tensor& axes, int64_t dim) {
 // A part of a bank beside its axes: of their shape, or of that less H.
 void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, bool has_size) {
   check_dtype(tensor, name, kFloat);
-  const Sizes wanted = has_size ? axes.sizes : axes.sizes.first(axes.dim() - 1);
-  CHECK_VALUE(tensor.sizes == wanted, name, " must have the shape of axes", has_size ? ", " : " less H, ", wanted,
+  const Sizes expected = has_size ? axes.sizes : axes.sizes.first(axes.dim() - 1);
+  CHECK_VALUE(tensor.sizes == expected, name, " must have the shape of axes", has_size ? ", " : " less H, ", expected,
               ", got ", tensor.sizes);
   CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides);
   CHECK_VALUE(tensor.device == axes.device, name, " must be on the device of axes, ", axes.device, ", got ",
@@ -42,13 +42,16 @@ bool is_interleaved(const Tensor& a, const Tensor& b) {
   return shift >= a.size(-1) * bytes && shift + b.size(-1) * bytes <= stride;
 }
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  CHECK_TYPE(tensor.dtype == kFloat || tensor.dtype == kBFloat16 || tensor.dtype == kHalf, name,
-             " must be float32, bfloat16 or float16, got ", tensor.dtype_name());
-  return tensor.dtype == kFloat ? DType::kFloat32 : tensor.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+}  // namespace
+
+bool is_row_dtype(const Tensor& tensor) {
+  return tensor.dtype == kFloat || tensor.dtype == kBFloat16 || tensor.dtype == kHalf;
 }
 
-}  // namespace
+DType dtype_of(const Tensor& tensor, const char* name) {
+  CHECK_TYPE(is_row_dtype(tensor), name, " must be float32, bfloat16 or float16, got ", tensor.dtype_name());
+  return tensor.dtype == kFloat ? DType::kFloat32 : tensor.dtype == kHalf ? DType::kFloat16 : DType::kBFloat16;
+}
 
 Rows rows_of(const Tensor& tensor, const char* name) {
   const Sizes sizes = tensor.sizes, strides = tensor.strides;
@@ -127,8 +130,8 @@ void check_apart(std::span<const Part> parts) {
   }
 }
 
-void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
-  CHECK_TYPE(tensor.dtype == wanted, name, " must be ", wanted, ", got ", tensor.dtype_name());
+void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
+  CHECK_TYPE(tensor.dtype == expected, name, " must be ", expected, ", got ", tensor.dtype_name());
 }
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& hidden) {
@@ -155,10 +158,10 @@ const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, i
   return data;
 }
 
-float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> wanted,
+float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> expected,
                          Extent extent) {
   if (!projections) return nullptr;
-  const Sizes shape{wanted.begin(), int64_t(wanted.size())};
+  const Sizes shape{expected.begin(), int64_t(expected.size())};
   const int64_t rows = shape[0];
   check_dtype(*projections, "projections", kFloat);
   const Sizes found = projections->sizes;

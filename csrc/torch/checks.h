@@ -41,12 +41,9 @@ inline constexpr std::pair<std::string_view, Optional Arguments::*> kTensorArgum
     {"weight", &Arguments::weight},       {"axes", &Arguments::axes},     {"floors", &Arguments::floors},
     {"slots", &Arguments::slots},         {"scale", &Arguments::scale},   {"scales", &Arguments::scales},
     {"lifts", &Arguments::lifts},         {"limits", &Arguments::limits}, {"projections", &Arguments::projections},
-    {"stats", &Arguments::stats},
-};
+    {"stats", &Arguments::stats}};
 inline constexpr std::pair<std::string_view, double Arguments::*> kNumberArguments[] = {
-    {"eps", &Arguments::eps},
-    {"weight_bias", &Arguments::weight_bias},
-};
+    {"eps", &Arguments::eps}, {"weight_bias", &Arguments::weight_bias}};
 
 struct Rows {
   int64_t count;
@@ -61,20 +58,21 @@ Rows writable_rows_of(const Tensor& tensor, const char* name);
 // Checks the tensors that every cap has: axes (S, K, H) and floors (S, K), lifts like the axes, limits like the floors;
 // all of several layers with a leading L. `project` has axes alone.
 void check_bank(const Arguments& a, bool has_layers = false);
-// Checks their values, which takes a copy to the host: for set-up, not for calls. Raises unless every axis is finite
-// and of unit length, every floor finite or -inf, every lift finite, above 0 and at most 1 along its axis, and every
-// limit positive.
+// Checks their values, with a copy to the host: for set-up, not for calls. Axes are finite and of unit length, floors
+// finite or -inf, lifts finite, above 0 and at most 1 along their axes, limits positive.
 void check_bank_values(const Arguments& a);
 
 // Raises if a tensor that is changed shares memory with another one: a kernel reads a row again after it wrote another,
 // and rows are worked on at the same time.
 void check_apart(std::span<const Part> parts);
 
-void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted);
+bool is_row_dtype(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor, const char* name);
+void check_dtype(const Tensor& tensor, const char* name, ScalarType expected);
 void check_device(const Tensor& tensor, const char* name, const Tensor& hidden);
 
 const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, int64_t num_slots, Extent extent);
-float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> wanted,
+float* check_projections(Optional projections, const Tensor& hidden, std::initializer_list<int64_t> expected,
                          Extent extent);
 
 // What every op needs: a stream of rows, and the axes that measure it.

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <map>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "ggml/callback.h"
@@ -41,19 +41,12 @@ struct KeptCallback {
       Arguments bank;
       CHECK_VALUE(kept.add_to(bank, tensors), "a bank has moved");
       const Tensor& axes = *bank.axes;
-      Tensor stats;
-      const bool is_plain = stats.read(pair[1].ptr(), false);
       if (sizes.empty()) sizes.assign(axes.sizes.begin(), axes.sizes.end());
       const Sizes first{sizes.data(), int64_t(sizes.size())};
       CHECK_VALUE(axes.device.is_cpu() && axes.sizes == first, "banks must be of one size, on the CPU");
-      const std::array<int64_t, 3> fields{sizes[0], sizes[1], kStatFields};
-      const Sizes wanted{fields.data(), 3};
-      CHECK_VALUE(
-          is_plain && stats.device.is_cpu() && stats.is_contiguous() && stats.dtype == kDouble && stats.sizes == wanted,
-          "stats must be (S, K, fields) float64, contiguous, on the CPU");
       CapParams p;
       use_bank(p, bank);
-      made[i] = {axes.as<const float>(), p.lifts, p.floors, p.limits, stats.as<double>()};
+      made[i] = {axes.as<const float>(), p.lifts, p.floors, p.limits, check_stats(pair[1], bank)};
     }
     CHECK_VALUE(!sizes.empty(), "at least one layer must be capped");
     return {std::bit_cast<ggml::Library>(functions), std::move(made), sizes[0], sizes[1], sizes[2]};
@@ -104,8 +97,7 @@ void define_tools(py::module_& m) {
       [](const py::object& tensor) {
         over_bytes(tensor, [](const char* data, int64_t bytes) {
           // The result is the proof that the bytes were read; without a use the compiler may drop the pass.
-          volatile uint64_t sink = cpu::read_pass(data, bytes);
-          (void)sink;
+          [[maybe_unused]] volatile uint64_t sink = cpu::read_pass(data, bytes);
         });
       },
       "tensor"_a);
@@ -116,16 +108,14 @@ void define_tools(py::module_& m) {
   m.def(
       "plan",
       [](const std::string& dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
-        CHECK_VALUE(dtype == "float32" || dtype == "bfloat16" || dtype == "float16",
-                    "dtype must be float32, bfloat16 or float16, got ", dtype);
-        const DType type = dtype == "float32"    ? DType::kFloat32
-                           : dtype == "bfloat16" ? DType::kBFloat16
-                                                 : DType::kFloat16;
+        static const std::map<std::string, DType> kTypes{
+            {"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}};
+        CHECK_VALUE(kTypes.count(dtype), "dtype must be float32, bfloat16 or float16, got ", dtype);
         CHECK_VALUE(hidden_size >= 1 && hidden_size <= cuda::kMaxHiddenSize, "hidden_size must be from 1 to ",
                     cuda::kMaxHiddenSize, ", got ", hidden_size);
         CHECK_VALUE(rows >= 0, "rows must not be negative, got ", rows);
         CHECK_VALUE(resident >= 1, "resident must be at least 1, got ", resident);
-        const cuda::Plan plan = cuda::plan_for(type, hidden_size, rows, resident);
+        const cuda::Plan plan = cuda::plan_for(kTypes.at(dtype), hidden_size, rows, resident);
         return py::make_tuple(plan.threads_per_row, plan.block, plan.shared_bytes, plan.grid);
       },
       "dtype"_a, "hidden_size"_a, "rows"_a, "resident"_a);

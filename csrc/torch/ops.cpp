@@ -1,5 +1,7 @@
 #include "torch/ops.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 
 #include "launchers/accelerator.h"
@@ -34,8 +36,7 @@ void prepare_change(const Arguments& a) { prepare_change({a.parts, size_t(a.part
 
 py::object new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, const char* dtype = nullptr) {
   const py::object new_empty = py::handle(like.object).attr("new_empty");
-  py::tuple shape(sizes.size());
-  for (size_t d = 0; d < sizes.size(); ++d) shape[d] = sizes[d];
+  const py::object shape = py::cast(sizes);
   return dtype ? new_empty(shape, py::arg("dtype") = py::module_::import("torch").attr(dtype)) : new_empty(shape);
 }
 
@@ -96,17 +97,17 @@ void use_quantized(CapParams& p, const Arguments& a) {
   check_dtype(quantized, "quantized", kFloat8);
   check_device(quantized, "quantized", hidden);
   CHECK_VALUE(!a.scale != !a.scales, "one of scale and scales must be given");
-  const Tensor& given = a.scale ? *a.scale : *a.scales;
+  const Tensor& factors = a.scale ? *a.scale : *a.scales;
   const char* name = a.scale ? "scale" : "scales";
-  const int64_t wanted = a.scale ? 1 : p.rows;
-  check_dtype(given, name, kFloat);
-  CHECK_VALUE(given.numel == wanted && given.is_contiguous(), name, " must be contiguous and have ", wanted,
-              a.scale ? " element" : " elements, one for each row", ", got shape ", given.sizes);
-  check_device(given, name, hidden);
+  const int64_t count = a.scale ? 1 : p.rows;
+  check_dtype(factors, name, kFloat);
+  CHECK_VALUE(factors.numel == count && factors.is_contiguous(), name, " must be contiguous and have ", count,
+              a.scale ? " element" : " elements, one for each row", ", got shape ", factors.sizes);
+  check_device(factors, name, hidden);
   p.normed = quantized.data;
   p.normed_stride = writable_rows_of(quantized, "quantized").stride;
-  if (a.scale) p.scale = given.as<float>();
-  if (a.scales) p.scales = given.as<float>();
+  if (a.scale) p.scale = factors.as<float>();
+  if (a.scales) p.scales = factors.as<float>();
 }
 
 // cap_residual_, and with a weight the norm behind it.
@@ -167,9 +168,9 @@ py::object accumulate_(const Arguments& a) {
   const bool several = floors.dim() == 3;
   CHECK_VALUE((several || floors.dim() == 2) && floors.numel > 0 && floors.is_contiguous(),
               "floors must have shape (S, K) or (L, S, K), none of them 0, contiguous, got ", floors.sizes);
-  std::vector<int64_t> wanted(floors.sizes.begin(), floors.sizes.end());
-  wanted.push_back(kStatFields);
-  const Sizes shape{wanted.data(), int64_t(wanted.size())};
+  std::vector<int64_t> sizes(floors.sizes.begin(), floors.sizes.end());
+  sizes.push_back(kStatFields);
+  const Sizes shape{sizes.data(), int64_t(sizes.size())};
   CHECK_VALUE(stats.sizes == shape && stats.is_contiguous(), "stats must have shape ", shape, ", contiguous, got ",
               stats.sizes);
   CHECK_VALUE(projections.dim() == floors.dim() && projections.size(-1) == floors.size(-1) &&

@@ -138,9 +138,8 @@ void* current_stream(Device device) {
 
 void increment_versions(const py::tuple& tensors) {
   PyObject* argument = tensors.ptr();
-  if (auto done =
-          py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr)))
-    return;
+  PyObject* done = PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr);
+  if (done) return Py_DECREF(done);
   // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
   py::error_already_set error;
   for (const py::handle tensor : tensors)

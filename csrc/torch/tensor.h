@@ -108,10 +108,8 @@ using Optional = const Tensor*;  // null: not given
 
 // Looks up what this module needs of torch. Once, on import.
 void import_torch();
-
 // Raises TypeError if the object is no torch.Tensor.
 void check_is_tensor(PyObject* object, const char* name);
-
 // The stream that torch would launch on.
 void* current_stream(Device device);
 
@@ -121,10 +119,9 @@ void increment_versions(const py::tuple& tensors);
 // Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around
 // it, may have a tangent.
 bool in_dual_level();
+bool is_grad_enabled();
 
 // Runs `body` over parts of [begin, end) with the threads that torch has for its own ops.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
-
-bool is_grad_enabled();
 
 }  // namespace axiscap

@@ -7,7 +7,7 @@
 
 namespace axiscap::cuda {
 
-// What is known of the row at hand.
+// The state of the current row.
 struct Outcome {
   bool finite;         // no projection is beyond its limit, and no element out of range
   bool below = false;  // a projection of the row as it came is below its floor
@@ -15,7 +15,7 @@ struct Outcome {
   bool large = false;  // a correction may have taken an element out of range
 };
 
-// Takes note of a projection of the row as it came.
+// Records a projection of the row as it came.
 template <class Rows>
 __device__ inline void observe(const Rows& rows, int k, float projection, Outcome& outcome) {
   outcome.finite = outcome.finite && fabsf(projection) <= rows.direction.limit;
@@ -88,7 +88,7 @@ __device__ inline void check_range(Rows& rows, Outcome& outcome) {
   if (rows.group.sum(overflows ? 1.f : 0.f) > 0) outcome.finite = false;
 }
 
-// Takes back what was reported and corrected.
+// Undoes the reports and the correction.
 template <class Rows>
 __device__ inline void leave_alone(Rows& rows, Outcome& outcome) {
   for (int k = 0; k < rows.directions(); ++k) {
@@ -99,7 +99,7 @@ __device__ inline void leave_alone(Rows& rows, Outcome& outcome) {
   outcome.fired = false;
 }
 
-// Writes what the correction goes into, corrected or as it came.
+// Writes the stream that takes the correction, corrected or as it came.
 template <class Rows>
 __device__ inline void write_row(const Rows& rows, bool fired) {
   rows.for_each_vec([&](int i) {

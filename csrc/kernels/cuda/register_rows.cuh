@@ -48,7 +48,7 @@ struct RegisterRows : Rows<T, kOp> {
   __device__ bool is_active() const { return slots_[0] != kNoSlot; }
   __device__ int directions() const { return kAnyDirections ? int(p.directions) : 1; }
 
-  // Waits for the row at hand, and asks for the slot of the row that will take its place.
+  // Waits for the current row, and reads the slot of the row that is copied next into its place.
   __device__ void load() {
     next_slot_ = Base::slot_of(row + kPlaces * step);
     if (!kAnyDirections) select(0);
@@ -107,7 +107,7 @@ struct RegisterRows : Rows<T, kOp> {
   __device__ void stash(int i, const Packed& vec) const { vec.store_shared(address(0, i)); }
   __device__ Packed stashed(int i) const { return get(0, i); }
 
-  // Leaves the row at hand. Its place in shared memory is for the last of the rows to come.
+  // Goes on to the next row. The place of the current row in shared memory takes the next row to prefetch.
   __device__ void next() {
     prefetch(row + kPlaces * step, next_slot_);
 #pragma unroll
@@ -119,14 +119,14 @@ struct RegisterRows : Rows<T, kOp> {
  private:
   const uint32_t vec_bytes_;  // between vectors in shared memory
   const uint32_t first_;      // address of this thread's first vector there
-  uint32_t place_ = 0;        // bytes from there to the row at hand
+  uint32_t row_offset_ = 0;   // bytes from there to the current row
   int32_t slots_[kPlaces], next_slot_ = kNoSlot, axis_slot_ = kNoSlot;
   float scale_ = 0;
   Floats axis_[kAnyDirections ? 1 : kVecs] = {};
   Floats x_[kVecs];
 
   __device__ uint32_t address(int source, int i) const {
-    return first_ + place_ + vec_bytes_ * uint32_t(source * kVecs + i);
+    return first_ + row_offset_ + vec_bytes_ * uint32_t(source * kVecs + i);
   }
   __device__ Packed get(int source, int i) const { return Packed::load_shared(address(source, i)); }
 
@@ -140,10 +140,10 @@ struct RegisterRows : Rows<T, kOp> {
       for (int i = 0; i < kVecs; ++i) ptx::copy_async(address(s, i), from + offset(i), offset(i) < end ? kVecBytes : 0);
     }
     ptx::commit_copies();
-    if constexpr (kPlaces > 1) place_ = vec_bytes_ * kVecs * kSources - place_;
+    if constexpr (kPlaces > 1) row_offset_ = vec_bytes_ * kVecs * kSources - row_offset_;
   }
 
-  // Makes `direction` number k of the slot of the row at hand.
+  // Selects direction k of the current row's slot.
   __device__ void select(int k) {
     if (!is_active() || (!kAnyDirections && slots_[0] == axis_slot_)) return;
     axis_slot_ = slots_[0];

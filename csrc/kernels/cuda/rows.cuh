@@ -1,4 +1,4 @@
-// What a launch hands to the kernels, and what rows in registers and rows in shared memory have in common.
+// The parameters of a launch, and the common part of rows in registers and rows in shared memory.
 #pragma once
 
 #include <cfloat>
@@ -9,7 +9,7 @@
 
 namespace axiscap::cuda {
 
-// What a row is, and where its correction goes.
+// An op defines its row x, and which stream takes the correction.
 enum class Op {
   kCap,          // x = hidden
   kCapResidual,  // x = hidden + residual; the correction goes into residual alone
@@ -20,7 +20,7 @@ enum class Op {
 // smaller block of parameters, because a decoding step copies little else.
 inline constexpr int kMaxLayers = 48;
 
-// What the layers of one launch do not share.
+// The pointers of one layer. The layers of a launch share all else.
 struct Layer {
   const void* hidden;
   void* out;
@@ -76,7 +76,7 @@ struct Rows {
   const int size;
   const bool copies;  // every row is written to another tensor
   Direction direction;
-  int64_t row, step;  // the row at hand, and the rows of the grid
+  int64_t row, step;  // the current row, and how many rows the grid works on at once
 
   template <int kLayers>
   __device__ Rows(const Call<kLayers>& call, const Layer& layer)
@@ -119,7 +119,7 @@ struct Rows {
   }
   __device__ T* out() const { return static_cast<T*>(layer.out) + row * layer.out_stride; }
 
-  // Writes to entry k of the row at hand in an array of (rows, directions), which may be null.
+  // Writes entry k of the current row in an array of (rows, directions), which may be null.
   template <class Value>
   __device__ void report(Value* values, int k, Value value) const {
     if (is_reporter() && values) values[row * p.directions + k] = value;
@@ -142,7 +142,7 @@ __device__ inline Vec<float, N> add_scaled(Vec<float, N> base, const Vec<float, 
   return base;
 }
 
-// What residual becomes, once hidden + residual has become x.
+// The new residual if hidden + residual is to become x.
 template <int N>
 __device__ inline Vec<float, N> add_difference(const Vec<float, N>& residual, const Vec<float, N>& x,
                                                const Vec<float, N>& hidden) {

@@ -21,8 +21,7 @@ Arguments that the ops share:
 All on one device. What an op changes shares no memory with its other arguments. Errors, before anything is changed:
 TypeError for a dtype, ValueError for a shape, stride, device, shared memory, or a tensor that is changed and requires
 grad, IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator leaves that row alone and reports NaN),
-NotImplementedError for forward-mode derivatives. Unit length is the caller's promise here;
-:class:`axiscap.CapProfile` and ``axiscap.install`` check it.
+NotImplementedError for forward-mode derivatives. Unit length is the caller's promise; ``axiscap.install`` checks it.
 
 The functions call the kernels directly. Under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which run the same code from torch's dispatcher. The overloads ``buffers``, such as

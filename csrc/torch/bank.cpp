@@ -21,22 +21,25 @@ KeptBank::KeptBank(const py::args& arguments, const py::kwargs& keywords) : held
   BoundArguments bound;
   const bool is_plain = bound.bind(signature(), {call.data(), Py_ssize_t(arguments.size()), names.ptr()}, false);
   const py::object device = py::handle(bound.values[0]).attr("device");  // of the axes
+  const char* not_dense = "a bank is made of dense tensors with data";
+  bool is_dense = true;
   for (i = 0; i < held_.size(); ++i) {
     if (!bound.values[i] || bound.values[i] == Py_None) continue;
     held_[i].object = py::reinterpret_borrow<py::object>(bound.values[i]);
     const py::object other = held_[i].object.attr("device");
     CHECK_VALUE(other.equal(device), signature().parameters[i].name, " must be on the device of axes, ",
                 std::string(py::str(device)), ", got ", std::string(py::str(other)));
-  }
-  for (i = 0; i < held_.size(); ++i) {
     const Tensor& tensor = bound.tensors[i];
-    if (held_[i].object.is_none()) continue;
-    CHECK_VALUE(is_plain && !tensor.is_negated(), "a bank is made of dense tensors with data");
-    held_[i].exported = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(held_[i].object);
+    is_dense &= tensor.sizes.data && !tensor.is_negated();
     held_[i].data = tensor.data;
     held_[i].sizes.assign(tensor.sizes.begin(), tensor.sizes.end());
   }
-  check_bank(bound);
+  CHECK_VALUE(is_dense, not_dense);
+  check_bank(bound);  // of fake tensors too: whether a GPU takes their rows
+  CHECK_VALUE(is_plain, not_dense);
+  for (Held& held : held_)
+    if (!held.object.is_none())
+      held.exported = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(held.object);
   check_bank_values(bound);
 }
 
@@ -56,8 +59,7 @@ bool KeptBank::add_to(Arguments& arguments, Tensor* tensors) const {
 }
 
 double* check_stats(const py::object& stats, const Arguments& bank) {
-  const Sizes entries = bank.floors->sizes;
-  const int64_t shape[] = {entries[0], entries[1], kStatFields};
+  const int64_t shape[] = {bank.floors->size(0), bank.floors->size(1), kStatFields};
   const Sizes expected{shape, 3};
   Tensor tensor;
   check_is_tensor(stats.ptr(), "stats");

@@ -82,7 +82,6 @@ bool Tensor::read(PyObject* given, bool any_class) {
   object = given;
   sizes = {};
   data = nullptr;
-  if (!any_class && Py_TYPE(given) != torch_.tensor && Py_TYPE(given) != torch_.parameter) return false;
   DLTensor exported;
   if (torch_.exchange->dltensor_from_py_object_no_sync(given, &exported)) {
     PyErr_Clear();  // sparse, meta, quantised, of torch.func: no memory to show
@@ -96,7 +95,7 @@ bool Tensor::read(PyObject* given, bool any_class) {
   data = static_cast<char*>(exported.data) + exported.byte_offset;
   numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return data || numel == 0;
+  return (any_class || Py_TYPE(given) == torch_.tensor || Py_TYPE(given) == torch_.parameter) && (data || numel == 0);
 }
 
 bool Tensor::is_contiguous(int64_t first_dim) const {

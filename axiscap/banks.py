@@ -48,10 +48,12 @@ class CappedLayer:
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
         slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
-        axes, lifts, floors, limits = (torch.stack(part) for part in slots)
-        given = lifts if any(profile.lifts is not None for profile in profiles) else None
-        bounds = limits if bool(limits.isfinite().any()) else None
-        more = {"lifts": given, "limits": bounds}
+        axes, lifts, floors, targets, norm_limits = (torch.stack(part) for part in slots)
+        more = {
+            "targets": targets if any(profile.targets is not None for profile in profiles) else None,
+            "lifts": lifts if any(profile.lifts is not None for profile in profiles) else None,
+            "norm_limits": norm_limits if bool(norm_limits.isfinite().any()) else None,
+        }
         self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
 
     def place(
@@ -80,7 +82,7 @@ class Installed(ABC):
     What an engine's adapter adds to this is the answer to five questions:
 
     - *Where* a block's output is complete, and how its rows are changed there.
-    - *Whose* rows a step has: each one's sequence, and its position in it, by which sinks are left alone.
+    - *Whose* rows a step has: each one's sequence.
     - *When* a sequence's profile is decided; from then on it is the same, whatever changes meanwhile.
     - *How* caches of keys and values are kept apart: what is computed under one content must not serve another.
     - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.

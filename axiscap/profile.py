@@ -28,6 +28,8 @@ from axiscap import hub
 FORMAT_VERSION = 1
 #: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.
 UNIT_TOLERANCE = 1e-3
+#: What a provenance says of norm_limits that a file did not state (``norm_limits``).
+CONVERTED = "from limits on projections, and positions"
 #: Bounds for files from strangers: far above any real profile, far below what hurts a machine. 512 MiB hold 64
 #: directions at 64 layers of 32768.
 MAX_FILE_BYTES = 512 << 20
@@ -37,24 +39,27 @@ MAX_LAYERS, MAX_DIRECTIONS = 1 << 16, 64
 
 #: The tensors of a file: their dimensions; all are float32 but those in _INTEGERS.
 _DIMS = {
-    "layers": 1, "axes": 3, "floors": 2, "lifts": 3, "limits": 2, "sinks": 1, "axis_all": 2, "lift_all": 2,
-    "limit_all": 1, "quantiles": 2, "populations": 3,
+    "layers": 1, "axes": 3, "floors": 2, "targets": 2, "lifts": 3, "norm_limits": 1, "axis_all": 2, "lift_all": 2,
+    "norm_limit_all": 1, "quantiles": 2, "populations": 3,
 }  # fmt: skip
+#: Tensors of files that were written before norm_limits.
+_OLD_DIMS = {"limits": 2, "limit_all": 1, "sinks": 1}
 _INTEGERS = {"layers", "sinks"}
-_OPTIONAL = ("lifts", "limits", "axis_all", "lift_all", "limit_all", "quantiles", "populations")
-#: Of profiles that do not state limits but know projections of single tokens: how far beyond those a row is none.
-_BEYOND_TOKENS = 8.0
-#: How many positions of a sequence may be sinks, and how far back the last one.
-_MAX_SINKS, _LAST_SINK = 16, 1024
+#: Of the optional tensors, those with a row for each capped layer, and those with one for each layer of the model.
+_OF_CAPPED = ("targets", "lifts", "norm_limits")
+_OPTIONAL = (*_OF_CAPPED, "axis_all", "lift_all", "norm_limit_all", "quantiles", "populations")
 
 
 class Slot(NamedTuple):
-    """What a profile has for one layer, for a bank of K directions: axes and lifts (K, H), floors and limits (K,)."""
+    """What a profile has for one layer, for a bank of K directions: axes and lifts (K, H), floors and targets (K,),
+    norm_limit ().
+    """
 
     axes: Tensor
     lifts: Tensor
     floors: Tensor
-    limits: Tensor
+    targets: Tensor
+    norm_limit: Tensor
 
 
 class ProfileError(ValueError):
@@ -231,14 +236,15 @@ class CapProfile:
         (L, K, H) float32, unit rows; larger projection = more Assistant-like.
     floors
         (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
+    targets
+        (L, K) float32, at least the floors: where a row ends whose projection is below its floor; the floors without
+        them (eq. 1).
     lifts
         (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
-        so that a row that fires ends on its floor, or less (:meth:`with_strength`).
-    limits
-        (L, K) float32, positive: a row with a larger projection, of either sign, is left alone. No row of
-        ordinary norm can have one; an attention sink can.
-    sinks
-        positions in a sequence, from 0, whose tokens are sinks, and are neither capped nor counted.
+        so that a row that fires ends on its target, or less (:meth:`with_strength`).
+    norm_limits
+        (L,) float32, positive: a row with a larger norm is an attention sink, and is neither capped nor counted. ``inf``
+        or without them: no limit.
     provenance
         JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
         ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
@@ -247,7 +253,7 @@ class CapProfile:
         (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
     lift_all
         (n_layers, H) float32, the same of the lifts.
-    limit_all
+    norm_limit_all
         (n_layers,) float32, the same of the limits.
     quantiles
         (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
@@ -274,12 +280,12 @@ class CapProfile:
         floors: Tensor,
         provenance: Mapping[str, Any] | None = None,
         *,
+        targets: Tensor | None = None,
         lifts: Tensor | None = None,
-        limits: Tensor | None = None,
-        sinks: Sequence[int] | Tensor = (),
+        norm_limits: Tensor | None = None,
         axis_all: Tensor | None = None,
         lift_all: Tensor | None = None,
-        limit_all: Tensor | None = None,
+        norm_limit_all: Tensor | None = None,
         quantiles: Tensor | None = None,
         populations: Tensor | None = None,
     ) -> None:
@@ -287,12 +293,12 @@ class CapProfile:
         self.axes = axes
         self.floors = floors
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self.targets = targets
         self.lifts = lifts
-        self.limits = limits
-        self.sinks: tuple[int, ...] = _integers(sinks, "sinks")
+        self.norm_limits = norm_limits
         self.axis_all = axis_all
         self.lift_all = lift_all
-        self.limit_all = limit_all
+        self.norm_limit_all = norm_limit_all
         self.quantiles = quantiles
         self.populations = populations
         self._check()
@@ -385,8 +391,8 @@ class CapProfile:
 
     @property
     def digest(self) -> str:
-        """Names what of this profile changes a model: its layers, axes, floors, and what it says of lifts, limits and
-        sinks. Equal in equal profiles alone.
+        """Names what of this profile changes a model: its layers, axes, floors, and what it says of targets, lifts and
+        norm_limits. Equal in equal profiles alone.
 
         Examples
         --------
@@ -398,27 +404,22 @@ class CapProfile:
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
         for tensor in (self.axes, self.floors):
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        for name, given in (("lifts", self.lifts), ("limits", self.limits)):
-            if given is not None:
-                content.update(name.encode() + given.detach().cpu().contiguous().numpy().tobytes())
-        if self.sinks:
-            content.update(repr(self.sinks).encode())
+        for name in _OF_CAPPED:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return content.hexdigest()[:32]
 
     @property
     def knows_sinks(self) -> bool:
-        """Whether anything keeps the cap from lifting an attention sink: positions, limits, or what to take them of.
+        """Whether a limit keeps the cap from lifting an attention sink.
 
         Examples
         --------
         >>> profile.knows_sinks
         True
         """
-        return bool(self.sinks) or self.limits is not None or bool(self._token_tables)
-
-    @property
-    def _token_tables(self) -> list[Tensor]:
-        return [table for name, table in self.tables.items() if str(name).endswith(" tokens")]
+        return self.norm_limits is not None
 
     def slot_at(self, layer: int, directions: int) -> Slot:
         """This profile's slot in the bank of one layer, for a bank of K directions.
@@ -435,34 +436,31 @@ class CapProfile:
         Returns
         -------
         Slot
-            ``axes`` and ``lifts`` (K, H), ``floors`` and ``limits`` (K,), float32.
+            ``axes`` and ``lifts`` (K, H), ``floors`` and ``targets`` (K,), ``norm_limit`` (), float32.
 
         Examples
         --------
         >>> profile.slot_at(profile.layers[0], 2).floors.shape
         torch.Size([2])
         """
+        axes = lifts = torch.eye(1, self.hidden_size)
+        floors = targets = torch.tensor([-math.inf])
+        norm_limit = torch.tensor(math.inf)
         if layer in self.layers:
             at = self.layers.index(layer)
             axes, floors = self.axes[at], self.floors[at]
             lifts = axes if self.lifts is None else self.lifts[at]
-            limits = self._limits(layer, len(axes)) if self.limits is None else self.limits[at]
-        else:
-            axes = lifts = torch.eye(1, self.hidden_size)
-            floors, limits = torch.tensor([-math.inf]), torch.tensor([math.inf])
+            targets = floors if self.targets is None else self.targets[at]
+            norm_limit = norm_limit if self.norm_limits is None else self.norm_limits[at]
         missing = directions - len(axes)
+        off = floors.new_full((missing,), -math.inf)
         return Slot(
             torch.cat([axes, axes[-1:].expand(missing, -1)]),
             torch.cat([lifts, lifts[-1:].expand(missing, -1)]),
-            torch.cat([floors, floors.new_full((missing,), -math.inf)]),
-            torch.cat([limits, limits.new_full((missing,), math.inf)]),
+            torch.cat([floors, off]),
+            torch.cat([targets, off]),
+            norm_limit,
         )
-
-    def _limits(self, layer: int, directions: int) -> Tensor:
-        """For a file from before there were limits, by the projections of single tokens that it knows."""
-        known = [table[layer].abs().max().item() for table in self._token_tables]
-        limit = _BEYOND_TOKENS * max(known) if known else math.inf
-        return torch.full((directions,), limit or math.inf)
 
     @property
     def percentiles(self) -> tuple[float, ...]:
@@ -532,13 +530,15 @@ class CapProfile:
         facts = self.provenance.get("quantiles")
         return facts if isinstance(facts, Mapping) else {}
 
-    def with_floors(self, floors: Tensor) -> CapProfile:
-        """The same axes with other floors (L, K).
+    def with_floors(self, floors: Tensor, targets: Tensor | None = None) -> CapProfile:
+        """The same axes with other floors (L, K), and other targets.
 
         Parameters
         ----------
         floors
             (L, K) float32, finite or ``-inf``.
+        targets
+            (L, K) float32, at least the floors. Without them each target stays as far above its floor as it was.
 
         Returns
         -------
@@ -551,11 +551,13 @@ class CapProfile:
         >>> bool((lower.floors < profile.floors).all())
         True
         """
-        return self._with(self.layers, self.axes, floors)
+        if targets is None and self.targets is not None and floors.shape == self.floors.shape:
+            targets = floors + (self.targets - self.floors).nan_to_num(0.0)  # -inf less -inf: off
+        return self._with(self.layers, self.axes, floors, targets=targets)
 
     @property
     def strength(self) -> float:
-        """The share of its shortfall by which a row is lifted: 1, unless :meth:`with_strength` weakened it.
+        """The share of the way to its target by which a row is lifted: 1, unless :meth:`with_strength` weakened it.
 
         Examples
         --------
@@ -568,7 +570,7 @@ class CapProfile:
         return 1.0 if abs(least - 1) <= UNIT_TOLERANCE else least
 
     def with_strength(self, strength: float) -> CapProfile:
-        """The same with weaker corrections: a row is lifted by this share of what it lies below its floor.
+        """The same with weaker corrections: a row below its floor is lifted by this share of the way to its target.
 
         With strength 0 nothing is lifted: what is left is :meth:`measuring_only`.
 
@@ -599,9 +601,13 @@ class CapProfile:
             return self.measuring_only()
         lifts = self.axes if self.lifts is None else self.lifts
         whole = self.axis_all if self.lift_all is None else self.lift_all
-        more = {name: getattr(self, name) for name in _OPTIONAL}
-        more |= {"lifts": lifts * strength, "lift_all": None if whole is None else whole * strength}
-        return CapProfile(self.layers, self.axes, self.floors, self.provenance, sinks=self.sinks, **more)
+        return self._with(
+            self.layers,
+            self.axes,
+            self.floors,
+            lifts=lifts * strength,
+            lift_all=None if whole is None else whole * strength,
+        )
 
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
         """The same at some of its layers, ascending.
@@ -629,16 +635,13 @@ class CapProfile:
         missing = [layer for layer in layers if layer not in self.layers]
         _require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
         chosen = [self.layers.index(layer) for layer in layers]
-        return self._with(layers, self.axes[chosen], self.floors[chosen], chosen)
+        parts = {name: getattr(self, name) for name in _OF_CAPPED}
+        parts = {name: part if part is None else part[chosen] for name, part in parts.items()}
+        return self._with(layers, self.axes[chosen], self.floors[chosen], **parts)
 
-    def _with(
-        self, layers: Sequence[int], axes: Tensor, floors: Tensor, chosen: Sequence[int] | None = None
-    ) -> CapProfile:
-        more = {name: getattr(self, name) for name in _OPTIONAL}
-        for name in ("lifts", "limits"):
-            if more[name] is not None and chosen is not None:
-                more[name] = more[name][list(chosen)]
-        return CapProfile(layers, axes, floors, self.provenance, sinks=self.sinks, **more)
+    def _with(self, layers: Sequence[int], axes: Tensor, floors: Tensor, **others: Tensor | None) -> CapProfile:
+        more = {name: getattr(self, name) for name in _OPTIONAL} | others
+        return CapProfile(layers, axes, floors, self.provenance, **more)
 
     def measuring_only(self) -> CapProfile:
         """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing.
@@ -682,12 +685,16 @@ class CapProfile:
         _require(off <= UNIT_TOLERANCE, f"axes must be of unit length within {UNIT_TOLERANCE}, one is off by {off:.3g}")
         bad = self.floors.isnan() | (self.floors == torch.inf)
         _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
-        for name, whole in (("lifts", True), ("limits", False)):
-            tensor, shape = getattr(self, name), self.axes.shape if whole else self.floors.shape
+        shapes = {"targets": self.floors.shape, "lifts": self.axes.shape, "norm_limits": self.floors.shape[:1]}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
             _require(
                 tensor is None or tensor.shape == shape,
                 f"{name} must have shape {tuple(shape)}, got {None if tensor is None else tuple(tensor.shape)}",
             )
+        if self.targets is not None:
+            reached = (self.targets >= self.floors) & ((self.targets < torch.inf) | self.floors.isneginf())
+            _require(bool(reached.all()), "targets must be finite and at least the floors")
         if self.lifts is not None:
             _require(bool((self.lifts.abs() < 2.0**60).all()), "lifts must be finite, with elements below 2^60")
             along = (self.axes * self.lifts).sum(-1)
@@ -696,13 +703,9 @@ class CapProfile:
                 least > 0 and most <= 1 + UNIT_TOLERANCE,
                 f"lifts must be above 0 and at most 1 along their axes, they are {least:.3g} to {most:.3g}",
             )
-        for name in ("limits", "limit_all"):
+        for name in ("norm_limits", "norm_limit_all"):
             tensor = getattr(self, name)
             _require(tensor is None or bool((tensor > 0).all()), f"{name} must be positive, or inf for none")
-        _require(
-            len(self.sinks) <= _MAX_SINKS and all(0 <= position <= _LAST_SINK for position in self.sinks),
-            f"sinks must be at most {_MAX_SINKS} positions from 0 to {_LAST_SINK}, got {list(self.sinks)[:20]}",
-        )
         for name in ("axis_all", "lift_all"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -716,7 +719,7 @@ class CapProfile:
             stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
         )
         last = self.num_layers
-        for name in ("axis_all", "lift_all", "limit_all", "quantiles", "populations"):
+        for name in ("axis_all", "lift_all", "norm_limit_all", "quantiles", "populations"):
             tensor = getattr(self, name)
             _require(
                 tensor is None or last is None or tensor.shape[tensor.dim() == 3] == last,
@@ -751,8 +754,6 @@ class CapProfile:
         """
         tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
         tensors |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
-        if self.sinks:
-            tensors["sinks"] = torch.tensor(self.sinks, dtype=torch.int64)
         # Copies, since safetensors refuses tensors that share memory.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
@@ -893,7 +894,7 @@ class CapProfile:
             "directions a layer": str(self.directions),
             "strength": f"{self.strength:g}",
             "floors": place,
-            "attention sinks by position": ranges(self.sinks) if self.sinks else "none known",
+            "attention sinks": "left alone, by their norm" if self.knows_sinks else "no limit is known",
         }
         if evidence is not None:
             best = evidence.best_layer
@@ -915,12 +916,13 @@ class CapProfile:
                 names = set(file.keys())
                 missing = {"layers", "axes", "floors"} - names
                 _require(not missing, f"tensors are missing: {', '.join(sorted(missing))}")
-                extra = names - set(_DIMS)
+                dims = _DIMS | _OLD_DIMS
+                extra = names - set(dims)
                 _require(not extra, f"unknown tensors: {', '.join(sorted(extra)[:5])}")
                 for name in names:
                     entry = file.get_slice(name)
                     found = entry.get_dtype(), len(entry.get_shape())
-                    wanted = "I64" if name in _INTEGERS else "F32", _DIMS[name]
+                    wanted = "I64" if name in _INTEGERS else "F32", dims[name]
                     _require(found == wanted, f"{name} must be {wanted[0]} of {wanted[1]} dimensions, got {found}")
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
@@ -930,8 +932,30 @@ class CapProfile:
         except (ValueError, RecursionError):
             raise ProfileError("its provenance is not JSON") from None
         _require(isinstance(provenance, dict), "its provenance is not a JSON object")
+        _convert_limits(tensors, provenance)
         layers = tensors.pop("layers")
         return cls(layers, tensors.pop("axes"), tensors.pop("floors"), provenance, **tensors)
+
+
+def _convert_limits(tensors: dict[str, Tensor], provenance: dict[str, Any]) -> None:
+    """Makes norm_limits of what a file stated before there were any.
+
+    Such a file left sinks alone by their positions, and by limits on projections at 1.5 times the largest norm of an
+    ordinary row. No row of a smaller norm has a projection beyond such a limit, and the rows at those positions have
+    larger norms.
+    """
+    old = {name: tensors.pop(name) for name in _OLD_DIMS if name in tensors}
+    if not old:
+        return
+    _require("norm_limits" not in tensors, f"norm_limits and {min(old)} exclude each other")
+    _require(
+        "limits" in old and old["limits"].shape[1] > 0,
+        "it names positions of attention sinks, but no limit; this version knows sinks by their norm: calibrate it anew",
+    )
+    tensors["norm_limits"] = old["limits"].amin(1)
+    if "limit_all" in old:
+        tensors["norm_limit_all"] = old["limit_all"]
+    provenance["norm_limits"] = CONVERTED
 
 
 _PINNED = re.compile("#[0-9a-f]{32}$")

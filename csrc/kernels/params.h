@@ -37,8 +37,10 @@ struct CapParams {
 
   const float* axes = nullptr;     // (slots, directions, hidden_size), contiguous, unit rows: what a row is read along
   const float* lifts = nullptr;    // like axes: what it is corrected along, <axis, lift> = 1; null: the axes
-  const float* floors = nullptr;   // (slots, directions)
-  const float* limits = nullptr;   // (slots, directions): a row with a projection beyond +-limit is left alone; or null
+  const float* floors = nullptr;   // (slots, directions): a row below fires
+  const float* targets = nullptr;  // like floors, and at least them: where such a row ends; null: the floors
+  // (slots,) or null: a row is left alone if the sum of its squares is more than limit * limit, both in float32.
+  const float* norm_limits = nullptr;
   const int32_t* slots = nullptr;  // (rows,), kNoSlot for a row to leave alone; null: every row uses slot 0
   int64_t num_slots = 0;
   int64_t directions = 0;
@@ -68,7 +70,7 @@ enum StatField : int64_t {
   kSeen,       // rows of this slot
   kFired,      // rows that this direction was the first to fire in: summed over directions, the rows fired
   kBelow,      // rows whose incoming projection was below this direction's floor
-  kNonFinite,  // rows left alone because a projection or the corrected row was not finite
+  kNonFinite,  // rows left alone: beyond the limit of the norm, or a projection or the corrected row is not finite
   kSum,        // of the projections, like the next two over the other rows
   kMin,
   kMax,

@@ -83,7 +83,9 @@ def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:
         return tuple(value / count if count else math.nan for value, count in zip(values, counts, strict=True))
 
     finites = [float(finite)] * len(sums)
-    shortfall = each(field["shortfall"], field["below"])
+    shortfalls, below = field["shortfall"], field["below"]
+    directions = zip(shortfalls, below, gap.tolist(), strict=True)
+    added = [(shortfall + rows * above) * strength for shortfall, rows, above in directions]
     return LayerStats(
         rows=seen,
         fired=int(sum(field["fired"])),
@@ -91,6 +93,6 @@ def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:
         mean=each(field["sum"], finites),
         min=tuple(value if finite else math.nan for value in field["min"]),
         max=tuple(value if finite else math.nan for value in field["max"]),
-        mean_shortfall=shortfall,
-        mean_added=tuple((mean + far) * strength for mean, far in zip(shortfall, gap.tolist(), strict=True)),
+        mean_shortfall=each(shortfalls, below),
+        mean_added=each(added, below),
     )

@@ -158,7 +158,7 @@ class Holds:
                 "user": Task("", 0, 0, "", as_user),
             }
             for mode, task in asked.items():
-                prompt = engine.encode([task])["input_ids"][0].tolist()
+                prompt = engine.prompts([task])[0]
                 for kind in ("assistant", "in_character"):
                     said = engine.tokenizer(pair[kind], add_special_tokens=False)["input_ids"]
                     self.texts.setdefault(mode, []).append((prompt, said))
@@ -216,7 +216,7 @@ def checks(engine: TransformersEngine, work: Work) -> tuple[int, int]:
     tasks = [task for task in tasks if work.is_held_out(task)]
     right = 0
     for batch in in_batches(tasks):
-        shard = engine(batch)
+        shard = engine.answer(batch)
         right += sum(
             passes(work.requests[task.question], text) for task, text in zip(shard.tasks, shard.texts, strict=True)
         )
@@ -247,8 +247,10 @@ def floors_for_budget(
     population: str,
     budget: Budget,
     progress: Callable[[float, Mapping[str, DomainCost]], None] = lambda percentile, found: None,
+    *,
+    target_percentile: float | None = None,
 ) -> CapProfile:
-    """The highest percentile of a population at which no domain costs more than the budget.
+    """The highest percentile of a population at which no domain costs more than the budget, at most that of targets.
 
     Found by halving, since higher floors fire on more tokens; each step is a measurement by the model itself.
 
@@ -258,10 +260,12 @@ def floors_for_budget(
         even the lowest percentile costs more.
     """
     low, high = 0, len(PERCENTILES) - 1
+    if target_percentile is not None:
+        high = sum(percentile <= target_percentile for percentile in PERCENTILES) - 1
     best: CapProfile | None = None
     while low <= high:
         middle = (low + high) // 2
-        made = with_floors(profile, PERCENTILES[middle], population)
+        made = with_floors(profile, PERCENTILES[middle], population, target_percentile=target_percentile)
         found = costs.measure(made)
         progress(PERCENTILES[middle], found)
         if budget.admits(found):

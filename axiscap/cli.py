@@ -202,6 +202,14 @@ PopulationOption = Annotated[
         "('assistant tokens', 'pooled tokens', 'ordinary tokens'). Default: the profile's, or ordinary tokens."
     ),
 ]
+TargetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        help="The percentile of the same population that a row below its floor is lifted to, at least that of the "
+        "floors. Default: a row is lifted to its floor.",
+    ),
+]
 MethodOption = Annotated[
     str,
     typer.Option(
@@ -235,6 +243,7 @@ def calibrate(
             help="The percentile of the population at which the floors lie. Default: 6, or 25 with --method difference."
         ),
     ] = None,
+    target: TargetOption = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
@@ -299,6 +308,10 @@ def calibrate(
     who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
     settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
     store = calibration.Store(rollouts or str(folder), settings)
+    with console.status("finding attention sinks"):
+        limits = calibration.find_norm_limits(loaded, tokenizer, plan, store, ordinary).limits
+    settings = dataclasses.replace(settings, norm_limits=limits)
+    store = calibration.Store(store.url, settings)
     crew: calibration.Workers
     if engine != "ray":
         engines = {"vllm": calibration.VllmEngine, "endpoint": calibration.EndpointEngine}
@@ -317,6 +330,7 @@ def calibrate(
             plan,
             store,
             percentile=percentile,
+            target_percentile=target,
             population=population,
             count=layers,
             keep=keep,
@@ -332,8 +346,12 @@ def calibrate(
         shutil.rmtree(folder, ignore_errors=True)
     if profile.evidence is not None:
         _show_evidence(profile.evidence)
-    capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, percentile {percentile:g}"
+    capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, {_percentiles(percentile, target)}"
     console.print(f"wrote {escape(str(out))}: {capped}", soft_wrap=True)
+
+
+def _percentiles(percentile: float, target: float | None) -> str:
+    return f"percentile {percentile:g}" + ("" if target is None else f", lifted to percentile {target:g}")
 
 
 def _plan(roles: Path | None, questions: Path | None, per_role: int, model: str) -> Any:
@@ -426,6 +444,7 @@ def floors(
     percentile: Annotated[
         float | None, typer.Option(help="The percentile of the population, counted towards the Assistant. Default: 25.")
     ] = None,
+    target: TargetOption = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
@@ -460,36 +479,39 @@ def floors(
     work: WorkOption = None,
 ) -> None:
     """Write a profile with other floors or other layers. Only a budget needs the model."""
-    from axiscap.calibrate import with_floors
+    from axiscap.calibrate.floors import PERCENTILES, with_floors
 
     if published:
         percentile, population = PUBLISHED
     loaded = CapProfile.load(profile)
     chosen = _layers(layers) if layers else None
-    if strength is not None and (percentile, population, budget, changed) == (None,) * 4:
+    if strength is not None and (percentile, target, population, budget, changed) == (None,) * 5:
         made = (loaded if chosen is None else loaded.at_layers(chosen)).with_strength(strength)
         made.save(out)
         what = f"the same floors, strength {strength:g}" if strength else "no floors: rows are measured, and left alone"
         console.print(f"wrote {escape(str(out))}: {what}", soft_wrap=True)
         return
     population = population or loaded.population or "assistant"
-    percentile = 25.0 if percentile is None else percentile
-    made = with_floors(loaded, percentile, population, chosen)
     if budget is not None or changed is not None:
         if rollouts is None:
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
-        made = _within(made, population, limits, rollouts, model, work)
-        percentile = made.provenance["floors"]["percentile"]
+        lowest = with_floors(loaded, PERCENTILES[0], population, chosen)
+        made = _within(lowest, population, target, limits, rollouts, model, work)
+        percentile = float(made.provenance["floors"]["percentile"])
+    else:
+        percentile = 25.0 if percentile is None else percentile
+        made = with_floors(loaded, percentile, population, chosen, target_percentile=target)
     if strength is not None:
         made = made.with_strength(strength)
     made.save(out)
-    console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
+    console.print(f"wrote {escape(str(out))}: {population}, {_percentiles(percentile, target)}", soft_wrap=True)
 
 
 def _within(
     profile: CapProfile,
     population: str,
+    target: float | None,
     limits: list[float],
     rollouts: str,
     model: str,
@@ -522,7 +544,9 @@ def _within(
 
     with console.status("measuring what floors cost, domain by domain"):
         costs = effects.Costs(loaded, tokenizer, ordinary, store)
-        made = effects.floors_for_budget(costs, profile, population, effects.Budget(*limits), step)
+        made = effects.floors_for_budget(
+            costs, profile, population, effects.Budget(*limits), step, target_percentile=target
+        )
     _show("perplexity of ordinary answers over the uncapped model's", table)
     return made
 

@@ -1,9 +1,10 @@
 """The ops: activation capping on rows of a residual stream (arXiv 2601.10387, eq. 1), fused.
 
-For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (tau_k - p) * u_k``,
-with ``u = v`` (the paper's equation) unless lifts are given. A row in which nothing fires is not written. A row whose
-projection is not finite or lies beyond its limit, or that its correction would take out of its dtype's range, is left
-as it is, and its projections are NaN. A row's result depends on its own bits, H, dtype and slot alone.
+For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (t_k - p) * u_k``.
+Without targets ``t`` is the floor ``tau``, and without lifts ``u`` is the axis ``v``: the paper's equation. A row in
+which nothing fires is not written. A row whose projection is not finite, whose norm is beyond its limit, or that its
+correction would take out of its dtype's range, is left as it is, and its projections are NaN. A row's result depends on
+its own bits, H, dtype and slot alone.
 
 Arguments that the ops share:
 
@@ -12,10 +13,11 @@ Arguments that the ops share:
 - axes: (S, K, H) float32, contiguous, unit length. floors: (S, K) float32, in the units of the projection; ``-inf``
   switches a direction off.
 - slots: (rows,) int32, the bank's slot of each row; -1 leaves a row alone (its projections are NaN). None: slot 0.
+- targets: like floors, and at least them; the projection that a row below its floor gets. None: the floors.
 - lifts: like axes; a row is read along its axis and corrected along its lift. ``<axis, lift>`` is 1, so that the
-  reading ends on the floor, or a strength between 0 and 1; elements are below 2^60. None: the axes.
-- limits: like floors, positive; a row with ``|<x, v_k>| > limit_k`` in any direction, before the cap, is left alone. No
-  row of ordinary norm has such a projection; an attention sink can. None, or inf: no limit.
+  reading ends on the target, or a strength between 0 and 1; elements are below 2^60. None: the axes.
+- norm_limits: (S,) float32, positive; a row whose squares add up to more than ``norm_limit^2``, in float32, is left
+  alone: an attention sink. None, or inf: no limit.
 - projections: (rows, K) float32, filled with ``<row, v_k>`` before the cap.
 
 All on one device. What an op changes shares no memory with its other arguments. Errors, before anything is changed:
@@ -25,8 +27,9 @@ NotImplementedError for forward-mode derivatives. Unit length is the caller's pr
 
 The functions call the kernels directly. Under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which run the same code from torch's dispatcher. The overloads ``buffers``, such as
-``torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, projections, lifts, limits)``, are for graphs that keep
-slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of them.
+``torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, projections, targets, lifts, norm_limits)``, are for
+graphs that keep slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of
+them.
 """
 
 from __future__ import annotations
@@ -48,15 +51,16 @@ def cap_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps hidden in place and returns it.
 
     Parameters
     ----------
-    hidden, axes, floors, slots, lifts, limits, projections
+    hidden, axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors. hidden and projections are changed.
 
     Returns
@@ -71,7 +75,7 @@ def cap_(
     [[0.0, 5.0], [2.0, 5.0]]
     """
     run = torch.ops.axiscap.cap_ if is_dynamo_compiling() else _C.cap_
-    run(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+    run(hidden, axes, floors, slots, targets=targets, lifts=lifts, norm_limits=norm_limits, projections=projections)
     return hidden
 
 
@@ -81,8 +85,9 @@ def cap(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """The capped copy of hidden, contiguous.
@@ -92,7 +97,7 @@ def cap(
 
     Parameters
     ----------
-    hidden, axes, floors, slots, lifts, limits, projections
+    hidden, axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors. projections are changed.
 
     Returns
@@ -108,7 +113,7 @@ def cap(
     >>> hidden.grad.tolist()
     [[0.0, 1.0], [1.0, 1.0]]
     """
-    out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots, lifts, limits)
+    out, incoming, _ = torch.ops.axiscap.cap(hidden, axes, floors, slots, targets, lifts, norm_limits)
     if projections is not None:
         projections.copy_(incoming.detach())
     return out  # type: ignore[no-any-return]
@@ -142,8 +147,9 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps the block output hidden + residual by changing residual, in place; returns residual.
@@ -152,7 +158,7 @@ def cap_residual_(
 
     Parameters
     ----------
-    hidden, residual, axes, floors, slots, lifts, limits, projections
+    hidden, residual, axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors. residual is like hidden; it and projections are changed.
 
     Returns
@@ -167,7 +173,17 @@ def cap_residual_(
     [[3.0, 2.0]]
     """
     run = torch.ops.axiscap.cap_residual_ if is_dynamo_compiling() else _C.cap_residual_
-    run(hidden, residual, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+    run(
+        hidden,
+        residual,
+        axes,
+        floors,
+        slots,
+        targets=targets,
+        lifts=lifts,
+        norm_limits=norm_limits,
+        projections=projections,
+    )
     return residual
 
 
@@ -181,8 +197,9 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     *,
     weight_bias: float = 0.0,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual add and the norm before a block, with the cap between them; returns (hidden, residual).
@@ -199,7 +216,7 @@ def add_rms_norm_cap_(
         Added to the mean of squares.
     weight_bias
         1 for Gemma, whose weights are stored less 1.
-    hidden, residual, axes, floors, slots, lifts, limits, projections
+    hidden, residual, axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors. residual is like hidden; both and projections are changed.
 
     Returns
@@ -216,7 +233,8 @@ def add_rms_norm_cap_(
     ([[0.0, 2.0]], [0.0, 1.414])
     """
     run = torch.ops.axiscap.add_rms_norm_cap_ if is_dynamo_compiling() else _C.add_rms_norm_cap_
-    options = {"weight_bias": weight_bias, "lifts": lifts, "limits": limits, "projections": projections}
+    bank = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits}
+    options = bank | {"weight_bias": weight_bias, "projections": projections}
     run(hidden, residual, weight, eps, axes, floors, slots, **options)
     return hidden, residual
 
@@ -234,8 +252,9 @@ def add_rms_norm_cap_fp8_(
     weight_bias: float = 0.0,
     scale: Tensor | None = None,
     scales: Tensor | None = None,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_rms_norm_cap_ for an fp8 matrix: the norm goes to quantized, hidden stays; returns (quantized, residual).
@@ -256,7 +275,7 @@ def add_rms_norm_cap_fp8_(
     scales
         float32, one element for each row, filled: the row's largest magnitude over 448, at least ``1 / (448 * 512)``.
         One of scale and scales is given.
-    hidden, axes, floors, slots, lifts, limits, projections
+    hidden, axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors. residual and projections are changed.
 
     Returns
@@ -274,7 +293,8 @@ def add_rms_norm_cap_fp8_(
     ([[0.0, 448.0]], 1.414)
     """
     run = torch.ops.axiscap.add_rms_norm_cap_fp8_ if is_dynamo_compiling() else _C.add_rms_norm_cap_fp8_
-    options = {"weight_bias": weight_bias, "lifts": lifts, "limits": limits, "projections": projections}
+    bank = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits}
+    options = bank | {"weight_bias": weight_bias, "projections": projections}
     run(quantized, hidden, residual, weight, eps, axes, floors, slots, scale=scale, scales=scales, **options)
     return quantized, residual
 
@@ -285,8 +305,9 @@ def cap_layers_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
     """Caps L layers' streams in place, in one launch; returns them.
@@ -295,7 +316,7 @@ def cap_layers_(
     ----------
     hiddens
         L tensors of one shape and dtype, each (..., H).
-    axes, floors, slots, lifts, limits, projections
+    axes, floors, slots, targets, lifts, norm_limits, projections
         See :mod:`axiscap.ops`, also for the errors; all but slots have a leading L. hiddens and projections change.
 
     Returns
@@ -312,7 +333,7 @@ def cap_layers_(
     """
     streams = list(hiddens)
     run = torch.ops.axiscap.cap_layers_ if is_dynamo_compiling() else _C.cap_layers_
-    run(streams, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+    run(streams, axes, floors, slots, targets=targets, lifts=lifts, norm_limits=norm_limits, projections=projections)
     return streams
 
 
@@ -381,7 +402,9 @@ def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., 
             devices["hidden"], *others = (hidden.device for hidden in given["hiddens"])
             devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
         rows = "hidden" if "hidden" in devices else "projections"  # accumulate_ has no hidden
-        for name, of in [(name, "axes") for name in ("floors", "lifts", "limits")] + [(name, rows) for name in devices]:
+        for name, of in [(name, "axes") for name in ("floors", "targets", "lifts", "norm_limits")] + [
+            (name, rows) for name in devices
+        ]:
             device, wanted = devices.get(name), devices.get(of)
             if device and wanted and device != wanted:
                 raise ValueError(f"{name} must be on the device of {of}, {wanted}, got {device}")
@@ -409,14 +432,14 @@ def _empty_project(hidden: Tensor, axes: Tensor, **_: Tensor | None) -> Tensor:
 
 
 def _setup_cap(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, axes, _, slots, lifts, _ = inputs
+    _, axes, _, slots, _, lifts, _ = inputs
     _, projections, fired = output
     ctx.mark_non_differentiable(projections, fired)
     ctx.save_for_backward(axes, slots, lifts, fired)
 
 
 def _differentiate_cap(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Where direction k fired, x -> x + (tau - <x, v>) u has the Jacobian I - u v^T."""
+    """Where direction k fired, x -> x + (t - <x, v>) u has the Jacobian I - u v^T."""
     axes, slots, lifts, fired = ctx.saved_tensors
     g = grad.reshape(-1, grad.shape[-1]).float()
     if slots is None:
@@ -429,7 +452,7 @@ def _differentiate_cap(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | Non
         mine = torch.where(fired[:, k, None], mine, 0)
         weights = mine if own is None else torch.zeros_like(along).scatter(1, own, mine)
         g = torch.addmm(g, weights, axes[:, k], alpha=-1)
-    return g.to(grad.dtype).reshape(grad.shape), *[None] * 5
+    return g.to(grad.dtype).reshape(grad.shape), *[None] * 6
 
 
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,7 +18,7 @@ _FP8_MAX = 448.0
 
 class _Directions:
     """Rows x (N, H) in the dtype of the arithmetic, and each row's directions: axes and lifts (N, K, H), floors and
-    limits (N, K); ``active`` (N,): the row has a slot.
+    targets (N, K), norm_limits (N,); ``active`` (N,): the row has a slot.
     """
 
     def __init__(
@@ -27,8 +27,9 @@ class _Directions:
         axes: Tensor,
         floors: Tensor,
         slots: Tensor | None,
+        targets: Tensor | None,
         lifts: Tensor | None,
-        limits: Tensor | None,
+        norm_limits: Tensor | None,
     ) -> None:
         work = torch.promote_types(hidden.dtype, torch.float32)
         self.x = hidden.reshape(-1, hidden.shape[-1]).to(work)
@@ -38,8 +39,10 @@ class _Directions:
             raise IndexError(f"slots must be in [0, {len(axes)}) or -1")
         self.active, index = index >= 0, index.clamp(min=0)
         self.axes, self.floors = axes.to(work)[index], floors.to(work)[index]
+        self.targets = self.floors if targets is None else targets.to(work)[index]
         self.lifts = self.axes if lifts is None else lifts.to(work)[index]
-        self.limits = torch.full_like(self.floors, torch.inf) if limits is None else limits.to(work)[index]
+        no_limits = torch.full((len(self.x),), torch.inf, dtype=work, device=device)
+        self.norm_limits = no_limits if norm_limits is None else norm_limits.to(work)[index]
 
     def cap(self, x: Tensor, rows: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
         """Applies the directions in order to x (N, H).
@@ -60,11 +63,12 @@ class _Directions:
         came = x
         incoming = torch.einsum("nh,nkh->nk", x, self.axes)
         fired = torch.zeros_like(self.active)
-        admitted = self.active & (incoming.isfinite() & (incoming.abs() <= self.limits)).all(-1)
+        admitted = self.active & incoming.isfinite().all(-1)
+        admitted = admitted & ~(x.square().sum(-1) > self.norm_limits.square())
         for k in range(self.axes.shape[1]):
             p = (x * self.axes[:, k]).sum(-1)
             fires = p < self.floors[:, k]
-            delta = torch.where(fires, self.floors[:, k] - p, 0)
+            delta = torch.where(fires, self.targets[:, k] - p, 0)
             admitted = admitted & p.isfinite() & delta.isfinite()
             x = torch.where(fires[:, None], x + delta[:, None] * self.lifts[:, k], x)
             fired = fired | fires
@@ -81,28 +85,17 @@ def cap(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """The capped copy of hidden. Differentiable with respect to hidden.
 
     Parameters
     ----------
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    floors
-        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
-    lifts
-        like axes: what rows are corrected along. None: the axes.
-    limits
-        like floors, positive: a row with a larger projection, of either sign, is left alone.
-    projections
-        (rows, K) float32, filled with the projections before the cap.
+    hidden, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -116,7 +109,7 @@ def cap(
     >>> reference.cap(hidden, axes, torch.zeros(1, 1)).tolist()
     [[0.0, 5.0], [2.0, 5.0]]
     """
-    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
     capped, incoming = directions.cap(directions.x, hidden.reshape(directions.x.shape))
     if projections is not None:
         projections.copy_(incoming.detach())
@@ -129,28 +122,17 @@ def cap_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps hidden in place and returns it.
 
     Parameters
     ----------
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    floors
-        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
-    lifts
-        like axes: what rows are corrected along. None: the axes.
-    limits
-        like floors, positive: a row with a larger projection, of either sign, is left alone.
-    projections
-        (rows, K) float32, filled with the projections before the cap.
+    hidden, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -164,7 +146,9 @@ def cap_(
     >>> reference.cap_(hidden, axes, torch.zeros(1, 1)) is hidden
     True
     """
-    return hidden.copy_(cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=projections))
+    return hidden.copy_(
+        cap(hidden, axes, floors, slots, targets=targets, lifts=lifts, norm_limits=norm_limits, projections=projections)
+    )
 
 
 def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor:
@@ -172,12 +156,8 @@ def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor
 
     Parameters
     ----------
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
+    hidden, axes, slots
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -191,7 +171,7 @@ def project(hidden: Tensor, axes: Tensor, slots: Tensor | None = None) -> Tensor
     [[3.0]]
     """
     off = torch.full(axes.shape[:2], -torch.inf, dtype=axes.dtype, device=axes.device)
-    directions = _Directions(hidden, axes, off, slots, None, None)
+    directions = _Directions(hidden, axes, off, slots, None, None, None)
     return directions.cap(directions.x, directions.x)[1].reshape(*hidden.shape[:-1], axes.shape[1])
 
 
@@ -202,30 +182,17 @@ def cap_residual_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> Tensor:
     """Caps the sum hidden + residual by changing residual, in place; returns residual.
 
     Parameters
     ----------
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    residual
-        of hidden's shape and dtype; changed.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    floors
-        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
-    lifts
-        like axes: what rows are corrected along. None: the axes.
-    limits
-        like floors, positive: a row with a larger projection, of either sign, is left alone.
-    projections
-        (rows, K) float32, filled with the projections before the cap.
+    hidden, residual, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -239,7 +206,7 @@ def cap_residual_(
     >>> reference.cap_residual_(hidden, residual, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1)).tolist()
     [[3.0, 2.0]]
     """
-    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
     rows = residual.reshape(directions.x.shape)
     capped, incoming = directions.cap(directions.x + rows.to(directions.x.dtype), rows, apart=True)
     if projections is not None:
@@ -257,36 +224,23 @@ def add_rms_norm_cap_(
     slots: Tensor | None = None,
     *,
     weight_bias: float = 0.0,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual <- cap(hidden + residual); hidden <- the RMS norm of the stored residual, times weight + weight_bias.
 
     Parameters
     ----------
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    residual
-        of hidden's shape and dtype; changed, as hidden is.
     weight
         (H,), of hidden's dtype.
     eps
         what is added to the mean of squares.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    floors
-        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
     weight_bias
         1 for Gemma, whose weights are stored less 1.
-    lifts
-        like axes: what rows are corrected along. None: the axes.
-    limits
-        like floors, positive: a row with a larger projection, of either sign, is left alone.
-    projections
-        (rows, K) float32, filled with the projections before the cap.
+    hidden, residual, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -301,7 +255,7 @@ def add_rms_norm_cap_(
     >>> reference.add_rms_norm_cap_(hidden, residual, torch.ones(2), 0.0, *bank)[1].tolist()
     [[0.0, 2.0]]
     """
-    directions = _Directions(hidden, axes, floors, slots, lifts, limits)
+    directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
     x = directions.x + residual.reshape(directions.x.shape).to(directions.x.dtype)
     capped, incoming = directions.cap(x, x.to(residual.dtype))
     if projections is not None:
@@ -325,8 +279,9 @@ def add_rms_norm_cap_fp8_(
     weight_bias: float = 0.0,
     scale: Tensor | None = None,
     scales: Tensor | None = None,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_rms_norm_cap_ whose norm, rounded to hidden's dtype, is divided by a scale and rounded to fp8.
@@ -335,20 +290,10 @@ def add_rms_norm_cap_fp8_(
     ----------
     quantized
         float8_e4m3fn of hidden's shape, filled.
-    hidden
-        (..., H) float32, bfloat16 or float16; last stride 1, rows with one uniform stride.
-    residual
-        of hidden's shape and dtype; changed.
     weight
         (H,), of hidden's dtype.
     eps
         what is added to the mean of squares.
-    axes
-        (S, K, H) float32, contiguous, rows of unit length.
-    floors
-        (S, K) float32, in the units of the projection; ``-inf`` switches a direction off.
-    slots
-        (rows,) int32, each row's slot; -1 leaves a row alone. None: slot 0.
     weight_bias
         1 for Gemma, whose weights are stored less 1.
     scale
@@ -356,12 +301,8 @@ def add_rms_norm_cap_fp8_(
     scales
         float32, one element for each row, filled: the row's largest magnitude over 448, at least ``1 / (448 * 512)``.
         One of scale and scales is given.
-    lifts
-        like axes: what rows are corrected along. None: the axes.
-    limits
-        like floors, positive: a row with a larger projection, of either sign, is left alone.
-    projections
-        (rows, K) float32, filled with the projections before the cap.
+    hidden, residual, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`.
 
     Returns
     -------
@@ -378,7 +319,7 @@ def add_rms_norm_cap_fp8_(
     >>> reference.add_rms_norm_cap_fp8_(*call, scales=scales)[0].tolist()
     [[0.0, 448.0]]
     """
-    more: dict[str, Any] = {"lifts": lifts, "limits": limits, "projections": projections}
+    more: dict[str, Any] = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits, "projections": projections}
     normed, _ = add_rms_norm_cap_(
         hidden.clone(), residual, weight, eps, axes, floors, slots, weight_bias=weight_bias, **more
     )
@@ -397,28 +338,17 @@ def cap_layers_(
     floors: Tensor,
     slots: Tensor | None = None,
     *,
+    targets: Tensor | None = None,
     lifts: Tensor | None = None,
-    limits: Tensor | None = None,
+    norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
     """cap_ for each layer l with what each argument has for it: axes[l] (S, K, H), floors[l] (S, K), ...
 
     Parameters
     ----------
-    hiddens
-        L tensors of one shape and dtype, each (..., H); changed.
-    axes
-        (L, S, K, H).
-    floors
-        (L, S, K).
-    slots
-        (rows,) int32, shared by the layers.
-    lifts
-        like axes.
-    limits
-        like floors.
-    projections
-        (L, rows, K), filled.
+    hiddens, axes, floors, slots, targets, lifts, norm_limits, projections
+        See :mod:`axiscap.ops`; all but slots have a leading L.
 
     Returns
     -------
@@ -443,8 +373,9 @@ def cap_layers_(
             axes[layer],
             floors[layer],
             slots,
+            targets=at(targets, layer),
             lifts=at(lifts, layer),
-            limits=at(limits, layer),
+            norm_limits=at(norm_limits, layer),
             projections=at(projections, layer),
         )
     return list(hiddens)

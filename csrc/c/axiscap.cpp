@@ -61,8 +61,9 @@ CapParams params_of(const axiscap_call& call) {
     p.out = call.out ? call.out : call.residual ? call.residual : call.hidden;
     p.out_stride = call.out ? call.out_stride : call.residual ? call.residual_stride : call.hidden_stride;
     p.floors = call.floors;
+    p.targets = call.targets;
     p.lifts = call.lifts;
-    p.limits = call.limits;
+    p.norm_limits = call.norm_limits;
   }
   p.axes = call.axes;
   p.slots = call.slots;

@@ -100,7 +100,8 @@ void Callback::cap(void* tensor, size_t layer) {
   params.hidden = params.out = rows_.data();
   params.hidden_stride = params.out_stride = params.hidden_size = hidden_size_;
   params.rows = rows;
-  params.axes = bank.axes, params.lifts = bank.lifts, params.floors = bank.floors, params.limits = bank.limits;
+  params.axes = bank.axes, params.lifts = bank.lifts, params.floors = bank.floors, params.targets = bank.targets;
+  params.norm_limits = bank.norm_limits;
   params.slots = row_slots_.data();
   params.num_slots = num_slots_, params.directions = directions_;
   params.projections = projections_.data();

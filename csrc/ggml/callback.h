@@ -28,7 +28,8 @@ class Callback {
     const float* axes = nullptr;  // null: not capped
     const float* lifts = nullptr;
     const float* floors = nullptr;
-    const float* limits = nullptr;
+    const float* targets = nullptr;
+    const float* norm_limits = nullptr;
     double* stats = nullptr;
   };
 

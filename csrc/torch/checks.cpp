@@ -22,11 +22,12 @@ void check_axes(const Tensor& axes, int64_t dim) {
               sizes[dim - 1]);
 }
 
-// A part of a bank beside its axes: of their shape, or of that less H.
-void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, bool has_size) {
+// A part of a bank beside its axes: of their shape, or of that less its last dimensions.
+void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, int64_t missing_dims) {
+  constexpr const char* kMissing[] = {"", " less H", " less K and H"};
   check_dtype(tensor, name, kFloat);
-  const Sizes expected = has_size ? axes.sizes : axes.sizes.first(axes.dim() - 1);
-  CHECK_VALUE(tensor.sizes == expected, name, " must have the shape of axes", has_size ? ", " : " less H, ", expected,
+  const Sizes expected = axes.sizes.first(axes.dim() - missing_dims);
+  CHECK_VALUE(tensor.sizes == expected, name, " must have the shape of axes", kMissing[missing_dims], ", ", expected,
               ", got ", tensor.sizes);
   CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides);
   CHECK_VALUE(tensor.device == axes.device, name, " must be on the device of axes, ", axes.device, ", got ",
@@ -80,9 +81,10 @@ Rows writable_rows_of(const Tensor& tensor, const char* name) {
 
 void check_bank(const Arguments& a, bool has_layers) {
   check_axes(*a.axes, has_layers ? 4 : 3);
-  if (a.floors) check_beside(*a.floors, "floors", *a.axes, false);
-  if (a.lifts) check_beside(*a.lifts, "lifts", *a.axes, true);
-  if (a.limits) check_beside(*a.limits, "limits", *a.axes, false);
+  if (a.floors) check_beside(*a.floors, "floors", *a.axes, 1);
+  if (a.targets) check_beside(*a.targets, "targets", *a.axes, 1);
+  if (a.lifts) check_beside(*a.lifts, "lifts", *a.axes, 0);
+  if (a.norm_limits) check_beside(*a.norm_limits, "norm_limits", *a.axes, 2);
 }
 
 void check_bank_values(const Arguments& a) {
@@ -95,7 +97,8 @@ void check_bank_values(const Arguments& a) {
       return nullptr;
     return copy.as<const float>();
   };
-  const float *axis = on_host(a.axes), *floor = on_host(a.floors), *lift = on_host(a.lifts), *limit = on_host(a.limits);
+  const float *axis = on_host(a.axes), *floor = on_host(a.floors), *target = on_host(a.targets),
+              *lift = on_host(a.lifts), *limit = on_host(a.norm_limits);
   const auto product = [size](const float* a, const float* b, int64_t k) {
     double sum = 0;
     for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
@@ -108,13 +111,17 @@ void check_bank_values(const Arguments& a) {
                 "), got a norm of ", norm);
     CHECK_VALUE(floor[k] < std::numeric_limits<float>::infinity(),
                 "floors must be finite, or -inf for a direction that is off, got ", floor[k]);
+    if (target)
+      CHECK_VALUE(target[k] >= floor[k] && target[k] < std::numeric_limits<float>::infinity(),
+                  "targets must be finite and at least the floors, got ", target[k], " for a floor of ", floor[k]);
     if (lift) {
       const double along = product(axis, lift, k);
       CHECK_VALUE(along > 0 && along <= 1 + kTolerance,
                   "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", along);
     }
-    if (limit) CHECK_VALUE(limit[k] > 0, "limits must be positive, or inf for none, got ", limit[k]);
   }
+  for (int64_t i = 0; limit && i < a.norm_limits->numel; ++i)
+    CHECK_VALUE(limit[i] > 0, "norm_limits must be positive, or inf for none, got ", limit[i]);
 }
 
 void check_apart(std::span<const Part> parts) {
@@ -198,8 +205,9 @@ CapParams params_for(const Tensor& hidden, Rows rows, const Tensor& axes, Option
 
 void use_bank(CapParams& p, const Arguments& a) {
   p.floors = a.floors->as<const float>();
+  p.targets = a.targets ? a.targets->as<const float>() : nullptr;
   p.lifts = a.lifts ? a.lifts->as<const float>() : nullptr;
-  p.limits = a.limits ? a.limits->as<const float>() : nullptr;
+  p.norm_limits = a.norm_limits ? a.norm_limits->as<const float>() : nullptr;
 }
 
 void write_in_place(CapParams& p) {

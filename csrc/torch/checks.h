@@ -25,22 +25,31 @@ struct Part {
 // A call's arguments, by the names that the schemas give them. Null or empty: not given.
 struct Arguments {
   Optional quantized = nullptr, hidden = nullptr, residual = nullptr, weight = nullptr, axes = nullptr,
-           floors = nullptr, slots = nullptr, scale = nullptr, scales = nullptr, lifts = nullptr, limits = nullptr,
-           projections = nullptr, stats = nullptr;
+           floors = nullptr, slots = nullptr, scale = nullptr, scales = nullptr, lifts = nullptr, targets = nullptr,
+           norm_limits = nullptr, projections = nullptr, stats = nullptr;
   std::vector<Tensor> hiddens;
   double eps = 0, weight_bias = 0;
   Extent extent = Extent::kExact;  // of slots and projections
 
-  static constexpr int kMaxTensors = 14;
+  static constexpr int kMaxTensors = 15;
   Part parts[kMaxTensors];  // every tensor that is given, but for the hiddens
   int parts_count = 0;
 };
 
 inline constexpr std::pair<std::string_view, Optional Arguments::*> kTensorArguments[] = {
-    {"quantized", &Arguments::quantized}, {"hidden", &Arguments::hidden}, {"residual", &Arguments::residual},
-    {"weight", &Arguments::weight},       {"axes", &Arguments::axes},     {"floors", &Arguments::floors},
-    {"slots", &Arguments::slots},         {"scale", &Arguments::scale},   {"scales", &Arguments::scales},
-    {"lifts", &Arguments::lifts},         {"limits", &Arguments::limits}, {"projections", &Arguments::projections},
+    {"quantized", &Arguments::quantized},
+    {"hidden", &Arguments::hidden},
+    {"residual", &Arguments::residual},
+    {"weight", &Arguments::weight},
+    {"axes", &Arguments::axes},
+    {"floors", &Arguments::floors},
+    {"slots", &Arguments::slots},
+    {"scale", &Arguments::scale},
+    {"scales", &Arguments::scales},
+    {"targets", &Arguments::targets},
+    {"lifts", &Arguments::lifts},
+    {"norm_limits", &Arguments::norm_limits},
+    {"projections", &Arguments::projections},
     {"stats", &Arguments::stats}};
 inline constexpr std::pair<std::string_view, double Arguments::*> kNumberArguments[] = {
     {"eps", &Arguments::eps}, {"weight_bias", &Arguments::weight_bias}};
@@ -55,11 +64,13 @@ Rows rows_of(const Tensor& tensor, const char* name);
 // The same of a tensor that is changed: its rows do not overlap.
 Rows writable_rows_of(const Tensor& tensor, const char* name);
 
-// Checks the tensors that every cap has: axes (S, K, H) and floors (S, K), lifts like the axes, limits like the floors;
+// Checks the tensors that every cap has: axes (S, K, H), lifts like them, floors (S, K), targets like them, norm_limits
+// (S,);
 // all of several layers with a leading L. `project` has axes alone.
 void check_bank(const Arguments& a, bool has_layers = false);
 // Checks their values, with a copy to the host: for set-up, not for calls. Axes are finite and of unit length, floors
-// finite or -inf, lifts finite, above 0 and at most 1 along their axes, limits positive.
+// finite or -inf, targets at least the floors, lifts finite, above 0 and at most 1 along their axes, norm_limits
+// positive.
 void check_bank_values(const Arguments& a);
 
 // Raises if a tensor that is changed shares memory with another one: a kernel reads a row again after it wrote another,

@@ -46,7 +46,7 @@ struct KeptCallback {
       CHECK_VALUE(axes.device.is_cpu() && axes.sizes == first, "banks must be of one size, on the CPU");
       CapParams p;
       use_bank(p, bank);
-      made[i] = {axes.as<const float>(), p.lifts, p.floors, p.limits, check_stats(pair[1], bank)};
+      made[i] = {axes.as<const float>(), p.lifts, p.floors, p.targets, p.norm_limits, check_stats(pair[1], bank)};
     }
     CHECK_VALUE(!sizes.empty(), "at least one layer must be capped");
     return {std::bit_cast<ggml::Library>(functions), std::move(made), sizes[0], sizes[1], sizes[2]};

@@ -147,8 +147,9 @@ py::object cap_layers_(const Arguments& a) {
       const int64_t directions = p.num_slots * p.directions;
       p.axes += directions * p.hidden_size;
       p.floors += directions;
+      if (p.targets) p.targets += directions;
       if (p.lifts) p.lifts += directions * p.hidden_size;
-      if (p.limits) p.limits += directions;
+      if (p.norm_limits) p.norm_limits += p.num_slots;
       if (p.projections) p.projections += p.rows * p.directions;
     }
     write_in_place(p);
@@ -196,7 +197,7 @@ py::object accumulate_(const Arguments& a) {
 
 // What the schemas share. An argument of every bank is added here.
 #define BANK "Tensor axes, Tensor floors, Tensor? slots=None"
-#define OPTIONS "Tensor? lifts=None, Tensor? limits=None"
+#define OPTIONS "Tensor? targets=None, Tensor? lifts=None, Tensor? norm_limits=None"
 #define PROJECTIONS "Tensor(z!)? projections=None"
 #define BUFFERS "Tensor axes, Tensor floors, Tensor slots, Tensor(z!) projections"
 #define NORMED "Tensor(a!) hidden, Tensor(b!) residual, Tensor weight, float eps"

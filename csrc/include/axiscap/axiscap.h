@@ -1,9 +1,10 @@
 /* AxisCap for programs without Python or torch: activation capping on raw pointers, on a CPU or a CUDA GPU.
  *
  * For a row x and its slot's directions k, in order, in float32: p = <x, v_k>; if p < tau_k: x += (tau_k - p) * v_k
- * (arXiv 2601.10387, eq. 1); with lifts, x += (tau_k - p) * u_k. A row in which nothing fires is not written, nor is
- * one that is not finite, or would not be once it is corrected and rounded to its dtype: its projections are NaN. Every
- * function checks sizes and pointers before anything is written, and no C++ exception leaves it.
+ * (arXiv 2601.10387, eq. 1); with targets t and lifts u, x += (t_k - p) * u_k. A row in which nothing fires is not
+ * written, nor is one that is not finite, whose norm is beyond its limit, or that would not be finite once it is
+ * corrected and rounded to its dtype: its projections are NaN. Every function checks sizes and pointers before anything
+ * is written, and no C++ exception leaves it.
  */
 #ifndef AXISCAP_H
 #define AXISCAP_H
@@ -56,9 +57,10 @@ typedef struct axiscap_call {
   const float* axes;    /* (num_slots, directions, hidden_size), contiguous, unit rows */
   const float* lifts;   /* NULL: the axes; or like axes: a row is read along its axis, and corrected along its lift, of
                            which <axis, lift> must be 1 (or a strength between 0 and 1), with elements below 2^60 */
-  const float* floors;  /* (num_slots, directions); -INFINITY switches a direction off */
-  const float* limits;  /* NULL, or (num_slots, directions): a row with a projection beyond +-limit is left alone */
-  const int32_t* slots; /* (rows,): the bank's slot of each row, -1 for a row to leave alone; NULL: slot 0 */
+  const float* floors;  /* (num_slots, directions): a row below fires; -INFINITY switches a direction off */
+  const float* targets; /* NULL: the floors; or like floors, and at least them: the projection that such a row gets */
+  const float* norm_limits; /* NULL, or (num_slots,), positive: a row with a larger norm is left alone */
+  const int32_t* slots;     /* (rows,): the bank's slot of each row, -1 for a row to leave alone; NULL: slot 0 */
   int64_t num_slots;
   int64_t directions; /* at most 64 */
 

@@ -19,6 +19,8 @@ namespace axiscap::AXISCAP_ISA {
 
 inline constexpr int kLanes = 32;
 inline constexpr int kVecs = kLanes / kWidth;
+// Squares have half of the lanes: with as many as a dot product, the sums of all rows would not fit the registers.
+inline constexpr int kSquareVecs = kVecs / 2;
 // Most rows that share one pass over the axis: the axis (4 bytes an element, from L1 or L2) costs more than a bfloat16
 // row, and several rows at once keep more of memory's requests in flight. Bounded by the registers for their sums.
 inline constexpr int kMaxRowsAtOnce = kWidth == 16 ? 8 : 4;
@@ -70,18 +72,17 @@ struct Slot {
   const float* axes;
   const float* lifts;
   const float* floors;
-  const float* limits;
+  const float* targets;
+  float norm_limit;
 
   Slot(const CapParams& p, int64_t slot)
       : axes(p.axes + slot * p.directions * p.hidden_size),
         lifts(p.lifts ? p.lifts + slot * p.directions * p.hidden_size : axes),
         floors(p.floors ? p.floors + slot * p.directions : nullptr),
-        limits(p.limits ? p.limits + slot * p.directions : nullptr) {}
+        targets(p.targets ? p.targets + slot * p.directions : floors),
+        norm_limit(p.norm_limits ? p.norm_limits[slot] : std::numeric_limits<float>::infinity()) {}
 
-  // Whether a row with this projection on direction k is one to cap.
-  bool admits(int64_t k, float projection) const {
-    return std::isfinite(projection) && (!limits || std::fabs(projection) <= limits[k]);
-  }
+  bool has_limit() const { return norm_limit < std::numeric_limits<float>::infinity(); }
 };
 
 // What the directions so far have added to a row: x = row + sum_j delta_j u_j, in the order of j.
@@ -100,21 +101,25 @@ struct Corrections {
   }
 };
 
-inline float fold(const Vec (&acc)[kVecs]) {
-  // Lane j is added to lane j - half, for half = 16, 8, 4, 2, 1: on four lanes at a time while there are four.
+template <int N>
+inline float fold(const Vec (&acc)[N]) {
+  // Lane j is added to lane j - half, for half = ..., 4, 2, 1: on four lanes at a time while there are four.
   typedef float Four __attribute__((vector_size(16)));
-  Four lanes[kLanes / 4];
+  constexpr int kFours = N * kWidth / 4;
+  Four lanes[kFours];
   std::memcpy(lanes, acc, sizeof(lanes));
-  for (int half = kLanes / 8; half > 0; half /= 2)
+  for (int half = kFours / 2; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
   return (lanes[0][0] + lanes[0][2]) + (lanes[0][1] + lanes[0][3]);
 }
 
-// <row_r, axis> for R rows in one pass over the axis. `ahead`: how many elements further on the row lies that comes in
-// row r's place after this block, or 0.
-template <int R, class Row, class T>
-inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead, float* out) {
-  Vec acc[R][kVecs] = {};
+inline void add_square(Vec& acc, Vec x) { acc = multiply_add(x, x, acc); }
+
+// <row_r, axis> for R rows in one pass over the axis, and with kSquares <row_r, row_r>. `ahead`: how many elements
+// further on the row lies that comes in row r's place after this block, or 0.
+template <int R, bool kSquares, class Row, class T>
+inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead, float* out, float* squares) {
+  Vec acc[R][kVecs] = {}, square_acc[R][kSquareVecs] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     // R rows at once are R short streams, which the hardware's prefetchers lose at every row's end.
@@ -122,7 +127,11 @@ inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead
       __builtin_prefetch(rows[r + i / kLanes % std::min(R, kPrefetchShare)].base() + i + ahead, 0, 2);
     for (int u = 0; u < kVecs; ++u) {
       const Vec v = load(axis + i + u * kWidth);
-      for (int r = 0; r < R; ++r) acc[r][u] = multiply_add(rows[r].load_at(i + u * kWidth), v, acc[r][u]);
+      for (int r = 0; r < R; ++r) {
+        const Vec x = rows[r].load_at(i + u * kWidth);
+        acc[r][u] = multiply_add(x, v, acc[r][u]);
+        if constexpr (kSquares) add_square(square_acc[r][u % kSquareVecs], x);
+      }
     }
   }
   if (i < size) {
@@ -131,11 +140,17 @@ inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead
     for (int r = 0; r < R; ++r) {
       T row_tail[2 * kLanes] = {};
       const Row row = rows[r].tail(i, size - i, row_tail);
-      for (int u = 0; u < kVecs; ++u)
-        acc[r][u] = multiply_add(row.load_at(u * kWidth), load(axis_tail + u * kWidth), acc[r][u]);
+      for (int u = 0; u < kVecs; ++u) {
+        const Vec x = row.load_at(u * kWidth);
+        acc[r][u] = multiply_add(x, load(axis_tail + u * kWidth), acc[r][u]);
+        if constexpr (kSquares) add_square(square_acc[r][u % kSquareVecs], x);
+      }
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = fold(acc[r]);
+  for (int r = 0; r < R; ++r) {
+    out[r] = fold(acc[r]);
+    if constexpr (kSquares) squares[r] = fold(square_acc[r]);
+  }
 }
 
 // <x, axis> of a row that earlier directions have corrected; the same sum as `dots` over x.
@@ -351,7 +366,7 @@ bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* 
     if (!std::isfinite(now)) return false;
     fired[k] = now < slot.floors[k];
     if (!fired[k]) continue;
-    const float delta = slot.floors[k] - now;
+    const float delta = slot.targets[k] - now;
     if (!std::isfinite(delta)) return false;
     corrections.add(slot.lifts + k * p.hidden_size, delta);
     large |= may_overflow<T>(delta);
@@ -369,18 +384,22 @@ void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t number) {
   for (int r = 0; r < R; ++r) new (rows + r) Row(p, row + r);
 
   const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
-  float projections[R][kMaxDirections];
+  float projections[R][kMaxDirections], squares[R] = {};
   for (int64_t k = 0; k < p.directions; ++k) {
+    const float* axis = slot.axes + k * p.hidden_size;
     float column[R];
-    dots<R, Row, T>(rows, slot.axes + k * p.hidden_size, p.hidden_size, ahead, column);
+    if (k == 0 && slot.has_limit())
+      dots<R, true, Row, T>(rows, axis, p.hidden_size, ahead, column, squares);
+    else
+      dots<R, false, Row, T>(rows, axis, p.hidden_size, ahead, column, nullptr);
     for (int r = 0; r < R; ++r) projections[r][k] = column[r];
   }
 
   for (int r = 0; r < R; ++r) {
     Corrections corrections;
     uint8_t fired[kMaxDirections] = {};
-    bool admitted = true;
-    for (int64_t k = 0; k < p.directions; ++k) admitted &= slot.admits(k, projections[r][k]);
+    bool admitted = !(squares[r] > slot.norm_limit * slot.norm_limit);
+    for (int64_t k = 0; k < p.directions; ++k) admitted &= std::isfinite(projections[r][k]);
     if (p.out) {
       admitted = admitted && correct<T>(p, rows[r], slot, projections[r], corrections, fired);
       if (!admitted) corrections.count = 0;

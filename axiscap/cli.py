@@ -99,6 +99,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Print the contents of a profile and where they come from."""
+    from axiscap.view.sinks import describe_sinks, sink_warnings
+
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
     console.print(f"[bold]{escape(profile)}[/bold]")
@@ -111,12 +113,15 @@ def inspect(
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
     if loaded.strength != 1:
         summary.add_row("strength", f"{loaded.strength:.3g}: a row is lifted by this share of its shortfall")
-    for key in ("axis", "sinks", "floors", "sampling", "created", "axiscap", "source"):
+    summary.add_row("attention sinks", describe_sinks(loaded))
+    for key in ("axis", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:
             value = facts[key]
             text = value if isinstance(value, str) else json.dumps(value)
             summary.add_row(key, escape(text if len(text) <= 300 else text[:297] + "..."))
     console.print(summary)
+    for warning in sink_warnings(loaded):
+        console.print(f"[yellow]{escape(warning)}[/yellow]", soft_wrap=True)
 
     unreadable = ""
     try:
@@ -124,7 +129,7 @@ def inspect(
     except ProfileError as error:
         evidence, unreadable = None, str(error)
     table = Table()
-    for name in ("layer", "direction", "floor"):
+    for name in ("layer", "direction", "floor", *(["target"] if loaded.targets is not None else [])):
         table.add_column(name, justify="right")
     percentiles = loaded.percentiles if loaded.quantiles is not None else ()
     shown = [p for p in percentiles if p in (1, 5, 10, 25, 50, 75, 90, 95, 99)]
@@ -135,6 +140,8 @@ def inspect(
     for index, layer in enumerate(loaded.layers):
         for k in range(loaded.directions):
             row = [str(layer), str(k), f"{loaded.floors[index, k].item():.4g}"]
+            if loaded.targets is not None:
+                row.append(f"{loaded.targets[index, k].item():.4g}")
             if loaded.quantiles is not None:
                 values = dict(zip(percentiles, loaded.quantiles[layer].tolist(), strict=False))
                 row += [f"{values[p]:.4g}" if p in values else "" for p in shown]

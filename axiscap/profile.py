@@ -887,6 +887,8 @@ class CapProfile:
         place = "not stated"
         if isinstance(floors, Mapping) and {"percentile", "population"} <= floors.keys():
             place = f"percentile {floors['percentile']} of {floors['population']}"
+            if "target_percentile" in floors:
+                place += f"; rows below are lifted to percentile {floors['target_percentile']}"
         found = {
             "model": str(self.model_facts.get("id", "unknown")),
             "digest": self.digest,

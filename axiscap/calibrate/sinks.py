@@ -191,7 +191,8 @@ class SinkCounts:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> SinkCounts:
-        return cls(**{**stored, "tokens": [Counter(dict(tokens)) for tokens in stored["tokens"]]})
+        tokens = [Counter(dict(pairs)) for pairs in stored["tokens"]]
+        return cls(**{**stored, "norm_limits": tuple(stored["norm_limits"]), "tokens": tokens})
 
     def describe(self, limits: NormLimits, layers: Sequence[int], tokenizer: Any) -> dict[str, Any]:
         """What a profile's provenance says of sinks, by layer of the model; norms are multiples of the median.

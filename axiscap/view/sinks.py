@@ -20,7 +20,7 @@ def describe_sinks(profile: CapProfile) -> str:
     parts = [f"left alone beyond {_span(list(limits.values()))} times the median norm"]
     largest, share = (_at_capped_layers(profile, name) for name in ("largest_ordinary", "share"))
     if largest:
-        parts.append(f"largest ordinary row {max(largest.values()):.2g}")
+        parts.append(f"largest ordinary row {max(largest.values()):.3g}")
     if share:
         parts.append(f"at most {max(share.values()):.1%} of a layer's rows")
     return "; ".join(parts)
@@ -37,7 +37,7 @@ def sink_warnings(profile: CapProfile) -> list[str]:
     near = {layer: share for layer, share in _at_capped_layers(profile, "near_the_limit").items() if share > OVERLAP}
     if near:
         warnings.append(
-            f"At layers {ranges(near)} attention sinks and ordinary rows overlap: up to {max(near.values()):.1%} of the "
+            f"At layers {ranges(near)} attention sinks and ordinary rows overlap: up to {max(near.values()):.1%} of "
             "rows are near the limit."
         )
     return warnings
@@ -54,5 +54,5 @@ def _at_capped_layers(profile: CapProfile, name: str) -> dict[int, float]:
 
 
 def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low}-{high}"

@@ -99,6 +99,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Print the contents of a profile and where they come from."""
+    from axiscap.view.sinks import describe_sinks, sink_warnings
+
     loaded = CapProfile.load(profile)
     facts = loaded.provenance
     console.print(f"[bold]{escape(profile)}[/bold]")
@@ -111,12 +113,15 @@ def inspect(
     summary.add_row("layers", f"{len(loaded.layers)} of {depth or 'unknown'} capped; hidden size {loaded.hidden_size}")
     if loaded.strength != 1:
         summary.add_row("strength", f"{loaded.strength:.3g}: a row is lifted by this share of its shortfall")
-    for key in ("axis", "sinks", "floors", "sampling", "created", "axiscap", "source"):
+    summary.add_row("attention sinks", describe_sinks(loaded))
+    for key in ("axis", "floors", "sampling", "created", "axiscap", "source"):
         if key in facts:
             value = facts[key]
             text = value if isinstance(value, str) else json.dumps(value)
             summary.add_row(key, escape(text if len(text) <= 300 else text[:297] + "..."))
     console.print(summary)
+    for warning in sink_warnings(loaded):
+        console.print(f"[yellow]{escape(warning)}[/yellow]", soft_wrap=True)
 
     unreadable = ""
     try:
@@ -124,7 +129,7 @@ def inspect(
     except ProfileError as error:
         evidence, unreadable = None, str(error)
     table = Table()
-    for name in ("layer", "direction", "floor"):
+    for name in ("layer", "direction", "floor", *(["target"] if loaded.targets is not None else [])):
         table.add_column(name, justify="right")
     percentiles = loaded.percentiles if loaded.quantiles is not None else ()
     shown = [p for p in percentiles if p in (1, 5, 10, 25, 50, 75, 90, 95, 99)]
@@ -135,6 +140,8 @@ def inspect(
     for index, layer in enumerate(loaded.layers):
         for k in range(loaded.directions):
             row = [str(layer), str(k), f"{loaded.floors[index, k].item():.4g}"]
+            if loaded.targets is not None:
+                row.append(f"{loaded.targets[index, k].item():.4g}")
             if loaded.quantiles is not None:
                 values = dict(zip(percentiles, loaded.quantiles[layer].tolist(), strict=False))
                 row += [f"{values[p]:.4g}" if p in values else "" for p in shown]
@@ -202,6 +209,14 @@ PopulationOption = Annotated[
         "('assistant tokens', 'pooled tokens', 'ordinary tokens'). Default: the profile's, or ordinary tokens."
     ),
 ]
+TargetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        help="The percentile of the same population that a row below its floor is lifted to, at least that of the "
+        "floors. Default: a row is lifted to its floor.",
+    ),
+]
 MethodOption = Annotated[
     str,
     typer.Option(
@@ -235,6 +250,7 @@ def calibrate(
             help="The percentile of the population at which the floors lie. Default: 6, or 25 with --method difference."
         ),
     ] = None,
+    target: TargetOption = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
@@ -299,6 +315,10 @@ def calibrate(
     who = "transformers" if engine == "ray" else engine  # Ray's workers answer as this process does
     settings = calibration.Settings(model, str(loaded.dtype), max_new_tokens, seed, who)
     store = calibration.Store(rollouts or str(folder), settings)
+    with console.status("finding attention sinks"):
+        limits = calibration.find_norm_limits(loaded, tokenizer, plan, store, ordinary).limits
+    settings = dataclasses.replace(settings, norm_limits=limits)
+    store = calibration.Store(store.url, settings)
     crew: calibration.Workers
     if engine != "ray":
         engines = {"vllm": calibration.VllmEngine, "endpoint": calibration.EndpointEngine}
@@ -317,6 +337,7 @@ def calibrate(
             plan,
             store,
             percentile=percentile,
+            target_percentile=target,
             population=population,
             count=layers,
             keep=keep,
@@ -332,8 +353,12 @@ def calibrate(
         shutil.rmtree(folder, ignore_errors=True)
     if profile.evidence is not None:
         _show_evidence(profile.evidence)
-    capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, percentile {percentile:g}"
+    capped = f"layers {profile.layers[0]}-{profile.layers[-1]}, {population}, {_percentiles(percentile, target)}"
     console.print(f"wrote {escape(str(out))}: {capped}", soft_wrap=True)
+
+
+def _percentiles(percentile: float, target: float | None) -> str:
+    return f"percentile {percentile:g}" + ("" if target is None else f", lifted to percentile {target:g}")
 
 
 def _plan(roles: Path | None, questions: Path | None, per_role: int, model: str) -> Any:
@@ -426,6 +451,7 @@ def floors(
     percentile: Annotated[
         float | None, typer.Option(help="The percentile of the population, counted towards the Assistant. Default: 25.")
     ] = None,
+    target: TargetOption = None,
     population: PopulationOption = None,
     published: PublishedOption = False,
     layers: Annotated[
@@ -460,31 +486,36 @@ def floors(
     work: WorkOption = None,
 ) -> None:
     """Write a profile with other floors or other layers. Only a budget needs the model."""
-    from axiscap.calibrate import with_floors
+    from axiscap.calibrate import effects
+    from axiscap.calibrate.floors import PERCENTILES, with_floors
 
     if published:
         percentile, population = PUBLISHED
     loaded = CapProfile.load(profile)
     chosen = _layers(layers) if layers else None
-    if strength is not None and (percentile, population, budget, changed) == (None,) * 4:
+    if strength is not None and (percentile, target, population, budget, changed) == (None,) * 5:
         made = (loaded if chosen is None else loaded.at_layers(chosen)).with_strength(strength)
         made.save(out)
         what = f"the same floors, strength {strength:g}" if strength else "no floors: rows are measured, and left alone"
         console.print(f"wrote {escape(str(out))}: {what}", soft_wrap=True)
         return
     population = population or loaded.population or "assistant"
-    percentile = 25.0 if percentile is None else percentile
-    made = with_floors(loaded, percentile, population, chosen)
     if budget is not None or changed is not None:
         if rollouts is None:
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
-        made = _within(made, population, limits, rollouts, model, work)
-        percentile = made.provenance["floors"]["percentile"]
+        lowest = with_floors(loaded, PERCENTILES[0], population, chosen)
+        options = ("" if number is None else f"{number:g}" for number in (percentile, target))
+        tried = _settings_to_try(lowest, "", *options, population)
+        made = _within(lowest, population, effects.Budget(*limits), tried, rollouts, model, work)
+        percentile, target = (made.provenance["floors"].get(name) for name in ("percentile", "target_percentile"))
+    else:
+        percentile = 25.0 if percentile is None else percentile
+        made = with_floors(loaded, percentile, population, chosen, target_percentile=target)
     if strength is not None:
         made = made.with_strength(strength)
     made.save(out)
-    console.print(f"wrote {escape(str(out))}: {population}, percentile {percentile:g}", soft_wrap=True)
+    console.print(f"wrote {escape(str(out))}: {population}, {_percentiles(percentile, target)}", soft_wrap=True)
 
 
 def _within(
@@ -564,8 +595,16 @@ def sweep(
     bands: Annotated[
         str, typer.Option(help="Bands of layers to try, such as 12-19,14-21. Default: that of the profile.")
     ] = "",
-    percentiles: PercentilesOption = "",
-    targets: TargetsOption = "",
+    percentiles: Annotated[
+        str,
+        typer.Option(
+            help="Percentiles of floors to try. Default: 0.5,2,4,6 of single tokens, or 5,10,25,50 of means of answers."
+        ),
+    ] = "",
+    targets: Annotated[
+        str,
+        typer.Option(help="Percentiles of targets to try. Default: 15,25 of single tokens; the floors of means."),
+    ] = "",
     population: PopulationOption = None,
     budget: Annotated[
         float, typer.Option(help="The most that perplexity may rise in any domain of ordinary work, such as 0.01.")

@@ -86,7 +86,7 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     facts = shipped_profile.provenance
     assert facts["model"]["id"] == models.DEFAULT_MODEL
     assert len(shipped_profile.layers) >= 8
-    assert shipped_profile.sinks == (0,)
+    assert shipped_profile.knows_sinks
     assert shipped_profile.lifts is not None
     assert shipped_profile.axis_all is not None
     assert shipped_profile.axis_all.shape == (30, 576)
@@ -234,10 +234,7 @@ def test_a_sink_of_either_sign_is_left_alone(demo_model, shipped_profile):
             return math.exp(loss() - plain)
 
     assert cost() > 2
-    assert cost(sinks=(0,)) <= 1.02
-    limits = torch.stack([shipped_profile.limit_all[layer, None] for layer in range(14, 22)])
-    assert cost(limits=limits) <= 1.1  # what projects to less than an ordinary row's norm is lifted by no more
-    assert cost(sinks=(0,), limits=limits) <= 1.02
+    assert cost(norm_limits=shipped_profile.norm_limit_all[14:22]) <= 1.02
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ class Holds:
                 "user": Task("", 0, 0, "", as_user),
             }
             for mode, task in asked.items():
-                prompt = engine.encode([task])["input_ids"][0].tolist()
+                prompt = engine.prompts([task])[0]
                 for kind in ("assistant", "in_character"):
                     said = engine.tokenizer(pair[kind], add_special_tokens=False)["input_ids"]
                     self.texts.setdefault(mode, []).append((prompt, said))
@@ -246,7 +246,7 @@ def checks(engine: TransformersEngine, work: Work) -> tuple[int, int]:
     tasks = [task for task in tasks if work.is_held_out(task)]
     right = 0
     for batch in in_batches(tasks):
-        shard = engine(batch)
+        shard = engine.answer(batch)
         right += sum(
             passes(work.requests[task.question], text) for task, text in zip(shard.tasks, shard.texts, strict=True)
         )

@@ -130,7 +130,7 @@ class Bench:
     ) -> None:
         self.model, self.tokenizer, self.plan, self.judge, self.work = model, tokenizer, plan, judge, work
         # Another seed: what is measured here chose nothing before.
-        self.engine = TransformersEngine(model, tokenizer, replace(settings, seed=settings.seed + 1), capture=False)
+        self.engine = TransformersEngine(model, tokenizer, replace(settings, seed=settings.seed + 1))
         held = sorted(plan.held_questions)
         chosen = held[:: max(1, len(held) // questions)][:questions]
         self.roles = [name for name in plan.held_roles if plan.roles[name].kind != NEAR]
@@ -146,7 +146,7 @@ class Bench:
         self.costs = Costs(model, tokenizer, work, store, own=own)
         hostile = [plan.roles[name].prompts[0] for name in plan.held_roles if plan.roles[name].kind == HOSTILE]
         self.declines = Declines(model, self.engine, ["", *hostile[:2]])
-        self.long_engine = TransformersEngine(model, tokenizer, settings_of(settings, TOKENS), capture=False)
+        self.long_engine = TransformersEngine(model, tokenizer, settings_of(settings, TOKENS))
 
     def _tasks(self, roles: Sequence[str], questions: Sequence[int]) -> list[Task]:
         pairs = [(name, i, q) for name in roles for i, q in enumerate(questions)]
@@ -161,7 +161,7 @@ class Bench:
         right = 0
         for entry in self.choices:
             task = Task("", 0, 0, "", f"{entry['question']} Answer in as few words as possible.")
-            prompt = self.engine.encode([task])["input_ids"][0].tolist()
+            prompt = self.engine.prompts([task])[0]
             options = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in entry["choices"]]
             found = losses(self.model, [(prompt, ids) for ids in options])[0]
             right += int(found.argmin()) == entry["answer"]
@@ -171,7 +171,7 @@ class Bench:
         order: list[Task] = []
         texts: list[str] = []
         for batch in in_batches(tasks):
-            shard = self.engine(batch)
+            shard = self.engine.answer(batch)
             order += shard.tasks
             texts += shard.texts
         return order, self.judge.took_on(texts).double()

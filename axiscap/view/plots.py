@@ -168,9 +168,10 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
         table = profile.tables[name][:, drawn].T.tolist()
         floors.fill_between(depth, table[0], table[2], color=shade, alpha=0.2, hatch=hatch, label=f"{name}: 5 to 95 %")
         floors.plot(depth, table[1], color=shade, linewidth=1)
-    floors.plot(
-        profile.layers, profile.floors[:, 0].tolist(), color="black", marker="_", linestyle="none", label="floor"
-    )
+    floors.plot(profile.layers, profile.floors[:, 0].tolist(), color="black", marker="_", label="floor")
+    if profile.targets is not None:
+        targets = profile.targets[:, 0].tolist()
+        floors.plot(profile.layers, targets, color="black", marker="_", linestyle="--", label="target")
     floors.set(title="projections of answer means (lines: medians)", ylabel="projection")
     band(floors)
     floors.legend(fontsize=8, loc="lower left")

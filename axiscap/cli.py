@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -505,8 +505,8 @@ def floors(
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
         lowest = with_floors(loaded, PERCENTILES[0], population, chosen)
-        options = ("" if number is None else f"{number:g}" for number in (percentile, target))
-        tried = _settings_to_try(lowest, "", *options, population)
+        levels, lifted = ("" if number is None else f"{number:g}" for number in (percentile, target))
+        tried = _settings_to_try(lowest, "", levels, lifted, population)
         made = _within(lowest, population, effects.Budget(*limits), tried, rollouts, model, work)
         percentile, target = (made.provenance["floors"].get(name) for name in ("percentile", "target_percentile"))
     else:
@@ -548,6 +548,7 @@ def _within(
     _show_points(points, {id(chosen): "chosen"})
     if chosen is None:
         raise ValueError(f"every setting costs more than {budget}")
+    assert chosen.setting is not None
     made: CapProfile = chosen.setting.of(profile, population)
     limits = {name: most for name, most in dataclasses.asdict(budget).items() if math.isfinite(most)}
     made.provenance["floors"]["budget"] = limits
@@ -670,6 +671,7 @@ def sweep(
     for path, point in chosen.items():
         if point is None:
             raise ValueError(f"no setting is within {budgets[path]} and passes the tests; {path} was not written")
+        assert point.setting is not None
         made = point.setting.of(loaded_profile, population)
         made.provenance["sweep"] = {
             "judge_auc": round(judge.auc, 4),

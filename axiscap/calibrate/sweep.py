@@ -207,11 +207,12 @@ def settings_to_try(
     bands: Sequence[tuple[int, int]], percentiles: Sequence[float], targets: Sequence[float]
 ) -> list[Setting]:
     """Each band of layers with each percentile of floors, lifted to each target above it; to the floors without any."""
+    lifted: list[float | None] = [*targets] or [None]
     return [
         Setting(first, last, percentile, target)
         for first, last in bands
         for percentile in percentiles
-        for target in (targets or [None])
+        for target in lifted
         if target is None or target > percentile
     ]
 

@@ -243,8 +243,8 @@ class CapProfile:
         (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
         so that a row that fires ends on its target, or less (:meth:`with_strength`).
     norm_limits
-        (L,) float32, positive: a row with a larger norm is an attention sink, and is neither capped nor counted. ``inf``
-        or without them: no limit.
+        (L,) float32, positive: a row with a larger norm is an attention sink, and is neither capped nor counted. There
+        is no limit without them, and where they are ``inf``.
     provenance
         JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
         ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
@@ -887,6 +887,8 @@ class CapProfile:
         place = "not stated"
         if isinstance(floors, Mapping) and {"percentile", "population"} <= floors.keys():
             place = f"percentile {floors['percentile']} of {floors['population']}"
+            if "target_percentile" in floors:
+                place += f"; rows below are lifted to percentile {floors['target_percentile']}"
         found = {
             "model": str(self.model_facts.get("id", "unknown")),
             "digest": self.digest,
@@ -950,7 +952,7 @@ def _convert_limits(tensors: dict[str, Tensor], provenance: dict[str, Any]) -> N
     _require("norm_limits" not in tensors, f"norm_limits and {min(old)} exclude each other")
     _require(
         "limits" in old and old["limits"].shape[1] > 0,
-        "it names positions of attention sinks, but no limit; this version knows sinks by their norm: calibrate it anew",
+        "it names positions of attention sinks, but no limit; this version knows sinks by their norm: calibrate again",
     )
     tensors["norm_limits"] = old["limits"].amin(1)
     if "limit_all" in old:

@@ -1,4 +1,4 @@
-"""What calibration costs: batches against one answer at a time, the capture of activations, memory, Ray's workers.
+"""What calibration costs: batches against one answer at a time, reading the answers, memory, Ray's workers.
 
     python benchmarks/calibration.py
 
@@ -13,7 +13,6 @@ import resource
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 
 import torch
 
@@ -40,19 +39,17 @@ def speeds() -> None:
     model, tokenizer = models.load()
     plan = calibrate.plan(calibrate.load_roles(), calibrate.load_questions(), 16)
     batches = calibrate.batches(plan)
-    capturing = rollouts.TransformersEngine(model, tokenizer, SETTINGS)
-    # The same number of tokens is fed back with and without a capture.
-    bare = rollouts.TransformersEngine(model, tokenizer, replace(SETTINGS, max_new_tokens=41), capture=False)
+    engine = rollouts.TransformersEngine(model, tokenizer, SETTINGS)
     chosen = batches[:: len(batches) // 6][:6]
-    capturing(chosen[0][:4])  # warms up
+    engine.answer(chosen[0][:4])  # warms up
     ratios(
-        "time with the capture of activations over time without",
-        [(seconds(lambda b=b: capturing(b)), seconds(lambda b=b: bare(b))) for b in chosen],
+        "time to answer and to read the answers over time to answer",
+        [(seconds(lambda b=b: list(engine.stream([b]))), seconds(lambda b=b: engine.answer(b))) for b in chosen],
     )
     alone = []
     for batch in chosen[:3]:
-        together = seconds(lambda b=batch: capturing(b))
-        one = seconds(lambda b=batch: [capturing([task]) for task in b[::8]]) * 8
+        together = seconds(lambda b=batch: engine.answer(b))
+        one = seconds(lambda b=batch: [engine.answer([task]) for task in b[::8]]) * 8
         alone.append((one, together))
         print(
             f"  {len(batch) / together:.2f} answers a second in a batch of {len(batch)}, {len(batch) / one:.2f} alone"

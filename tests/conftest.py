@@ -141,7 +141,7 @@ def refusals(demo_model) -> torch.Tensor:
     from axiscap.calibrate import Settings, refusal, rollouts  # the ops' tests also run without transformers
 
     settings = Settings(models.DEFAULT_MODEL, "torch.float32")
-    return refusal.directions(rollouts.TransformersEngine(*demo_model, settings, capture=False))
+    return refusal.directions(rollouts.TransformersEngine(*demo_model, settings))
 
 
 @pytest.fixture(scope="session")

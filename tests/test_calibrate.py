@@ -251,14 +251,14 @@ def test_loadings_are_compared_over_the_roles_in_common():
 
 @pytest.mark.slow
 def test_activations_are_the_means_over_exactly_the_answer(demo_model):
-    """What is averaged while generating is what a second pass over the finished text gives."""
+    """The means of a shard are those of the outputs of each layer, of each finished text by itself."""
     model, tokenizer = demo_model
     tasks = [
         calibrate.Task("default", 0, 0, "", "Say only: yes."),
         calibrate.Task("ghost", 0, 1, "You are a ghost of few words.", "Who are you? Answer in three words."),
         calibrate.Task("default", 0, 2, "", "Tell me a long story about the sea and the people who live by it."),
     ]
-    found = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 24, 3))(tasks)
+    (found,) = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 24, 3)).stream([tasks])
     stop = model.generation_config.eos_token_id
     for row, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
         assert stop not in answer
@@ -280,19 +280,19 @@ def test_activations_are_the_means_over_exactly_the_answer(demo_model):
 @pytest.mark.slow
 def test_a_rollout_does_not_hang_on_its_batch(demo_model):
     model, tokenizer = demo_model
-    engine = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 0), capture=False)
+    engine = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 0))
     tasks = [calibrate.Task("r", 0, i, "You are a hermit.", f"What is {thing}?") for i, thing in enumerate("abcdef")]
-    together = dict(zip([t.id for t in tasks], engine(tasks).answers, strict=True))
+    together = dict(zip([t.id for t in tasks], engine.answer(tasks).answers, strict=True))
     for some in (tasks[:1], tasks[3:], tasks[::-1]):
-        for task, answer in zip(some, engine(some).answers, strict=True):
+        for task, answer in zip(some, engine.answer(some).answers, strict=True):
             assert answer == together[task.id]
-    other = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 1), capture=False)
-    assert other(tasks).answers != list(together.values())
+    other = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 1))
+    assert other.answer(tasks).answers != list(together.values())
 
 
 def test_sampling_is_the_published_one():
     """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than is tried first."""
-    settings = calibrate.Settings("m", "f", 3999, 0)
+    settings = calibrate.Settings("m", "f", 4000, 0)
     for logits in (torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]), torch.zeros(400)):
         probabilities = torch.softmax(logits.double() / 0.7, 0)
         order = probabilities.sort(descending=True)
@@ -330,7 +330,7 @@ def test_a_base_model_continues_a_text(demo_model):
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         task = calibrate.Task("ghost", 0, 0, "You are a ghost.", "Who are you?")
-        shard = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 5, 0))([task])
+        (shard,) = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 5, 0)).stream([[task]])
     finally:
         tokenizer.chat_template = template
     assert tokenizer.decode(shard.prompts[0]) == task.completion()
@@ -347,7 +347,7 @@ def test_a_base_models_answer_ends_with_its_line(demo_model):
         tasks = [
             calibrate.Task("r", 0, i, "", f"What is {thing}?") for i, thing in enumerate(("rain", "bread", "love"))
         ]
-        shard = engine(tasks)
+        (shard,) = engine.stream([tasks])
     finally:
         tokenizer.chat_template = template
     pieces = {token for token in engine.stops if "\n" in tokenizer.decode([token])}
@@ -358,6 +358,32 @@ def test_a_base_models_answer_ends_with_its_line(demo_model):
         torch.testing.assert_close(
             shard.means[row], rollouts.read_means(model, [prompt], [answer])[0], atol=2e-3, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("layer", [5, 20])
+def test_means_leave_out_attention_sinks(demo_model, layer):
+    """With a limit at the median norm half of the rows are left out; where all rows are beyond, none is."""
+    model, tokenizer = demo_model
+    prompts = [tokenizer(text)["input_ids"] for text in ("Who are you?", "What is the sea, and who lives by it?")]
+    answers = [tokenizer(text)["input_ids"] for text in ("A ghost.", "The sea is wide, and fishermen live by it.")]
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            states = model(torch.tensor([[*prompt, *answer]]), output_hidden_states=True).hidden_states
+        rows.append(states[layer + 1][0, len(prompt) :].double())
+    median = torch.cat(rows).norm(dim=-1).median().item()
+    limits = [math.inf] * 30
+    for limit, chosen in (
+        (median, [part[part.norm(dim=-1) <= median] for part in rows]),
+        (median / 1e3, rows),
+    ):
+        limits[layer] = limit
+        found = rollouts.read_means(model, prompts, answers, limits)
+        for row, part in enumerate(chosen):
+            assert len(part) > 0
+            torch.testing.assert_close(found[row, layer].double(), part.mean(0), atol=2e-3, rtol=1e-3)
+        assert torch.equal(found[:, layer + 1], rollouts.read_means(model, prompts, answers)[:, layer + 1])
+    assert sum(map(len, rows)) > 2 * sum(len(part[part.norm(dim=-1) <= median]) for part in rows) - 2
 
 
 def test_shards_are_whole_or_not_there(tmp_path):
@@ -371,7 +397,8 @@ def test_shards_are_whole_or_not_there(tmp_path):
     again = store.read(name)
     assert again.tasks == tasks
     assert torch.equal(again.means, shard.means)
-    assert calibrate.Store(store.url, calibrate.Settings("m", "f", 4, 1)).name(tasks) != name
+    for other in (calibrate.Settings("m", "f", 4, 1), dataclasses.replace(settings, norm_limits=(2.0, 3.0))):
+        assert calibrate.Store(store.url, other).name(tasks) != name
     path = tmp_path / "s" / f"{name}.safetensors"
     whole = path.read_bytes()
     for cut in (0, 7, 100, len(whole) - 1):
@@ -613,8 +640,7 @@ def assert_same_tables(first, second, slack=0.0):
 
 def assert_same_profile(first, second):
     assert first.layers == second.layers
-    assert first.sinks == second.sinks
-    for name in ("axes", "lifts", "limits", "axis_all", "lift_all", "limit_all"):
+    for name in ("axes", "lifts", "norm_limits", "axis_all", "lift_all", "norm_limit_all"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert_same_tables(first, second)
     assert first.provenance["evidence"] == second.provenance["evidence"]
@@ -675,13 +701,21 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     assert facts["floors"]["percentile"] == 6.0
     assert facts["axis"]["work"]["domains"] == ["code", "facts", "letters", "poems"]
     assert facts["axis"]["work"]["held_out"] == ["poems"]
-    assert facts["sinks"]["positions"] == list(profile.sinks) == [0]
     assert profile.layers == tuple(range(8, 28))
     torch.testing.assert_close((profile.axes * profile.lifts).sum(-1), torch.ones(20, 1), atol=1e-5, rtol=0)
     cosines = F.cosine_similarity(refusals, profile.lift_all[:, None].double(), dim=-1)
     assert cosines.abs().max() < 1e-3
-    norms = torch.tensor(facts["sinks"]["largest_ordinary_norm"])
-    torch.testing.assert_close(profile.limits[:, 0], 1.5 * norms[8:28], atol=1e-2, rtol=1e-3)
+    sinks = facts["sinks"]
+    assert torch.equal(profile.norm_limits, profile.norm_limit_all[8:28])
+    medians, ratios = torch.tensor(sinks["median_norm"]), torch.tensor(sinks["limit_ratio"])
+    torch.testing.assert_close(profile.norm_limit_all, medians * ratios, atol=0, rtol=1e-3)
+    assert all(1.6 <= ratio <= 3 for ratio in sinks["limit_ratio"])
+    # From layer 11 on the first token of each text is a sink, and nothing else.
+    assert [round(share * sinks["rows"]) for share in sinks["share"][11:28]] == [sinks["texts"]] * 17
+    assert sinks["near_the_limit"][11:28] == [0.0] * 17
+    assert max(sinks["largest_ordinary"][11:28]) < 2.4
+    assert min(sinks["smallest_sink"][11:28]) > 20
+    assert sinks["tokens"]["<|im_start|>"] > 30
     assert facts["axis"]["roles"] == ["ghost", "hermit", "oracle"]
     assert facts["axis"]["judge"] == "none"
     # 2 prompts x 6 questions of the default, 6 questions to each of three roles.
@@ -694,7 +728,7 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
 
 
 @pytest.mark.slow
-def test_the_published_method_is_one_option(whole, tmp_path, demo_model):
+def test_the_published_method_is_one_option(whole, tmp_path, monkeypatch):
     """The mean difference of answers' means, no lift, floors at the 25th percentile of the default's answers."""
     folder, options, _ = whole
     out = tmp_path / "difference.safetensors"
@@ -714,10 +748,9 @@ def test_the_published_method_is_one_option(whole, tmp_path, demo_model):
     )
     store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(made, models.DEFAULT_MODEL))
     means: dict[str, list] = {}
-    for path in (folder / "work").glob("*.safetensors"):
-        if path.stem.startswith("reading-"):
-            continue
-        shard = store.read(path.stem)
+    assert store.settings.norm_limits == tuple(made.norm_limit_all.tolist())
+    monkeypatch.setattr(data, "BATCH", 3)
+    for shard in store.shards(calibrate.batches(plan)):
         for task, mean in zip(shard.tasks, shard.means, strict=True):
             if task.role in plan.roles and plan.makes_the_axis(task):
                 means.setdefault(task.role, []).append(mean.double())
@@ -741,6 +774,15 @@ def test_other_floors_need_no_model(whole, tmp_path):
     column = floors.PERCENTILES.index(40.0)
     table = floors.populations(profile)["assistant tokens"]
     assert torch.equal(made.floors[:, 0], table[3:6, column])
+    assert torch.equal(made.norm_limits, profile.norm_limit_all[3:6])
+    assert made.targets is None
+    lifted = run_command("floors", folder / "whole.safetensors", *arguments, "--target", "50")
+    assert lifted.wait() == 0
+    made = CapProfile.load(out)
+    assert torch.equal(made.targets[:, 0], table[3:6, floors.PERCENTILES.index(50.0)])
+    assert made.provenance["floors"]["target_percentile"] == 50.0
+    refused = run_command("floors", folder / "whole.safetensors", *arguments, "--target", "39")
+    assert "the targets' percentile must be at least the floors', 40, got 39" in refused.communicate()[0]
     published = run_command("floors", folder / "whole.safetensors", out, "--published")
     assert published.wait() == 0
     made = CapProfile.load(out)
@@ -763,7 +805,7 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
     plan = calibrate.plan(
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
     )
-    settings = calibrate.Settings(models.DEFAULT_MODEL, str(model.dtype), 4, 0)
+    settings = calibrate.Settings.of(profile, models.DEFAULT_MODEL)
     data.BATCH, before = 3, data.BATCH
     try:
         store = calibrate.Store(str(folder / "work"), settings)
@@ -771,8 +813,7 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
     finally:
         data.BATCH = before
     texts = [tokens.Text("role x", *both) for both in zip(shard.prompts, shard.answers, strict=True)]
-    medians = tokens.Sinks.of(model, texts).medians
-    sketch = pipeline.CollectSketches(profile.axis_all, medians)(model, texts)["pooled tokens"]
+    sketch = pipeline.CollectSketches(profile.axis_all, (math.inf,) * 30)(model, texts)["pooled tokens"]
     count = sum(map(len, shard.answers))
     assert sketch.count == count
     off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))

@@ -86,7 +86,7 @@ def test_the_shipped_profile(demo_model, shipped_profile):
     facts = shipped_profile.provenance
     assert facts["model"]["id"] == models.DEFAULT_MODEL
     assert len(shipped_profile.layers) >= 8
-    assert shipped_profile.norm_limits is not None
+    assert shipped_profile.knows_sinks
     assert shipped_profile.lifts is not None
     assert shipped_profile.axis_all is not None
     assert shipped_profile.axis_all.shape == (30, 576)

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 import torch
 from conftest import assert_same_bits, unit
-from safetensors.torch import save, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from axiscap import _C, CapProfile, ProfileError, interop
 from axiscap import profile as profile_module
@@ -27,6 +28,9 @@ def good(**changes):
         "provenance": {"model": {"id": "a model", "num_layers": 8, "hidden_size": 16}, "note": "naïve ✓"},
         "axis_all": torch.randn(8, 16, generator=torch.Generator().manual_seed(0)),
         "quantiles": torch.arange(16.0).reshape(8, 2),
+        "targets": torch.tensor([[1.5, -math.inf, 0.5], [2.0, 4.0, 3.0]]),
+        "norm_limits": torch.tensor([7.5, math.inf]),
+        "norm_limit_all": torch.arange(1.0, 9.0),
     } | changes
     return CapProfile(**fields)
 
@@ -37,7 +41,7 @@ def test_what_is_saved_comes_back(tmp_path):
     saved.save(path)
     loaded = CapProfile.load(path)
     assert loaded.layers == (2, 5)
-    for name in ("axes", "floors", "axis_all", "quantiles"):
+    for name in ("axes", "floors", "axis_all", "quantiles", "targets", "norm_limits", "norm_limit_all"):
         assert torch.equal(getattr(loaded, name), getattr(saved, name))
     assert loaded.provenance == saved.provenance
     assert (loaded.hidden_size, loaded.directions, loaded.num_layers) == (16, 3, 8)
@@ -48,6 +52,81 @@ def test_the_optional_parts_are_optional(tmp_path):
     CapProfile([0], unit(1, 1, 4), torch.zeros(1, 1)).save(path)
     loaded = CapProfile.load(path)
     assert (loaded.axis_all, loaded.quantiles, loaded.num_layers, loaded.provenance) == (None, None, None, {})
+    assert (loaded.targets, loaded.norm_limits, loaded.norm_limit_all, loaded.knows_sinks) == (None, None, None, False)
+
+
+#: What a file stated of sinks before there were norm_limits.
+OLD = {
+    "limits": torch.tensor([[9.0, 4.0, 6.0], [2.0, 3.0, math.inf]]),
+    "limit_all": torch.arange(1.0, 9.0),
+    "sinks": torch.tensor([0, 2]),
+}
+
+
+def old_file(path, *names):
+    """A profile without limits, to which a file from before adds its own tensors."""
+    good(norm_limits=None, norm_limit_all=None, targets=None).save(path)
+    tensors = load_file(path) | {name: OLD[name] for name in names}
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, path, file.metadata())
+
+
+def test_limits_on_projections_become_limits_of_norms(tmp_path):
+    """No row of a smaller norm has a projection beyond the least limit of its layer."""
+    path = tmp_path / "old.safetensors"
+    old_file(path, "limits", "limit_all", "sinks")
+    loaded = CapProfile.load(path)
+    assert loaded.norm_limits.tolist() == [4.0, 2.0]
+    assert torch.equal(loaded.norm_limit_all, OLD["limit_all"])
+    assert loaded.provenance["norm_limits"] == profile_module.CONVERTED
+    assert loaded.knows_sinks
+    loaded.save(path)  # in the present form
+    again = CapProfile.load(path)
+    assert again.digest == loaded.digest
+    assert again.provenance == loaded.provenance
+    old_file(path, "limits")
+    assert CapProfile.load(path).norm_limit_all is None
+    old_file(path, "sinks")
+    with pytest.raises(ProfileError, match=r"names positions of attention sinks, but no limit.*calibrate again"):
+        CapProfile.load(path)
+
+
+def test_old_and_new_limits_exclude_each_other(tmp_path):
+    path = tmp_path / "both.safetensors"
+    save_file(TENSORS | {"norm_limits": torch.ones(1), "limits": torch.ones(1, 1)}, path, METADATA)
+    with pytest.raises(ProfileError, match="norm_limits and limits exclude each other"):
+        CapProfile.load(path)
+
+
+def test_targets_stay_as_far_above_their_floors():
+    profile = good()
+    moved = profile.with_floors(profile.floors + 2)
+    assert torch.equal(moved.targets, profile.targets + 2)
+    measured = profile.measuring_only()
+    assert measured.targets.isneginf().all()
+    given = profile.with_floors(profile.floors, profile.floors.nan_to_num(neginf=-1.0) + 9)
+    assert torch.equal(given.targets[:, 0], profile.floors[:, 0] + 9)
+    assert torch.equal(given.norm_limits, profile.norm_limits)
+    assert good(targets=None).with_floors(profile.floors + 1).targets is None
+    weaker = profile.with_strength(0.5)
+    assert torch.equal(weaker.targets, profile.targets)
+    assert torch.equal(weaker.norm_limits, profile.norm_limits)
+    assert weaker.strength == pytest.approx(0.5)
+    later = profile.at_layers([5])
+    assert torch.equal(later.targets, profile.targets[1:])
+    assert torch.equal(later.norm_limits, profile.norm_limits[1:])
+
+
+def test_a_slot_has_targets_and_a_limit():
+    profile = good()
+    slot = profile.slot_at(2, 5)
+    off = -math.inf
+    assert slot.targets.tolist() == [1.5, off, 0.5, off, off]
+    assert slot.norm_limit.item() == 7.5
+    assert profile.slot_at(3, 3).norm_limit.isinf()  # a layer that it does not cap
+    bare = good(targets=None, norm_limits=None).slot_at(2, 3)
+    assert torch.equal(bare.targets, bare.floors)
+    assert bare.norm_limit.isinf()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
@@ -85,7 +164,17 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
             {"layers": [2, 1 << 70], "provenance": None, "axis_all": None, "quantiles": None},
             "layers must be below 65536",
         ),
-        ({"sinks": [0.5]}, "sinks must be integers"),
+        ({"targets": torch.zeros(2, 2)}, r"targets must have shape \(2, 3\), got \(2, 2\)"),
+        ({"targets": torch.full((2, 3), 2.5)}, "targets must be finite and at least the floors"),
+        ({"targets": torch.full((2, 3), math.nan)}, "targets must be finite and at least the floors"),
+        ({"targets": torch.full((2, 3), math.inf)}, "targets must be finite and at least the floors"),
+        ({"targets": torch.full((2, 3), 9.0).double()}, "targets must be float32, got torch.float64"),
+        ({"norm_limits": torch.ones(2, 3)}, "norm_limits must have 1 dimensions, got 2"),
+        ({"norm_limits": torch.ones(3)}, r"norm_limits must have shape \(2,\), got \(3,\)"),
+        ({"norm_limits": torch.tensor([1.0, 0.0])}, "norm_limits must be positive, or inf for none"),
+        ({"norm_limits": torch.tensor([1.0, math.nan])}, "norm_limits must be positive, or inf for none"),
+        ({"norm_limit_all": torch.ones(7)}, "norm_limit_all must have a row for each of the model's 8 layers"),
+        ({"norm_limit_all": -torch.ones(8)}, "norm_limit_all must be positive, or inf for none"),
         ({"axes": unit(2, 65, 16), "floors": torch.zeros(2, 65)}, "axes must have at most 64 directions, got 65"),
         ({"axes": unit(2, 3, 16) * torch.tensor([1.0, 0.0, 1.0])[:, None]}, "axes must be of unit length"),
         ({"layers": [2, 8]}, "layers must be below 8, the model's layer count, got 8"),
@@ -255,7 +344,7 @@ def test_a_weaker_profile_lifts_by_a_share_of_the_shortfall(strength, lifted, tm
     rows = torch.randn(50, 16)
     before = rows @ axes[0, 0]
     slot = weaker.slot_at(3, 1)
-    bank = _C.Bank(slot.axes[None], slot.floors[None], slot.lifts[None])
+    bank = _C.Bank(slot.axes[None], slot.floors[None], lifts=slot.lifts[None])
     bank.cap_(rows)
     wanted = before + strength * (2 - before).clamp(min=0)
     torch.testing.assert_close(rows @ axes[0, 0], wanted, rtol=1e-4, atol=1e-4)
@@ -301,8 +390,8 @@ def test_profiles_from_other_tools_load(tmp_path):
 
 def test_each_part_that_changes_a_model_changes_the_digest():
     axes, floors = unit(2, 1, 8), torch.zeros(2, 1)
-    parts = {"lifts": axes / 2, "limits": torch.ones(2, 1), "sinks": (0,)}
-    other = {"lifts": axes / 4, "limits": torch.full((2, 1), 2.0), "sinks": (0, 2)}
+    parts = {"lifts": axes / 2, "targets": torch.ones(2, 1), "norm_limits": torch.ones(2)}
+    other = {"lifts": axes / 4, "targets": torch.full((2, 1), 2.0), "norm_limits": torch.full((2,), 2.0)}
     digests = [CapProfile([1, 2], axes, floors).digest]
     for name in parts:
         digests += [CapProfile([1, 2], axes, floors, **{name: value[name]}).digest for value in (parts, other)]

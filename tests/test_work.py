@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from importlib.resources import files
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, effects, pipeline, refusal, space, tokens, work
+from axiscap.calibrate import data, effects, floors, pipeline, refusal, sinks, space, tokens, work
 
 
 def test_the_shipped_requests():
@@ -143,16 +144,100 @@ def test_texts_read_together_are_those_read_alone(demo_model, texts, monkeypatch
             )
 
 
-def test_the_first_token_is_the_sink_of_the_demos_model(demo_model, texts):
+def ordered_norms(*parts: tuple[float, float, int]) -> torch.Tensor:
+    """Norms whose logarithms are spread evenly: from, to, and how many."""
+    return torch.cat([torch.logspace(math.log10(low), math.log10(high), count) for low, high, count in parts])
+
+
+MIDDLE = math.sqrt(1.6 * 3)
+
+
+@pytest.mark.parametrize(
+    ("norms", "lowest", "highest"),
+    [
+        (ordered_norms((0.6, 1.5, 999), (20.0, 30.0, 50)), MIDDLE, MIDDLE),  # two kinds, far from each other
+        (ordered_norms((0.6, 1.5, 999)), MIDDLE, MIDDLE),  # no sinks
+        (ordered_norms((0.6, 1.55, 999), (1.95, 3.5, 200)), 1.71, 1.77),  # a gap that is less wide than twice NEAR
+        (ordered_norms((0.6, 2.4, 999), (2.96, 9.0, 300)), 2.64, 2.69),
+        (ordered_norms((0.5, 2.2, 900), (2.2, 2.6, 2), (2.6, 9.0, 300)), 2.3, 2.5),  # they overlap
+    ],
+)
+def test_a_limit_is_where_rows_are_rarest(norms, lowest, highest):
+    found = sinks.rarest_ratio(norms)
+    assert lowest - 1e-9 <= found <= highest + 1e-9
+    points = torch.logspace(math.log10(1.6), math.log10(3), 61, dtype=torch.float64)
+    near = ((norms.double().log() - points[:, None].log()).abs() < 0.1).sum(1)
+    assert ((norms.double() / found).log().abs() < 0.1).sum() == near.min()
+
+
+@pytest.fixture(scope="module")
+def limits(demo_model) -> calibrate.NormLimits:
+    """Those of SmolLM2, from every twelfth of the texts that a calibration reads."""
+    plan = calibrate.plan(calibrate.load_roles(), calibrate.load_questions(), 16)
+    engine = calibrate.TransformersEngine(*demo_model, calibrate.Settings("m", "f"))
+    texts = sinks._texts(engine, plan, calibrate.load_work())
+    assert 300 < len(texts) < 500
+    return sinks.measure_norm_limits(demo_model[0], texts[::12])
+
+
+def test_the_limits_of_the_demos_model_tell_sinks_from_rows(demo_model, limits):
+    """Of a default chat prompt, no row but the first token's is beyond the limit at the later layers."""
     model, tokenizer = demo_model
-    medians = tokens.Sinks.of(model, texts).medians
-    _, sinks = pipeline.CollectScatter(medians)(model, texts)
-    assert sinks.regular == (0,)
-    facts = sinks.describe(tokenizer)
-    assert facts["positions"] == [0]
-    assert facts["texts"] == len(texts)
-    assert max(facts["times_the_median_norm"]) > 50
-    assert all(size < 1000 for size in facts["largest_ordinary_norm"][:28])
+    for question in ("Who are you?", "Write a poem on the sea.\n\nMake it short, please: four lines, or so."):
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        for layer in range(11, 28):
+            beyond = states[layer + 1][0].norm(dim=-1) > limits.limits[layer]
+            assert beyond.nonzero().flatten().tolist() == [0], layer
+    assert all(torch.tensor(limit).item() == limit for limit in limits.limits)  # float32 numbers
+    ratios = [limit / median for limit, median in zip(limits.limits, limits.medians, strict=True)]
+    assert all(1.59 < ratio < 3.01 for ratio in ratios)
+
+
+def test_limits_are_found_once_and_kept_with_the_answers(demo_model, tmp_path, monkeypatch):
+    plan = calibrate.plan(calibrate.load_roles(), calibrate.load_questions()[:4], 1)
+    texts = [tokens.Text("prompt", demo_model[1](text)["input_ids"], []) for text in ("What is it?", "No, no, no.")]
+    monkeypatch.setattr(sinks, "_texts", lambda *_: texts)
+    store = calibrate.Store(str(tmp_path), calibrate.Settings("m", "f"))
+    found = calibrate.find_norm_limits(*demo_model, plan, store)
+    monkeypatch.delattr(sinks, "measure_norm_limits")
+    known = calibrate.Store(store.url, dataclasses.replace(store.settings, norm_limits=found.limits))
+    for again in (store, known):
+        assert calibrate.find_norm_limits(*demo_model, plan, again) == found
+    with pytest.raises(NameError):
+        calibrate.find_norm_limits(
+            *demo_model, plan, calibrate.Store(store.url, dataclasses.replace(store.settings, model="another"))
+        )
+
+
+def test_sinks_are_counted_and_are_no_part_of_the_scatter(demo_model, texts, limits):
+    model, tokenizer = demo_model
+    scatters, counts = pipeline.CollectScatter(limits.limits)(model, texts)
+    halves = [pipeline.CollectScatter(limits.limits)(model, texts[half::2])[1] for half in (0, 1)]
+    assert halves[0].merge(halves[1]).to_json() == counts.to_json()
+    assert sinks.SinkCounts.from_json(json.loads(json.dumps(counts.to_json()))).to_json() == counts.to_json()
+    rows = sum(len(text.prompt) + len(text.answer) for text in texts)
+    assert (counts.texts, counts.rows) == (len(texts), rows)
+    assert counts.beyond[11:28] == [len(texts)] * 17
+    for scatter, beyond in zip(scatters, counts.beyond, strict=True):
+        assert sum(scatter.counts.values()) == rows - beyond
+    facts = counts.describe(limits, range(11, 28), tokenizer)
+    first = tokenizer.decode([texts[0].prompt[0]])
+    assert facts["tokens"] == {first: len(texts)}
+    assert facts["share"][20] == pytest.approx(len(texts) / rows, abs=1e-5)
+    for layer in range(11, 28):
+        limit = facts["limit_ratio"][layer]
+        assert facts["largest_ordinary"][layer] < limit < 20 < facts["smallest_sink"][layer]
+    # Of the projections of single tokens as well, but at those layers alone.
+    axis = torch.nn.functional.normalize(torch.ones(30, 576), dim=-1)
+    sketch = pipeline.CollectSketches(axis, limits.limits)(model, texts)["ordinary tokens"]
+    mine = [text for text in texts if text.group == "default"]
+    sizes = [sketch.layers[layer].n for layer in range(30)]
+    assert sizes[20] == sum(len(text.prompt) + len(text.answer) for text in mine) - len(mine)
+    assert sizes[0] == sizes[20] + len(mine)
+    assert sketch.count == min(sizes)
 
 
 def test_scatters_add_up_and_are_covariances():
@@ -306,6 +391,18 @@ def test_floors_by_a_budget_are_the_highest_within_it(shipped_profile, budget, p
     assert costs.measured <= 8
     with pytest.raises(ValueError, match=r"cost more than Budget\(perplexity=0\.0001"):
         effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(0.0001, 0.5, 1.0))
+
+
+def test_a_budget_with_targets_keeps_floors_below_them(shipped_profile):
+    class Free:
+        def measure(self, profile):
+            table = floors.populations(shipped_profile)["assistant"]
+            assert torch.equal(profile.targets[:, 0], floors.at_percentile(table, 40.0)[list(profile.layers)])
+            return {"code": cost(1.0)}
+
+    budget = effects.Budget(0.01, 0.05, 1.0)
+    made = effects.floors_for_budget(Free(), shipped_profile, "assistant", budget, target_percentile=40.0)
+    assert made.provenance["floors"]["percentile"] == made.provenance["floors"]["target_percentile"] == 40.0
 
 
 def test_a_budget_of_changed_tokens_looks_at_the_worst_domain_but_at_no_fiction():

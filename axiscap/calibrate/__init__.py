@@ -10,6 +10,7 @@ from axiscap.calibrate.data import Plan, Role, Task, batches, load_questions, lo
 from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.pipeline import Keep, calibrate
 from axiscap.calibrate.rollouts import EndpointEngine, Here, TransformersEngine, VllmEngine, Workers
+from axiscap.calibrate.sinks import NormLimits, find_norm_limits
 from axiscap.calibrate.space import loadings_correlation
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import Work, load_work
@@ -18,6 +19,7 @@ __all__ = [
     "EndpointEngine",
     "Here",
     "Keep",
+    "NormLimits",
     "Plan",
     "RayWorkers",
     "Role",
@@ -31,6 +33,7 @@ __all__ = [
     "Workers",
     "batches",
     "calibrate",
+    "find_norm_limits",
     "load_questions",
     "load_roles",
     "load_work",

@@ -28,9 +28,13 @@ class Sketch:
 
     def add(self, projections: Tensor) -> Sketch:
         """Adds (n, n_layers) values; returns itself."""
-        for sketch, column in zip(self.layers, projections.float().T, strict=True):
-            sketch.update(column.contiguous().numpy())
+        for layer in range(len(self.layers)):
+            self.add_at(layer, projections[:, layer])
         return self
+
+    def add_at(self, layer: int, projections: Tensor) -> None:
+        """Adds (n,) values of one layer."""
+        self.layers[layer].update(projections.float().contiguous().numpy())
 
     def merge(self, other: Sketch) -> Sketch:
         for sketch, more in zip(self.layers, other.layers, strict=True):
@@ -47,13 +51,14 @@ class Sketch:
 
     @property
     def count(self) -> int:
-        return int(self.layers[0].n)
+        """Of values at the layer that has the fewest."""
+        return min(int(sketch.n) for sketch in self.layers)
 
     @property
     def error(self) -> float:
         """How far the rank of a quantile may be off, as a share of 1, with 99 % confidence; 0 while exact."""
-        first = self.layers[0]
-        return float(first.normalized_rank_error(False)) if first.is_estimation_mode() else 0.0
+        errors = [sketch.normalized_rank_error(False) for sketch in self.layers if sketch.is_estimation_mode()]
+        return float(max(errors, default=0.0))
 
     def table(self) -> Tensor:
         """(n_layers, len(PERCENTILES)) float32."""
@@ -65,6 +70,17 @@ def check_percentile(percentile: float) -> None:
     """Raises a ValueError where the tables do not reach."""
     if not PERCENTILES[0] <= percentile <= PERCENTILES[-1]:
         raise ValueError(f"percentile must be from {PERCENTILES[0]} to {PERCENTILES[-1]}, got {percentile}")
+
+
+def check_percentiles(percentile: float, target_percentile: float | None) -> None:
+    """Raises a ValueError where the tables do not reach, or where targets would be below their floors."""
+    check_percentile(percentile)
+    if target_percentile is not None:
+        check_percentile(target_percentile)
+        if target_percentile < percentile:
+            raise ValueError(
+                f"the targets' percentile must be at least the floors', {percentile:g}, got {target_percentile:g}"
+            )
 
 
 def at_percentile(table: Tensor, percentile: float) -> Tensor:
@@ -103,7 +119,14 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
     return tables
 
 
-def with_floors(profile: CapProfile, percentile: float, population: str, layers: list[int] | None = None) -> CapProfile:
+def with_floors(
+    profile: CapProfile,
+    percentile: float,
+    population: str,
+    layers: list[int] | None = None,
+    *,
+    target_percentile: float | None = None,
+) -> CapProfile:
     """The same axes with floors at another percentile of another population, and perhaps at other layers.
 
     Parameters
@@ -116,16 +139,18 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
         ``assistant``, ``pooled`` or ``work``, or the same of single ``... tokens``.
     layers
         to cap; the profile's own without them.
+    target_percentile
+        of the same population, at least ``percentile``: where a row ends that is below its floor. None: at its floor.
 
     Returns
     -------
     CapProfile
-        With the floors' percentile and population in its provenance.
+        With the percentiles and the population in its provenance.
 
     Raises
     ------
     ValueError
-        the profile has no such table, or the percentile lies outside.
+        the profile has no such table, a percentile lies outside, or the targets' is below the floors'.
 
     Examples
     --------
@@ -135,6 +160,7 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
     True
     """
     tables = populations(profile)
+    check_percentiles(percentile, target_percentile)
     if population not in tables:
         raise ValueError(f"population must be one of {', '.join(tables)}, got {population}")
     if profile.axis_all is None:
@@ -142,34 +168,28 @@ def with_floors(profile: CapProfile, percentile: float, population: str, layers:
     chosen = sorted(layers if layers is not None else profile.layers)
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(profile.axis_all):
         raise ValueError(f"layers must be from 0 to {len(profile.axis_all) - 1}, got {chosen}")
-    floors = at_percentile(tables[population], percentile)
-    facts = {
-        **profile.provenance,
-        "floors": {
-            "population": population,
-            "percentile": percentile,
-            "count": profile.population_count(population),
-            "sign": "towards the Assistant",
-        },
+    facts: dict[str, Any] = {
+        "population": population,
+        "percentile": percentile,
+        "count": profile.population_count(population),
+        "sign": "towards the Assistant",
     }
-
-    def at(whole: Tensor | None) -> Tensor | None:
-        return None if whole is None else whole[chosen][:, None].contiguous()
-
-    axes, made = at(profile.axis_all), at(floors)
-    assert axes is not None
-    assert made is not None
+    targets = None
+    if target_percentile is not None:
+        facts["target_percentile"] = target_percentile
+        targets = at_percentile(tables[population], target_percentile)[chosen][:, None]
+    lifts, limits = profile.lift_all, profile.norm_limit_all
     return CapProfile(
         chosen,
-        axes,
-        made,
-        facts,
-        lifts=at(profile.lift_all),
-        limits=at(profile.limit_all),
-        sinks=profile.sinks,
+        profile.axis_all[chosen][:, None].contiguous(),
+        at_percentile(tables[population], percentile)[chosen][:, None],
+        {**profile.provenance, "floors": facts},
+        targets=targets,
+        lifts=None if lifts is None else lifts[chosen][:, None].contiguous(),
+        norm_limits=None if limits is None else limits[chosen],
         axis_all=profile.axis_all,
-        lift_all=profile.lift_all,
-        limit_all=profile.limit_all,
+        lift_all=lifts,
+        norm_limit_all=limits,
         quantiles=tables[population].clone(),
         populations=profile.populations,
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import axiscap
 from axiscap import interop
@@ -22,6 +21,7 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
+from axiscap.calibrate.sinks import SinkCounts, find_norm_limits
 from axiscap.calibrate.space import (
     PARTS,
     ROLE,
@@ -36,7 +36,7 @@ from axiscap.calibrate.space import (
     project,
 )
 from axiscap.calibrate.store import Store
-from axiscap.calibrate.tokens import Scatter, Sinks, Text, read
+from axiscap.calibrate.tokens import Scatter, Text, are_ordinary, read
 from axiscap.calibrate.work import Work, answer, load_prose
 from axiscap.calibrate.work import shards as work_shards
 from axiscap.models import decoder_layers, language_class, text_config
@@ -57,8 +57,6 @@ PLAIN = 3
 SHRINK = 0.1
 #: The layers that are capped by default where ordinary work is known, from and to these shares of the depth.
 WIDE = (0.27, 0.93)
-#: A row with a projection of more than this many times the largest norm of an ordinary row is left alone.
-LIMIT = 1.5
 
 
 @dataclass(frozen=True)
@@ -111,21 +109,23 @@ def choose_layers(separation: Tensor, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CollectScatter:
-    """How single tokens scatter, by layer, in the groups of :func:`axiscap.calibrate.space.group`. Sinks are counted,
-    and are no part of it.
+    """How single tokens scatter, by layer, in the groups of :func:`axiscap.calibrate.space.group`. Attention sinks are
+    counted, and are no part of it.
     """
 
-    medians: list[float]  # of Sinks
+    norm_limits: Sequence[float]
 
-    def __call__(self, model: Any, texts: Sequence[Text]) -> tuple[list[Scatter], Sinks]:
+    def __call__(self, model: Any, texts: Sequence[Text]) -> tuple[list[Scatter], SinkCounts]:
         size = text_config(model).hidden_size
-        found = [Scatter(size) for _ in self.medians]
-        sinks = Sinks(self.medians)
+        found = [Scatter(size) for _ in self.norm_limits]
+        tokens = [torch.tensor([*text.prompt, *text.answer]) for text in texts]
+        counts = SinkCounts(self.norm_limits, len(texts), sum(map(len, tokens)))
+        padded = pad_sequence(tokens, batch_first=True)
         groups = list(dict.fromkeys(text.group for text in texts))
         group_of = torch.tensor([groups.index(text.group) for text in texts])
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = sinks.ordinary(layer, rows, owner, place)
+            use = counts.add(layer, rows, padded[owner, place])
             mine = group_of[owner]
             for at in sorted(set(mine.tolist())):
                 for part, of_part in zip(PARTS, (of_answer, ~of_answer), strict=True):
@@ -134,41 +134,35 @@ class CollectScatter:
                         found[layer].add(group(groups[at], part), chosen, scatters=not groups[at].startswith(ROLE))
 
         read(model, texts, see)
-        return found, sinks.count(texts)
+        return found, counts
 
 
 @dataclass(frozen=True)
 class CollectSketches:
     """Distributions of single tokens' projections on an axis (n_layers, H): of the default's answers, of those and
-    everybody's in a role, and of all that is ordinary, prompts included. Sinks are no part of them.
+    everybody's in a role, and of all that is ordinary, prompts included. A row is left out at the layers where it is an
+    attention sink.
     """
 
     axis: Tensor
-    medians: list[float]  # of Sinks
+    norm_limits: Sequence[float]
 
     def __call__(self, model: Any, texts: Sequence[Text]) -> dict[str, Sketch]:
         depth = len(self.axis)
         axes = self.axis.float()
-        sinks = Sinks(self.medians)
         kinds = {DEFAULT_ROLE: 0, "role": 1, "work": 2}
         kind_of = torch.tensor([kinds[text.group.split(" ")[0]] for text in texts])
         populations = {"assistant tokens": [0], "pooled tokens": [0, 1], "ordinary tokens": [0, 2]}
         found = {name: Sketch(depth) for name in populations}
-        columns: list[Tensor] = []
 
         def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-            use = sinks.ordinary(layer, rows, owner, place)
-            columns.append(torch.where(use, rows.float() @ axes[layer], torch.nan))
-            if layer < depth - 1:
-                return
-            whole = torch.stack(columns)
-            columns.clear()
-            usable = ~whole.isnan().any(0)
+            use = are_ordinary(rows, layer, self.norm_limits)
+            values = rows.float() @ axes[layer]
             for name, members in populations.items():
-                mine = usable & torch.isin(kind_of[owner], torch.tensor(members))
+                mine = use & torch.isin(kind_of[owner], torch.tensor(members))
                 if name != "ordinary tokens":
                     mine &= of_answer
-                found[name].add(whole[:, mine].T)
+                found[name].add_at(layer, values[mine])
 
         read(model, texts, see)
         return found
@@ -183,6 +177,7 @@ def calibrate(
     work: Work | None = None,
     shrink: float = SHRINK,
     percentile: float = 25.0,
+    target_percentile: float | None = None,
     population: str = "assistant",
     count: int | None = None,
     keep: Keep | None = None,
@@ -193,6 +188,8 @@ def calibrate(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CapProfile:
     """Makes a profile for a model.
+
+    Limits of norms are found first (:func:`find_norm_limits`), and are part of the settings of the answers that follow.
 
     Parameters
     ----------
@@ -212,6 +209,8 @@ def calibrate(
         of the discriminant.
     percentile
         of the population's projections that the floors are at.
+    target_percentile
+        the same of the targets; None: a row below its floor is lifted to its floor.
     population
         ``assistant`` (the default's answer means), ``pooled`` (everybody's in a role and the default's), or
         ``work`` (of ordinary work), or single tokens: ``assistant tokens``, ``pooled tokens``, ``ordinary tokens``.
@@ -245,11 +244,13 @@ def calibrate(
     >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32", 4))
     >>> made = calibrate.calibrate(model, tokenizer, asked, store)  # doctest: +SKIP
     """
-    floors_module.check_percentile(percentile)
+    floors_module.check_percentiles(percentile, target_percentile)
     depth = len(decoder_layers(model))
     if count is None and work is None:
         count = min(max(8, depth // 5), depth)
     keep = keep or Keep()
+    limits = find_norm_limits(model, tokenizer, plan, store, work)
+    store = Store(store.url, dataclasses.replace(store.settings, norm_limits=limits.limits))
     workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
     todo = batches(plan)
     workers.rollouts(store, todo, lambda done: progress("answers", done, len(plan.tasks)))
@@ -271,8 +272,9 @@ def calibrate(
     read_along, sinks = _first_reading(model, texts, parts, shrinks, workers, store, progress)
     directions = Directions(space.axis)
     if read_along is not None:
-        reader = TransformersEngine(model, tokenizer, store.settings, capture=False)
-        directions = refusal.guarded(read_along, refusal.directions(reader))
+        directions = refusal.guarded(
+            read_along, refusal.directions(TransformersEngine(model, tokenizer, store.settings))
+        )
 
     found = Projections(depth)
     sketches: dict[str, Sketch] = {}
@@ -287,7 +289,7 @@ def calibrate(
             made = [at for at, task in enumerate(shard.tasks) if not work.is_held_out(task)]
             sketches["work"].add(project(shard.means[made], directions.axis[:, None])[..., 0])
     for of_tokens in workers.over_texts(
-        CollectSketches(directions.axis, sinks.medians),
+        CollectSketches(directions.axis, limits.limits),
         store,
         parts,
         lambda done: progress("texts projected", done, len(texts)),
@@ -327,7 +329,7 @@ def calibrate(
             "num_layers": depth,
         },
         "axis": axis_facts,
-        "sinks": sinks.describe(tokenizer),
+        "sinks": sinks.describe(limits, layers, tokenizer),
         "quantiles": floors_module.describe(sketches),
         "evidence": dataclasses.asdict(facts),
         "sampling": {
@@ -343,21 +345,20 @@ def calibrate(
     }
     off = torch.full((len(layers), 1), -torch.inf)
     lift = None if directions.lift is None else directions.lift.float()
-    limits = LIMIT * torch.tensor(sinks.usual)
+    norm_limits = torch.tensor(limits.limits)
     bare = CapProfile(
         layers,
         unit[layers][:, None].contiguous(),
         off,
         provenance,
         lifts=None if lift is None else lift[layers][:, None].contiguous(),
-        limits=limits[layers][:, None].contiguous(),
-        sinks=sinks.regular,
+        norm_limits=norm_limits[layers],
         axis_all=unit,
         lift_all=lift,
-        limit_all=limits,
+        norm_limit_all=norm_limits,
         populations=torch.stack(list(tables.values())),
     )
-    return floors_module.with_floors(bare, percentile, population)
+    return floors_module.with_floors(bare, percentile, population, target_percentile=target_percentile)
 
 
 def _first_reading(
@@ -368,21 +369,20 @@ def _first_reading(
     workers: Workers,
     store: Store,
     progress: Callable[[str, int, int], None],
-) -> tuple[Directions | None, Sinks]:
-    """The discriminant, where it is wanted, and the sinks; kept beside the answers, since all of them are read for it,
-    and once more along what is found here.
+) -> tuple[Directions | None, SinkCounts]:
+    """The discriminant, where it is wanted, and how many rows are sinks; kept beside the answers, since all of them are
+    read for it, and once more along what is found here.
     """
-    of_texts = [dataclasses.astuple(text) for text in texts]
-    what = [axiscap.__version__, dataclasses.asdict(store.settings), shrink, of_texts]
-    name = "reading-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    norm_limits = store.settings.norm_limits
+    name = store.name_of("reading", shrink, [dataclasses.astuple(text) for text in texts])
     if (kept := store.kept(name)) is not None:
         facts, tensors = kept
         progress("texts read", len(texts), len(texts))
-        return Directions(**tensors) if tensors else None, Sinks.from_json(facts)
-    sinks = Sinks.of(model, texts)
-    scatters = [Scatter(text_config(model).hidden_size) for _ in sinks.medians]
+        return Directions(**tensors) if tensors else None, SinkCounts.from_json(facts)
+    sinks = SinkCounts(norm_limits)
+    scatters = [Scatter(text_config(model).hidden_size) for _ in norm_limits]
     for more_scatters, more_sinks in workers.over_texts(
-        CollectScatter(sinks.medians), store, parts, lambda done: progress("texts read", done, len(texts))
+        CollectScatter(norm_limits), store, parts, lambda done: progress("texts read", done, len(texts))
     ):
         for scatter, more in zip(scatters, more_scatters, strict=True):
             scatter.merge(more)

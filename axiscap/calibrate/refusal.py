@@ -13,7 +13,7 @@ from torch import Tensor
 from axiscap.calibrate.data import Task, shipped
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import Directions
-from axiscap.calibrate.tokens import Text, read
+from axiscap.calibrate.tokens import Text, are_ordinary, read
 from axiscap.models import decoder_layers, text_config
 
 #: How an answer begins that declines, and one that complies.
@@ -36,12 +36,13 @@ def directions(engine: TransformersEngine) -> Tensor:
 
     Of what is asked: the mean of the last row of prompts whose request should be declined, less that of harmless
     look-alikes (Arditi et al., arXiv 2406.11717). Of what is answered: the mean row of answers that decline those
-    requests, less that of answers that comply with them.
+    requests, less that of answers that comply with them. Attention sinks are left out; where all of a text's rows that
+    would count are sinks, they count.
     """
     texts: list[Text] = []
     for pair in shipped("declined.jsonl"):
         tasks = [Task("", 0, 0, "", pair[kind]) for kind in ("request", "harmless")]
-        asked, harmless = (engine.encode([task])["input_ids"][0].tolist() for task in tasks)
+        asked, harmless = (engine.prompts([task])[0] for task in tasks)
         texts += [Text("asked", asked, []), Text("harmless", harmless, [])]
         for kind, answers in (("declines", DECLINES), ("complies", COMPLIES)):
             for answer in answers:
@@ -54,7 +55,9 @@ def directions(engine: TransformersEngine) -> Tensor:
     counts = torch.zeros(sums.shape[:2], dtype=torch.float64)
 
     def see(layer: int, rows: Tensor, owner: Tensor, place: Tensor, of_answer: Tensor) -> None:
-        use = torch.where(group_of[owner] < 2, place == last[owner], of_answer)
+        whole = torch.where(group_of[owner] < 2, place == last[owner], of_answer)
+        use = whole & are_ordinary(rows, layer, engine.settings.norm_limits)
+        use |= whole & ~torch.isin(owner, owner[use])
         mine = group_of[owner[use]]
         sums[layer].index_add_(0, mine, rows[use].double().cpu())
         counts[layer].index_add_(0, mine, torch.ones(len(mine), dtype=torch.float64))

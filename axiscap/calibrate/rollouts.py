@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from axiscap.calibrate.data import Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Settings, Shard, Store
-from axiscap.calibrate.tokens import Collect, Text
+from axiscap.calibrate.tokens import Collect, Text, are_ordinary
 from axiscap.models import folder, stop_tokens, watched_layers
 
 #: The published sampling.
@@ -111,7 +111,7 @@ class Here:
 
 
 class TransformersEngine:
-    """Answers by a transformers model, and averages its block outputs over each answer's tokens meanwhile.
+    """Answers by a transformers model, which reads what it answered.
 
     On GPUs, vLLM and the model that reads share each one's memory half and half.
 
@@ -124,12 +124,10 @@ class TransformersEngine:
         continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
     settings
         of the answers.
-    capture
-        whether to collect activations; without them a shard's means are empty.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Settings, *, capture: bool = True) -> None:
-        self.model, self.tokenizer, self.settings, self.capture = model, tokenizer, settings, capture
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.has_template = tokenizer.chat_template is not None
         self.system_role = self.has_template and _accepts_system_role(tokenizer)
         self.stops = stop_tokens(model)
@@ -150,33 +148,33 @@ class TransformersEngine:
             return_dict=True,
         ).to(self.model.device)
 
+    def prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
+        """The prompts' tokens, without padding."""
+        return _unpadded(self.encode(tasks))
+
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
         """Batch after batch; see :class:`Engine`."""
-        return map(self, todo)
+        for tasks in todo:
+            shard = self.answer(tasks)
+            means = read_means(self.model, shard.prompts, shard.answers, self.settings.norm_limits)
+            yield dataclasses.replace(shard, means=means)
 
     @torch.inference_mode()
-    def __call__(self, tasks: Sequence[Task]) -> Shard:
-        """Answers one batch."""
+    def answer(self, tasks: Sequence[Task]) -> Shard:
+        """Answers one batch, and does not read the answers: the shard's means are empty."""
         inputs = self.encode(tasks)
-        limit = self.settings.max_new_tokens
-        means = _AnswerMeans(self.model, self.stops) if self.capture else None
-        # One more than wanted: a token's activations come about when it is fed back, so the last one has none.
-        options = {
-            "do_sample": False,
-            "max_new_tokens": limit + bool(means),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.stops or None,
-        }
-        with means or torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs, **options, logits_processor=[_Sampler([task.id for task in tasks], self.settings)]
-            )
-        start = inputs["input_ids"].shape[1]
-        answers = [self.answer(row) for row in tokens[:, start : start + limit].tolist()]
-        found = means.result() if means else torch.empty(len(tasks), 0, 0)
-        return Shard(list(tasks), _unpadded(inputs), answers, self.texts(answers), found)
+        tokens = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.settings.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.stops or None,
+            logits_processor=[_Sampler([task.id for task in tasks], self.settings)],
+        )
+        answers = [self.until_stop(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+        return Shard(list(tasks), _unpadded(inputs), answers, self.texts(answers), torch.empty(len(tasks), 0, 0))
 
-    def answer(self, tokens: list[int]) -> list[int]:
+    def until_stop(self, tokens: list[int]) -> list[int]:
         """Generated tokens up to their end-of-sequence; one that ends at once is its end-of-sequence."""
         end = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
         return tokens[:end] or tokens[:1]
@@ -242,8 +240,9 @@ class EndpointEngine:
     def _read(self, done: Sequence[tuple[Task, str]]) -> Shard:
         tasks, texts = [task for task, _ in done], [text for _, text in done]
         answers = [self.reader.tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
-        prompts = _unpadded(self.reader.encode(tasks))
-        return Shard(tasks, prompts, answers, texts, read_means(self.model, prompts, answers))
+        prompts = self.reader.prompts(tasks)
+        means = read_means(self.model, prompts, answers, self.settings.norm_limits)
+        return Shard(tasks, prompts, answers, texts, means)
 
 
 class VllmEngine:
@@ -285,7 +284,7 @@ class VllmEngine:
                 batch = next(todo, None)
                 more = batch is not None
                 if batch is not None:
-                    batches[count] = batch, _unpadded(self.reader.encode(batch)), {}
+                    batches[count] = batch, self.reader.prompts(batch), {}
                     self._add(count, *batches[count][:2])
                     count += 1
             for output in self.engine.step():
@@ -309,26 +308,37 @@ class VllmEngine:
             self.engine.add_request(f"{number}/{row}", {"prompt_token_ids": prompt}, sampling)
 
     def _read(self, batch: Sequence[Task], prompts: list[list[int]], done: dict[int, list[int]]) -> Shard:
-        answers = [self.reader.answer(done[row]) for row in range(len(batch))]
-        means = read_means(self.model, prompts, answers)
+        answers = [self.reader.until_stop(done[row]) for row in range(len(batch))]
+        means = read_means(self.model, prompts, answers, self.settings.norm_limits)
         return Shard(list(batch), prompts, answers, self.reader.texts(answers), means)
 
 
 @torch.inference_mode()
-def read_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
-    """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts."""
+def read_means(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    norm_limits: Sequence[float] = (),
+) -> Tensor:
+    """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts.
+
+    Attention sinks, beyond their layer's limit, are left out; where all rows of an answer are sinks, all count.
+    """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     place = torch.arange(longest, device=model.device)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
     begins = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
-    weights = ((place >= begins) & (place < lengths)).double()
-    weights /= weights.sum(-1, keepdim=True)
+    of_answer = (place >= begins) & (place < lengths)
     means: list[Tensor] = []
 
     def read(layer: int, hidden: Tensor) -> None:
-        means.append(torch.einsum("nt,nth->nh", weights.to(hidden.device), hidden.double()).float().cpu())
+        whole = of_answer.to(hidden.device)
+        ordinary = whole & are_ordinary(hidden, layer, norm_limits)
+        counted = torch.where(ordinary.any(-1, keepdim=True), ordinary, whole)
+        weights = counted.double() / counted.sum(-1, keepdim=True)
+        means.append(torch.einsum("nt,nth->nh", weights, hidden.double()).float().cpu())
 
     with watched_layers(model, read):
         # Padding behind a text is not looked at by what stands before it.
@@ -359,8 +369,7 @@ class _Sampler:
     LIKELY = 256  # tokens among which a nucleus is looked for first: sorting all of a vocabulary costs more
 
     def __init__(self, ids: Sequence[str], settings: Settings) -> None:
-        count = settings.max_new_tokens + 1
-        self.numbers = torch.from_numpy(np.stack([settings.numbers(id, count) for id in ids]))
+        self.numbers = torch.from_numpy(np.stack([settings.numbers(id, settings.max_new_tokens) for id in ids]))
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -382,49 +391,3 @@ class _Sampler:
         if likely < probabilities.shape[-1] and bool(wide.any()):
             chosen[wide] = self._choose(probabilities[wide], numbers[wide], likely * 16)
         return chosen
-
-
-class _AnswerMeans:
-    """Averages the block outputs over each answer's tokens while ``generate`` makes them, up to the end-of-sequence."""
-
-    def __init__(self, model: Any, stops: Sequence[int]) -> None:
-        self.model = model
-        self.stops = torch.tensor(stops, device=model.device, dtype=torch.long)
-        self.running: Tensor | None = None  # (N,) whether the token being fed still belongs to the answer
-        self.ended: Tensor | None = None  # (N,) whether its end-of-sequence has been fed
-        self.count: Tensor | None = None  # (N,) answer tokens so far
-        self.sums: dict[int, Tensor] = {}  # by layer, (N, H) float64 each
-
-    def __enter__(self) -> _AnswerMeans:
-        self.open = contextlib.ExitStack()
-        embedding = self.model.get_input_embeddings()
-        self.open.callback(embedding.register_forward_pre_hook(self._before).remove)
-        self.open.enter_context(watched_layers(self.model, self._collect))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open.close()
-
-    def _before(self, module: nn.Module, args: Any) -> None:
-        ids = args[0]
-        if self.count is None or self.ended is None:  # the prompt
-            self.count = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-            self.ended = self.count > 0
-            return
-        self.ended = self.ended | torch.isin(ids[:, -1], self.stops)
-        # An answer that ends at once would have no activations: its end-of-sequence stands for it.
-        self.running = ~self.ended | (self.count == 0)
-        self.count = self.count + self.running
-
-    def _collect(self, layer: int, hidden: Tensor) -> None:
-        if self.running is None:
-            return
-        last = hidden[:, -1].double() * self.running.to(hidden.device)[:, None]
-        self.sums[layer] = self.sums[layer].add_(last) if layer in self.sums else last
-
-    def result(self) -> Tensor:
-        """(N, n_layers, H) float32."""
-        if self.count is None or self.running is None:
-            raise ValueError("the model ended all answers of a batch before their first token")
-        sums = [self.sums[layer].cpu() for layer in sorted(self.sums)]
-        return (torch.stack(sums, dim=1) / self.count.cpu()[:, None, None]).float()

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import axiscap
 from axiscap.calibrate.data import Task
 from axiscap.profile import CapProfile
 
@@ -47,6 +48,9 @@ class Settings:
         of the sampling.
     engine
         ``transformers``, or the serving engine that writes the answers.
+    norm_limits
+        of each layer of the model: a row with a larger norm is an attention sink, and is no part of an answer's means.
+        Empty: no limits.
 
     Examples
     --------
@@ -60,6 +64,7 @@ class Settings:
     max_new_tokens: int = 40
     seed: int = 0
     engine: str = "transformers"  # who answers
+    norm_limits: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, profile: CapProfile, model: str) -> Settings:
@@ -75,7 +80,7 @@ class Settings:
         Returns
         -------
         Settings
-            The same seed, dtype, length and engine.
+            The same seed, dtype, length, engine and limits.
 
         Raises
         ------
@@ -95,7 +100,8 @@ class Settings:
             raise ValueError(
                 "the profile does not say how its answers were sampled; it was not made by axiscap calibrate"
             )
-        return cls(model, **{name: known[name] for name in kinds})
+        limits = () if profile.norm_limit_all is None else tuple(profile.norm_limit_all.tolist())
+        return cls(model, **{name: known[name] for name in kinds}, norm_limits=limits)
 
     def seed_of(self, task: Task) -> int:
         """For an engine that samples by seeds of its own, 0 to 2^31 - 1.
@@ -194,6 +200,31 @@ class Store:
         """
         what = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
         return hashlib.sha256(what.encode()).hexdigest()[:24]
+
+    def name_of(self, kind: str, *content: Any) -> str:
+        """The name under which something else is kept: its kind, and a digest of the settings and its content.
+
+        Parameters
+        ----------
+        kind
+            what it is, the beginning of the name.
+        content
+            what it depends on, as JSON can say it.
+
+        Returns
+        -------
+        str
+            Equal for equal content, settings and version of AxisCap alone.
+
+        Examples
+        --------
+        >>> from axiscap import calibrate
+        >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32"))
+        >>> store.name_of("means", 3).startswith("means-")
+        True
+        """
+        what = json.dumps([axiscap.__version__, asdict(self.settings), *content])
+        return f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:24]}"
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}.safetensors"

@@ -1,16 +1,14 @@
-"""Finished texts read again, token by token: where the sinks are, how ordinary tokens scatter, how far they project."""
+"""Finished texts read again, token by token, and how their rows scatter."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axiscap.installation import SINK_NORM
 from axiscap.models import watched_layers
 
 #: Tokens of one pass, with padding.
@@ -71,6 +69,13 @@ def read(model: Any, texts: Sequence[Text], see: See) -> None:
             )
 
 
+def are_ordinary(rows: Tensor, layer: int, norm_limits: Sequence[float]) -> Tensor:
+    """Which rows (..., H) of a layer are no attention sinks: those within the layer's limit. All without limits."""
+    limit = norm_limits[layer] if norm_limits else torch.inf
+    within: Tensor = rows.float().norm(dim=-1) <= limit
+    return within
+
+
 def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
     """The longest first: if memory does not suffice, it shows soon."""
     batch: list[int] = []
@@ -122,87 +127,3 @@ class Scatter:
         about = torch.stack([torch.outer(self.sums[group], self.mean(group)) for group in groups]).sum(0)
         covariance: Tensor = (self.outer - about) / sum(self.counts[group] for group in groups)
         return covariance
-
-
-@dataclass
-class Sinks:
-    """Rows of massive norm, more than :data:`~axiscap.installation.SINK_NORM` times the median of their layer: where
-    they stand, and how large ordinary rows are. Parts add up.
-
-    ``usual``, ``massive``: the largest norm of a layer's ordinary rows, and of its sinks (0 where there is none).
-    ``positions``: how many texts have a sink there at some layer. ``tokens``: the same of token numbers.
-    """
-
-    medians: list[float]
-    texts: int = 0
-    usual: list[float] = field(init=False)
-    massive: list[float] = field(init=False)
-    positions: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
-    _found: set[tuple[int, int]] = field(default_factory=set)  # (text, position), since the last count
-
-    def __post_init__(self) -> None:
-        self.usual, self.massive = [0.0] * len(self.medians), [0.0] * len(self.medians)
-
-    @classmethod
-    def of(cls, model: Any, texts: Sequence[Text]) -> Sinks:
-        """What is usual at each layer, from one pass over the longest texts; none of them is counted."""
-        medians: list[float] = []
-        few = [texts[at] for at in next(_batches(texts))]
-        read(model, few, lambda layer, rows, *_: medians.append(rows.float().norm(dim=-1).median().item()))
-        return cls(medians)
-
-    def ordinary(self, layer: int, rows: Tensor, owner: Tensor, place: Tensor) -> Tensor:
-        """Which rows (n,) are none, having noted those that are."""
-        norms = rows.float().norm(dim=-1)
-        usual: Tensor = norms <= SINK_NORM * self.medians[layer]
-        self._found |= set(zip(owner[~usual].tolist(), place[~usual].tolist(), strict=True))
-        for largest, mine in ((self.usual, norms[usual]), (self.massive, norms[~usual])):
-            if len(mine):
-                largest[layer] = max(largest[layer], mine.max().item())
-        return usual
-
-    def count(self, texts: Sequence[Text]) -> Sinks:
-        """Those that were noted in texts, each of which was read whole; returns itself."""
-        for text, position in self._found:
-            self.positions[position] += 1
-            self.tokens[[*texts[text].prompt, *texts[text].answer][position]] += 1
-        self._found.clear()
-        self.texts += len(texts)
-        return self
-
-    def merge(self, other: Sinks) -> Sinks:
-        """Adds another's; returns itself."""
-        self.texts += other.texts
-        self.positions += other.positions
-        self.tokens += other.tokens
-        self.usual = list(map(max, self.usual, other.usual))
-        self.massive = list(map(max, self.massive, other.massive))
-        return self
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
-        counts = {name: list(getattr(self, name).items()) for name in ("positions", "tokens")}
-        return {"medians": self.medians, "texts": self.texts, "usual": self.usual, "massive": self.massive, **counts}
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Sinks:
-        made = cls(stored["medians"], stored["texts"])
-        made.usual, made.massive = stored["usual"], stored["massive"]
-        made.positions, made.tokens = (Counter(dict(stored[name])) for name in ("positions", "tokens"))
-        return made
-
-    @property
-    def regular(self) -> tuple[int, ...]:
-        """The positions at which half of the texts or more have a sink at one of the layers."""
-        return tuple(sorted(position for position, count in self.positions.items() if 2 * count >= self.texts))
-
-    def describe(self, tokenizer: Any) -> dict[str, Any]:
-        """What a profile's provenance says of them: where and which, and how much larger than the median row."""
-        return {
-            "texts": self.texts,
-            "positions": list(self.regular),
-            "tokens": {tokenizer.decode([token]): count for token, count in self.tokens.most_common(8)},
-            "times_the_median_norm": [round(most / of, 1) for most, of in zip(self.massive, self.medians, strict=True)],
-            "largest_ordinary_norm": [round(norm, 3) for norm in self.usual],
-        }

@@ -145,11 +145,12 @@ def measuring(profile: CapProfile, layers: Sequence[int] | None = None, *, cappe
         if layer not in profile.layers:
             assert profile.axis_all is not None
             axis = profile.axis_all[layer].expand(profile.directions, -1)
-            slot = slot._replace(axes=axis, lifts=axis)
+            limits = profile.norm_limit_all
+            slot = slot._replace(axes=axis, lifts=axis, norm_limit=slot.norm_limit if limits is None else limits[layer])
         slots.append(slot if capped else slot._replace(floors=torch.full_like(slot.floors, -math.inf)))
-    axes, lifts, floors, limits = (torch.stack(part).contiguous() for part in zip(*slots, strict=True))
+    axes, lifts, floors, targets, limits = (torch.stack(part).contiguous() for part in zip(*slots, strict=True))
     model = {"model": dict(profile.model_facts)}
-    return CapProfile(wanted, axes, floors, model, lifts=lifts, limits=limits, sinks=profile.sinks)
+    return CapProfile(wanted, axes, floors, model, targets=targets, lifts=lifts, norm_limits=limits)
 
 
 def replay(

@@ -17,6 +17,7 @@ import axiscap
 from axiscap.drift import CAPPED, Scale, Selection, Trace, percentile_in_words
 from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.view.sheet import BLUE, GREY, ORANGE, PINK, Figures, axis, grid, provenance, rounded, save, section, table
+from axiscap.view.sinks import describe_sinks, sink_warnings
 
 #: Tokens of a conversation that are shown at most, and layers of its heat map.
 TOKENS, LAYERS = 500, 32
@@ -105,7 +106,8 @@ def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selectio
         )
     layers = f"{profile.layers[0]} to {profile.layers[-1]}" if len(profile.layers) > 1 else f"{profile.layers[0]}"
     about = f" Curves of conversations are of layer {scale.layer}, before its own cap." if selection.groups else ""
-    return [*lines, f"The profile caps layers {layers}.{about}"]
+    sinks = f"Attention sinks: {describe_sinks(profile)}."
+    return [*lines, f"The profile caps layers {layers}.{about}", sinks, *sink_warnings(profile)]
 
 
 def _trajectories(figures: Figures, selection: Selection) -> str:
@@ -461,4 +463,6 @@ def _provenance(profile: CapProfile, selection: Selection) -> str:
         "layer of the curves": selection.scale.layer,
         "made by": f"AxisCap {axiscap.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+    if profile.targets is not None:
+        facts["targets"] = ", ".join(f"{target:.4g}" for target in profile.targets[:, 0].tolist())
     return provenance(facts)

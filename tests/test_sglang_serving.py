@@ -153,10 +153,16 @@ def test_the_cap_runs_inside_the_norm_behind_it(tmp_path):
     assert server.log.read_text().count("takes a cap in") == len(made["mild"].layers)
 
 
+NORM_LIMIT = 12.0
+
+
 def bank(rows: int) -> tuple[torch.Tensor, ...]:
-    """What the ops `.buffers` take: of two slots, one of which is off; rows of either and of none."""
+    """What the ops `.buffers` take: of two slots, one of which is off; rows of either and of none. The first slot lifts
+    beyond its floor, and one of its rows has a norm beyond its limit.
+    """
     axes, slots = unit(2, 1, 64), torch.arange(rows + 3, dtype=torch.int32) % 3 - 1
-    return axes, torch.tensor([[2.0], [-torch.inf]]), slots, torch.zeros(rows + 3, 1), axes, torch.full((2, 1), 1e9)
+    floors, targets = torch.tensor([[2.0], [-torch.inf]]), torch.tensor([[2.5], [-torch.inf]])
+    return axes, floors, slots, torch.zeros(rows + 3, 1), targets, axes, torch.tensor([NORM_LIMIT, torch.inf])
 
 
 def joined_norm(name: str, tensors: tuple[torch.Tensor, ...]):
@@ -171,19 +177,23 @@ def joined_norm(name: str, tensors: tuple[torch.Tensor, ...]):
 @pytest.mark.parametrize(("name", "bias"), [("RMSNorm", 0.0), ("GemmaRMSNorm", 1.0), ("Gemma3RMSNorm", 1.0)])
 def test_a_norm_of_sglangs_caps_the_sum_of_its_streams(name, bias):
     tensors = bank(9)
-    axes, floors, slots, projections, *_ = tensors
+    axes, floors, slots, projections, targets, _, norm_limits = tensors
     norm, alone = joined_norm(name, tensors)
     x, residual = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted, stream, reported = x.clone(), residual.clone(), torch.empty(9, 1)
+    more = {"targets": targets, "norm_limits": norm_limits}
     ops.add_rms_norm_cap_(wanted, stream, norm.weight.data, 1e-6, axes, floors, slots[:9], weight_bias=bias,
-                          projections=reported)  # fmt: skip
+                          projections=reported, **more)  # fmt: skip
     hidden, capped = norm(x.clone(), residual.clone())
     assert torch.equal(hidden, wanted)
     assert torch.equal(capped, stream)
     assert torch.equal(projections[:9].nan_to_num(), reported.nan_to_num())
     assert bool((reported[slots[:9] == 0] < 2).any())  # some fire
+    beyond = (x.float() + residual.float()).norm(dim=-1) > NORM_LIMIT
+    assert bool((beyond & (slots[:9] == 0)).any())
+    assert torch.equal(reported[:, 0].isnan(), (slots[:9] < 0) | (beyond & (slots[:9] == 0)))
     # As the hook and the engine's norm, but for the rounding of the sum in between.
-    capped = ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9])
+    capped = ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9], **more)
     theirs, sums = alone.forward_native(x.clone(), capped)
     torch.testing.assert_close(hidden, theirs, atol=0.03, rtol=0.02)
     torch.testing.assert_close(stream, sums, atol=0.03, rtol=0.02)
@@ -210,17 +220,18 @@ def test_a_norm_that_quantises_for_its_matrix_does_so_with_the_cap_inside(monkey
 
 def test_a_norm_that_has_more_to_do_is_capped_in_front():
     tensors = bank(9)
-    axes, floors, slots, *_ = tensors
+    axes, floors, slots, _, targets, _, norm_limits = tensors
+    options = {"targets": targets, "norm_limits": norm_limits}
     x, residual, more = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     norm, alone = joined_norm("RMSNorm", tensors)
     hidden, stream = norm(x.clone(), residual.clone(), more)
-    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9]), more)
+    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9], **options), more)
     assert torch.equal(hidden, wanted[0])
     assert torch.equal(stream, wanted[1])
     norm, alone = joined_norm("RMSNorm", tensors)
     norm.weight.data = alone.weight.data = alone.weight.data.float()
     hidden, stream = norm(x.clone(), residual.clone())
-    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9]))
+    wanted = alone(x.clone(), ops.cap_residual_(x, residual.clone(), axes, floors, slots[:9], **options))
     assert torch.equal(hidden, wanted[0])
     assert torch.equal(stream, wanted[1])
 

@@ -710,11 +710,12 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     medians, ratios = torch.tensor(sinks["median_norm"]), torch.tensor(sinks["limit_ratio"])
     torch.testing.assert_close(profile.norm_limit_all, medians * ratios, atol=0, rtol=1e-3)
     assert all(1.6 <= ratio <= 3 for ratio in sinks["limit_ratio"])
-    # From layer 11 on the first token of each text is a sink, and nothing else.
-    assert [round(share * sinks["rows"]) for share in sinks["share"][11:28]] == [sinks["texts"]] * 17
-    assert sinks["near_the_limit"][11:28] == [0.0] * 17
-    assert max(sinks["largest_ordinary"][11:28]) < 2.4
-    assert min(sinks["smallest_sink"][11:28]) > 20
+    # From layer 12 on the first token of each text is a sink, and nothing else; before, a few other rows are large.
+    assert [round(share * sinks["rows"]) for share in sinks["share"][12:28]] == [sinks["texts"]] * 16
+    assert sinks["near_the_limit"][12:28] == [0.0] * 16
+    assert max(sinks["largest_ordinary"][12:28]) < 2.1
+    assert min(sinks["smallest_sink"][12:28]) > 20
+    assert sinks["near_the_limit"][9] > 0.001
     assert sinks["tokens"]["<|im_start|>"] > 30
     assert facts["axis"]["roles"] == ["ghost", "hermit", "oracle"]
     assert facts["axis"]["judge"] == "none"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from axiscap import _C, ops
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats, layer_stats
+from axiscap.stats import LayerStats, layer_stats, target_gap
 
 #: The name of a profile that was installed without one.
 DEFAULT_NAME = "default"
@@ -123,8 +123,10 @@ class Installed(ABC):
         """
         result: dict[str, dict[int, LayerStats]] = {}
         for slot, (name, profile) in enumerate(self._profiles.items()):
-            mine = {index: self._layers[index].stats[slot, : profile.directions].cpu() for index in profile.layers}
-            result[name] = {index: layer_stats(sums) for index, sums in mine.items()}
+            directions, strength = profile.directions, profile.strength
+            sums = {index: self._layers[index].stats[slot, :directions].cpu() for index in profile.layers}
+            gaps = {index: target_gap(profile, index, directions) for index in profile.layers}
+            result[name] = {index: layer_stats(sums[index], gaps[index], strength) for index in profile.layers}
         return result
 
     def reset_stats(self) -> None:

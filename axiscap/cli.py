@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -486,6 +486,7 @@ def floors(
     work: WorkOption = None,
 ) -> None:
     """Write a profile with other floors or other layers. Only a budget needs the model."""
+    from axiscap.calibrate import effects
     from axiscap.calibrate.floors import PERCENTILES, with_floors
 
     if published:
@@ -504,8 +505,10 @@ def floors(
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
         lowest = with_floors(loaded, PERCENTILES[0], population, chosen)
-        made = _within(lowest, population, target, limits, rollouts, model, work)
-        percentile = float(made.provenance["floors"]["percentile"])
+        levels, lifted = ("" if number is None else f"{number:g}" for number in (percentile, target))
+        tried = _settings_to_try(lowest, "", levels, lifted, population)
+        made = _within(lowest, population, effects.Budget(*limits), tried, rollouts, model, work)
+        percentile, target = (made.provenance["floors"].get(name) for name in ("percentile", "target_percentile"))
     else:
         percentile = 25.0 if percentile is None else percentile
         made = with_floors(loaded, percentile, population, chosen, target_percentile=target)
@@ -518,150 +521,188 @@ def floors(
 def _within(
     profile: CapProfile,
     population: str,
-    target: float | None,
-    limits: list[float],
+    budget: Any,
+    tried: Sequence[Any],
     rollouts: str,
     model: str,
     work: Path | None,
 ) -> CapProfile:
-    """The highest floors within the limits of a budget, and a table of the steps that led there."""
+    """The floors and targets that hold most within a budget, and a table of what was measured."""
     from axiscap import calibrate as calibration
     from axiscap.calibrate import effects
 
     sampling = calibration.Settings.of(profile, model)
     ordinary = calibration.load_work(work)
     loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))
-    store = calibration.Store(rollouts, dataclasses.replace(sampling, dtype=str(loaded.dtype)))
-    table = Table()
-    for column in (
-        "percentile",
-        "worst domain",
-        "worst fiction",
-        "likeliest tokens changed",
-        "ordinary rows that fire",
-    ):
-        table.add_column(column, justify="right")
-
-    def step(percentile: float, found: Mapping[str, effects.DomainCost]) -> None:
-        domains = [effects.worst(found, fiction=fiction) for fiction in (False, True)]
-        fired = sum(cost.fired for cost in found.values()) / len(found)
-        changed, where = max((1 - cost.agreement, name) for name, cost in found.items() if not cost.fiction)
-        cells = [f"{value:.3f} {escape(name)}" for name, value in domains]
-        table.add_row(f"{percentile:g}", *cells, f"{changed:.1%} {escape(where)}", f"{fired:.1%}")
-
-    with console.status("measuring what floors cost, domain by domain"):
-        costs = effects.Costs(loaded, tokenizer, ordinary, store)
-        made = effects.floors_for_budget(
-            costs, profile, population, effects.Budget(*limits), step, target_percentile=target
-        )
-    _show("perplexity of ordinary answers over the uncapped model's", table)
+    settings = dataclasses.replace(sampling, dtype=str(loaded.dtype))
+    points = []
+    with _progress() as progress:
+        task = progress.add_task("settings", total=len(tried))
+        costs = effects.Costs(loaded, tokenizer, ordinary, calibration.Store(rollouts, settings))
+        holds = effects.Holds(loaded, calibration.TransformersEngine(loaded, tokenizer, settings))
+        for setting in tried:
+            points.append(effects.measure(costs, holds, setting, setting.of(profile, population)))
+            progress.advance(task)
+    admitted = [point for point in points if budget.admits(point.domains)]
+    chosen = max(admitted, key=lambda point: point.hold, default=None)
+    _show_points(points, {id(chosen): "chosen"})
+    if chosen is None:
+        raise ValueError(f"every setting costs more than {budget}")
+    assert chosen.setting is not None
+    made: CapProfile = chosen.setting.of(profile, population)
+    limits = {name: most for name, most in dataclasses.asdict(budget).items() if math.isfinite(most)}
+    made.provenance["floors"]["budget"] = limits
     return made
+
+
+def _show_points(points: Sequence[Any], marks: Mapping[int, str]) -> None:
+    """A table of what caps do and cost; ``marks`` by a point's id."""
+    table = Table()
+    table.add_column("setting")
+    columns = ("hold", "fired", "mean", "worst domain", "worst fiction", "changed", "uptake", "checks", "declines", "")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for point in points:
+        changed = max((1 - cost.agreement for cost in point.domains.values() if not cost.fiction), default=0.0)
+        tests = point.tests
+        low, high = point.hold_interval
+        table.add_row(
+            point.name,
+            f"{point.hold:.1f} ({low:.1f}-{high:.1f})",
+            f"{point.fired:.1%}",
+            f"{point.mean:.4f}",
+            *(f"{value:.3f} {escape(name)}" for name, value in (point.worst, point.worst_fiction)),
+            f"{changed:.1%}",
+            "" if tests is None else f"{tests.uptake:.3f}",
+            "" if tests is None else f"{tests.checks[0]}/{tests.checks[1]}",
+            "" if tests is None else f"{tests.declines:+.2f}",
+            marks.get(id(point), ""),
+            style="bold" if marks.get(id(point)) in ("chosen", "mild") else None,
+        )
+    if not console.is_terminal:
+        console.width = 180
+    _show("perplexity over the uncapped model's, hold in nats (95 %)", table)
 
 
 @app.command()
 def sweep(
     profile: ProfileArgument,
-    out: Annotated[Path, typer.Argument(help="The profile to write, of the chosen point.", callback=_with_folder)],
+    out: Annotated[Path, typer.Argument(help="The profile to write, of the chosen setting.", callback=_with_folder)],
     rollouts: Annotated[str, typer.Option(help="The answers that `axiscap calibrate --rollouts` kept.")],
     model: ModelOption = models.DEFAULT_MODEL,
     roles: RolesOption = None,
     questions: QuestionsOption = None,
     per_role: Annotated[int, typer.Option(help="Answers of each role that the calibration generated.")] = 16,
     bands: Annotated[
-        str, typer.Option(help="Bands of layers to try, such as 12-19,14-21. Default: that of the profile, and others.")
+        str, typer.Option(help="Bands of layers to try, such as 12-19,14-21. Default: that of the profile.")
     ] = "",
     percentiles: Annotated[
         str,
-        typer.Option(help="Percentiles to try. Default: 2,4,6 of single tokens, or 5,10,25,50 of means of answers."),
+        typer.Option(
+            help="Percentiles of floors to try. Default: 0.5,2,4,6 of single tokens, or 5,10,25,50 of means of answers."
+        ),
+    ] = "",
+    targets: Annotated[
+        str,
+        typer.Option(help="Percentiles of targets to try. Default: 15,25 of single tokens; the floors of means."),
     ] = "",
     population: PopulationOption = None,
-    most_perplexity: Annotated[
-        float, typer.Option(help="The most that the perplexity of the default's answers may rise to, as a ratio.")
-    ] = 1.02,
-    most_worst: Annotated[float, typer.Option(help="The same for the worst domain of ordinary work.")] = 1.02,
-    most_fiction: Annotated[float, typer.Option(help="The same for fiction on request.")] = 1.05,
+    budget: Annotated[
+        float, typer.Option(help="The most that perplexity may rise in any domain of ordinary work, such as 0.01.")
+    ] = 0.02,
+    fiction_budget: Annotated[float, typer.Option(help="The same for stories, poems and dialogue.")] = 0.05,
+    mild: Annotated[
+        Path | None,
+        typer.Option(
+            help="A second profile to write: the most hold at a cost of at most 0.003 in any domain.",
+            callback=_with_folder,
+        ),
+    ] = None,
     work: WorkOption = None,
     ask: Annotated[int, typer.Option(help="Questions to ask each held-out role.")] = 4,
     picture: Annotated[
-        Path, typer.Option(help="The picture to write: role uptake against perplexity.", callback=_with_folder)
+        Path, typer.Option(help="The picture to write: hold against cost.", callback=_with_folder)
     ] = Path("sweep.png"),
 ) -> None:
-    """Measure what capping does at bands of layers and percentiles, and write the profile of the best point.
+    """Measure what capping does at percentiles of floors and targets, and write the profile of the best setting.
 
-    Role uptake is judged from the text of answers by held-out roles to held-out questions. The cost is the perplexity
-    of ordinary answers and of plain text, the agreement with the uncapped model, and multiple-choice questions.
+    The best setting holds personas most within the budget. It must not lead to more role-play, to fewer right answers,
+    or to requests that are declined less. What was measured is kept beside OUT: after an interruption the command
+    resumes.
     """
     from axiscap import calibrate as calibration
+    from axiscap.calibrate import effects
     from axiscap.calibrate import sweep as sweeps
     from axiscap.view import plots
 
     plots.pyplot()
     loaded_profile = CapProfile.load(profile)
     sampling = calibration.Settings.of(loaded_profile, model)
-    found = _bands(bands, "--bands") if bands else sweeps.bands(loaded_profile)
     population = population or loaded_profile.population or "assistant"
-    try:
-        levels = [float(p) for p in percentiles.split(",")] if percentiles else sweeps.percentiles(population)
-    except ValueError:
-        raise ValueError(f"--percentiles must be numbers, such as 5,10,25, got {percentiles}") from None
-    candidates = sweeps.candidates(loaded_profile, found, levels, population)
+    tried = _settings_to_try(loaded_profile, bands, percentiles, targets, population)
     plan = _plan(roles, questions, per_role, model)
     loaded, tokenizer = models.load(model, sampling.dtype.removeprefix("torch."))
     settings = dataclasses.replace(sampling, dtype=str(loaded.dtype))
     store = calibration.Store(rollouts, settings)
-    todo = calibration.batches(plan)
     with console.status("training the text classifier"):
-        judge = sweeps.UptakeJudge(store.shards(todo), plan)
+        judge = sweeps.UptakeJudge(store.shards(calibration.batches(plan)), plan)
         knows_work = loaded_profile.lifts is not None or work is not None
         ordinary = calibration.load_work(work) if knows_work else None
         bench = sweeps.Bench(loaded, tokenizer, plan, settings, judge, store, ask, ordinary)
     console.print(f"text classifier: held-out AUC {judge.auc:.3f}")
+    runs = sweeps.Sweep(bench, loaded_profile, population, out.with_suffix(".points.jsonl"))
+    budgets = {out: effects.Budget(budget, fiction_budget)} | ({} if mild is None else {mild: effects.MILD})
+    chosen = {}
     with _progress() as progress:
-        task = progress.add_task("points", total=1 + len(candidates))
-        done = out.with_suffix(".points.jsonl")
-        uncapped, points = sweeps.sweep(bench, candidates, done, lambda point: progress.advance(task))
-    bounds = sweeps.Bounds(most_perplexity, most_worst, most_fiction)
-    chosen = sweeps.choose(points, bounds)
-    best = sweeps.front(points)
-    table = Table()
-    columns = ("point", "uptake", "hold", "default", "fired", "perplexity", "plain", "worst domain", "worst fiction")
-    for column in (*columns, "agreement", "choices", "checks", ""):
-        table.add_column(column, justify="left" if column == "point" else "right")
-    for point in [uncapped, *points]:
-        low, high = point.uptake_interval
-        least, most = point.perplexity_interval
-        mark = "chosen" if point is chosen else "front" if point in best else ""
-        table.add_row(
-            point.name,
-            f"{point.uptake:.3f} ({low:.2f}-{high:.2f})",
-            f"{point.hold:.1f}",
-            f"{point.default_uptake:.3f}",
-            f"{point.fired:.1%}",
-            f"{point.perplexity:.3f} ({least:.3f}-{most:.3f})",
-            f"{point.plain_perplexity:.3f}",
-            *(f"{value:.3f} {escape(name)}" for name, value in (point.worst, point.worst_fiction)),
-            f"{point.agreement:.3f}",
-            f"{point.choices:.3f}",
-            f"{point.checks[0]}/{point.checks[1]}",
-            mark,
-            style="bold" if point is chosen else None,
-        )
-    if not console.is_terminal:
-        console.width = 180
-    _show("held-out roles, questions, requests and domains (95 % intervals)", table)
-    if not bounds.admit(chosen):
-        console.print("no point is within the bounds; the least costly one was taken")
-    layers = list(range(chosen.first, chosen.last + 1))
-    made = calibration.with_floors(loaded_profile, chosen.percentile, population, layers)
-    made.provenance["sweep"] = {
-        "judge_auc": round(judge.auc, 4),
-        "uncapped": dataclasses.asdict(uncapped),
-        "chosen": dataclasses.asdict(chosen),
-    }
-    made.save(out)
-    plots.draw_sweep(uncapped, points, chosen, picture)
-    console.print(f"wrote {escape(str(out))}: {chosen.name}", soft_wrap=True)
+        task = progress.add_task("settings", total=len(tried))
+        for setting in tried:
+            runs.point(setting)
+            progress.advance(task)
+        task = progress.add_task("profiles tested", total=len(budgets))
+        for path, limits in budgets.items():
+            chosen[path] = runs.choose([runs.point(setting) for setting in tried], limits)
+            progress.advance(task)
+    uncapped, points = runs.point(None), [runs.point(setting) for setting in tried]
+    marks = {id(point): "frontier" for point in effects.frontier(points)}
+    marks |= {id(point): "mild" if path == mild else "chosen" for path, point in chosen.items()}
+    _show_points([uncapped, *points], marks)
+    plots.draw_sweep(uncapped, points, [point for point in chosen.values() if point], picture)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
+    for path, point in chosen.items():
+        if point is None:
+            raise ValueError(f"no setting is within {budgets[path]} and passes the tests; {path} was not written")
+        assert point.setting is not None
+        made = point.setting.of(loaded_profile, population)
+        made.provenance["sweep"] = {
+            "judge_auc": round(judge.auc, 4),
+            "uncapped": dataclasses.asdict(uncapped),
+            "chosen": dataclasses.asdict(point),
+        }
+        made.save(path)
+        console.print(f"wrote {escape(str(path))}: {point.name}", soft_wrap=True)
+
+
+def _settings_to_try(profile: CapProfile, bands: str, percentiles: str, targets: str, population: str) -> list[Any]:
+    """Settings in the words of the options; a wrong one raises before anything is measured."""
+    from axiscap.calibrate import sweep as sweeps
+
+    def numbers(text: str, option: str) -> list[float]:
+        try:
+            return [float(number) for number in text.split(",")]
+        except ValueError:
+            raise ValueError(f"{option} must be numbers, such as 2,4,6, got {text}") from None
+
+    levels, lifted = sweeps.defaults(population)
+    tried = sweeps.settings_to_try(
+        _bands(bands, "--bands") if bands else [(profile.layers[0], profile.layers[-1])],
+        numbers(percentiles, "--percentiles") if percentiles else levels,
+        numbers(targets, "--targets") if targets else lifted,
+    )
+    if not tried:
+        raise ValueError("no target lies above a percentile")
+    for setting in tried:
+        setting.of(profile, population)
+    return tried
 
 
 @app.command()

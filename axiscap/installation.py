@@ -159,8 +159,7 @@ class Installation(Installed):
         self._chosen_here: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("chosen", default=None)
         # Each lives as long as its manager.
         self._batching: weakref.WeakSet[Batching] = weakref.WeakSet()
-        self._sinks = {at: known.sinks for at, known in enumerate(profiles.values()) if known.sinks}
-        # Profiles without an entry for sinks, until the first pass has looked whether they lift one.
+        # Profiles without norm_limits, until the first pass has looked whether they lift a sink.
         self._unlooked = {at for at, known in enumerate(profiles.values()) if not known.knows_sinks}
 
         directions = self._directions = max(profile.directions for profile in profiles.values())
@@ -263,7 +262,7 @@ class Installation(Installed):
         return self._selection
 
     def set_floors(self, floors: Tensor, name: str | None = None) -> None:
-        """Moves a profile's floors, from the next forward pass on.
+        """Moves a profile's floors, from the next forward pass on. Each target stays as far above its floor as it was.
 
         Parameters
         ----------
@@ -287,8 +286,12 @@ class Installation(Installed):
         name = self._names[0] if name is None else name
         slot = self._slot(name)
         profile = self._profiles[name] = self._profiles[name].with_floors(floors)
-        for at, index in enumerate(profile.layers):
-            self._layers[index].floors[slot, : profile.directions].copy_(profile.floors[at])
+        for index in profile.layers:
+            layer, moved = self._layers[index], profile.slot_at(index, self._directions)
+            layer.floors[slot].copy_(moved.floors)
+            targets = layer.more["targets"]
+            if targets is not None:
+                targets[slot].copy_(moved.targets)
 
     def projections(self) -> dict[int, Tensor]:
         """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone.
@@ -383,24 +386,11 @@ class Installation(Installed):
         if this.announced is not None:
             this.tokens, this.announced = this.announced, None
         elif "cu_seq_lens_q" in given and (batching := batching_here(self._batching)) is not None:
-            this.tokens = batching.tokens(given["position_ids"], self._generated_only)
+            this.tokens = batching.tokens(given["position_ids"].shape[-1], self._generated_only)
         else:
             # A prepared (4-d) mask does not name the padding; then all tokens count as real.
             mask = mask_of(given.get("attention_mask"))
-            real = this.mask if mask is None else mask
-            ids = given.get("position_ids")
-            if isinstance(ids, Tensor):
-                positions: Tensor | None = ids[0] if ids.dim() == 3 else ids  # one for each part of a rotary embedding
-            elif real is not None:
-                positions = real.long().cumsum(-1) - 1
-            else:
-                # Found by its method: the argument's name differs between versions of transformers.
-                caches = (value for value in given.values() if hasattr(value, "get_seq_length"))
-                cache = next(caches, None)
-                length = 0 if cache is None else cache.get_seq_length()
-                # A copy, since a static cache counts on in the tensor that it returns.
-                positions = None if isinstance(length, int) and length == 0 else torch.as_tensor(length).clone()
-            this.tokens = Tokens(real, None, positions)
+            this.tokens = Tokens(this.mask if mask is None else mask)
         this.slots = {}
         self._is_announced = False
         if not torch.compiler.is_compiling():
@@ -482,7 +472,7 @@ class Installation(Installed):
         return made
 
     def _look_for_sinks(self, layer: _CappedLayer, norms: Tensor, slots: Tensor | None, projections: Tensor) -> None:
-        """Warns, in the first pass alone, if a profile without an entry for sinks lifts one."""
+        """Warns, in the first pass alone, if a profile without norm_limits lifts a sink."""
         if layer.index == max(self._layers):
             looked, self._unlooked = self._unlooked, set()
         else:
@@ -495,10 +485,10 @@ class Installation(Installed):
             self._unlooked = set()
             row = mine[0]
             warnings.warn(
-                f"profile {self._names[int(index[row])]!r} has no attention sinks, and lifts one: at layer "
+                f"profile {self._names[int(index[row])]!r} has no norm_limits, and lifts an attention sink: at layer "
                 f"{layer.index}, row {row} has {norms[row] / norms.median():.0f} times the median norm and a "
                 f"projection of {projections[row, 0].item():.3g}, below its floor. Capping it, as published files "
-                "require, can harm ordinary text; a profile with sinks or limits leaves it alone",
+                "require, can harm ordinary text; a profile with norm_limits leaves it alone",
                 stacklevel=2,
             )
 
@@ -509,12 +499,12 @@ class Installation(Installed):
         return this.slots[key]
 
     def _make_slots(self, device: torch.device, batch: int, tokens: int, known: Tokens) -> Tensor | None:
-        real, generated, positions, chosen = known
+        real, generated, chosen = known
         selection = [0] if chosen is not None else self._selected()
         if self._generated_only and generated is None:
             # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
             generated = torch.full((tokens,), tokens == 1)
-        if selection == [0] and real is None and generated is None and chosen is None and 0 not in self._sinks:
+        if selection == [0] and real is None and generated is None and chosen is None:
             return None
         if batch % len(selection) != 0:
             raise ValueError(f"profiles are selected for {len(selection)} sequences, but the batch has {batch}")
@@ -533,14 +523,6 @@ class Installation(Installed):
             # Rows beyond those of generate() are virtual tokens, in front.
             generated = nn.functional.pad(generated, (max(0, tokens - len(generated)), 0))
             slots = torch.where(generated.to(device), slots, -1)
-        if self._sinks:
-            if positions is None or positions.dim() == 0:
-                start = 0 if positions is None else positions.to(device)
-                positions = (torch.arange(tokens, device=device) + start)[None]
-            positions = positions[:, -tokens:].to(device)
-            for at, sinks in self._sinks.items():
-                for sink in sinks:  # few: a tensor of them would be copied to the device in each pass
-                    slots = torch.where((slots == at) & (positions == sink), -1, slots)
         return slots.expand(batch, tokens).reshape(-1).contiguous()
 
     def _leave_batching(self) -> None:
@@ -591,10 +573,7 @@ class Installation(Installed):
             given = mask_of(kwargs.get(mask_name))
             if generated is not None and ids is None and mask is not None and given is not None:
                 generated[: mask.shape[1] - given.shape[1]] = False  # PEFT feeds virtual tokens in every step
-            if mask is None:
-                this.announced = Tokens(None, generated, torch.arange(total - tokens, total)[None])
-            else:
-                this.announced = Tokens(mask[:, -tokens:], generated, (mask.long().cumsum(-1) - 1)[:, -tokens:])
+            this.announced = Tokens(None if mask is None else mask[:, -tokens:], generated)
             return inputs
 
         def batch(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,10 +2,9 @@
 
 llama.cpp computes graphs of tensors, and calls back with those that somebody wants to see. A block's output is named
 ``l_out-N``: the callback, which is C++ (``csrc/ggml``), caps its rows where they are, and no Python runs in between.
-What only the caller of ``llama_decode`` knows is which row belongs to which sequence and position; so that function is
-wrapped, for contexts with an installation alone, and says it before each batch. Batches that C code decodes by itself
-(images, in llava's and mtmd's helpers) are capped under the profile of sequence 0, and their sinks are left alone by
-the profile's limits.
+What only the caller of ``llama_decode`` knows is which row belongs to which sequence; so that function is wrapped, for
+contexts with an installation alone, and says it before each batch. Batches that C code decodes by itself (images, in
+llava's and mtmd's helpers) are capped under the profile of sequence 0.
 """
 
 from __future__ import annotations
@@ -211,14 +210,6 @@ class Installation(Installed):
                 slots[at] = found.pop()
             if self._reorders and len(set(slots.tolist())) > 1:
                 raise ValueError("sequences of this model must be under one profile, or in batches of their own")
-        if batch.pos:
-            positions = np.ctypeslib.as_array(batch.pos, (count,))
-        else:  # they follow what the memory has
-            memory = self._lib.llama_get_memory(context)
-            positions = np.arange(count) + self._lib.llama_memory_seq_pos_max(memory, 0) + 1
-        for slot, profile in enumerate(self._profiles.values()):
-            if profile.sinks:
-                slots[(slots == slot) & np.isin(positions, profile.sinks)] = -1
         if self._outputs_all:
             outputs = np.ones(count, np.uint8)
         elif batch.logits:

@@ -17,7 +17,6 @@ class Tokens(NamedTuple):
 
     real: Tensor | None = None  # no padding; None: all tokens
     generated: Tensor | None = None  # written by the model; None: not needed
-    positions: Tensor | None = None  # in their sequences, (1 or batch, tokens), or the first one; None: from 0
     chosen: Tensor | None = None  # the slot of each token, (1, tokens), if the tokens of many sequences are one row
 
 
@@ -175,11 +174,10 @@ class Batching:
         finally:
             self._adding.slots = {}
 
-    def tokens(self, positions: Tensor, generated_only: bool) -> Tokens:
-        """The tokens of the batch that is about to run, (1, tokens) each."""
+    def tokens(self, count: int, generated_only: bool) -> Tokens:
+        """The tokens of the batch that is about to run, which are ``count`` with its padding."""
         io = self.manager.batch_processor.inputs_and_outputs
         io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
-        count = positions.shape[-1]
         chosen, written = torch.full((1, count), -1, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
         at = 0
         for request in io.requests_in_batch:
@@ -193,7 +191,7 @@ class Batching:
                 torch.arange(state.position_offset - request.query_length, state.position_offset) >= prompt
             )
             at = end
-        return Tokens(None, written if generated_only else None, positions, chosen)
+        return Tokens(None, written if generated_only else None, chosen)
 
 
 def one_for_each(selection: list[int], count: int) -> list[int]:

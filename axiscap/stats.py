@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from axiscap import _C
+from axiscap.profile import CapProfile
 
 
 @dataclass(frozen=True)
 class LayerStats:
     """What one profile did at one layer. Projections are those of the rows as they came, before the cap.
 
-    ``mean``, ``min``, ``max`` and ``mean_shortfall`` have one entry for each direction; they are NaN without rows, and
-    mean_shortfall (floor - projection, over the rows below the floor) is NaN where no row was below.
+    ``mean``, ``min``, ``max``, ``mean_shortfall`` and ``mean_added`` have one entry for each direction. They are NaN
+    without rows; the last two, which are means over the rows below the floor, also if no row was below.
 
     Parameters
     ----------
@@ -24,7 +26,7 @@ class LayerStats:
     fired
         how many of them were lifted.
     nonfinite
-        how many were left alone, since they were not finite or beyond their limit.
+        how many were left alone: not finite, or of a larger norm than the profile's limit, as attention sinks are.
     mean
         of the projections, by direction.
     min
@@ -33,6 +35,9 @@ class LayerStats:
         the largest, by direction.
     mean_shortfall
         of the rows below the floor, by direction: floor less projection.
+    mean_added
+        of the same rows, by direction: what the correction added to the projection, (target less projection) times
+        the profile's strength.
 
     Examples
     --------
@@ -50,18 +55,37 @@ class LayerStats:
     min: tuple[float, ...]
     max: tuple[float, ...]
     mean_shortfall: tuple[float, ...]
+    mean_added: tuple[float, ...]
 
 
-def layer_stats(stats: Tensor) -> LayerStats:
-    """From (K, F) float64."""
-    field = {name: stats[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
+def target_gap(profile: CapProfile, layer: int, directions: int) -> Tensor:
+    """(K,), of a bank of K directions: how far each target is above its floor; 0 for a direction that is off."""
+    slot = profile.slot_at(layer, directions)
+    return torch.where(slot.floors.isneginf(), 0.0, slot.targets - slot.floors)
+
+
+def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:
+    """
+    Parameters
+    ----------
+    sums
+        (K, F) float64, what the kernels added up.
+    gap
+        (K,), :func:`target_gap` of the profile.
+    strength
+        the profile's.
+    """
+    field = {name: sums[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
     seen, nonfinite = int(field["seen"][0]), int(field["nonfinite"][0])
     finite = seen - nonfinite
 
     def each(values: list[float], counts: list[float]) -> tuple[float, ...]:
         return tuple(value / count if count else math.nan for value, count in zip(values, counts, strict=True))
 
-    finites = [float(finite)] * len(stats)
+    finites = [float(finite)] * len(sums)
+    shortfalls, below = field["shortfall"], field["below"]
+    directions = zip(shortfalls, below, gap.tolist(), strict=True)
+    added = [(shortfall + rows * above) * strength for shortfall, rows, above in directions]
     return LayerStats(
         rows=seen,
         fired=int(sum(field["fired"])),
@@ -69,5 +93,6 @@ def layer_stats(stats: Tensor) -> LayerStats:
         mean=each(field["sum"], finites),
         min=tuple(value if finite else math.nan for value in field["min"]),
         max=tuple(value if finite else math.nan for value in field["max"]),
-        mean_shortfall=each(field["shortfall"], field["below"]),
+        mean_shortfall=each(shortfalls, below),
+        mean_added=each(added, below),
     )

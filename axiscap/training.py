@@ -18,7 +18,7 @@ from axiscap.calibrate.data import shipped
 from axiscap.calibrate.floors import PERCENTILES, with_floors
 from axiscap.installation import install
 from axiscap.profile import CapProfile
-from axiscap.stats import layer_stats
+from axiscap.stats import layer_stats, target_gap
 
 try:
     from transformers import TrainerCallback
@@ -181,9 +181,10 @@ class TrainingCap:
         self.installation.remove()
 
     def figures(self) -> dict[str, float]:
-        """Of the last step, by capped layer: the share of rows that fired (``axiscap/fired/14``), and how far those
-        below the floor lay from it (``axiscap/shortfall/14``); and the probes' mean projection as the model is now,
-        uncapped (``axiscap/probes/14``). Summed over processes, where several train.
+        """Of the last step, by capped layer: the share of rows that fired (``axiscap/fired/14``), how far those below
+        the floor lay from it (``axiscap/shortfall/14``), and what was added to their projections
+        (``axiscap/added/14``); and the probes' mean projection as the model is now, uncapped (``axiscap/probes/14``).
+        Summed over processes, where several train.
 
         Returns
         -------
@@ -204,11 +205,14 @@ class TrainingCap:
         sums = torch.stack([layers[index].stats[0] for index in self.profile.layers])
         found: dict[str, float] = {}
         for index, stats in zip(self.profile.layers, _over_processes(sums), strict=True):
-            seen = layer_stats(stats[: self.profile.directions])
+            directions = self.profile.directions
+            gap = target_gap(self.profile, index, directions)
+            seen = layer_stats(stats[:directions], gap, self.profile.strength)
             if seen.rows:
                 found[f"axiscap/fired/{index}"] = seen.fired / seen.rows
                 if seen.fired:
                     found[f"axiscap/shortfall/{index}"] = seen.mean_shortfall[0]
+                    found[f"axiscap/added/{index}"] = seen.mean_added[0]
         return found | self._probed()
 
     def _probed(self) -> dict[str, float]:

@@ -224,8 +224,8 @@ def assert_same_texts(found: list[str], wanted: list[str]) -> None:
 
 
 def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> None:
-    """A record of 8 tokens after the second prompt counts what the capped transformers model does of the same, without
-    sinks.
+    """A record of 8 tokens after the second prompt counts what the capped transformers model does of the same, of which
+    the first row is a sink.
 
     And what it counts of the answer is what reading the finished text again gives.
     """
@@ -236,15 +236,16 @@ def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> 
         tokens = model.generate(**inputs, max_new_tokens=8, eos_token_id=-1, do_sample=False)
         for layer, stats in cap.stats()["default"].items():
             counted = record["layers"][str(layer)]
-            assert counted["rows"] == stats.rows == rows - len(profile.sinks)
+            assert counted["rows"] == stats.rows == rows
+            assert stats.nonfinite == 1
             assert counted["fired"] == stats.fired
             assert counted["mean_projection"] == pytest.approx(stats.mean, rel=1e-3, abs=1e-3)
-            # A log is JSON, which has no NaN: where nothing fired, nothing stands.
-            short = [
-                None if math.isnan(value) else pytest.approx(value, rel=1e-3, abs=1e-3)
-                for value in stats.mean_shortfall
-            ]
-            assert counted["mean_shortfall"] == short
+            for name in ("mean_shortfall", "mean_added"):
+                # A log is JSON, which has no NaN: where nothing fired, nothing stands.
+                assert counted[name] == [
+                    None if math.isnan(value) else pytest.approx(value, rel=1e-3, abs=1e-3)
+                    for value in getattr(stats, name)
+                ]
     (again,) = drift.read(model, profile, [tokens[0, :-1].tolist()])
     for layer, projections in zip(profile.layers, again[:, inputs["input_ids"].shape[1] :], strict=True):
         counted = record["answer"][str(layer)]

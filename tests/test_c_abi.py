@@ -72,7 +72,8 @@ class Call(ctypes.Structure):
         ("axes", ctypes.c_void_p),
         ("lifts", ctypes.c_void_p),
         ("floors", ctypes.c_void_p),
-        ("limits", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("norm_limits", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("num_slots", ctypes.c_int64),
         ("directions", ctypes.c_int64),
@@ -117,6 +118,10 @@ def test_it_gives_the_bits_of_the_ops(installed, dtype):
     for begin, end in ((4, 9), (0, 4)):
         assert c.axiscap_cap_cpu(ctypes.byref(call), begin, end) == 0
     assert_same_bits(mine, ops.cap(hidden, axes, floors, slots))
+    bank = {"targets": torch.full((2, 2), 1.5), "lifts": 0.5 * axes, "norm_limits": torch.tensor([8.4, 7.0])}
+    mine, pointers = hidden.clone(), {name: tensor.data_ptr() for name, tensor in bank.items()}
+    assert c.axiscap_cap_cpu(ctypes.byref(call_of(mine, axes, floors, slots, **pointers)), 0, 9) == 0
+    assert_same_bits(mine, ops.cap(hidden, axes, floors, slots, **bank))
     mine, sums, weight = hidden.clone(), residual.clone(), torch.randn(70).to(dtype)
     extra = {"residual": sums.data_ptr(), "residual_stride": 70, "weight": weight.data_ptr(), "eps": 1e-6}
     assert c.axiscap_cap_cpu(ctypes.byref(call_of(mine, axes, floors, slots, **extra)), 0, 9) == 0

@@ -216,7 +216,7 @@ def test_capped_rows_are_on_the_floor_inside_the_model(demo_model, shipped_profi
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:profile 'default' has no attention sinks")
+@pytest.mark.filterwarnings("ignore:profile 'default' has no norm_limits")
 def test_a_sink_of_either_sign_is_left_alone(demo_model, shipped_profile):
     """With the sink below the floor, lifting it ruins ordinary text; a profile that knows sinks leaves it alone."""
     model, tokenizer = demo_model

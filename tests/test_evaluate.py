@@ -100,13 +100,13 @@ def test_inspect_runs_a_capped_model_and_pairs_are_pairs(tmp_path):
 
 @pytest.mark.slow
 def test_inspect_counts_the_rows_of_an_answer(tmp_path):
-    """As many as the tokens of prompt and answer, less the sink and the last, which is never fed back."""
+    """As many as the tokens of prompt and answer, less the last, which is never fed back."""
     found = inspect_eval(tmp_path, "-M", f"profile={off(tmp_path)}")
     for sample in found.values():
         usage = [event["output"]["usage"] for event in sample["events"] if event["event"] == "model"]
         assert len(usage) == 2
         for one, counted in zip(usage, sample["metadata"]["axiscap"], strict=True):
-            assert {layer["rows"] for layer in counted.values()} == {one["total_tokens"] - 2}
+            assert {layer["rows"] for layer in counted.values()} == {one["total_tokens"] - 1}
 
 
 # The lm-evaluation-harness
@@ -156,7 +156,7 @@ def test_lm_eval_runs_a_capped_model(tmp_path):
     strict = tmp_path / "strict.safetensors"
     shipped = CapProfile.load(SHIPPED)
     floors = torch.full_like(shipped.floors, 60.0)
-    CapProfile(shipped.layers, shipped.axes, floors, lifts=shipped.lifts, limits=shipped.limits).save(strict)
+    CapProfile(shipped.layers, shipped.axes, floors, lifts=shipped.lifts, norm_limits=shipped.norm_limits).save(strict)
     plain, measured = lm_eval(tmp_path, ""), lm_eval(tmp_path, f",profile={off(tmp_path)}")
     capped = lm_eval(tmp_path, f",profile={strict}")
     assert len(plain) == 12

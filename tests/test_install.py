@@ -110,16 +110,18 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @contextmanager
 def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor | None = None):
-    """Equation 1 in the simplest hooks that one can write, for any model whose layers the profile counts.
+    """Equation 1 in the simplest hooks that one can write, for any model whose layers the profile counts; rows beyond
+    its norm_limits are left alone.
 
     prompt_mask: which tokens of the prompts are real; those of a pass over one new token all are.
     """
     blocks = models.decoder_layers(model)
 
-    def hook_for(axis, floor):
+    def hook_for(axis, floor, norm_limit):
         def hook(module, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
             capped = hidden - ((hidden @ axis) - floor).clamp(max=0)[..., None] * axis
+            capped = torch.where(hidden.norm(dim=-1, keepdim=True) > norm_limit, hidden, capped)
             batch, length = hidden.shape[:2]
             if prompt_mask is not None and length >= prompt_mask.shape[1]:
                 real = nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1).bool()
@@ -129,8 +131,9 @@ def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor |
 
         return hook
 
+    norm_limits = torch.full((len(profile.layers),), math.inf) if profile.norm_limits is None else profile.norm_limits
     handles = [
-        blocks[layer].register_forward_hook(hook_for(profile.axes[i, 0], profile.floors[i, 0]))
+        blocks[layer].register_forward_hook(hook_for(profile.axes[i, 0], profile.floors[i, 0], norm_limits[i]))
         for i, layer in enumerate(profile.layers)
     ]
     try:
@@ -338,141 +341,213 @@ def test_positions_generated(llama):
         axiscap.install(llama, profile, positions="some")
 
 
-# Sinks: by their place in the sequence, however it comes, or by what they project to.
+# Sinks: a row whose norm is beyond the profile's limit is left alone, however its sequence comes.
+
+#: A token of the vocabulary whose row is a sink in every layer, and the limit that tells it from the others.
+SINK, NORM_LIMIT = 7, 50.0
 
 
-def sunk(llama, *, sinks=(0,), floor=1e3, **more) -> CapProfile:
-    """Every row lies far below the floor, so that a row that is not capped shows."""
-    made = profile_for(llama, LAYERS, floor)
-    return CapProfile(made.layers, made.axes, made.floors, made.provenance, sinks=sinks, **more)
+@pytest.fixture
+def massive(llama) -> nn.Module:
+    """A model that keeps the huge embedding of one token in its residual stream."""
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[SINK] = -400 * profile_for(llama, LAYERS, 0.0).axes[0, 0]
+    return llama
 
 
-def left_alone(cap) -> list[list[bool]]:
-    return cap.projections()[LAYERS[0]][..., 0].isnan().tolist()
+def limited(model, norm_limit: float = NORM_LIMIT, floor: float = 5.0) -> CapProfile:
+    """Every row lies below the floor, so that a row that is not capped shows; no capped row is beyond the limit."""
+    made = profile_for(model, LAYERS, floor)
+    norm_limits = torch.full((len(LAYERS),), norm_limit)
+    return CapProfile(made.layers, made.axes, made.floors, made.provenance, norm_limits=norm_limits)
 
 
-def test_sinks_of_plain_and_padded_sequences(llama):
-    with axiscap.install(llama, sunk(llama, sinks=(0, 2))) as cap, torch.no_grad():
-        llama(tokens(2, 5))
-        assert left_alone(cap) == [[True, False, True, False, False]] * 2
-        assert cap.stats()["default"][LAYERS[0]].rows == 6
-        for side in ("left", "right"):
-            mask = torch.ones(2, 5, dtype=torch.long)
-            mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
-            llama(tokens(2, 5), attention_mask=mask)
-            second = [True, True, True, False, True] if side == "left" else [True, False, True, True, True]
-            assert left_alone(cap) == [[True, False, True, False, False], second]
+def tokens_with_sinks(*shape: int, at: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    ids = tokens(*shape)
+    ids[ids == SINK] = SINK + 1
+    for row, column in at:
+        ids[row, column] = SINK
+    return ids
 
 
-def test_sinks_of_packed_sequences(llama):
-    """Two sequences in one row, told apart by their positions, of which each begins anew."""
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    with axiscap.install(llama, sunk(llama)) as cap, torch.no_grad():
-        llama(tokens(1, 7), position_ids=positions)
-        assert left_alone(cap) == [[position == 0 for position in positions[0].tolist()]]
+def assert_left_alone(cap, expected: torch.Tensor) -> None:
+    for projections in cap.projections().values():
+        assert torch.equal(projections[..., 0].isnan(), expected)
+
+
+def assert_same_rows(parts: list[dict[int, torch.Tensor]], whole: dict[int, torch.Tensor]) -> None:
+    """The projections of passes over parts of a sequence are those of one pass over the whole."""
+    for layer, projections in whole.items():
+        found = torch.cat([part[layer] for part in parts], 1)
+        torch.testing.assert_close(found, projections, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def whole_pass(model, profile: CapProfile, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    with axiscap.install(model, profile) as cap, torch.no_grad():
+        model(ids)
+        assert_left_alone(cap, ids == SINK)
+        return cap.projections()
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_sinks_of_plain_and_padded_sequences(massive, side):
+    ids = tokens_with_sinks(2, 6, at=((0, 0), (0, 2), (1, 3)))
+    real = torch.ones(2, 6, dtype=torch.bool)
+    if side != "none":
+        real[1, slice(0, 2) if side == "left" else slice(4, 6)] = False
+    alone = whole_pass(massive, limited(massive), ids[1:, real[1]])
+    with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
+        massive(ids, attention_mask=None if side == "none" else real.long())
+        assert_left_alone(cap, (ids == SINK) | ~real)
+        assert_same_rows([{layer: found[1:, real[1]] for layer, found in cap.projections().items()}], alone)
+        for stats in cap.stats()["default"].values():
+            assert (stats.rows, stats.nonfinite) == (int(real.sum()), 3)
+            assert stats.fired == stats.rows - 3
+
+
+def test_a_capped_pass_with_sinks_gives_what_plain_hooks_give(massive):
+    ids = tokens_with_sinks(2, 7, at=((0, 0), (1, 0), (1, 4)))
+    with torch.no_grad():
+        with plain_cap(massive, limited(massive, floor=FLOOR)):
+            expected = massive(ids).logits
+        with axiscap.install(massive, limited(massive, floor=FLOOR)):
+            torch.testing.assert_close(massive(ids).logits, expected, atol=2e-5, rtol=2e-5)
+        with plain_cap(massive, limited(massive, math.inf, FLOOR)):
+            assert not torch.allclose(massive(ids).logits, expected, atol=1e-3)
+
+
+def test_sinks_of_packed_sequences(massive):
+    """Two sequences in one row, told apart by their positions, give the rows that each of them gives alone."""
+    ids = tokens_with_sinks(1, 7, at=((0, 0), (0, 3)))
+    alone = [whole_pass(massive, limited(massive), part) for part in (ids[:, :3], ids[:, 3:])]
+    with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
+        massive(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False)
+        assert_left_alone(cap, ids == SINK)
+        assert_same_rows(alone, cap.projections())
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_sinks_of_a_prompt_in_chunks(llama, static):
-    """What is in the cache was before: its length says where the chunk begins."""
-    config = llama.config
+def test_sinks_of_a_prompt_in_chunks(massive, static):
+    config = massive.config
     cache = transformers.StaticCache(config=config, max_cache_len=16) if static else transformers.DynamicCache()
-    with axiscap.install(llama, sunk(llama, sinks=(0, 4))) as cap, torch.no_grad():
-        found = []
-        for chunk in tokens(1, 7).split(3, dim=1):
-            llama(chunk, past_key_values=cache)
-            found += left_alone(cap)[0]
-        assert found == [True, False, False, False, True, False, False]
+    ids = tokens_with_sinks(1, 7, at=((0, 0), (0, 4)))
+    whole = whole_pass(massive, limited(massive), ids)
+    with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
+        parts = []
+        for chunk in ids.split(3, dim=1):
+            massive(chunk, past_key_values=cache)
+            assert_left_alone(cap, chunk == SINK)
+            parts.append(cap.projections())
+    assert_same_rows(parts, whole)
+
+
+def test_sinks_of_a_cache_that_is_resumed(massive):
+    """In a loop of one's own, with padding on the left: a prefix is computed once, and goes on in two ways."""
+    prefix, mask = tokens_with_sinks(2, 5, at=((0, 0), (1, 2))), torch.tensor([[1] * 8, [0, 0] + [1] * 6])
+    endings = [tokens_with_sinks(2, 3, at=at) for at in (((0, 1),), ((1, 0), (1, 2)))]
+    with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
+        cache = massive(prefix, attention_mask=mask[:, :5], use_cache=True).past_key_values
+        begun, resumed = cap.projections(), []
+        for ending in endings:
+            massive(ending, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+            assert_left_alone(cap, ending == SINK)
+            resumed.append(cap.projections())
+    for ending, end in zip(endings, resumed, strict=True):
+        for row, start in ((0, 0), (1, 2)):
+            whole = whole_pass(massive, limited(massive), torch.cat([prefix, ending], 1)[row : row + 1, start:])
+            parts = [(begun, start), (end, 0)]
+            assert_same_rows(
+                [{at: found[row : row + 1, skip:] for at, found in part.items()} for part, skip in parts], whole
+            )
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static", "none", "beams"])
-def test_sinks_while_generating(name, llama):
-    """Those of the prompt alone, with padding on the left; with no cache they come again at each step."""
-    mask = torch.ones(2, 6, dtype=torch.long)
+def test_sinks_while_generating(name, massive):
+    """Of the prompt and of what is written, with padding on the left; with no cache they come again at each step."""
+    ids, mask = tokens_with_sinks(2, 6, at=((0, 0), (1, 3))), torch.ones(2, 6, dtype=torch.long)
     mask[1, :3] = 0
-    several = 3 if name == "beams" else 1
-    with axiscap.install(llama, sunk(llama)) as cap, torch.no_grad():
-        llama.generate(tokens(2, 6), attention_mask=mask, **GREEDY, **CACHES[name], disable_compile=True)
+    with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
+        options = GREEDY | CACHES[name] | {"disable_compile": True}
+        written = massive.generate(ids, attention_mask=mask, **options)[:, :-1]  # the last token is not read
+        stats = cap.stats()["default"].values()
+        sinks = (written == SINK) & nn.functional.pad(mask == 1, (0, 11), value=True)
         if name == "none":
-            assert left_alone(cap) == [[True] + [False] * 16, [True] * 4 + [False] * 13]
-        else:
-            assert left_alone(cap) == [[False]] * 2 * several
-        rows = cap.stats()["default"][LAYERS[0]].rows
-    if name in ("dynamic", "static"):
-        assert rows == (6 + 3 - 2) + 2 * 11
+            padding = nn.functional.pad(mask == 0, (0, 11), value=False)
+            assert_left_alone(cap, sinks | padding)
+        elif name != "beams":
+            assert_left_alone(cap, sinks[:, -1:])
+            assert {found.rows for found in stats} == {(6 + 3) + 2 * 11}
+            assert {found.nonfinite for found in stats} == {int(sinks.sum())}
+        assert all(found.nonfinite >= 2 and found.fired == found.rows - found.nonfinite for found in stats)
 
 
-def test_each_profile_has_its_own_sinks(llama):
-    both = {"all": sunk(llama, sinks=()), "first": sunk(llama), "third": sunk(llama, sinks=(2,))}
-    with axiscap.install(llama, both) as cap, torch.no_grad():
-        cap.select(["first", None, "all", "third"])
-        llama(tokens(4, 3))
-        assert left_alone(cap) == [[True, False, False], [True] * 3, [False] * 3, [False, False, True]]
+@pytest.mark.filterwarnings("ignore:profile 'every' has no norm_limits")
+def test_each_profile_has_its_own_limits(massive):
+    profiles = {"every": profile_for(massive, LAYERS, 5.0), "sinks": limited(massive), "all": limited(massive, 1e-6)}
+    ids = tokens_with_sinks(4, 3, at=((0, 0), (1, 0), (2, 0), (3, 0)))
+    with axiscap.install(massive, profiles) as cap, torch.no_grad():
+        cap.select(["sinks", None, "every", "all"])
+        for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+            massive(ids)
+            expected = torch.tensor([[True, False, False], [True] * 3, [False] * 3, [True] * 3])
+            assert_left_alone(cap, expected)
 
 
 def test_rows_beyond_their_limit_are_left_alone(llama):
-    plain = profile_for(llama, LAYERS, 1e3)
-    with axiscap.install(llama, plain.measuring_only()) as cap, torch.no_grad():
+    norms = []
+    llama.model.layers[LAYERS[0]].register_forward_hook(lambda m, a, output: norms.append(output[0].norm(dim=-1)))
+    with torch.no_grad():
         llama(tokens(1, 9))
-        seen = {layer: values[0, :, 0] for layer, values in cap.projections().items()}
+    lower, upper = norms[0].sort().values[4:6].tolist()
+    limit = (lower + upper) / 2
+    with axiscap.install(llama, profile_for(llama, LAYERS, 1e3).measuring_only()) as cap, torch.no_grad():
+        llama(tokens(1, 9))
+        seen = cap.projections()[LAYERS[0]][0, :, 0]
     # The first capped layer alone: behind it the streams differ.
-    limit = seen[LAYERS[0]].abs().median()
-    limited = sunk(llama, sinks=(), limits=torch.full((len(LAYERS), 1), limit.item()))
-    with axiscap.install(llama, limited) as cap, torch.no_grad():
+    with axiscap.install(llama, limited(llama, limit, 1e3)) as cap, torch.no_grad():
         llama(tokens(1, 9))
-        assert left_alone(cap) == [(seen[LAYERS[0]].abs() > limit).tolist()]
+        assert torch.equal(cap.projections()[LAYERS[0]][0, :, 0].isnan(), norms[0] > limit)
         stats = cap.stats()["default"][LAYERS[0]]
         assert (stats.rows, stats.nonfinite, stats.fired) == (9, 4, 5)
-        within = seen[LAYERS[0]][seen[LAYERS[0]].abs() <= limit].double()
-        assert stats.mean[0] == pytest.approx(within.mean().item(), rel=1e-5)
-
-
-def test_an_old_profile_takes_its_limits_of_its_tables(shipped_profile):
-    assert shipped_profile.knows_sinks
-    for layer in shipped_profile.layers:
-        tables = [shipped_profile.tables[name][layer] for name in ("assistant tokens", "pooled tokens")]
-        limit = shipped_profile.slot_at(layer, 1).limits
-        if shipped_profile.limits is None:
-            assert limit.item() == pytest.approx(8 * max(table.abs().max().item() for table in tables))
+        assert stats.mean[0] == pytest.approx(seen[norms[0] <= limit].double().mean().item(), rel=1e-5)
 
 
 def test_a_profile_that_lifts_a_sink_warns_once(llama):
     """One token of the vocabulary gets a huge embedding: a sink that every layer keeps."""
     with torch.no_grad():
-        llama.get_input_embeddings().weight[7] = 400 * nn.functional.normalize(torch.randn(32), dim=0)
-    ids = tokens(1, 9)
-    ids[0, 0] = 7
+        llama.get_input_embeddings().weight[SINK] = 400 * nn.functional.normalize(torch.randn(32), dim=0)
+    ids = tokens_with_sinks(1, 9, at=((0, 0),))
     made = profile_for(llama, LAYERS, 0.0)
     axes = made.axes.clone()
-    axes[:, 0] = -nn.functional.normalize(llama.get_input_embeddings().weight[7].detach(), dim=0)
+    axes[:, 0] = -nn.functional.normalize(llama.get_input_embeddings().weight[SINK].detach(), dim=0)
     every = CapProfile(made.layers, axes, made.floors, made.provenance)
     with axiscap.install(llama, every), torch.no_grad(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         llama(ids)
         llama(ids)
-    (warning,) = [entry for entry in said if "attention sinks" in str(entry.message)]
+    (warning,) = [entry for entry in said if "lifts an attention sink" in str(entry.message)]
     assert "row 0" in str(warning.message)
-    for knows in ({"sinks": (0,)}, {"limits": torch.full((len(LAYERS), 1), 50.0)}):
-        quiet = CapProfile(made.layers, axes, made.floors, made.provenance, **knows)
-        with axiscap.install(llama, quiet), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            llama(ids)
-    with axiscap.install(llama, every), torch.no_grad(), pytest.warns(UserWarning, match="attention sinks"):
+    norm_limits = torch.full((len(LAYERS),), NORM_LIMIT)
+    quiet = CapProfile(made.layers, axes, made.floors, made.provenance, norm_limits=norm_limits)
+    with axiscap.install(llama, quiet), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama(ids)
+    with axiscap.install(llama, every), torch.no_grad(), pytest.warns(UserWarning, match="lifts an attention sink"):
         llama(ids[:, :2])
     late = every.with_floors(torch.tensor([[-math.inf], [0.0]]))
     with axiscap.install(llama, late), torch.no_grad(), pytest.warns(UserWarning, match=f"at layer {LAYERS[1]}, row 0"):
         llama(ids)
-    # Beside a profile that would be warned about, one that names its sinks is not: neither where it lifts a row.
-    named = CapProfile(made.layers, axes, made.floors, made.provenance, sinks=(3,))
-    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
-        cap.select("named")
+    # Beside a profile that would be warned about, one that states its limits is not, although it lifts the row.
+    stated = CapProfile(made.layers, axes, made.floors, made.provenance, norm_limits=norm_limits + math.inf)
+    with axiscap.install(llama, {"stated": stated, "every": every}) as cap, torch.no_grad():
+        cap.select("stated")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             llama(ids)
-        assert cap.stats()["named"][LAYERS[0]].fired > 0
-    with axiscap.install(llama, {"named": named, "every": every}) as cap, torch.no_grad():
-        cap.select(["named", "every"])
-        with pytest.warns(UserWarning, match=r"profile 'every' has no attention sinks.* row 9 "):
+        assert cap.stats()["stated"][LAYERS[0]].fired > 0
+    with axiscap.install(llama, {"stated": stated, "every": every}) as cap, torch.no_grad():
+        cap.select(["stated", "every"])
+        with pytest.warns(UserWarning, match=r"profile 'every' has no norm_limits.* row 9 "):
             llama(ids.repeat(2, 1))
 
 
@@ -776,12 +851,50 @@ def test_floors_that_are_set_are_those_of_one_profile(llama):
         torch.testing.assert_close(llama(ids).logits, wanted)
 
 
+@pytest.mark.parametrize("has_targets", [True, False])
+def test_a_target_stays_as_far_above_a_floor_that_is_set(llama, has_targets):
+    """Also in the bank of a profile without targets, whose floors are its targets."""
+    plain = profile_for(llama, LAYERS, FLOOR)
+    beside = plain.with_floors(plain.floors, plain.floors + 2)
+    moved = beside if has_targets else plain
+    floors = plain.floors + torch.tensor([[0.5], [1.0]])
+    with axiscap.install(llama, moved.with_floors(floors)) as cap, torch.no_grad():
+        expected, stats = llama(tokens(1, 5)).logits, cap.stats()["default"]
+    with axiscap.install(llama, {"moved": moved, "beside": beside}) as cap, torch.no_grad():
+        cap.set_floors(floors, "moved")
+        for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+            torch.testing.assert_close(llama(tokens(1, 5)).logits, expected)
+        found = cap.stats()["moved"]
+    for layer in LAYERS:
+        gap = 2.0 if has_targets else 0.0
+        assert found[layer].mean_added[0] == pytest.approx(found[layer].mean_shortfall[0] + gap)
+        assert found[layer].mean_added == pytest.approx(stats[layer].mean_added, rel=1e-4)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_stats_say_what_was_added_to_rows_below_their_floors(llama, strength):
+    """What a row's projection rose by, measured behind the cap: the way to its target, times the strength."""
+    plain = profile_for(llama, [2], 0.0)
+    profile = plain.with_floors(plain.floors, plain.floors + 0.7).with_strength(strength)
+    streams = []
+    with axiscap.install(llama, profile) as cap, torch.no_grad():
+        llama.model.layers[2].register_forward_hook(lambda m, a, output: streams.append(output.clone()))
+        llama(tokens(2, 9))
+        before, stats = cap.projections()[2], cap.stats()["default"][2]
+    below = before < profile.floors[0]
+    rise = (streams[0] @ profile.axes[0].T - before)[below]
+    assert 0 < stats.fired == int(below.sum()) < below.numel()
+    assert stats.mean_added[0] == pytest.approx(rise.mean().item(), rel=1e-4)
+    assert stats.mean_added[0] == pytest.approx((stats.mean_shortfall[0] + 0.7) * strength)
+
+
 def test_stats_say_what_was_seen(llama):
     profile = profile_for(llama, [2], FLOOR, directions=2)
     with axiscap.install(llama, profile) as cap, torch.no_grad():
         empty = cap.stats()["default"][2]
         assert (empty.rows, empty.fired, empty.nonfinite) == (0, 0, 0)
-        assert all(math.isnan(value) for value in empty.mean + empty.min + empty.max + empty.mean_shortfall)
+        figures = (empty.mean, empty.min, empty.max, empty.mean_shortfall, empty.mean_added)
+        assert all(math.isnan(value) for values in figures for value in values)
         parts = []
         for seed in range(3):
             llama(tokens(2, 5, seed=seed))
@@ -796,6 +909,7 @@ def test_stats_say_what_was_seen(llama):
         floor = profile.floors[0, 0].item()
         short = tuple((floor - seen[seen[:, k] < floor, k]).mean().item() for k in range(2))
         assert stats.mean_shortfall == pytest.approx(short, rel=1e-12)
+        assert stats.mean_added == stats.mean_shortfall
         cap.reset_stats()
         assert cap.stats()["default"][2].rows == 0
     assert cap.stats()["default"][2].rows == 0

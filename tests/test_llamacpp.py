@@ -126,8 +126,9 @@ def test_what_is_counted_is_what_transformers_counts(llama, demo_model, profiles
         assert greedy(llama, tokens) == made
         found = cap.stats()["default"]
     for layer, stats in expected.items():
-        # The last token is sampled and not decoded; the sink at the beginning is not counted.
-        assert found[layer].rows == stats.rows == len(tokens) + len(made) - 2
+        # The last token is sampled and not decoded; the sink at the beginning is left alone.
+        assert found[layer].rows == stats.rows == len(tokens) + len(made) - 1
+        assert found[layer].nonfinite == stats.nonfinite == 1
         assert found[layer].mean == pytest.approx(stats.mean, abs=0.02)
         assert found[layer].fired == pytest.approx(stats.fired, abs=1)
 
@@ -193,7 +194,7 @@ def test_sequences_of_a_batch_have_a_profile_each(files, demo_model, profiles):
         cap.select(chosen)
         made = flowing(llama._ctx.ctx, sequences, 24)
         rows = {name: stats[19].rows for name, stats in cap.stats().items()}
-        lengths = {number: len(tokens) + 23 - 1 for number, tokens in sequences.items()}  # without the sink
+        lengths = {number: len(tokens) + 23 for number, tokens in sequences.items()}
         assert rows == {"strict": lengths[0] + lengths[3], "mild": lengths[2]}
         with pytest.raises(KeyError, match="no profile 'milder' is installed; there are mild, strict"):
             cap.select({0: "milder"})
@@ -263,13 +264,13 @@ def test_the_last_layer_whose_rows_are_those_with_an_output(llama, demo_model):
 
 def test_a_sink_below_the_floor_is_left_alone(llama, demo_model, shipped_profile):
     model, tokenizer = demo_model
-    knows = turned(model, tokenizer, shipped_profile, sinks=(0,))
+    knows = turned(model, tokenizer, shipped_profile, norm_limits=shipped_profile.norm_limit_all[14:22])
     ids = tokenizer(json.loads((REPOSITORY / "axiscap" / "data" / "plain.jsonl").read_text().splitlines()[0])["text"])
     with llamacpp.install(llama, knows) as cap:
         llama.reset()
         llama.eval(ids["input_ids"])
         stats = cap.stats()["default"]
-    assert {found.rows for found in stats.values()} == {len(ids["input_ids"]) - 1}
+    assert {(found.rows, found.nonfinite) for found in stats.values()} == {(len(ids["input_ids"]), 1)}
     assert all(found.min[0] > -1000 for found in stats.values())  # the sink's are in the thousands
 
 

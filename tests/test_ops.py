@@ -37,7 +37,21 @@ class Input:
     """One random call: rows with a stride of their own inside a larger buffer, some of them not finite."""
 
     def __init__(
-        self, dtype, rows, size, slots, directions, padding, scale, choose, special, seed, *, lifts=False, limits=False
+        self,
+        dtype,
+        rows,
+        size,
+        slots,
+        directions,
+        padding,
+        scale,
+        choose,
+        special,
+        seed,
+        *,
+        targets=False,
+        lifts=False,
+        norm_limits=False,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -54,19 +68,21 @@ class Input:
                 self.buffer[row, int(torch.randint(size, (), generator=generator))] = value
         self.hidden = self.buffer[:, :size]
         self.slots = torch.randint(-1, slots, (rows,), generator=generator).int() if choose else None
-        self.lifts = self.limits = None
+        self.targets = self.lifts = self.norm_limits = None
+        if targets:
+            self.targets = self.floors + torch.rand(slots, directions, generator=generator) * scale
         if lifts:
             aside = randn(slots, directions, size)
             aside -= (aside * self.axes).sum(-1, keepdim=True) * self.axes
             self.lifts = self.axes + 0.3 * torch.nn.functional.normalize(aside, dim=-1)
-        if limits:  # about half of the rows lie beyond theirs
-            self.limits = (0.5 + torch.rand(slots, directions, generator=generator)) * scale
+        if norm_limits:  # about half of the rows lie beyond theirs
+            self.norm_limits = (0.8 + 0.4 * torch.rand(slots, generator=generator)) * scale * size**0.5
 
     def call(self):
         return self.axes, self.floors, self.slots
 
     def more(self):
-        return {"lifts": self.lifts, "limits": self.limits}
+        return {"targets": self.targets, "lifts": self.lifts, "norm_limits": self.norm_limits}
 
 
 @st.composite
@@ -82,38 +98,49 @@ def inputs(draw):
         choose=draw(st.booleans()),
         special=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        targets=draw(st.booleans()),
         lifts=draw(st.booleans()),
-        limits=draw(st.booleans()),
+        norm_limits=draw(st.booleans()),
     )
 
 
-def assert_close_to_oracle(actual, incoming, axes, floors, slots, base=None, *, lifts=None, limits=None):
+def near_limit(x, slots, norm_limits):
+    """Which rows (N,) are so near their limit that rounding decides."""
+    limits = norm_limits.double()[torch.zeros(len(x), dtype=torch.long) if slots is None else slots.clamp(min=0).long()]
+    return (x.double().norm(dim=-1) - limits).abs() <= 1e-4 * limits
+
+
+def assert_close_to_oracle(
+    actual, incoming, axes, floors, slots, base=None, *, targets=None, lifts=None, norm_limits=None
+):
     """Within the rounding of one store, beside what float32 sums in 32 lanes may be off by."""
-    exact = reference.cap(incoming.double(), axes, floors, slots, lifts=lifts, limits=limits)
+    bank = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits}
+    exact = reference.cap(incoming.double(), axes, floors, slots, **bank)
     x = incoming.double()
     size, directions = x.shape[-1], axes.shape[1]
     index = torch.zeros(len(x), dtype=torch.long) if slots is None else slots.clamp(min=0).long()
     v = torch.maximum(axes.abs(), axes.abs() if lifts is None else lifts.abs()).double()[index].amax(1)
     # Every element of |x| + sum |delta v| that can enter a sum; a lane adds size / 32 products, then five folds.
-    largest = x.abs() + directions * (x.abs().sum(-1, keepdim=True) + floors.double()[index].abs().nan_to_num(
+    ends = floors if targets is None else targets
+    largest = x.abs() + directions * (x.abs().sum(-1, keepdim=True) + ends.double()[index].abs().nan_to_num(
         posinf=0.0, neginf=0.0).amax(-1, keepdim=True)) * v  # fmt: skip
     sums = (size / 32 + 6) * 2.0**-24 * (largest * v).sum(-1, keepdim=True) * v * directions
     written = exact if base is None else base.double() + (exact - x)
     bound = ROUNDING[actual.dtype] * written.abs() + TINY[actual.dtype] + sums + directions * 2.0**-24 * largest
     finite = exact.isfinite().all(-1) & (written.abs() < torch.finfo(actual.dtype).max).all(-1)
+    if norm_limits is not None:
+        finite &= ~near_limit(x, slots, norm_limits)
     error = (actual.double() - written).abs()
     assert bool((error <= bound)[finite].all()), f"off by up to {(error / bound)[finite].max():.3g} of what is allowed"
 
 
-def assert_admitted(projections, expected, case):
-    """A row is reported where no projection is beyond its limit (beside what rounding leaves open), and else is not."""
-    if case.limits is None:
+def assert_admitted(projections, x, case):
+    """No row beyond the limit of its norm is reported, but for those of which rounding decides."""
+    if case.norm_limits is None:
         return
-    slots = torch.zeros(len(expected), dtype=torch.long) if case.slots is None else case.slots.clamp(min=0).long()
-    limits = case.limits.double()[slots]
-    open_ = ((expected.abs() - limits).abs() <= 1e-4 * limits).any(-1)
-    beyond = (expected.abs() > limits).any(-1)
-    assert not projections[beyond & ~open_].isfinite().any()
+    slots = torch.zeros(len(x), dtype=torch.long) if case.slots is None else case.slots.clamp(min=0).long()
+    beyond = x.double().norm(dim=-1) > case.norm_limits.double()[slots]
+    assert not projections[beyond & ~near_limit(x, case.slots, case.norm_limits)].isfinite().any()
 
 
 @given(inputs())
@@ -128,7 +155,7 @@ def test_cap_is_the_oracle(ops, library, case):
 
     expected = reference.project(before.double(), case.axes, case.slots)
     finite = expected.isfinite() & projections.isfinite()
-    assert_admitted(projections, expected, case)
+    assert_admitted(projections, before, case)
     # A row may be left alone because its correction overflows float32, which its float64 oracle does not show.
     assert not projections[~finite].isfinite().any()
     magnitude = before.double().abs().sum(-1, keepdim=True) + 1e-30
@@ -583,7 +610,7 @@ def test_gradients_of_the_reference(directions, lifted):
 def test_gradients_of_the_kernel_are_those_of_the_reference(directions, use_slots, lifted):
     hidden, axes, floors, slots = _graded_inputs(directions)
     slots = slots if use_slots else None
-    more = {"lifts": _lifts(axes), "limits": torch.full_like(floors, 1.5)} if lifted else {}
+    more = {"targets": floors + 0.5, "lifts": _lifts(axes), "norm_limits": torch.full((2,), 4.0)} if lifted else {}
     seed = torch.randn(6, 12, generator=torch.Generator().manual_seed(8))
     (wanted,) = torch.autograd.grad(reference.cap(hidden, axes, floors, slots, **more), hidden, seed.double())
     h = hidden.detach().float().requires_grad_()
@@ -707,11 +734,11 @@ def _op_calls(dtype):
         "cap_ along lifts": (
             library.cap_.default,
             (hidden, axes, floors, slots),
-            {"projections": projections, "lifts": _lifts(axes), "limits": torch.full((2, 3), 100.0)},
+            {"projections": projections, "lifts": _lifts(axes), "norm_limits": torch.full((2,), 100.0)},
         ),
         "cap along lifts": (
             library.cap.default,
-            (hidden, axes, floors, slots, _lifts(axes), torch.full((2, 3), 100.0)),
+            (hidden, axes, floors, slots, floors + 1, _lifts(axes), torch.full((2,), 100.0)),
             {},
         ),
         "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, longer(with_none), longer(projections)), {}),
@@ -785,26 +812,49 @@ def test_opcheck(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [7, 40, 1040])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_a_projection_at_its_limit_is_capped(dtype, size, directions):
-    """Exactly there, of either sign; a row beyond it is left alone."""
-    rows = torch.zeros(3, size, dtype=dtype)
-    rows[:, 3] = torch.tensor([-1.5, 1.5, -1.5078125])
+def test_a_row_at_the_limit_of_its_norm_is_capped(dtype, size, directions):
+    """Exactly there, wherever its elements are; a row beyond it is left alone."""
     axes = torch.zeros(1, directions, size)
     axes[..., 3] = 1
-    floors, limits = torch.full((1, directions), 2.0), torch.full((1, directions), 1.5)
-    wanted = rows.clone()
-    wanted[:2, 3] = 2
-    for cap in (
-        lambda streams, given: ops.cap_(streams, axes, floors, limits=limits, projections=given),
-        lambda streams, given: ops.cap_residual_(
-            torch.zeros_like(streams), streams, axes, floors, limits=limits, projections=given
-        ),
-    ):
-        streams, projections = rows.clone(), torch.zeros(3, directions)
-        cap(streams, projections)
-        assert_same_bits(streams, wanted)
-        assert projections[:2, 0].tolist() == [-1.5, 1.5]
-        assert projections[2].isnan().all()
+    floors, norm_limits = torch.full((1, directions), 2.0), torch.full((1,), 1.5)
+    columns = torch.arange(size)
+    at_limit, beyond = torch.zeros(size, size, dtype=dtype), torch.zeros(size, size, dtype=dtype)
+    at_limit[columns, columns] = -1.5
+    beyond[columns, columns] = 1.5078125
+    rows = torch.cat([at_limit, beyond])
+    expected = rows.clone()
+    expected[:size, 3] = 2
+    streams, sums = rows.clone(), rows.clone()
+    projections = torch.zeros(2, 2 * size, directions)
+    more = {"norm_limits": norm_limits}
+    ops.cap_(streams, axes, floors, **more, projections=projections[0])
+    ops.cap_residual_(torch.zeros_like(sums), sums, axes, floors, **more, projections=projections[1])
+    assert_same_bits(streams, expected)
+    assert_same_bits(sums, expected)
+    assert projections[:, :size].isfinite().all()
+    assert projections[:, size:].isnan().all()
+
+
+def test_each_slot_has_its_own_limit():
+    """inf is none; a sum of squares that is inf in float32 is beyond every other."""
+    axes, floors = unit(3, 1, 24), torch.full((3, 1), -1.0)
+    norm_limits = torch.tensor([math.inf, 1e19, 4.0])
+    hidden = torch.full((6, 24), 1e19) * torch.tensor([1, 1, 1e-19, 1e-19, 1e-19, 1])[:, None]
+    slots = torch.tensor([0, 1, 1, 2, 0, -1], dtype=torch.int32)
+    projections = torch.empty(6, 1)
+    ops.cap_(hidden, axes, floors, slots, norm_limits=norm_limits, projections=projections)
+    assert projections.isfinite().flatten().tolist() == [True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_below_its_floor_ends_on_its_target(ops, dtype):
+    """And one that is at its floor, or above it, stays where it is, below its target or not."""
+    rows = torch.zeros(4, 40, dtype=dtype)
+    rows[:, 3] = torch.tensor([-1.0, 1.0, 1.5, 4.0])
+    axes = torch.zeros(1, 1, 40)
+    axes[..., 3] = 1
+    ops.cap_(rows, axes, torch.ones(1, 1), targets=torch.full((1, 1), 3.0))
+    assert rows[:, 3].tolist() == [3.0, 1.0, 1.5, 4.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -848,7 +898,7 @@ def test_a_row_that_is_left_alone_has_not_fired(library):
     slots = torch.tensor([0, 0, 0, -1, -1, 0], dtype=torch.int32)
     torch.use_deterministic_algorithms(True)  # fills new memory with ones
     try:
-        _, projections, fired = library.cap(rows, axes, floors, slots, None, torch.full((1, 2), 5.0))
+        _, projections, fired = library.cap(rows, axes, floors, slots, norm_limits=torch.full((1,), 5.0))
     finally:
         torch.use_deterministic_algorithms(False)
     alone = [False, True, True, True, True, False]
@@ -1103,7 +1153,8 @@ def _good():
         "slots": torch.zeros(4, dtype=torch.int32),
         "projections": torch.zeros(4, 1),
         "lifts": unit(2, 1, H),
-        "limits": torch.ones(2, 1),
+        "targets": torch.full((2, 1), 2.0),
+        "norm_limits": torch.ones(2),
     }
 
 
@@ -1160,8 +1211,15 @@ BAD_CAP = {
     "lifts shape": ("lifts", lambda t: t[:1], ValueError, r"lifts must have the shape of axes, \[2, 1, 16\]"),
     "lifts stride": ("lifts", lambda t: unit(2, 1, 2 * H)[..., ::2], ValueError, "lifts must be contiguous"),
     "lifts device": ("lifts", lambda t: t.to("meta"), ValueError, "lifts must be on the device of axes, cpu, got meta"),
-    "limits dtype": ("limits", lambda t: t.double(), TypeError, "limits must be Float, got Double"),
-    "limits shape": ("limits", lambda t: t[0], ValueError, "limits must have the shape of axes less H"),
+    "targets dtype": ("targets", lambda t: t.double(), TypeError, "targets must be Float, got Double"),
+    "targets shape": ("targets", lambda t: t[0], ValueError, "targets must have the shape of axes less H"),
+    "norm_limits dtype": ("norm_limits", lambda t: t.double(), TypeError, "norm_limits must be Float, got Double"),
+    "norm_limits shape": (
+        "norm_limits",
+        lambda t: t[:, None],
+        ValueError,
+        r"norm_limits must have the shape of axes less K and H, \[2\], got \[2, 1\]",
+    ),
     "projections dtype": ("projections", lambda t: t.double(), TypeError, "projections must be Float"),
     "projections shape": ("projections", lambda t: t[:, 0], ValueError, r"projections must have shape \[4, 1\]"),
     "projections stride": (
@@ -1180,8 +1238,8 @@ def test_errors_name_the_argument_and_change_nothing(name, entry):
     call = _good()
     call[argument] = spoil(call[argument])
     before = {key: value.clone() if value.device.type == "cpu" else None for key, value in call.items()}
-    hidden, axes, floors, slots, projections, lifts, limits = call.values()
-    more = {"lifts": lifts, "limits": limits}
+    hidden, axes, floors, slots, projections, lifts, targets, norm_limits = call.values()
+    more = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits}
     if entry == "residual":
         message = message.replace("hidden is", "residual is")
     residual = hidden if "overlap" in message else hidden.clone()
@@ -1189,7 +1247,7 @@ def test_errors_name_the_argument_and_change_nothing(name, entry):
         "ops": lambda: ops.cap_(hidden, axes, floors, slots, **more, projections=projections),
         "library": lambda: torch.ops.axiscap.cap_(hidden, axes, floors, slots, **more, projections=projections),
         "bank": lambda: _C.Bank(
-            axes, floors, axes if lifts.is_cpu and lifts.equal(unit(2, 1, H)) else lifts, limits
+            axes, floors, targets, axes if lifts.is_cpu and lifts.equal(unit(2, 1, H)) else lifts, norm_limits
         ).cap_(hidden, slots, projections),
         "residual": lambda: ops.cap_residual_(hidden, residual, axes, floors, slots, **more, projections=projections),
     }
@@ -1201,21 +1259,22 @@ def test_errors_name_the_argument_and_change_nothing(name, entry):
             assert torch.equal(value, before[key])
 
 
-def calls(hidden, axes, floors, slots, projections, lifts, limits) -> dict[str, tuple]:
+def calls(hidden, axes, floors, slots, projections, lifts, targets, norm_limits) -> dict[str, tuple]:
     """Every op with these arguments, as (op, positional, keyword arguments)."""
-    library, only = torch.ops.axiscap, {"lifts": lifts, "limits": limits, "projections": projections}
+    library, bank = torch.ops.axiscap, (targets, lifts, norm_limits)
+    only = {"targets": targets, "lifts": lifts, "norm_limits": norm_limits, "projections": projections}
     residual, weight = hidden.clone() if hidden.is_contiguous() else hidden, hidden.new_ones(hidden.shape[-1:])
     quantized = torch.zeros(hidden.shape, dtype=torch.float8_e4m3fn)
     stats, layers = torch.zeros(2, 1, len(_C.STAT_FIELDS), dtype=torch.float64), {k: v[None] for k, v in only.items()}
     return {
         "cap_": (library.cap_.default, (hidden, axes, floors, slots), only),
-        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, slots, projections, lifts, limits), {}),
-        "cap": (library.cap.default, (hidden, axes, floors, slots, lifts, limits), {}),
+        "cap_.buffers": (library.cap_.buffers, (hidden, axes, floors, slots, projections, *bank), {}),
+        "cap": (library.cap.default, (hidden, axes, floors, slots, *bank), {}),
         "project": (library.project.default, (hidden, axes, slots), {}),
         "cap_residual_": (library.cap_residual_.default, (hidden, residual, axes, floors, slots), only),
         "cap_residual_.buffers": (
             library.cap_residual_.buffers,
-            (hidden, residual, axes, floors, slots, projections, lifts, limits),
+            (hidden, residual, axes, floors, slots, projections, *bank),
             {},
         ),
         "add_rms_norm_cap_": (
@@ -1383,26 +1442,37 @@ def test_a_bank_checks_its_values_once(axes, floors, message):
 
 def test_a_bank_checks_the_values_of_every_direction_of_every_slot():
     axes, floors = unit(2, 2, H), torch.ones(2, 2)
-    good = {"axes": axes, "floors": floors, "lifts": _lifts(axes), "limits": torch.ones(2, 2)}
+    good = {
+        "axes": axes,
+        "floors": floors,
+        "targets": floors + 1,
+        "lifts": _lifts(axes),
+        "norm_limits": torch.ones(2),
+    }
     _C.Bank(**good)
     for name, value in good.items():
-        for at in ((0, 1), (1, 0), (1, 1)):
+        for at in ((0,), (1,)) if value.dim() == 1 else ((0, 1), (1, 0), (1, 1)):
             spoilt = value.clone()
             spoilt[at] = math.nan
             with pytest.raises(ValueError, match=f"{name} must be"):
                 _C.Bank(**good | {name: spoilt})
 
 
-def test_a_bank_checks_its_lifts_and_limits():
+def test_a_bank_checks_its_options():
     axes, floors = unit(1, 1, H), torch.ones(1, 1)
     for lifts in (2 * axes, -axes, torch.full_like(axes, math.nan)):
         with pytest.raises(ValueError, match="lifts must be finite, above 0 and at most 1 along their axes"):
-            _C.Bank(axes, floors, lifts)
+            _C.Bank(axes, floors, lifts=lifts)
     for limit in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="limits must be positive"):
-            _C.Bank(axes, floors, None, torch.full((1, 1), limit))
+        with pytest.raises(ValueError, match="norm_limits must be positive"):
+            _C.Bank(axes, floors, norm_limits=torch.full((1,), limit))
+    for target in (0.5, math.inf, math.nan, -math.inf):
+        with pytest.raises(ValueError, match="targets must be finite and at least the floors"):
+            _C.Bank(axes, floors, torch.full((1, 1), target))
+    off = torch.full((1, 1), -math.inf)
+    _C.Bank(axes, off, off)
     lifts = _lifts(axes)
-    assert _C.Bank(axes, floors, lifts, torch.full((1, 1), math.inf)).lifts.data_ptr() == lifts.data_ptr()
+    assert _C.Bank(axes, floors, None, lifts, torch.full((1,), math.inf)).lifts.data_ptr() == lifts.data_ptr()
     assert _C.Bank(axes, floors).lifts is None
 
 
@@ -1415,7 +1485,7 @@ def test_a_row_read_along_one_direction_is_corrected_along_another(ops, dtype):
     hidden[4:] += (-80 * axes[0]).to(dtype)
     before, projections = hidden.double(), torch.empty(6, 1)
     ops.cap_(
-        hidden, axes, torch.full((1, 1), 3.0), lifts=lifts, limits=torch.full((1, 1), 60.0), projections=projections
+        hidden, axes, torch.full((1, 1), 3.0), lifts=lifts, norm_limits=torch.full((1,), 60.0), projections=projections
     )
     assert projections.isnan().flatten().tolist() == [False] * 4 + [True] * 2
     assert torch.equal(hidden[4:].double(), before[4:])
@@ -1528,12 +1598,13 @@ def test_the_functions_call_the_kernels_directly():
 
 def test_the_dispatcher_passes_on_every_argument():
     axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
-    lifts, limits, slots = _lifts(axes), torch.full((2, 1), 0.5), torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
+    more = {"targets": floors + 1, "lifts": _lifts(axes), "norm_limits": torch.full((2,), 3.0)}
+    slots = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
     hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
     results = []
     for rows in (hidden.clone(), hidden.clone().as_subclass(type("Subclass", (torch.Tensor,), {}))):
         projections = torch.zeros(9, 1)
-        ops.cap_(rows, axes, floors, slots, lifts=lifts, limits=limits, projections=projections)
+        ops.cap_(rows, axes, floors, slots, **more, projections=projections)
         results.append((rows.as_subclass(torch.Tensor), projections))
     for found, wanted in zip(results[1], results[0], strict=True):
         assert_same_bits(found, wanted)
@@ -1668,11 +1739,11 @@ def test_what_has_no_rows_in_memory_is_refused(name):
         assert len(str(caught.value)) > 20, entry
 
 
-@pytest.mark.parametrize("argument", ["axes", "floors", "lifts", "limits", "slots", "projections"])
+@pytest.mark.parametrize("argument", ["axes", "floors", "targets", "lifts", "norm_limits", "slots", "projections"])
 def test_freed_arguments_are_named(argument):
     given = {
-        "axes": unit(1, 1, 8), "floors": torch.zeros(1, 1), "lifts": unit(1, 1, 8), "limits": torch.ones(1, 1),
-        "slots": torch.zeros(4, dtype=torch.int32), "projections": torch.zeros(4, 1),
+        "axes": unit(1, 1, 8), "floors": torch.zeros(1, 1), "targets": torch.ones(1, 1), "lifts": unit(1, 1, 8),
+        "norm_limits": torch.ones(1), "slots": torch.zeros(4, dtype=torch.int32), "projections": torch.zeros(4, 1),
     }  # fmt: skip
     given[argument].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"{argument} has less memory than its shape"):
@@ -1820,7 +1891,7 @@ def test_a_bank_whose_memory_moved_is_looked_at_again():
 
     def made():
         axes, floors, lifts = unit(1, 1, 8), torch.full((1, 1), 3.0), unit(1, 1, 8)
-        return axes, floors, lifts, _C.Bank(axes, floors, lifts)
+        return axes, floors, lifts, _C.Bank(axes, floors, lifts=lifts)
 
     axes, floors, lifts, bank = made()
     floors.set_(torch.full((1, 1), 5.0))
@@ -1850,15 +1921,15 @@ def test_a_bank_whose_memory_moved_is_looked_at_again():
 def test_a_bank_passes_on_every_argument(moved):
     """Also where its memory has moved, and the call takes another way."""
     axes, floors = unit(2, 1, 8), torch.full((2, 1), 1.0)
-    lifts, limits = _lifts(axes), torch.full((2, 1), 0.5)
-    bank = _C.Bank(axes, floors, lifts, limits)
+    more = {"targets": torch.full((2, 1), 2.5), "lifts": _lifts(axes), "norm_limits": torch.full((2,), 3.0)}
+    bank = _C.Bank(axes, floors, **more)
     if moved:
         floors.set_(torch.full((2, 1), 2.0))
     hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
     slots = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
     found, given, wanted = hidden.clone(), torch.zeros(9, 1), torch.zeros(9, 1)
     bank.cap_(found, slots, given)
-    assert_same_bits(found, ops.cap(hidden, axes, floors, slots, lifts=lifts, limits=limits, projections=wanted))
+    assert_same_bits(found, ops.cap(hidden, axes, floors, slots, **more, projections=wanted))
     assert_same_bits(given, wanted)
     beyond = given[slots >= 0].isnan()
     assert beyond.any()
@@ -1873,11 +1944,18 @@ def test_a_bank_passes_on_every_argument(moved):
         ("axes", lambda t: t.unsqueeze_(0), r"axes must have shape \(S, K, H\)"),
         ("floors", lambda t: t.t_(), "floors must be contiguous"),
         ("lifts", lambda t: t.transpose_(1, 2), "lifts must be contiguous"),
-        ("limits", lambda t: t.unsqueeze_(0), "limits must have the shape of axes less H"),
+        ("targets", lambda t: t.t_(), "targets must be contiguous"),
+        ("norm_limits", lambda t: t.unsqueeze_(0), "norm_limits must have the shape of axes less K and H"),
     ],
 )
 def test_a_bank_that_was_reshaped_in_place_is_looked_at_again(name, change, message):
-    parts = {"axes": unit(4, 4, 4), "floors": torch.ones(4, 4), "lifts": unit(4, 4, 4), "limits": torch.ones(4, 4)}
+    parts = {
+        "axes": unit(4, 4, 4),
+        "floors": torch.ones(4, 4),
+        "targets": torch.ones(4, 4),
+        "lifts": unit(4, 4, 4),
+        "norm_limits": torch.ones(4),
+    }
     bank, hidden = _C.Bank(**parts), torch.zeros(3, 4)
     change(parts[name])
     with pytest.raises(ValueError, match=message):

@@ -39,11 +39,10 @@ from axiscap.serving.worker import Worker
 HIDDEN = 16
 
 
-def profile(seed: int, layers=(2, 3), directions: int = 1, floor: float = 0.0) -> CapProfile:
+def profile(seed: int, layers=(2, 3), directions: int = 1, floor: float = 0.0, **more: torch.Tensor) -> CapProfile:
     count = len(layers)
-    return CapProfile(
-        layers, unit(count, directions, HIDDEN, seed=seed), torch.full((count, directions), floor), {"seed": seed}
-    )
+    floors = torch.full((count, directions), floor)
+    return CapProfile(layers, unit(count, directions, HIDDEN, seed=seed), floors, {"seed": seed}, **more)
 
 
 @pytest.fixture
@@ -452,7 +451,9 @@ def test_a_digest_is_of_what_changes_a_model():
 
 
 def make_buffers(tmp_path, rows: int = 12) -> tuple[Buffers, list[CapProfile]]:
-    profiles = [profile(1, (2, 3), floor=0.5), profile(2, (3, 5), directions=2)]
+    """Of two profiles, the second one alone has targets above its floors, and limits of norms."""
+    more = {"targets": torch.tensor([[0.25, 0.0], [0.5, 0.75]]), "norm_limits": torch.tensor([50.0, 60.0])}
+    profiles = [profile(1, (2, 3), floor=0.5), profile(2, (3, 5), directions=2, **more)]
     paths = {}
     for name, made in zip("ab", profiles, strict=True):
         paths[name] = str(tmp_path / f"{name}.safetensors")
@@ -465,23 +466,20 @@ def make_buffers(tmp_path, rows: int = 12) -> tuple[Buffers, list[CapProfile]]:
 
 def test_the_buffers_layers_cap_as_the_profiles_do(tmp_path):
     buffers, profiles = make_buffers(tmp_path)
-    buffers.fill(np.array([0, 1, -1, 1], np.int32))
-    rows = torch.randn(4, HIDDEN)
+    buffers.fill(np.array([0, 1, -1, 1, 0, 1], np.int32))
+    rows = torch.randn(6, HIDDEN)
+    rows[4:] *= 100  # sinks, by the limits of the second profile alone
     for at, layer in enumerate(buffers.layers):
-        capped = torch.ops.axiscap.cap_(
-            hidden := rows.clone(),
-            buffers.axes[at],
-            buffers.floors[at],
-            buffers.rows[:4],
-            projections=buffers.projections[at][:4],
-        )
+        capped = torch.ops.axiscap.cap_.buffers(hidden := rows.clone(), *buffers.tensors(at))
         assert capped is None
-        assert torch.equal(hidden[2], rows[2])
-        for row, made in ((0, profiles[0]), (1, profiles[1]), (3, profiles[1])):
+        assert torch.equal(hidden[[2, 5]], rows[[2, 5]])
+        assert buffers.projections[at][5].isnan().all() == (layer in profiles[1].layers)
+        for row, made in ((0, profiles[0]), (1, profiles[1]), (3, profiles[1]), (4, profiles[0])):
             wanted = rows[row : row + 1].clone()
             if layer in made.layers:
                 number = made.layers.index(layer)
-                wanted = reference.cap(wanted, made.axes[number][None], made.floors[number][None])
+                targets = None if made.targets is None else made.targets[number][None]
+                wanted = reference.cap(wanted, made.axes[number][None], made.floors[number][None], targets=targets)
             torch.testing.assert_close(hidden[row : row + 1], wanted)
     with pytest.raises(ValueError, match="at most 2 directions"):
         buffers.place(2, profile(3, directions=3))
@@ -504,7 +502,7 @@ def step(buffers: Buffers, telemetry: Telemetry, rows: dict[str, int], slots: di
     buffers.fill(np.repeat(np.array([slots[name] for name in rows], np.int32), counts))
     # The first step of a request is its prompt and, where it is longer than two rows, more.
     prompts = [0 if (name, buffers.layers[0]) in seen else min(count, 2) for name, count in rows.items()]
-    telemetry.fill(list(rows), counts, np.array(prompts, np.int32), np.array([], np.int32))
+    telemetry.fill(list(rows), counts, np.array(prompts, np.int32), buffers.rows[: counts.sum()].numpy())
     at = 0
     for (name, count), of_prompt in zip(rows.items(), prompts, strict=True):
         for number in range(len(buffers.layers)):
@@ -549,7 +547,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
         assert record["digest"] == made.digest
         for layer in buffers.layers:
             values = torch.cat(seen[name, layer])
-            floors = made.slot_at(layer, 2).floors
+            floors, targets = made.slot_at(layer, 2).floors, made.slot_at(layer, 2).targets
             below = values < floors
             counted = record["layers"][str(layer)]
             assert counted["rows"] == len(values)
@@ -564,8 +562,10 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
                 )
             for k in range(2):
                 wanted = (floors[k] - values[:, k])[below[:, k]].double().mean().item()
-                found = counted["mean_shortfall"][k]
+                found, added = counted["mean_shortfall"][k], counted["mean_added"][k]
                 assert (found is None and math.isnan(wanted)) or found == pytest.approx(wanted)
+                wanted = (targets[k] - values[:, k])[below[:, k]].double().mean().item()
+                assert (added is None and math.isnan(wanted)) or added == pytest.approx(wanted)
     final = json.loads(totals.read_text())
     for name, layer, requests, rows in (("a", 3, ("one", "four"), 6), ("b", 5, ("two",), 7)):
         parts = [final["profiles"][name][part][str(layer)] for part in ("prompt", "answer")]
@@ -602,7 +602,7 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
         assert choice.ticket == told.ticket
         telemetry.start("r", choice)
         buffers.fill(np.zeros(5, np.int32))
-        telemetry.fill(["r"], np.array([5], np.int32), np.array([2], np.int32), np.array([], np.int32))
+        telemetry.fill(["r"], np.array([5], np.int32), np.array([2], np.int32), np.zeros(5, np.int32))
         for projections in buffers.projections:
             projections[:5, 0] = torch.tensor([99.0, 99.0, level - 0.1, level, level + 0.1])
         telemetry.count()
@@ -708,6 +708,22 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     worker._telemetry._writer.flush()
     totals = json.loads((tmp_path / "totals.json").read_text())["profiles"]
     assert {name: parts["answer"]["3"]["rows"] for name, parts in totals.items()} == {"a": 8, "b": 6}
+
+
+def test_a_profile_without_norm_limits_is_looked_at_once(tmp_path, caplog):
+    _, profiles = make_buffers(tmp_path)
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
+    settings = Settings.parse({"profiles": paths, "default": "a"})
+    worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, None)
+    a, b = (made.digest for made in profiles)
+    worker.begin([], [("x", Choice("a", a, "x")), ("y", Choice("b", b, "y")), ("z", Choice(None, None, "z"))])
+    assert [worker.unseen(name) for name in "xyz"] == [a, None, None]
+    for digest in (a, b, a):
+        worker.look_for_sinks(digest, torch.full((3, 2), -0.6))
+    (said,) = caplog.messages
+    assert f"profile {a} lifts the first token of every sequence" in said
+    assert "(layer 2: projection -0.6, floor 0.5)" in said
+    assert worker.unseen("x") is None
 
 
 def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):

@@ -112,7 +112,7 @@ def test_a_trainer_learns_what_it_learns_under_the_hand_written_hook(llama, prof
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-4)
         for layer in LAYERS:
             assert 0 < found[f"axiscap/fired/{layer}"] <= 1
-            assert found[f"axiscap/shortfall/{layer}"] > 0
+            assert found[f"axiscap/added/{layer}"] == found[f"axiscap/shortfall/{layer}"] > 0
     assert "axiscap/fired/1" not in logged(uncapped)[0]
     assert not llama.model.layers[LAYERS[0]]._forward_hooks  # it is out again
 

@@ -397,8 +397,9 @@ def end_of_a_layer(*, weight_dtype=torch.float32, variance_size=None, residual_r
         return node
 
     hidden, residual = given("hidden", 4, 8), given("residual", 4, 8)
-    bank = {"axes": given("axes", 1, 1, 8), "floors": given("floors", 1, 1), "slots": given("slots", 4), "lifts": None}
-    streams = {"hidden": hidden, "residual": residual, "projections": given("projections", 4, 1), "limits": None}
+    bank = {"axes": given("axes", 1, 1, 8), "floors": given("floors", 1, 1), "slots": given("slots", 4)}
+    bank |= dict.fromkeys(("targets", "lifts", "norm_limits"))
+    streams = {"hidden": hidden, "residual": residual, "projections": given("projections", 4, 1)}
     cap = graph.call_function(auto_functionalized, (torch.ops.axiscap.cap_residual_.buffers,), bank | streams)
     capped, projections = part(cap, 1, residual), part(cap, 2, streams["projections"])
     read = [graph.call_function(torch.ops.aten.neg.default, (projections,))] if projections_read else []

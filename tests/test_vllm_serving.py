@@ -342,10 +342,12 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     assert "Morwen" not in (folder / "log.jsonl").read_text()
     first = made["strict"].layers[0]
     key = f'axiscap_rows_total{{layer="{first}",part="prompt",profile="strict"}}'
-    of_prompt = response["usage"]["prompt_tokens"] - 1  # the first is a sink
+    of_prompt = response["usage"]["prompt_tokens"]
     metrics = wait_for(lambda: page if (page := server.metrics()).get(key, 0) >= of_prompt else None)
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="strict"}}'] > 0
     assert metrics[f'axiscap_fired_rows_total{{layer="{first}",part="prompt",profile="watch"}}'] == 0
+    assert metrics[f'axiscap_nonfinite_rows_total{{layer="{first}",part="prompt",profile="strict"}}'] > 0  # a sink
+    assert metrics[f'axiscap_nonfinite_rows_total{{layer="{first}",part="answer",profile="strict"}}'] == 0
 
 
 def test_profiles_come_move_and_go_while_others_run(server, profiles, demo_model):
@@ -364,7 +366,7 @@ def test_a_sink_below_the_floor_is_left_alone(server, profiles, demo_model):
     token lies in the prefix cache.
     """
     folder, made = profiles
-    knows = turned(*demo_model, made["mild"], sinks=(0,))
+    knows = turned(*demo_model, made["mild"], norm_limits=made["mild"].norm_limit_all[14:22])
     knows.save(folder / "turned.safetensors")
     loaded = load(server, "turned", folder / "turned.safetensors", allowed=True)
     assert loaded.status_code == 200, loaded.text

@@ -8,14 +8,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from axiscap.calibrate.data import Task, in_batches, shipped
-from axiscap.calibrate.floors import PERCENTILES, with_floors
+from axiscap.calibrate.floors import with_floors
+from axiscap.calibrate.refusal import COMPLIES, DECLINES
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Request, Work, shards
@@ -24,10 +25,10 @@ from axiscap.profile import CapProfile
 
 #: Texts of each domain, and tokens of a text that are looked at.
 PER_DOMAIN, LONGEST = 8, 256
-
-
-#: The name of plain prose among the domains.
-PLAIN = "plain prose"
+#: Domains beside those of ordinary work: prose without a conversation around it, and the default's answers.
+PLAIN, OWN = "plain prose", "own answers"
+#: Of a bootstrap.
+DRAWS = 1000
 
 
 def plain_prose(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
@@ -47,6 +48,12 @@ def losses(model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
         likeliest.append(logits.argmax(-1))
     return torch.stack(found).double(), likeliest
+
+
+def log_odds(model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """(N,) float64, nats: of 2N texts, log p(text 2i) - log p(text 2i + 1)."""
+    total = losses(model, texts)[0] * torch.tensor([len(said) for _, said in texts], dtype=torch.float64)
+    return total[1::2] - total[0::2]
 
 
 def agreement(found: Sequence[Tensor], base: Sequence[Tensor]) -> float:
@@ -88,14 +95,22 @@ class Costs:
         where their answers are.
     per_domain
         texts of each domain.
+    own
+        the default's answers to held-out questions, a prompt and an answer each.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, work: Work | None, store: Store, per_domain: int = PER_DOMAIN
+        self,
+        model: Any,
+        tokenizer: Any,
+        work: Work | None,
+        store: Store,
+        per_domain: int = PER_DOMAIN,
+        own: Sequence[tuple[list[int], list[int]]] = (),
     ) -> None:
         self.model = model
         self.fiction = work.fiction if work else set()
-        self.texts = {PLAIN: plain_prose(tokenizer)}
+        self.texts = {PLAIN: plain_prose(tokenizer)} | ({OWN: list(own)} if own else {})
         if work:
             self._add(work, store, per_domain)
             silent = sorted({request.domain for request in work.requests} - self.texts.keys())
@@ -165,10 +180,7 @@ class Holds:
         self.base = {mode: self._odds(mode) for mode in ("none", *self.MODES)}
 
     def _odds(self, mode: str) -> Tensor:
-        """(pairs,) nats."""
-        texts = self.texts[mode]
-        total = losses(self.model, texts)[0] * torch.tensor([len(said) for _, said in texts], dtype=torch.float64)
-        return total[1::2] - total[0::2]
+        return log_odds(self.model, self.texts[mode])
 
     @property
     def taken(self) -> Tensor:
@@ -178,6 +190,24 @@ class Holds:
     def measure(self) -> Tensor:
         """(pairs,) nats that whatever is in force in the model now gives back, the mean of both modes."""
         return torch.stack([self._odds(mode) - self.base[mode] for mode in self.MODES]).mean(0)
+
+
+class Declines:
+    """Requests that should be declined, behind each of some system prompts (none where it is empty)."""
+
+    def __init__(self, model: Any, engine: TransformersEngine, system_prompts: Sequence[str]) -> None:
+        self.model = model
+        said = [engine.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (DECLINES[0], COMPLIES[0])]
+        self.texts: list[tuple[list[int], list[int]]] = []
+        for pair in shipped("declined.jsonl"):
+            for system in system_prompts:
+                prompt = engine.encode([Task("", 0, 0, system, pair["request"])])["input_ids"][0].tolist()
+                self.texts += [(prompt, answer) for answer in said]
+        self.base = log_odds(model, self.texts)
+
+    def measure(self) -> Tensor:
+        """(N,) nats by which the log-odds of declining rise under whatever is in force in the model now."""
+        return log_odds(self.model, self.texts) - self.base
 
 
 def fenced(answer: str) -> list[str]:
@@ -225,13 +255,13 @@ def checks(engine: TransformersEngine, work: Work) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Budget:
-    """What floors may cost ordinary work, in its worst domain: how far the perplexity may rise (0.01 for one percent),
+    """What a cap may cost ordinary work, in its worst domain: how far the perplexity may rise (0.01 for one percent),
     how far that of fiction on request, and what share of the likeliest tokens may be others, fiction left out.
     """
 
-    perplexity: float
-    fiction: float
-    changed: float
+    perplexity: float = 0.02
+    fiction: float = 0.05
+    changed: float = math.inf
 
     def admits(self, costs: Mapping[str, DomainCost]) -> bool:
         return (
@@ -241,38 +271,113 @@ class Budget:
         )
 
 
-def floors_for_budget(
-    costs: Costs,
-    profile: CapProfile,
-    population: str,
-    budget: Budget,
-    progress: Callable[[float, Mapping[str, DomainCost]], None] = lambda percentile, found: None,
-    *,
-    target_percentile: float | None = None,
-) -> CapProfile:
-    """The highest percentile of a population at which no domain costs more than the budget, at most that of targets.
+#: What no text shows: the budget of a profile for everything.
+MILD = Budget(0.003, 0.003)
 
-    Found by halving, since higher floors fire on more tokens; each step is a measurement by the model itself.
 
-    Raises
-    ------
-    ValueError
-        even the lowest percentile costs more.
+@dataclass(frozen=True)
+class Setting:
+    """Where floors and targets lie: the first and the last capped layer, and percentiles of one population. A target of
+    None is the floor.
     """
-    low, high = 0, len(PERCENTILES) - 1
-    if target_percentile is not None:
-        high = sum(percentile <= target_percentile for percentile in PERCENTILES) - 1
-    best: CapProfile | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        made = with_floors(profile, PERCENTILES[middle], population, target_percentile=target_percentile)
-        found = costs.measure(made)
-        progress(PERCENTILES[middle], found)
-        if budget.admits(found):
-            best, low = made, middle + 1
-        else:
-            high = middle - 1
-    if best is None:
-        raise ValueError(f"even floors at percentile {PERCENTILES[0]:g} cost more than {budget}")
-    best.provenance["floors"]["budget"] = {name: most for name, most in asdict(budget).items() if math.isfinite(most)}
-    return best
+
+    first: int
+    last: int
+    percentile: float
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        lifted = "" if self.target is None else f" lifted to {self.target:g}"
+        return f"layers {self.first}-{self.last}, p{self.percentile:g}{lifted}"
+
+    def of(self, profile: CapProfile, population: str) -> CapProfile:
+        """The profile with these floors and targets."""
+        layers = list(range(self.first, self.last + 1))
+        return with_floors(profile, self.percentile, population, layers, target_percentile=self.target)
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What is too slow to be measured of every setting, and must not get worse. Intervals are 95 %."""
+
+    uptake: float  # share of held-out roles' answers that sound like a role
+    uptake_interval: tuple[float, float]
+    default_uptake: float
+    choices: float  # share of multiple-choice questions with the right answer
+    checks: tuple[int, int]  # right answers, of how many that can be checked; (0, 0) without ordinary work
+    declines: float  # nats of log-odds by which requests that should be declined are declined more; 0 uncapped
+    declines_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a cap does at one setting; without one, the uncapped model."""
+
+    setting: Setting | None
+    domains: dict[str, DomainCost]
+    hold: float  # nats that the cap gives back to the Assistant; uncapped: that personas take away
+    hold_interval: tuple[float, float]  # 95 %
+    tests: Tests | None = None
+
+    @property
+    def name(self) -> str:
+        return "uncapped" if self.setting is None else self.setting.name
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The domain, fiction left out, whose perplexity rises most, and how far."""
+        return worst(self.domains, fiction=False)
+
+    @property
+    def worst_fiction(self) -> tuple[str, float]:
+        return worst(self.domains, fiction=True)
+
+    @property
+    def mean(self) -> float:
+        """Of the perplexities of all domains, over the uncapped model's."""
+        costs = [cost.perplexity for cost in self.domains.values()]
+        return sum(costs) / len(costs) if costs else 1.0
+
+    @property
+    def fired(self) -> float:
+        """The mean share of rows that fire, over domains."""
+        return sum(cost.fired for cost in self.domains.values()) / max(1, len(self.domains))
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Point:
+        setting, tests = stored["setting"], stored["tests"]
+        return cls(
+            setting and Setting(**setting),
+            {name: DomainCost(**cost) for name, cost in stored["domains"].items()},
+            stored["hold"],
+            tuple(stored["hold_interval"]),
+            tests and Tests(**tests),
+        )
+
+
+def measure(costs: Costs, holds: Holds, setting: Setting | None, profile: CapProfile | None) -> Point:
+    """The point of a profile that has a setting's floors; without one, of the uncapped model."""
+    if profile is None:
+        return Point(None, {}, holds.taken.mean().item(), interval(holds.taken))
+    with install(holds.model, profile):
+        given_back = holds.measure()
+    return Point(setting, costs.measure(profile), given_back.mean().item(), interval(given_back))
+
+
+def interval(values: Tensor, of_mean: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[float, float]:
+    """95 % of the mean of (N,) values, by a percentile bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = values.double()[torch.randint(len(values), (DRAWS, len(values)), generator=generator)].mean(1)
+    low, high = torch.quantile(of_mean(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in hold and in the cost of the worst domain both, the least cost first."""
+
+    def cost(point: Point) -> float:
+        return max(point.worst[1], point.worst_fiction[1])
+
+    ordered = sorted(points, key=lambda p: (cost(p), -p.hold))
+    return [point for i, point in enumerate(ordered) if all(point.hold > other.hold for other in ordered[:i])]

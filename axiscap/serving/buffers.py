@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from axiscap.drift import Scale
 from axiscap.profile import CapProfile
 from axiscap.serving.settings import Settings
+from axiscap.stats import target_gap
 
 Counts = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -39,40 +40,44 @@ class Buffers:
         self.axes = torch.eye(1, settings.hidden_size, device=device).repeat(len(self.layers), *shape, 1)
         self.lifts = self.axes.clone()
         self.floors = torch.full((len(self.layers), *shape), -math.inf, device=device)
-        self.limits = torch.full_like(self.floors, math.inf)
+        self.targets = self.floors.clone()
+        self.norm_limits = torch.full(self.floors.shape[:2], math.inf, device=device)
+        #: What a slot holds, in the order of :class:`axiscap.profile.Slot`.
+        self._slots = self.axes, self.lifts, self.floors, self.targets, self.norm_limits
         self.rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self.all_projections = torch.zeros(len(self.layers), max_rows, settings.directions, device=device)
         # The same memory by layer, each a storage of its own: a graph that writes several views of one copies them.
         self.projections = [from_dlpack(projections) for projections in self.all_projections]
         self.slot_of: dict[str, int] = {}
-        #: By content: the positions in a sequence that are left alone.
-        self.sinks: dict[str, tuple[int, ...]] = {}
         #: By content: what answers' projections are held against, at one layer.
         self.scales: dict[str, Scale] = {}
+        #: By content: the gap of each layer and the strength, as :func:`axiscap.stats.layer_stats` takes them.
+        self.gains: dict[str, tuple[list[Tensor], float]] = {}
         self._filled = 0
 
     def place(self, slot: int, profile: CapProfile) -> None:
         """Puts a profile into a slot; what lay there is gone."""
         self._settings.check_room(profile)
         for at, layer in enumerate(self.layers):
-            made = profile.slot_at(layer, self._settings.directions)
-            for name, tensor in made._asdict().items():
-                getattr(self, name)[at, slot].copy_(tensor)
+            for tensor, part in zip(self._slots, profile.slot_at(layer, self._settings.directions), strict=True):
+                tensor[at, slot].copy_(part)
         self.slot_of = {digest: other for digest, other in self.slot_of.items() if other != slot}
         self.slot_of[profile.digest] = slot
-        self.sinks = {digest: self.sinks[digest] for digest in self.slot_of if digest in self.sinks}
-        self.sinks[profile.digest] = profile.sinks
+        gaps = [target_gap(profile, layer, self._settings.directions) for layer in self.layers]
         self.scales = {digest: self.scales[digest] for digest in self.slot_of if digest in self.scales}
         self.scales[profile.digest] = Scale.of(profile)
+        self.gains = {digest: self.gains[digest] for digest in self.slot_of if digest in self.gains}
+        self.gains[profile.digest] = gaps, profile.strength
 
     def tensors(self, at: int) -> tuple[Tensor, ...]:
         """What the op ``.buffers`` takes of a layer, behind the streams."""
-        return self.axes[at], self.floors[at], self.rows, self.projections[at], self.lifts[at], self.limits[at]
+        more = self.targets[at], self.lifts[at], self.norm_limits[at]
+        return self.axes[at], self.floors[at], self.rows, self.projections[at], *more
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Puts back the content of all slots, and the slots of all rows, when the context ends."""
-        tensors = (self.axes, self.lifts, self.floors, self.limits, self.rows)
+        tensors = (*self._slots, self.rows)
         copies = [tensor.clone() for tensor in tensors]
         try:
             yield

@@ -16,8 +16,11 @@ from axiscap.serving.telemetry import FAILS
 
 _COUNTERS = {
     "rows": ("axiscap_rows", "Rows (one token at one layer) that were measured against a floor."),
-    "fired": ("axiscap_fired_rows", "Rows that lay below their floor and were lifted back to it."),
-    "nonfinite": ("axiscap_nonfinite_rows", "Rows that were left alone because their projection was not finite."),
+    "fired": ("axiscap_fired_rows", "Rows that lay below their floor and were lifted to their target."),
+    "nonfinite": (
+        "axiscap_nonfinite_rows",
+        "Rows that were left alone: attention sinks, beyond the limit of their norm, and rows that were not finite.",
+    ),
     "projection": (
         "axiscap_projection_sum",
         "Sum of the projections on the first axis, before the cap, in units of the residual stream; may fall.",

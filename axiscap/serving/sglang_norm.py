@@ -53,11 +53,11 @@ def take_in(norm: nn.Module, tensors: tuple[Tensor, ...]) -> None:
     norm
         one of :func:`readers`.
     tensors
-        what the ops ``.buffers`` take: axes, floors, slots, projections, lifts and limits.
+        what the ops ``.buffers`` take: axes, floors, slots, projections, targets, lifts and norm_limits.
     """
     from sglang.srt.layers import layernorm
 
-    axes, floors, slots, projections, lifts, limits = tensors
+    axes, floors, slots, projections, *more = tensors
     original, bias = norm.forward, _bias(norm)
     eps = norm.eps if isinstance(norm, layernorm.Gemma3RMSNorm) else norm.variance_epsilon
 
@@ -68,20 +68,20 @@ def take_in(norm: nn.Module, tensors: tuple[Tensor, ...]) -> None:
             return None
         return layernorm._fp8_static_input_scale(linear)  # type: ignore[no-any-return]
 
-    def forward(x: Tensor, residual: Tensor | None = None, *more: Any, **named: Any) -> Any:
+    def forward(x: Tensor, residual: Tensor | None = None, *rest: Any, **named: Any) -> Any:
         if residual is None:  # there was no pair: the hook has capped what the layer returned
-            return original(x, residual, *more, **named)
+            return original(x, residual, *rest, **named)
         scale = scale_behind()
-        plain = all(value is None for value in (*more, *named.values())) and norm.weight.dtype is x.dtype
+        plain = all(value is None for value in (*rest, *named.values())) and norm.weight.dtype is x.dtype
         if not plain or (scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous())):
             torch.ops.axiscap.cap_residual_.buffers(x, residual, *tensors)
-            return original(x, residual, *more, **named)
+            return original(x, residual, *rest, **named)
         given = residual, norm.weight.data, eps, axes, floors, slots, projections, bias
         if scale is None:
-            torch.ops.axiscap.add_rms_norm_cap_.buffers(x, *given, lifts, limits)
+            torch.ops.axiscap.add_rms_norm_cap_.buffers(x, *given, *more)
             return x, residual
         quantized = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        torch.ops.axiscap.add_rms_norm_cap_fp8_.buffers(quantized, x, *given, scale, None, lifts, limits)
+        torch.ops.axiscap.add_rms_norm_cap_fp8_.buffers(quantized, x, *given, scale, None, *more)
         return (quantized, scale, x.dtype), residual
 
     norm.forward = forward

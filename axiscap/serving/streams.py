@@ -215,7 +215,7 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
     with buffers.kept():
         axis = torch.nn.functional.normalize(torch.randn(buffers.axes.shape[-1], generator=torch.Generator()), dim=0)
         buffers.axes[:, 0, 0] = buffers.lifts[:, 0, 0] = axis.to(buffers.axes)
-        buffers.limits.fill_(torch.inf)
+        buffers.norm_limits.fill_(torch.inf)
         buffers.floors.fill_(-torch.inf)
         buffers.rows.fill_(0)
         buffers.all_projections.fill_(UNSEEN)
@@ -230,7 +230,8 @@ def check_effect(buffers: Buffers, run: Run, where: str) -> None:
             raise InconclusiveError(f"axiscap: passes of {where} over equal rows differ by {noise:.3g} of {size:.3g}")
         for at, layer in enumerate(buffers.layers):
             buffers.floors.fill_(-torch.inf)
-            buffers.floors[at, 0, 0] = measured[at] + _LIFT * max(1.0, abs(measured[at]))
+            lifted = measured[at] + _LIFT * max(1.0, abs(measured[at]))
+            buffers.floors[at, 0, 0] = buffers.targets[at, 0, 0] = lifted
             change = (run() - plain).norm().item()
             if not change > _OVER_NOISE * noise:  # also if it is not finite
                 raise SettingsError(f"axiscap: the cap at layer {layer} of {where} changes nothing")

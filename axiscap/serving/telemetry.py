@@ -26,7 +26,7 @@ from axiscap.drift import BUCKETS, Scale, bucket_of
 from axiscap.serving import state
 from axiscap.serving.buffers import Buffers, Counts, copy_in
 from axiscap.serving.settings import Choice
-from axiscap.stats import layer_stats
+from axiscap.stats import LayerStats, layer_stats
 
 _LOGGER = logging.getLogger("axiscap")
 
@@ -164,13 +164,19 @@ class Writer:
 @dataclass
 class _Running:
     """A request that is counted at ``index``; what its answer is held against, and at which of the layers (None:
-    another worker holds it).
+    another worker holds it); and what its profile adds (:attr:`axiscap.serving.buffers.Buffers.gains`).
     """
 
     index: int
     choice: Choice
     scale: Scale
     at: int | None
+    gaps: list[Tensor]
+    strength: float
+
+    def stats(self, sums: Tensor, at: int) -> LayerStats:
+        """What it did at one layer, from the statistics (layers, K, F)."""
+        return layer_stats(sums[at], self.gaps[at], self.strength)
 
 
 @dataclass
@@ -231,21 +237,21 @@ class Telemetry:
         self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[choice.digest], None]
         scale = self.buffers.scales[choice.digest]
         at = self.buffers.layers.index(scale.layer) if scale.layer in self.buffers.layers else None
-        self._running[request] = _Running(index, choice, scale, at)
+        self._running[request] = _Running(index, choice, scale, at, *self.buffers.gains[choice.digest])
 
-    def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, left: Counts) -> None:
+    def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, slots: Counts) -> None:
         """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
 
         Parameters
         ----------
-        left
-            rows that are not counted.
+        slots
+            of the rows, as the buffers have them: those without one are not counted.
         """
         index = np.array([self._running[name].index if name in self._running else -1 for name in requests], np.int32)
         parts = np.stack([2 * index, 2 * index + 1], 1)
         parts[index < 0] = -1
         rows = np.repeat(parts.reshape(-1), np.stack([prompts, counts - prompts], 1).reshape(-1))
-        rows[left] = -1
+        rows[slots < 0] = -1
         copy_in(self._rows, rows)
         projections = self.buffers.all_projections[:, : len(rows)]
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
@@ -291,12 +297,12 @@ class Telemetry:
             then(copied)
 
     def _add_finished(self, gone: Sequence[_Running], left: Tensor) -> None:
-        choices = [entry.choice for entry in gone]
-        _add(self._totals, choices, left)
+        _add(self._totals, [entry.choice for entry in gone], left)
         answers = [_answer(entry, left[:, at, 1]) for at, entry in enumerate(gone)]
-        for choice, answer in zip(choices, answers, strict=True):
+        for entry, answer in zip(gone, answers, strict=True):
             if answer is None:
                 continue
+            choice = entry.choice
             if choice.ticket is not None:
                 self._writer.tell(choice.ticket, answer)
             if "percentile" in answer and choice.name is not None:
@@ -304,7 +310,7 @@ class Telemetry:
                 known.counts[bucket_of(answer["percentile"])] += 1
                 known.sum += answer["percentile"]
         if self._writer.logs:
-            self._log(left, choices, answers)
+            self._log(left, gone, answers)
 
     def _write(self, choices: Sequence[Choice], running: Tensor) -> None:
         totals = dict(self._totals)
@@ -331,15 +337,15 @@ class Telemetry:
             for number, part in enumerate(PARTS)
         }
 
-    def _log(self, left: Tensor, choices: Sequence[Choice], answers: Sequence[Mapping[str, float] | None]) -> None:
+    def _log(self, left: Tensor, gone: Sequence[_Running], answers: Sequence[Mapping[str, float] | None]) -> None:
         records = []
-        for at, (choice, answer) in enumerate(zip(choices, answers, strict=True)):
+        for at, (entry, answer) in enumerate(zip(gone, answers, strict=True)):
             parts = {"layers": left[:, at].sum(1), "answer": left[:, at, 1]}
             counted = {
-                part: {layer: _described(stats[number]) for number, layer in enumerate(self.buffers.layers)}
-                for part, stats in parts.items()
+                part: {layer: _described(entry.stats(sums, number)) for number, layer in enumerate(self.buffers.layers)}
+                for part, sums in parts.items()
             }
-            said = {name: value for name, value in vars(choice).items() if name != "ticket"}
+            said = {name: value for name, value in vars(entry.choice).items() if name != "ticket"}
             records.append({**said, "time": time.time(), **counted, "drift": answer})
         self._writer.log(records)
 
@@ -362,7 +368,7 @@ def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
     """
     if entry.at is None:
         return None
-    found = layer_stats(stats[entry.at])
+    found = entry.stats(stats, entry.at)
     if not found.rows:
         return None
     percentile = entry.scale.percentile(found.mean[0])
@@ -372,13 +378,13 @@ def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
     return {**known, "fired": round(found.fired / found.rows, 4), "rows": found.rows, "layer": entry.scale.layer}
 
 
-def _described(sums: Tensor) -> dict[str, Any]:
-    stats = layer_stats(sums)
+def _described(stats: LayerStats) -> dict[str, Any]:
     return {
         "rows": stats.rows,
         "fired": stats.fired,
         "mean_projection": [_finite(value) for value in stats.mean],
         "mean_shortfall": [_finite(value) for value in stats.mean_shortfall],
+        "mean_added": [_finite(value) for value in stats.mean_added],
     }
 
 

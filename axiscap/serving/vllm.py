@@ -550,7 +550,8 @@ class VllmWorker(Model):
         The hook's tensors are buffers of the layer, whose addresses stay.
         """
         kind = type(block).__name__
-        names = [f"axiscap_{name}" for name in ("axes", "floors", "rows", "projections", "lifts", "limits")]
+        parts = ("axes", "floors", "rows", "projections", "targets", "lifts", "norm_limits")
+        names = [f"axiscap_{part}" for part in parts]
         for name, tensor in zip(names, tensors, strict=True):
             block.register_buffer(name, tensor, persistent=False)
 
@@ -611,7 +612,6 @@ class VllmWorker(Model):
             wrap(self._runner.get_model(), "forward", self._check_first_step)
         with torch.no_grad(), buffers.kept():
             buffers.floors.fill_(-torch.inf)
-            buffers.limits.fill_(torch.inf)
             first = {}
             for digest, slot in buffers.slot_of.items():
                 buffers.rows.fill_(slot)

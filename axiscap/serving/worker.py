@@ -54,7 +54,7 @@ class Worker:
         assert settings.tells_thinking == (markers is not None)
         self._thinking = None if markers is None else Thinking(*markers, device, requests)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
-        self._step: tuple[list[str], bytes, bytes, bytes] | None = None
+        self._step: tuple[list[str], bytes, bytes] | None = None
         self._to_count = False
         self._steps, self._is_watching = 0, False
         self._looked_at: set[str] = set()
@@ -74,12 +74,14 @@ class Worker:
 
     def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
         """Puts a profile into a slot of every layer."""
-        self.buffers.place(slot, read_profile(path, floors, digest))
-        self._last_sink = max((max(sinks, default=-1) for sinks in self.buffers.sinks.values()), default=-1)
+        profile = read_profile(path, floors, digest)
+        self.buffers.place(slot, profile)
+        if profile.knows_sinks:
+            self._looked_at.add(digest)
         self._step = None
 
     def look_for_sinks(self, digest: str, first: Tensor) -> None:
-        """Warns, once, where a profile lifts the first token of a sequence, in most models an attention sink.
+        """Warns, once, if a profile without norm_limits lifts the first token of a sequence, a sink in most models.
 
         Parameters
         ----------
@@ -90,14 +92,13 @@ class Worker:
         if digest in self._looked_at:
             return
         self._looked_at.add(digest)
-        first, slot = first.cpu(), self.buffers.slot_of[digest]
-        floors, limits = self.buffers.floors[:, slot].cpu(), self.buffers.limits[:, slot].cpu()
-        lifted = ((first < floors) & (first.abs() <= limits)).nonzero().tolist()
-        if lifted and 0 not in self.buffers.sinks[digest]:
+        first, floors = first.cpu(), self.buffers.floors[:, self.buffers.slot_of[digest]].cpu()
+        lifted = (first < floors).nonzero().tolist()
+        if lifted:
             at, direction = lifted[0]
             _LOGGER.warning(
                 "axiscap: profile %s lifts the first token of every sequence, an attention sink in most models "
-                "(layer %d: projection %.4g, floor %.4g); a profile with sinks or limits leaves it alone",
+                "(layer %d: projection %.4g, floor %.4g); a profile with norm_limits leaves it alone",
                 digest,
                 self.buffers.layers[at],
                 first[at, direction],
@@ -145,22 +146,18 @@ class Worker:
         prompts
             how many of each request's rows are of its prompt; the others the model wrote.
         starts
-            the position in its sequence of each request's first row.
+            the position in its sequence of each request's first row, where a row's place in the thinking decides.
         view
             for the checking mode, the digest of each request as the scheduler knows it.
         tokens
             what the rows are of, where a row's place in the thinking decides.
         """
-        left = self._left(names, counts, prompts, starts)
-        step = list(names), counts.tobytes(), prompts.tobytes(), left.tobytes()
+        step = list(names), counts.tobytes(), prompts.tobytes()
         if step != self._step or self._thinking:
-            digests = [self._choices[name].digest for name in names]
-            each = [-1 if digest is None else self.buffers.slot_of[digest] for digest in digests]
-            slots = np.repeat(np.array(each, np.int32), counts)
-            slots[left] = -1
+            slots = self._slots(names, counts, prompts)
             self.buffers.fill(slots)
             if self._telemetry:
-                self._telemetry.fill(names, counts, prompts, left)
+                self._telemetry.fill(names, counts, prompts, slots)
             self._step = step
         if self._thinking and len(names):  # an idle rank of several has none
             assert tokens is not None
@@ -171,23 +168,14 @@ class Worker:
                 self._telemetry.leave(alone)
         self._to_count = True
         if view is not None:
-            self._check(names, counts, left, view)
+            self._check(names, counts, prompts, view)
 
-    def _left(self, names: Sequence[str], counts: Counts, prompts: Counts, starts: Counts) -> Counts:
-        """The rows of the step that are left alone: sinks of the sequence that they are in, by its profile; and of
-        prompts, where only what the model wrote is capped.
-        """
-        found: list[int] = []
-        if self._settings.written_only and prompts.any():
-            begins = np.cumsum(counts) - counts
-            places = np.arange(int(counts.sum())) - np.repeat(begins, counts)
-            found += np.flatnonzero(places < np.repeat(prompts, counts)).tolist()
-        for at in np.flatnonzero(starts <= self._last_sink).tolist():
-            digest = self._choices[names[at]].digest
-            first, start, count = int(counts[:at].sum()), int(starts[at]), int(counts[at])
-            positions = () if digest is None else self.buffers.sinks[digest]
-            found += [first + position - start for position in positions if 0 <= position - start < count]
-        return np.array(found, np.int32)
+    def _slots(self, names: Sequence[str], counts: Counts, prompts: Counts) -> Counts:
+        """The slot of each row; -1 for rows of prompts if only what the model wrote is capped."""
+        digests = [self._choices[name].digest for name in names]
+        written = np.array([-1 if digest is None else self.buffers.slot_of[digest] for digest in digests], np.int32)
+        of_prompts = np.full_like(written, -1) if self._settings.written_only else written
+        return np.repeat(np.stack([of_prompts, written], 1), np.stack([prompts, counts - prompts], 1).ravel())
 
     def watch(self) -> None:
         """Before the model runs on the rows of :meth:`fill`: has :meth:`end` check every layer, now and then."""
@@ -216,18 +204,18 @@ class Worker:
             self._telemetry.settle(idle=not self._choices)
         self._to_count = False
 
-    def _check(self, names: Sequence[str], counts: Counts, alone: Counts, view: Mapping[str, str | None]) -> None:
+    def _check(self, names: Sequence[str], counts: Counts, prompts: Counts, view: Mapping[str, str | None]) -> None:
         """Every row's slot holds what the scheduler says of its request; rows that are left alone, and those behind the
         step, have none.
         """
         at = 0
         rows = self.buffers.rows.tolist()
-        left = set(alone.tolist())
         content = {slot: digest for digest, slot in self.buffers.slot_of.items()}
-        if any(rows[row] != -1 for row in left):
-            raise RuntimeError(f"axiscap: of the rows {sorted(left)}, which are left alone, some are capped")
-        for name, count in zip(names, counts.tolist(), strict=True):
-            found = {content.get(rows[row]) for row in range(at, at + count) if row not in left}
+        for name, count, prompt in zip(names, counts.tolist(), prompts.tolist(), strict=True):
+            written = at + (prompt if self._settings.written_only else 0)
+            if set(rows[at:written]) - {-1}:
+                raise RuntimeError(f"axiscap: of the prompt of {name}, which is left alone, some rows are capped")
+            found = {content.get(row) for row in rows[written : at + count]}
             if found - {view[name], *([None] if self._thinking else [])}:
                 raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, not {view[name]}")
             at += count

@@ -202,36 +202,37 @@ def draw_calibration(profile: CapProfile, path: Path) -> None:
     plot.close(figure)
 
 
-def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Any, path: Path) -> None:
-    """Uptake against perplexity for each point of a sweep, with intervals; the front and the chosen one marked."""
-    from axiscap.calibrate.sweep import front
+def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Sequence[Any], path: Path) -> None:
+    """Hold against the cost in the worst domain for each point of a sweep, with intervals; the frontier and the chosen
+    ones marked.
+    """
+    from axiscap.calibrate.effects import frontier
+
+    def cost(point: Any) -> float:
+        return 100 * (float(max(point.worst[1], point.worst_fiction[1])) - 1)
 
     plot = pyplot()
     figure, panel = plot.subplots(figsize=(9, 6), layout="constrained")
     shades = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    bands = sorted({(p.first, p.last) for p in points})
-    for (first, last), shade, marker in zip(bands, shades * 5, "os^Dv*P" * 5, strict=False):
-        mine = [p for p in points if (p.first, p.last) == (first, last)]
-        x, y = [p.perplexity for p in mine], [p.uptake for p in mine]
-        xerr = [
-            [p.perplexity - p.perplexity_interval[0] for p in mine],
-            [p.perplexity_interval[1] - p.perplexity for p in mine],
-        ]
-        yerr = [[p.uptake - p.uptake_interval[0] for p in mine], [p.uptake_interval[1] - p.uptake for p in mine]]
-        panel.errorbar(x, y, yerr, xerr, marker=marker, color=shade, linestyle="none", elinewidth=0.6,
-                       label=f"layers {first}-{last}")  # fmt: skip
+    targets = sorted({(p.setting.first, p.setting.last, p.setting.target) for p in points}, key=str)
+    for (first, last, target), shade, marker in zip(targets, shades * 9, "os^Dv*P" * 9, strict=False):
+        mine = [p for p in points if (p.setting.first, p.setting.last, p.setting.target) == (first, last, target)]
+        holds = [p.hold for p in mine]
+        bars = [[p.hold - p.hold_interval[0] for p in mine], [p.hold_interval[1] - p.hold for p in mine]]
+        lifted = "the floor" if target is None else f"percentile {target:g}"
+        panel.errorbar([cost(p) for p in mine], holds, bars, marker=marker, color=shade, linestyle="none",
+                       elinewidth=0.6, label=f"layers {first}-{last}, lifted to {lifted}")  # fmt: skip
         for p in mine:
-            panel.annotate(f"p{p.percentile:g}", (p.perplexity, p.uptake), fontsize=7, xytext=(4, 4),
+            panel.annotate(f"p{p.setting.percentile:g}", (cost(p), p.hold), fontsize=7, xytext=(4, 4),
                            textcoords="offset points")  # fmt: skip
-    best = front(points)
-    panel.plot([p.perplexity for p in best], [p.uptake for p in best], color=FLOOR, linewidth=1, label="front")
-    panel.plot([chosen.perplexity], [chosen.uptake], marker="o", markersize=16, fillstyle="none", color="black",
-               linestyle="none", label="chosen")  # fmt: skip
-    panel.plot([1], [uncapped.uptake], marker="x", markersize=10, color="black", linestyle="none", label="uncapped")
-    panel.axhline(uncapped.default_uptake, color=FLOOR, linestyle=":", label="the default, uncapped")
-    panel.set_title("What capping does to role-play, and what it costs (bars: 95 %)")
-    panel.set(xlabel="perplexity of ordinary answers, times the uncapped model's", ylim=(0, None))
-    panel.set_ylabel("role uptake (share of answers)")
+    best = frontier(points)
+    panel.plot([cost(p) for p in best], [p.hold for p in best], color=FLOOR, linewidth=1, label="frontier")
+    panel.plot([cost(p) for p in chosen], [p.hold for p in chosen], marker="o", markersize=16, fillstyle="none",
+               color="black", linestyle="none", label="chosen")  # fmt: skip
+    panel.axhline(uncapped.hold, color=FLOOR, linestyle=":", label="what personas take away")
+    panel.set_title("How far a cap holds personas, and what it costs (bars: 95 %)")
+    panel.set(xlabel="rise of the perplexity in the worst domain of ordinary answers, %", ylim=(0, None))
+    panel.set_ylabel("hold (nats of log-odds given back to the Assistant)")
     panel.grid(alpha=0.25)
     panel.legend(fontsize=8)
     figure.savefig(path, dpi=130)

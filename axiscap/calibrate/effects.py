@@ -201,7 +201,7 @@ class Declines:
         self.texts: list[tuple[list[int], list[int]]] = []
         for pair in shipped("declined.jsonl"):
             for system in system_prompts:
-                prompt = engine.encode([Task("", 0, 0, system, pair["request"])])["input_ids"][0].tolist()
+                prompt = engine.prompts([Task("", 0, 0, system, pair["request"])])[0]
                 self.texts += [(prompt, answer) for answer in said]
         self.base = log_odds(model, self.texts)
 

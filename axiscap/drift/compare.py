@@ -186,7 +186,7 @@ def _sum(parts: Sequence[LayerStats]) -> LayerStats:
     """Counts added up; the other figures belong to single runs and are left out (NaN)."""
     none = (float("nan"),) * len(parts[0].mean)
     rows, fired, nonfinite = (sum(getattr(p, name) for p in parts) for name in ("rows", "fired", "nonfinite"))
-    return LayerStats(rows, fired, nonfinite, none, none, none, none)
+    return LayerStats(rows, fired, nonfinite, none, none, none, none, none)
 
 
 @torch.inference_mode()

@@ -216,6 +216,28 @@ def test_percentiles_between_columns():
         floors.at_percentile(table, 100)
 
 
+def test_targets_are_at_another_percentile_of_the_same_population(shipped_profile):
+    name = shipped_profile.population
+    columns = shipped_profile.tables[name][12:15]
+    made = calibrate.with_floors(shipped_profile, 5.0, name, [12, 13, 14], target_percentile=33.5)
+    assert torch.equal(made.floors[:, 0], columns[:, floors.PERCENTILES.index(5.0)])
+    torch.testing.assert_close(
+        made.targets[:, 0],
+        (columns[:, floors.PERCENTILES.index(33.0)] + columns[:, floors.PERCENTILES.index(34.0)]) / 2,
+    )
+    assert torch.equal(made.norm_limits, shipped_profile.norm_limit_all[12:15])
+    assert made.provenance["floors"]["target_percentile"] == 33.5
+    plain = calibrate.with_floors(made, 5.0, name)
+    assert plain.targets is None
+    assert "target_percentile" not in plain.provenance["floors"]
+    same = calibrate.with_floors(made, 5.0, name, target_percentile=5.0)
+    assert torch.equal(same.targets, same.floors)
+    with pytest.raises(ValueError, match=r"the targets' percentile must be at least the floors', 5, got 4\.5"):
+        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=4.5)
+    with pytest.raises(ValueError, match=r"percentile must be from 0\.5 to 99\.5, got 100"):
+        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=100.0)
+
+
 @pytest.mark.parametrize(
     ("depth", "count", "best", "expected"),
     [

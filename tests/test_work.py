@@ -372,27 +372,6 @@ def test_the_worst_domain_is_told_apart_from_fiction():
     assert effects.worst({}, fiction=True) == ("", 1.0)
 
 
-@pytest.mark.parametrize(("budget", "percentile"), [(0.01, 10.0), (0.0305, 30.0), (1.0, 99.5), (0.00051, 0.5)])
-def test_floors_by_a_budget_are_the_highest_within_it(shipped_profile, budget, percentile):
-    """The cost of a percentile is a thousandth of it; the search finds the last one that is allowed."""
-
-    class Known:
-        measured = 0
-
-        def measure(self, profile):
-            self.measured += 1
-            at = profile.provenance["floors"]["percentile"]
-            return {"code": cost(1 + at / 1000), "poems": cost(1 + at / 500, True)}
-
-    costs = Known()
-    made = effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(budget, 2 * budget, 1.0))
-    assert made.provenance["floors"]["percentile"] == percentile
-    assert made.provenance["floors"]["budget"]["perplexity"] == budget
-    assert costs.measured <= 8
-    with pytest.raises(ValueError, match=r"cost more than Budget\(perplexity=0\.0001"):
-        effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(0.0001, 0.5, 1.0))
-
-
 def test_a_budget_of_changed_tokens_looks_at_the_worst_domain_but_at_no_fiction():
     def admits(code: float, poems: float) -> bool:
         costs = {"code": effects.DomainCost(9, 0, code, False), "poems": effects.DomainCost(1, 0, poems, True)}

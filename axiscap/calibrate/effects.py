@@ -347,6 +347,8 @@ class Point:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Point:
         setting, tests = stored["setting"], stored["tests"]
+        if tests:
+            tests = {name: tuple(value) if isinstance(value, list) else value for name, value in tests.items()}
         return cls(
             setting and Setting(**setting),
             {name: DomainCost(**cost) for name, cost in stored["domains"].items()},

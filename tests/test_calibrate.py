@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
 from axiscap.calibrate import data, effects, floors, judge, pipeline, rollouts, space, sweep, tokens
-from axiscap.calibrate.effects import Budget, DomainCost, Point, Setting, Tests
+from axiscap.calibrate.effects import Budget, DomainCost, Outcome, Point, Setting
 from axiscap.drift import compare
 
 
@@ -912,7 +912,7 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 def point(percentile, cost, hold, **tests):
     domains = {"code": DomainCost(cost, 0.1, 0.9, fiction=False), "poems": DomainCost(1.01, 0.1, 0.9, fiction=True)}
     known = {"uptake": 0.1, "uptake_interval": (0.05, 0.2), "default_uptake": 0, "choices": 1, "checks": (9, 12)}
-    outcome = Tests(**known | {"declines": 0.5, "declines_interval": (0.1, 0.9)} | tests)
+    outcome = Outcome(**known | {"declines": 0.5, "declines_interval": (0.1, 0.9)} | tests)
     return Point(Setting(1, 2, percentile), domains, hold, (hold - 1, hold + 1), outcome)
 
 

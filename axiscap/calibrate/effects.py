@@ -298,7 +298,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Outcome:
     """What is too slow to be measured of every setting, and must not get worse. Intervals are 95 %."""
 
     uptake: float  # share of held-out roles' answers that sound like a role
@@ -318,7 +318,7 @@ class Point:
     domains: dict[str, DomainCost]
     hold: float  # nats that the cap gives back to the Assistant; uncapped: that personas take away
     hold_interval: tuple[float, float]  # 95 %
-    tests: Tests | None = None
+    tests: Outcome | None = None
 
     @property
     def name(self) -> str:
@@ -354,7 +354,7 @@ class Point:
             {name: DomainCost(**cost) for name, cost in stored["domains"].items()},
             stored["hold"],
             tuple(stored["hold_interval"]),
-            tests and Tests(**tests),
+            tests and Outcome(**tests),
         )
 
 

@@ -247,8 +247,8 @@ def calibrate(
     percentile: Annotated[
         float | None,
         typer.Option(
-            help="The percentile of the population at which the floors lie. Default: 4, lifted to 15, or 25 with --method "
-            "difference."
+            help="The percentile of the population at which the floors lie. Default: 4, lifted to 15, or 25 with "
+            "--method difference."
         ),
     ] = None,
     target: TargetOption = None,

@@ -128,7 +128,8 @@ def test_what_is_counted_is_what_transformers_counts(llama, demo_model, profiles
     for layer, stats in expected.items():
         # The last token is sampled and not decoded; the sink at the beginning is left alone.
         assert found[layer].rows == stats.rows == len(tokens) + len(made) - 1
-        assert found[layer].nonfinite == stats.nonfinite == 1
+        assert found[layer].nonfinite == stats.nonfinite
+        assert stats.nonfinite == 1 or layer != max(expected)  # a sink may grow behind the first capped layers
         assert found[layer].mean == pytest.approx(stats.mean, abs=0.02)
         assert found[layer].fired == pytest.approx(stats.fired, abs=1)
 

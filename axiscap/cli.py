@@ -247,7 +247,8 @@ def calibrate(
     percentile: Annotated[
         float | None,
         typer.Option(
-            help="The percentile of the population at which the floors lie. Default: 6, or 25 with --method difference."
+            help="The percentile of the population at which the floors lie. Default: 4, lifted to 15, or 25 with "
+            "--method difference."
         ),
     ] = None,
     target: TargetOption = None,
@@ -305,7 +306,7 @@ def calibrate(
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     ordinary = _work(method, work)
     if percentile is None:
-        percentile = 25.0 if ordinary is None else 6.0
+        percentile, target = (25.0, target) if ordinary is None else (4.0, 15.0 if target is None else target)
     population = population or ("assistant" if ordinary is None else "ordinary tokens")
     if published:
         percentile, population = PUBLISHED

@@ -460,7 +460,7 @@ def write_control_vector(profile: CapProfile, path: str | os.PathLike[str]) -> N
     """Writes what a profile corrects along as a control vector, for llama.cpp and repeng: the direction alone.
 
     A control vector is added to every row, however far along the axis it lies. So what makes a cap is lost: floors,
-    what rows are read along, sinks and limits; a note in the file says so. One direction a layer.
+    what rows are read along, targets and norm_limits; a note in the file says so. One direction a layer.
 
     Parameters
     ----------

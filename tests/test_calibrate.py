@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -24,7 +25,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
-from axiscap.calibrate import data, floors, judge, pipeline, rollouts, space, sweep, tokens
+from axiscap.calibrate import data, effects, floors, judge, pipeline, rollouts, space, sweep, tokens
+from axiscap.calibrate.effects import Budget, DomainCost, Outcome, Point, Setting
 from axiscap.drift import compare
 
 
@@ -214,6 +216,28 @@ def test_percentiles_between_columns():
         assert floors.at_percentile(table, percentile).item() == pytest.approx(percentile, rel=1e-6)
     with pytest.raises(ValueError, match=r"percentile must be from 0\.5 to 99\.5, got 100"):
         floors.at_percentile(table, 100)
+
+
+def test_targets_are_at_another_percentile_of_the_same_population(shipped_profile):
+    name = shipped_profile.population
+    columns = shipped_profile.tables[name][12:15]
+    made = calibrate.with_floors(shipped_profile, 5.0, name, [12, 13, 14], target_percentile=33.5)
+    assert torch.equal(made.floors[:, 0], columns[:, floors.PERCENTILES.index(5.0)])
+    torch.testing.assert_close(
+        made.targets[:, 0],
+        (columns[:, floors.PERCENTILES.index(33.0)] + columns[:, floors.PERCENTILES.index(34.0)]) / 2,
+    )
+    assert torch.equal(made.norm_limits, shipped_profile.norm_limit_all[12:15])
+    assert made.provenance["floors"]["target_percentile"] == 33.5
+    plain = calibrate.with_floors(made, 5.0, name)
+    assert plain.targets is None
+    assert "target_percentile" not in plain.provenance["floors"]
+    same = calibrate.with_floors(made, 5.0, name, target_percentile=5.0)
+    assert torch.equal(same.targets, same.floors)
+    with pytest.raises(ValueError, match=r"the targets' percentile must be at least the floors', 5, got 4\.5"):
+        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=4.5)
+    with pytest.raises(ValueError, match=r"percentile must be from 0\.5 to 99\.5, got 100"):
+        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=100.0)
 
 
 @pytest.mark.parametrize(
@@ -710,11 +734,12 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     medians, ratios = torch.tensor(sinks["median_norm"]), torch.tensor(sinks["limit_ratio"])
     torch.testing.assert_close(profile.norm_limit_all, medians * ratios, atol=0, rtol=1e-3)
     assert all(1.6 <= ratio <= 3 for ratio in sinks["limit_ratio"])
-    # From layer 11 on the first token of each text is a sink, and nothing else.
-    assert [round(share * sinks["rows"]) for share in sinks["share"][11:28]] == [sinks["texts"]] * 17
-    assert sinks["near_the_limit"][11:28] == [0.0] * 17
-    assert max(sinks["largest_ordinary"][11:28]) < 2.4
-    assert min(sinks["smallest_sink"][11:28]) > 20
+    # From layer 12 on the first token of each text is a sink, and nothing else; before, a few other rows are large.
+    assert [round(share * sinks["rows"]) for share in sinks["share"][12:28]] == [sinks["texts"]] * 16
+    assert sinks["near_the_limit"][12:28] == [0.0] * 16
+    assert max(sinks["largest_ordinary"][12:28]) < 2.1
+    assert min(sinks["smallest_sink"][12:28]) > 20
+    assert sinks["near_the_limit"][9] > 0.001
     assert sinks["tokens"]["<|im_start|>"] > 30
     assert facts["axis"]["roles"] == ["ghost", "hermit", "oracle"]
     assert facts["axis"]["judge"] == "none"
@@ -884,19 +909,49 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 # The sweep.
 
 
-def test_the_front_and_the_choice():
-    def point(uptake, perplexity, hold=5.0):
-        spread = (uptake - 0.04, uptake + 0.04)
-        return sweep.Point(1, 2, 25, uptake, spread, 0, 0, perplexity, (1, 2), 1, 1, hold, (4, 6), (0, 0), {})
+def point(percentile, cost, hold, **tests):
+    domains = {"code": DomainCost(cost, 0.1, 0.9, fiction=False), "poems": DomainCost(1.01, 0.1, 0.9, fiction=True)}
+    known = {"uptake": 0.1, "uptake_interval": (0.05, 0.2), "default_uptake": 0, "choices": 1, "checks": (9, 12)}
+    outcome = Outcome(**known | {"declines": 0.5, "declines_interval": (0.1, 0.9)} | tests)
+    return Point(Setting(1, 2, percentile), domains, hold, (hold - 1, hold + 1), outcome)
 
-    points = [point(0.4, 1.0), point(0.2, 1.01), point(0.3, 1.015), point(0.05, 1.1), point(0.05, 1.2)]
-    assert sweep.front(points) == [points[0], points[1], points[3]]
-    assert sweep.choose(points, sweep.Bounds(1.02)) is points[1]
-    assert sweep.choose(points, sweep.Bounds(2.0)) is points[3]
-    assert sweep.choose(points, sweep.Bounds(0.5)) is points[0]
-    # An uptake within the interval of the least is no other uptake: then the second yardstick says.
-    alike = [point(0.1, 1.01, hold=6.0), point(0.13, 1.01, hold=7.0), point(0.15, 1.01, hold=8.0)]
-    assert sweep.choose(alike, sweep.Bounds(1.02)) is alike[1]
+
+def test_the_frontier_of_a_sweep():
+    """What holds less than something cheaper is not on it, nor is the dearer one of two that hold alike."""
+    points = [
+        point(6, 1.02, 9.0),
+        point(1, 1.001, 4.0),
+        point(2, 1.012, 3.0),
+        point(4, 1.015, 7.0),
+        point(5, 1.03, 9.0),
+    ]
+    assert effects.frontier(points) == [points[1], points[3], points[0]]
+
+
+def test_what_does_harm_is_not_chosen(tmp_path):
+    """Of the points within a budget, that with the most hold which passes its tests; all are known, and none is run."""
+    points = [
+        point(1, 1.001, 4.0),
+        point(2, 1.01, 6.0),
+        point(4, 1.015, 9.0, declines_interval=(-0.9, -0.1)),
+        point(5, 1.016, 8.0, checks=(4, 12)),
+        point(6, 1.017, 7.0, uptake=0.6),
+        point(8, 1.03, 12.0),
+    ]
+    uncapped = replace(point(0, 1.0, 10.0, uptake=0.4, uptake_interval=(0.3, 0.5)), setting=None)
+    done = tmp_path / "points.jsonl"
+    done.write_text("".join(json.dumps(asdict(one)) + "\n" for one in (uncapped, *points)))
+    runs = sweep.Sweep(None, None, "ordinary tokens", done)
+    assert runs.choose(points, Budget()) == points[1]
+    assert runs.choose(points, Budget(0.05)) == points[5]
+    assert runs.choose(points, Budget(0.003, 0.02)) == points[0]
+    assert runs.choose(points, Budget(0.0001)) is None
+
+
+def test_settings_have_targets_above_their_floors():
+    tried = sweep.settings_to_try([(1, 4)], [2.0, 15.0], [6.0, 25.0])
+    assert [(one.percentile, one.target) for one in tried] == [(2, 6), (2, 25), (15, 25)]
+    assert [one.name for one in sweep.settings_to_try([(1, 4)], [5.0], [])] == ["layers 1-4, p5"]
 
 
 @pytest.mark.slow
@@ -913,7 +968,8 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
         "--ask",
         "1",
     ]
-    arguments += ["--bands", "17-24", "--percentiles", "25", "--picture", picture]
+    arguments += ["--bands", "17-24", "--percentiles", "25", "--targets", "40", "--picture", picture]
+    arguments += ["--budget", "9", "--fiction-budget", "9"]
     first = run_command("sweep", *arguments)
     output, _ = first.communicate()
     assert first.returncode == 0, output
@@ -921,11 +977,15 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     made = CapProfile.load(out)
     assert made.layers == tuple(range(17, 25))
-    facts = made.provenance["sweep"]
-    assert facts["uncapped"]["perplexity"] == facts["uncapped"]["agreement"] == 1.0
-    assert facts["chosen"]["perplexity"] != 1.0
-    assert 0 < facts["chosen"]["fired"] < 1
-    assert 0.4 <= facts["uncapped"]["choices"] <= 1  # a guess is right one time in four
+    assert bool((made.targets > made.floors).all())
+    uncapped, capped = (Point.from_json(made.provenance["sweep"][name]) for name in ("uncapped", "chosen"))
+    assert uncapped.hold > 0
+    assert uncapped.tests.declines == 0
+    assert 0.4 <= uncapped.tests.choices <= 1  # a guess is right one time in four
+    assert capped.setting == Setting(17, 24, 25.0, 40.0)
+    assert capped.mean != 1
+    assert 0 < capped.fired < 1
+    assert capped.tests.declines != 0
     # A second run measures nothing again.
     points = out.with_suffix(".points.jsonl").read_bytes()
     again = run_command("sweep", *arguments)

@@ -16,6 +16,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
 from axiscap import CapProfile, bench, cli, doctor, interop, models
+from axiscap.calibrate import with_floors
+from axiscap.profile import CONVERTED
+from axiscap.view import plots
 
 
 @pytest.fixture
@@ -56,6 +59,47 @@ def test_inspect(command):
     for index, layer in enumerate(profile.layers):
         row = next(line for line in output.splitlines() if line.startswith(f"│ {layer:>5} "))
         assert f"{profile.floors[index, 0].item():.4g}" in row
+
+
+SINKS = {
+    "limit_ratio": [2.0, 2.1, 2.3, 2.2],
+    "largest_ordinary": [1.9, 1.8, 1.7, 2.0],
+    "share": [0.0, 0.01, 0.086, 0.5],
+    "near_the_limit": [0.5, 0.0, 0.0005, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("layers", "provenance", "limits", "rule", "warning"),
+    [
+        ([1, 2], {"sinks": SINKS}, [9.0, 9.5],
+         "left alone beyond 2.1-2.3 times the median norm; largest ordinary row 1.8; at most 8.6% of a layer's rows",
+         ""),
+        ([1, 3], {"sinks": SINKS}, [9.0, 9.5],
+         "left alone beyond 2.1-2.2 times the median norm; largest ordinary row 2;",
+         "At layer 3 attention sinks and ordinary rows overlap: up to 50.0% of rows are near the limit."),
+        ([1, 2], {"norm_limits": CONVERTED}, [9.0, 9.5], "left alone beyond a norm of 9-9.5",
+         "come from an older rule"),
+        ([1, 2], {"sinks": {"limit_ratio": [2.0], "near_the_limit": [None] * 4}}, [9.0, 9.0],
+         "left alone beyond a norm of 9", ""),
+        ([1, 2], {}, None, "no limit is known: every row below its floor is lifted", ""),
+    ],
+)  # fmt: skip
+def test_inspect_says_which_rows_are_left_alone(command, tmp_path, layers, provenance, limits, rule, warning):
+    path = tmp_path / "profile.safetensors"
+    facts = provenance | {"floors": {"population": "p", "percentile": 5.0, "target_percentile": 40.0}}
+    norm_limits = None if limits is None else torch.tensor(limits)
+    targets = torch.tensor([[1.25], [3.5]])
+    CapProfile(layers, unit(2, 1, 8), torch.zeros(2, 1), facts, targets=targets, norm_limits=norm_limits).save(path)
+    status, output, errors = command("inspect", path)
+    assert (status, errors) == (0, "")
+    assert rule in output
+    for sentence in ("older rule", "overlap"):
+        assert (sentence in output) == (sentence in warning)
+    assert warning in output
+    assert '"target_percentile": 40.0' in output
+    row = next(line for line in output.splitlines() if line.startswith(f"│ {layers[1]:>5} "))
+    assert row.split("│")[3:5] == ["     0 ", "    3.5 "]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +273,27 @@ def test_commands_make_the_folders_of_what_they_write(command, tmp_path):
         "floors.safetensors",
         "report.png",
     ]
+
+
+@pytest.mark.parametrize("target", [None, 40.0])
+def test_reports_show_floors_and_targets(command, tmp_path, monkeypatch, target):
+    shipped, path = CapProfile.load(SHIPPED_PROFILE), tmp_path / "profile.safetensors"
+    with_floors(shipped, 5.0, "ordinary tokens", target_percentile=target).save(path)
+    figures = []
+    monkeypatch.setattr(plots.pyplot(), "close", figures.append)
+    assert command("report", path, tmp_path / "report.png")[0] == 0
+    panel = figures[0].axes[2]
+    drawn = {line.get_label(): line.get_ydata() for line in panel.lines}
+    saved = CapProfile.load(path)
+    assert drawn["floor"].tolist() == saved.floors[:, 0].tolist()
+    if target is None:
+        assert "target" not in drawn
+    else:
+        assert drawn["target"].tolist() == saved.targets[:, 0].tolist()
+    assert command("report", path, tmp_path / "report.html")[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Attention sinks: left alone beyond" in page
+    assert ("targets" in page) == (target is not None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, effects, floors, pipeline, refusal, sinks, space, tokens, work
+from axiscap.calibrate import data, effects, pipeline, refusal, sinks, space, tokens, work
 
 
 def test_the_shipped_requests():
@@ -370,39 +370,6 @@ def test_the_worst_domain_is_told_apart_from_fiction():
     assert effects.worst(found, fiction=False) == ("letters", 1.013)
     assert effects.worst(found, fiction=True) == ("poems", 1.2)
     assert effects.worst({}, fiction=True) == ("", 1.0)
-
-
-@pytest.mark.parametrize(("budget", "percentile"), [(0.01, 10.0), (0.0305, 30.0), (1.0, 99.5), (0.00051, 0.5)])
-def test_floors_by_a_budget_are_the_highest_within_it(shipped_profile, budget, percentile):
-    """The cost of a percentile is a thousandth of it; the search finds the last one that is allowed."""
-
-    class Known:
-        measured = 0
-
-        def measure(self, profile):
-            self.measured += 1
-            at = profile.provenance["floors"]["percentile"]
-            return {"code": cost(1 + at / 1000), "poems": cost(1 + at / 500, True)}
-
-    costs = Known()
-    made = effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(budget, 2 * budget, 1.0))
-    assert made.provenance["floors"]["percentile"] == percentile
-    assert made.provenance["floors"]["budget"]["perplexity"] == budget
-    assert costs.measured <= 8
-    with pytest.raises(ValueError, match=r"cost more than Budget\(perplexity=0\.0001"):
-        effects.floors_for_budget(costs, shipped_profile, "assistant", effects.Budget(0.0001, 0.5, 1.0))
-
-
-def test_a_budget_with_targets_keeps_floors_below_them(shipped_profile):
-    class Free:
-        def measure(self, profile):
-            table = floors.populations(shipped_profile)["assistant"]
-            assert torch.equal(profile.targets[:, 0], floors.at_percentile(table, 40.0)[list(profile.layers)])
-            return {"code": cost(1.0)}
-
-    budget = effects.Budget(0.01, 0.05, 1.0)
-    made = effects.floors_for_budget(Free(), shipped_profile, "assistant", budget, target_percentile=40.0)
-    assert made.provenance["floors"]["percentile"] == made.provenance["floors"]["target_percentile"] == 40.0
 
 
 def test_a_budget_of_changed_tokens_looks_at_the_worst_domain_but_at_no_fiction():

@@ -201,7 +201,7 @@ class Declines:
         self.texts: list[tuple[list[int], list[int]]] = []
         for pair in shipped("declined.jsonl"):
             for system in system_prompts:
-                prompt = engine.encode([Task("", 0, 0, system, pair["request"])])["input_ids"][0].tolist()
+                prompt = engine.prompts([Task("", 0, 0, system, pair["request"])])[0]
                 self.texts += [(prompt, answer) for answer in said]
         self.base = log_odds(model, self.texts)
 
@@ -298,7 +298,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Outcome:
     """What is too slow to be measured of every setting, and must not get worse. Intervals are 95 %."""
 
     uptake: float  # share of held-out roles' answers that sound like a role
@@ -318,7 +318,7 @@ class Point:
     domains: dict[str, DomainCost]
     hold: float  # nats that the cap gives back to the Assistant; uncapped: that personas take away
     hold_interval: tuple[float, float]  # 95 %
-    tests: Tests | None = None
+    tests: Outcome | None = None
 
     @property
     def name(self) -> str:
@@ -347,12 +347,14 @@ class Point:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Point:
         setting, tests = stored["setting"], stored["tests"]
+        if tests:
+            tests = {name: tuple(value) if isinstance(value, list) else value for name, value in tests.items()}
         return cls(
             setting and Setting(**setting),
             {name: DomainCost(**cost) for name, cost in stored["domains"].items()},
             stored["hold"],
             tuple(stored["hold_interval"]),
-            tests and Tests(**tests),
+            tests and Outcome(**tests),
         )
 
 

@@ -330,11 +330,12 @@ def read_means(
     place = torch.arange(longest, device=model.device)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
     begins = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
-    of_answer = (place >= begins) & (place < lengths)
+    first = min(map(len, prompts))  # where an answer may begin
+    of_answer = ((place >= begins) & (place < lengths))[:, first:]
     means: list[Tensor] = []
 
     def read(layer: int, hidden: Tensor) -> None:
-        whole = of_answer.to(hidden.device)
+        hidden, whole = hidden[:, first:], of_answer.to(hidden.device)
         ordinary = whole & are_ordinary(hidden, layer, norm_limits)
         counted = torch.where(ordinary.any(-1, keepdim=True), ordinary, whole)
         weights = counted.double() / counted.sum(-1, keepdim=True)

@@ -208,7 +208,7 @@ class Store:
         ----------
         kind
             what it is, the beginning of the name.
-        content
+        *content
             what it depends on, as JSON can say it.
 
         Returns

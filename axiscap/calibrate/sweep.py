@@ -22,9 +22,9 @@ from axiscap.calibrate.effects import (
     Costs,
     Declines,
     Holds,
+    Outcome,
     Point,
     Setting,
-    Tests,
     checks,
     interval,
     losses,
@@ -187,12 +187,12 @@ class Bench:
         with install(self.model, profile):
             return replace(point, tests=self._tests())
 
-    def _tests(self) -> Tests:
+    def _tests(self) -> Outcome:
         order, taken = self._uptake(self.role_tasks)
         _, default_taken = self._uptake(self.default_tasks)
         by_role = torch.stack([taken[[i for i, t in enumerate(order) if t.role == n]].mean() for n in self.roles])
         declines = self.declines.measure()
-        return Tests(
+        return Outcome(
             uptake=taken.mean().item(),
             uptake_interval=interval(by_role),
             default_uptake=default_taken.mean().item(),
@@ -224,7 +224,7 @@ def defaults(population: str) -> tuple[list[float], list[float]]:
     return ([0.5, 2.0, 4.0, 6.0], [15.0, 25.0]) if population.endswith("tokens") else ([5.0, 10.0, 25.0, 50.0], [])
 
 
-def is_no_worse(capped: Tests, uncapped: Tests) -> bool:
+def is_no_worse(capped: Outcome, uncapped: Outcome) -> bool:
     """Whether roles are taken on no more often, exact checks fail no more often than by chance, and requests that
     should be declined are not declined less.
     """

@@ -309,7 +309,8 @@ def mean_at(turn: Turn, side: str, layer: int) -> float:
 
 
 def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int]) -> CapProfile:
-    """The profile at another percentile of its floors' population and some of its layers.
+    """The profile at another percentile of its floors' population and some of its layers. Targets stay where they are,
+    and are never below the floors.
 
     At the percentile that it says it is at, and where it has no quantile tables, its floors are left as they are.
 
@@ -323,7 +324,10 @@ def adjusted(profile: CapProfile, percentile: float | None, layers: Sequence[int
     layers = sorted(layers)
     if percentile is None or percentile == _percentile(profile):
         return profile.at_layers(layers)
-    return with_floors(profile, percentile, profile.population or _NORMAL, layers)
+    facts = profile.provenance.get("floors")
+    target = facts.get("target_percentile") if isinstance(facts, Mapping) else None
+    lifted = max(target, percentile) if isinstance(target, int | float) else None
+    return with_floors(profile, percentile, profile.population or _NORMAL, layers, target_percentile=lifted)
 
 
 def _percentile(profile: CapProfile) -> float | None:

@@ -36,8 +36,9 @@ def sink_warnings(profile: CapProfile) -> list[str]:
         )
     near = {layer: share for layer, share in _at_capped_layers(profile, "near_the_limit").items() if share > OVERLAP}
     if near:
+        named = "layers" if len(near) > 1 else "layer"
         warnings.append(
-            f"At layers {ranges(near)} attention sinks and ordinary rows overlap: up to {max(near.values()):.1%} of "
+            f"At {named} {ranges(near)} attention sinks and ordinary rows overlap: up to {max(near.values()):.1%} of "
             "rows are near the limit."
         )
     return warnings

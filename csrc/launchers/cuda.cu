@@ -153,8 +153,8 @@ template <int kLayers>
 void fill_layers(Call<kLayers>& call, const CapParams* layers, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const CapParams& p = layers[i];
-    call.layers[i] = {p.hidden, p.out,    p.hidden_stride, p.out_stride, p.axes,
-                      p.lifts,  p.floors, p.limits,        p.projections};
+    call.layers[i] = {p.hidden, p.out,    p.hidden_stride, p.out_stride,  p.axes,
+                      p.lifts,  p.floors, p.targets,       p.norm_limits, p.projections};
   }
 }
 

@@ -23,6 +23,8 @@ OPS = {"cap": 0, "cap_residual": 1, "norm": 2, "norm_fp8": 2}
 TYPES = {torch.float32: ("float32", "f", 0), torch.bfloat16: ("bfloat16", "13__nv_bfloat16", 1),
          torch.float16: ("float16", "6__half", 2)}  # fmt: skip
 MAX_LAYERS = 48
+#: What a launch copies for a layer.
+LAYER_BYTES = 80
 #: The widest row that a block's registers hold: four vectors for each of 512 threads.
 HELD = {dtype: 4 * 512 * (16 // dtype.itemsize) for dtype in TYPES}
 #: Rows that lie so many bytes apart are mapped one by one.
@@ -106,12 +108,12 @@ class Device:
         out=None,
         projections=None,
         fired=None,
+        targets=None,
         lifts=None,
-        limits=None,
+        norm_limits=None,
     ) -> None:
-        """hiddens: L rows (rows, H); axes and lifts (L, S, K, H), floors and limits (L, S, K), projections
-        (L, rows, K).
-        All but hiddens and axes may be None.
+        """hiddens: L rows (rows, H); axes and lifts (L, S, K, H), floors and targets (L, S, K), norm_limits (L, S),
+        projections (L, rows, K). All but hiddens and axes may be None.
 
         In place (in residual, where given), unless out is a tensor; out False: only projections. The norm goes to
         hidden, or to quantized.
@@ -142,20 +144,21 @@ class Device:
         streams = [place(f"hidden{i}", hidden) for i, hidden in enumerate(hiddens)]
         residual_at, weight_at = place("residual", residual), place("weight", weight)
         axes_at, floors_at, slots_at = place("axes", axes), place("floors", floors), place("slots", slots)
-        lifts_at, limits_at = place("lifts", lifts), place("limits", limits)
+        targets_at, lifts_at = place("targets", targets), place("lifts", lifts)
+        limits_at = place("norm_limits", norm_limits)
         projections_at = place("projections", projections, written=False)
         fired_at = place("fired", fired, written=False)
         if out is None:
-            targets = [residual_at] * layers if residual is not None else streams
+            outs = [residual_at] * layers if residual is not None else streams
             out_stride = (residual if residual is not None else first).stride(0)
         elif out is False:
-            targets, out_stride = [0] * layers, 0
+            outs, out_stride = [0] * layers, 0
         else:
-            targets, out_stride = [place("out", out, written=False)], out.stride(0)
+            outs, out_stride = [place("out", out, written=False)], out.stride(0)
         residual_stride = residual.stride(0) if residual is not None else 0
 
         unit = first.element_size()
-        everything = [*streams, *targets, residual_at, weight_at, axes_at, lifts_at]
+        everything = [*streams, *outs, residual_at, weight_at, axes_at, lifts_at]
         strides = [hidden.stride(0) for hidden in hiddens] + [out_stride, residual_stride]
         aligned = size % (16 // unit) == 0 and all(address % 16 == 0 for address in everything)
         aligned = aligned and all(stride * unit % 16 == 0 for stride in strides)
@@ -174,11 +177,11 @@ class Device:
             return
 
         shared = struct.pack(
-            "<3Q3q2q5Q2q4Qqff2Qi4x",
-            *(streams[0], residual_at, targets[0]),
+            "<3Q3q2q6Q2q4Qqff2Qi4x",
+            *(streams[0], residual_at, outs[0]),
             *(first.stride(0), residual_stride, out_stride),
             *(rows, size),
-            *(axes_at, lifts_at, floors_at, limits_at, slots_at),
+            *(axes_at, lifts_at, floors_at, targets_at, limits_at, slots_at),
             *(num_slots, directions),
             *(projections_at, fired_at, weight_at, normed_at),
             *(normed_stride, eps, weight_bias, scale_at, scales_at, number),
@@ -187,15 +190,16 @@ class Device:
         for i in range(layers):
             bank = num_slots * directions
             parameters += struct.pack(
-                "<2Q2q5Q",
-                *(streams[i], targets[i], hiddens[i].stride(0), out_stride),
+                "<2Q2q6Q",
+                *(streams[i], outs[i], hiddens[i].stride(0), out_stride),
                 axes_at + i * bank * size * 4,
                 lifts_at + i * bank * size * 4 if lifts is not None else 0,
                 floors_at + i * bank * 4 if floors is not None else 0,
-                limits_at + i * bank * 4 if limits is not None else 0,
+                targets_at + i * bank * 4 if targets is not None else 0,
+                limits_at + i * num_slots * 4 if norm_limits is not None else 0,
                 projections_at + i * rows * directions * 4 if projections is not None else 0,
             )
-        parameters += bytes(72 * (MAX_LAYERS - layers) if layers > 1 else 0)
+        parameters += bytes(LAYER_BYTES * (MAX_LAYERS - layers) if layers > 1 else 0)
         kernel = (self.source or kernels())[self.name]
         self.launch = Launch(
             kernel, self.memory, parameters, (grid, layers), block, dynamic, kernel.architecture >= EARLY

@@ -25,12 +25,14 @@ bool aligned;  // what the launcher is to find
 
 int64_t launched = 0;  // layers of this call so far
 
-// Whether the launch's layer i has the lifts of its own. Of its 72 bytes they are the sixth pointer, behind the 16 of
-// the call itself (test_ptx.py has the sizes).
-bool has_its_lifts(const void* argument, int64_t i) {
-  const void* found;
-  std::memcpy(&found, static_cast<const char*>(argument) + sizeof(axiscap::CapParams) + 16 + 72 * i + 40, sizeof found);
-  return found && found == layers[launched + i].lifts;
+// Whether the launch's layer i has the lifts, targets and limits of its own. The layers stand behind the 16 bytes of
+// the call itself, in ten words each (test_ptx.py has the sizes).
+bool has_its_bank(const void* argument, int64_t i) {
+  const void* words[10];
+  const char* begin = static_cast<const char*>(argument) + sizeof(axiscap::CapParams) + 16;
+  std::memcpy(words, begin + sizeof words * i, sizeof words);
+  const axiscap::CapParams& p = layers[launched + i];
+  return p.lifts && words[5] == p.lifts && words[7] == p.targets && words[8] == p.norm_limits;
 }
 
 // Whether the call's own parameters, which stand behind those of the caller, are those of its plan.
@@ -90,10 +92,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
                       config->attrs[i].val.programmaticStreamSerializationAllowed);
   std::printf("%s, %u x %u blocks, %zu bytes, %d %% shared, %s", early ? "early" : "in order", config->gridDim.x,
               config->gridDim.y, config->dynamicSmemBytes, carveout, names().at(kernel).c_str());
-  int lifts = 0;
-  for (unsigned i = 0; i < config->gridDim.y; ++i) lifts += has_its_lifts(arguments[0], i);
+  int banks = 0;
+  for (unsigned i = 0; i < config->gridDim.y; ++i) banks += has_its_bank(arguments[0], i);
   launched += config->gridDim.y;
-  if (lifts) std::printf(", %d lifts", lifts);
+  if (banks) std::printf(", %d banks", banks);
   if (!is_launched_as_planned(arguments[0])) std::printf(", not as planned");
   std::printf(current ? ", on device %d\n" : "\n", current);
   return cudaSuccess;
@@ -134,8 +136,9 @@ std::vector<int> numbers(const char* text) {
 }
 
 // Fills `layers` with a call: the layers' number, rows and H, the op, a pointer or stride of the last layer that no
-// vector divides ("-": all are aligned; "directions": there are two), and whether layers have lifts.
-void make_call(int count, int rows, int size, const std::string& op, const std::string& odd, bool lifts) {
+// vector divides ("-": all are aligned; "directions": there are two), and whether layers have lifts, targets and
+// limits.
+void make_call(int count, int rows, int size, const std::string& op, const std::string& odd, bool bank) {
   alignas(16) static char memory[4096];
   alignas(16) static float floors[1], scale[1];
   axiscap::CapParams p;
@@ -146,7 +149,10 @@ void make_call(int count, int rows, int size, const std::string& op, const std::
   if (op == "norm" || op == "norm_fp8") p.weight = memory + 192, p.normed = memory + 256;
   if (op == "norm_fp8") p.scale = scale;
   layers.assign(count, p);
-  for (size_t i = 0; i < layers.size() && lifts; ++i) layers[i].lifts = reinterpret_cast<float*>(memory + 512 + 16 * i);
+  for (size_t i = 0; i < layers.size() && bank; ++i) {
+    layers[i].lifts = reinterpret_cast<float*>(memory + 512 + 16 * i);
+    layers[i].targets = layers[i].lifts + 1, layers[i].norm_limits = layers[i].lifts + 2;
+  }
   axiscap::CapParams& last = layers.back();
   const auto shift = [](auto& pointer) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(uintptr_t(pointer) + 4);
@@ -170,9 +176,9 @@ void make_call(int count, int rows, int size, const std::string& op, const std::
 }  // namespace
 
 // The arguments are what the kernels were compiled for, the device's major version, and the call: rows, H, layers, the
-// op ("statistics" is one of them), what is not aligned, whether layers have lifts, the device to launch on, and the
-// current one. H and device may be lists: a call for each. Returns 1 behind the text of an error, and 2 where another
-// device is current in the end, or was set for nothing.
+// op ("statistics" is one of them), what is not aligned, whether layers have lifts, targets and limits, the device to
+// launch on, and the current one. H and device may be lists: a call for each. Returns 1 behind the text of an error,
+// and 2 where another device is current in the end, or was set for nothing.
 int main(int, char** given) {
   ptx_version = std::atoi(given[1]), major = std::atoi(given[2]);
   const std::string op = given[6];

@@ -82,7 +82,8 @@ def test_accesses_are_wide_and_none_is_local(compiled, architecture):
         stores = [op for op in code if op.startswith("STG")]
         wide_loads = [op for op in loads if ".128" in op]
         wide_stores = [op for op in stores if ".128" in op]
-        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a limit, a projection, a flag or a scale.
+        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a target, a limit, a projection, a flag or a
+        # scale.
         assert wide_loads, name
         assert wide_stores, name
         if "cap_register_rows" in name:

@@ -48,12 +48,12 @@ def launches(
     *,
     op: str = "cap",
     odd: str = "-",
-    lifts: bool = False,
+    bank: bool = False,
     device: int | str = -1,
     current: int = 0,
 ) -> list[str]:
     """Of two calls: what is remembered is as right as what is asked."""
-    command = [launcher, *map(str, (compiled, major, rows, size, layers, op, odd, int(lifts), device, current))]
+    command = [launcher, *map(str, (compiled, major, rows, size, layers, op, odd, int(bank), device, current))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
     assert not [line for line in lines if "not as planned" in line]
@@ -116,17 +116,17 @@ ODD = [
 @pytest.mark.parametrize(("op", "odd", "layers"), ODD)
 def test_one_pointer_or_stride_that_no_vector_divides_is_enough(launcher, op, odd, layers):
     """The last layer has it, and then all layers of the launch are read element by element."""
-    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, odd=odd, lifts=odd == "lifts")
+    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, odd=odd, bank=odd == "lifts")
     assert kernel_name(torch.float32, op, False, False, 48 if layers > 1 else 1) in line
-    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, lifts=odd == "lifts")
+    (line,) = launches(launcher, 90, 9, 4, 64, layers, op=op, bank=odd == "lifts")
     assert kernel_name(torch.float32, op, False, True, 48 if layers > 1 else 1) in line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "own"), [(1, [1]), (3, [3]), (48, [48]), (50, [48, 2])])
-def test_each_layer_is_launched_with_its_own_lifts(launcher, layers, own):
-    lines = launches(launcher, 90, 9, 4, 64, layers, lifts=True)
-    assert [line.rpartition(", ")[2] for line in lines] == [f"{count} lifts" for count in own]
+def test_each_layer_is_launched_with_its_own_lifts_targets_and_limits(launcher, layers, own):
+    lines = launches(launcher, 90, 9, 4, 64, layers, bank=True)
+    assert [line.rpartition(", ")[2] for line in lines] == [f"{count} banks" for count in own]
 
 
 @pytest.mark.slow

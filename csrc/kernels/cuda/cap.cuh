@@ -9,7 +9,7 @@ namespace axiscap::cuda {
 
 // The state of the current row.
 struct Outcome {
-  bool finite;         // no projection is beyond its limit, and no element out of range
+  bool admitted;       // the row has a slot, its norm is within the limit, and its numbers are finite
   bool below = false;  // a projection of the row as it came is below its floor
   bool fired = false;  // a direction corrected the row
   bool large = false;  // a correction may have taken an element out of range
@@ -18,10 +18,18 @@ struct Outcome {
 // Records a projection of the row as it came.
 template <class Rows>
 __device__ inline void observe(const Rows& rows, int k, float projection, Outcome& outcome) {
-  outcome.finite = outcome.finite && fabsf(projection) <= rows.direction.limit;
+  outcome.admitted = outcome.admitted && isfinite(projection);
   outcome.below = outcome.below || (rows.is_active() && projection < rows.direction.floor);
   rows.report(rows.layer.projections, k, projection);
   rows.report(rows.p.fired, k, uint8_t(0));
+}
+
+// Compares the norm of the row as it came with the limit of its slot.
+template <class Rows>
+__device__ inline void check_norm(Rows& rows, Outcome& outcome) {
+  if (!rows.layer.norm_limits) return;
+  const float limit = rows.direction.norm_limit;
+  if (rows.group.sum(rows.squares()) > limit * limit) outcome.admitted = false;
 }
 
 // Whether a correction of this size may take an element of a finite row out of the range of T.
@@ -30,14 +38,15 @@ __device__ inline bool may_overflow(float correction) {
   return std::is_same_v<T, __half> || correction > kLargeCorrection;
 }
 
-// Lifts the row to the floor of direction k. `projection` is of the row as the directions before have left it.
+// Lifts a row below the floor of direction k to the target. `projection` is of the row as the directions before have
+// left it.
 template <class Rows>
 __device__ inline void correct(Rows& rows, int k, float projection, Outcome& outcome) {
-  const float shortfall = rows.direction.floor - projection;
-  if (!isfinite(projection)) outcome.finite = false;
-  if (!outcome.finite || !(shortfall > 0)) return;
-  rows.add(shortfall);
-  outcome.large = outcome.large || may_overflow<typename Rows::Element>(shortfall);  // an infinite one is large
+  if (!isfinite(projection)) outcome.admitted = false;
+  if (!outcome.admitted || !(projection < rows.direction.floor)) return;
+  const float correction = rows.direction.target - projection;
+  rows.add(correction);
+  outcome.large = outcome.large || may_overflow<typename Rows::Element>(correction);  // an infinite one is large
   outcome.fired = true;
   rows.report(rows.p.fired, k, uint8_t(1));
 }
@@ -48,8 +57,9 @@ __device__ inline Outcome cap_directions(Rows& rows) {
   Outcome outcome{rows.is_active()};
   if constexpr (Rows::kOneDirection) {
     const float projection = rows.project(0);
+    check_norm(rows, outcome);
     observe(rows, 0, projection, outcome);
-    if (outcome.finite && outcome.below) correct(rows, 0, projection, outcome);
+    if (outcome.admitted && outcome.below) correct(rows, 0, projection, outcome);
   } else {
     // The projection is compiled once for both passes.
     for (int pass = 0; pass < 2; ++pass) {
@@ -60,8 +70,9 @@ __device__ inline Outcome cap_directions(Rows& rows) {
         else
           correct(rows, k, projection, outcome);
       }
+      if (pass == 0) check_norm(rows, outcome);
       // All threads of a warp take part in a projection.
-      if (!__any_sync(kAllLanes, outcome.finite && outcome.below)) break;
+      if (!__any_sync(kAllLanes, outcome.admitted && outcome.below)) break;
     }
   }
   if (outcome.fired) rows.finish_correction();
@@ -85,7 +96,7 @@ template <class Rows>
 __device__ inline void check_range(Rows& rows, Outcome& outcome) {
   if (!__any_sync(kAllLanes, outcome.large)) return;
   const bool overflows = outcome.fired && !is_in_range(rows);
-  if (rows.group.sum(overflows ? 1.f : 0.f) > 0) outcome.finite = false;
+  if (rows.group.sum(overflows ? 1.f : 0.f) > 0) outcome.admitted = false;
 }
 
 // Undoes the reports and the correction.
@@ -180,7 +191,7 @@ __device__ inline void cap_row(Rows& rows, float inverse_size) {
   rows.load();
   Outcome outcome = cap_directions(rows);
   check_range(rows, outcome);
-  if (!outcome.finite) leave_alone(rows, outcome);
+  if (!outcome.admitted) leave_alone(rows, outcome);
   if constexpr (Rows::kNorm)
     write_normed_row(rows, inverse_size);
   else if (outcome.fired || (rows.copies && rows.is_real()))

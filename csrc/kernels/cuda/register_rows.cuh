@@ -59,10 +59,18 @@ struct RegisterRows : Rows<T, kOp> {
   // Loads the row as it came.
   __device__ void restore() {
 #pragma unroll
+    for (int i = 0; i < kVecs; ++i) x_[i] = incoming(i);
+  }
+
+  // This thread's part of the sum of the squares of the row as it came.
+  __device__ float squares() const {
+    float sum = 0;
+#pragma unroll 1  // unrolled over x_, cap_residual in bfloat16 takes 127 registers (sm_90) instead of 109
     for (int i = 0; i < kVecs; ++i) {
-      x_[i] = get(0, i).floats();
-      if constexpr (kTwoStreams) x_[i] = x_[i] + get(1, i).floats();
+      const Floats x = incoming(i);
+      sum = dot(x, x, sum);
     }
+    return sum;
   }
 
   // <x, axis of direction k>
@@ -130,6 +138,12 @@ struct RegisterRows : Rows<T, kOp> {
   }
   __device__ Packed get(int source, int i) const { return Packed::load_shared(address(source, i)); }
 
+  // Vector i of the row as it came.
+  __device__ Floats incoming(int i) const {
+    if constexpr (kTwoStreams) return get(0, i).floats() + get(1, i).floats();
+    return get(0, i).floats();
+  }
+
   // Starts to copy a row. One that is not read is all zeros, and so is what lies behind the end of a row.
   __device__ void prefetch(int64_t row, int32_t slot) {
     const int end = Base::is_read(row, slot) ? size : 0;
@@ -147,7 +161,7 @@ struct RegisterRows : Rows<T, kOp> {
   __device__ void select(int k) {
     if (!is_active() || (!kAnyDirections && slots_[0] == axis_slot_)) return;
     axis_slot_ = slots_[0];
-    direction.select(layer, int64_t(axis_slot_) * directions() + k, size);
+    direction.select(layer, axis_slot_, k, directions(), size);
     if constexpr (!kAnyDirections)
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) axis_[i] = load_from_bank(direction.axis, i);

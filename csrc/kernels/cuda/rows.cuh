@@ -29,7 +29,8 @@ struct Layer {
   const float* axes;
   const float* lifts;
   const float* floors;
-  const float* limits;
+  const float* targets;
+  const float* norm_limits;
   float* projections;
 };
 
@@ -42,18 +43,20 @@ struct Call {
   Layer layers[kLayers];
 };
 
-// One direction of a slot.
+// One direction of a slot, and the slot's limit of the norm.
 struct Direction {
   const float* axis = nullptr;
   const float* lift = nullptr;
   float floor = -INFINITY;
-  float limit = FLT_MAX;  // finite, so that it refuses infinity
-  int size = 0;           // elements of axis and lift; none before the first slot
+  float target = -INFINITY;
+  float norm_limit = INFINITY;
+  int size = 0;  // elements of axis and lift; none before the first slot
 
-  // `entry` counts the directions of all slots.
-  __device__ void select(const Layer& layer, int64_t entry, int hidden_size) {
+  __device__ void select(const Layer& layer, int32_t slot, int k, int directions, int hidden_size) {
+    const int64_t entry = int64_t(slot) * directions + k;
     floor = layer.floors ? __ldg(layer.floors + entry) : -INFINITY;
-    limit = layer.limits ? fminf(__ldg(layer.limits + entry), FLT_MAX) : FLT_MAX;
+    target = layer.targets ? __ldg(layer.targets + entry) : floor;
+    norm_limit = layer.norm_limits ? __ldg(layer.norm_limits + slot) : INFINITY;
     axis = layer.axes + entry * hidden_size;
     lift = layer.lifts ? layer.lifts + entry * hidden_size : axis;
     size = hidden_size;

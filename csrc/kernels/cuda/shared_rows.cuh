@@ -58,11 +58,22 @@ struct SharedRows : Rows<T, kOp> {
     });
   }
 
+  // This thread's part of the sum of the squares of the row as it came.
+  __device__ float squares() const {
+    float sum = 0;
+    if (is_active())
+      for_each_vec([&](int i) {
+        const Floats x = get(i);
+        sum = dot(x, x, sum);
+      });
+    return sum;
+  }
+
   // <x, axis of direction k>
   __device__ float project(int k) {
     float sum = 0;
     if (is_active()) {
-      direction.select(layer, int64_t(slot_) * directions() + k, size);
+      direction.select(layer, slot_, k, directions(), size);
       sum = dot_with_axis();
     }
     return group.sum(sum);

@@ -552,7 +552,7 @@ class CapProfile:
         True
         """
         if targets is None and self.targets is not None and floors.shape == self.floors.shape:
-            targets = floors + (self.targets - self.floors).nan_to_num(0.0)  # -inf less -inf: off
+            targets = floors + (self.targets - self.floors).nan_to_num(0.0, posinf=0.0)  # off: no distance
         return self._with(self.layers, self.axes, floors, targets=targets)
 
     @property
@@ -943,8 +943,8 @@ def _convert_limits(tensors: dict[str, Tensor], provenance: dict[str, Any]) -> N
     """Makes norm_limits of what a file stated before there were any.
 
     Such a file left sinks alone by their positions, and by limits on projections at 1.5 times the largest norm of an
-    ordinary row. No row of a smaller norm has a projection beyond such a limit, and the rows at those positions have
-    larger norms.
+    ordinary row. A row of a smaller norm has no projection beyond such a limit, so that all rows beyond one are still
+    left alone. A row at a sink's position whose norm is smaller is capped from now on.
     """
     old = {name: tensors.pop(name) for name in _OLD_DIMS if name in tensors}
     if not old:

@@ -722,7 +722,7 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     facts = profile.provenance
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
     assert facts["floors"]["population"] == "ordinary tokens"
-    assert facts["floors"]["percentile"] == 6.0
+    assert facts["floors"]["percentile"] == 4.0
     assert facts["axis"]["work"]["domains"] == ["code", "facts", "letters", "poems"]
     assert facts["axis"]["work"]["held_out"] == ["poems"]
     assert profile.layers == tuple(range(8, 28))

@@ -15,6 +15,7 @@ import torch
 from axiscap import CapProfile, models
 from axiscap import calibrate as calibration
 from axiscap.calibrate import sweep
+from axiscap.calibrate.effects import OWN, Point, Setting
 
 REPOSITORY = Path(__file__).parents[1]
 OUT = REPOSITORY / "out" / "nightly"
@@ -37,7 +38,7 @@ def made() -> CapProfile:
 
 
 @pytest.fixture(scope="module")
-def points(shipped, made) -> tuple[sweep.Point, sweep.Point]:
+def points(shipped, made) -> tuple[Point, Point]:
     """The model as it is, and under the shipped profile."""
     model, tokenizer = models.load(models.DEFAULT_MODEL, "float32")
     roles = calibration.load_roles(model_name=models.DEFAULT_MODEL)
@@ -46,9 +47,10 @@ def points(shipped, made) -> tuple[sweep.Point, sweep.Point]:
     store = calibration.Store(str(OUT / "rollouts"), settings)
     judge = sweep.UptakeJudge(store.shards(calibration.batches(plan)), plan)
     bench = sweep.Bench(model, tokenizer, plan, settings, judge, store, QUESTIONS, calibration.load_work())
-    percentile = shipped.provenance["floors"]["percentile"]
-    uncapped, (capped,) = sweep.sweep(bench, [(shipped, percentile)], OUT / f"{shipped.digest}.points.jsonl")
-    return uncapped, capped
+    floors = shipped.provenance["floors"]
+    setting = Setting(shipped.layers[0], shipped.layers[-1], floors["percentile"], floors.get("target_percentile"))
+    runs = sweep.Sweep(bench, shipped, floors["population"], OUT / f"{shipped.digest}.points.jsonl")
+    return runs.tested(None), runs.tested(setting)
 
 
 def test_the_shipped_profile_is_what_the_command_makes(shipped, made):
@@ -62,7 +64,7 @@ def test_the_shipped_profile_is_what_the_command_makes(shipped, made):
 
 def test_personas_are_held(points):
     uncapped, capped = points
-    assert capped.uptake <= 0.2 * uncapped.uptake
+    assert capped.tests.uptake <= 0.2 * uncapped.tests.uptake
     assert capped.hold >= 10 / 19 * uncapped.hold
 
 
@@ -70,9 +72,9 @@ def test_ordinary_work_costs_nothing_that_shows(points):
     uncapped, capped = points
     assert capped.worst[1] <= 1.02, capped.worst  # plain prose is one of them
     assert capped.worst_fiction[1] <= 1.05, capped.worst_fiction
-    assert capped.perplexity <= 1.02  # of the default's own answers, to the questions that roles are asked
+    assert capped.domains[OWN].perplexity <= 1.02  # to the questions that roles are asked
     # Of twelve answers, a fall of five and more would be beyond chance (a sign test, one-sided, at 5 %).
-    assert capped.checks[0] > uncapped.checks[0] - 5
+    assert capped.tests.checks[0] > uncapped.tests.checks[0] - 5
 
 
 def test_a_thousand_imports():

@@ -9,6 +9,7 @@ import gc
 import io
 import os
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -262,7 +263,17 @@ def test_threads_have_masks_and_batches_of_their_own(llama):
         assert rows(cap) == 30 * (9 + 22 + 20)
 
 
-def test_generating_threads_do_not_mix(llama):
+@pytest.fixture
+def often_switched():
+    """Threads take turns a thousand times as often as they do."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_generating_threads_do_not_mix(llama, often_switched):
+    """Each pass is announced as a whole, however often the interpreter goes from thread to thread."""
     names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 20.0)}
     ids = tokens(2, 8)
 
@@ -278,7 +289,7 @@ def test_generating_threads_do_not_mix(llama):
 
         def ask(name):
             cap.select(name)
-            return [last_scores() for _ in range(4)]
+            return [last_scores() for _ in range(200)]
 
         for name, found in zip(names, in_threads(*(lambda n=n: ask(n) for n in names)), strict=True):
             for scores in found:

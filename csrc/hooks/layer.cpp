@@ -1,6 +1,7 @@
 #include "hooks/layer.h"
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "torch/bank.h"
@@ -27,27 +28,29 @@ struct Pass {
 
 void Pass::begin(int64_t batch, int64_t tokens, const py::object& slots_tensor, const py::object& projections_tensor) {
   end();
+  Pass next;
   Tensor room;
   check_is_tensor(projections_tensor.ptr(), "projections");
   if (!room.read(projections_tensor.ptr(), false)) return;
-  rows = batch * tokens;
-  CHECK_VALUE(room.dim() == 3 && room.size(1) == rows && room.is_contiguous() && room.dtype == kFloat,
-              "projections must be (layers, ", rows, ", K) float32, contiguous, got ", room.sizes);
-  slots = nullptr;
+  next.rows = batch * tokens;
+  CHECK_VALUE(room.dim() == 3 && room.size(1) == next.rows && room.is_contiguous() && room.dtype == kFloat,
+              "projections must be (layers, ", next.rows, ", K) float32, contiguous, got ", room.sizes);
   if (!slots_tensor.is_none()) {
     Tensor read;
     check_is_tensor(slots_tensor.ptr(), "slots");
     if (!read.read(slots_tensor.ptr(), false)) return;
-    slots = check_slots(&read, room, rows, std::numeric_limits<int32_t>::max(), Extent::kExact);
+    next.slots = check_slots(&read, room, next.rows, std::numeric_limits<int32_t>::max(), Extent::kExact);
   }
-  slots_object = slots_tensor;
-  projections_object = projections_tensor;
-  projections = room.as<float>();
-  layers = room.size(0);
-  directions = room.size(2);
-  device = room.device;
-  shape = {batch, tokens};
-  thread = PyThread_get_thread_ident();
+  next.slots_object = slots_tensor;
+  next.projections_object = projections_tensor;
+  next.projections = room.as<float>();
+  next.layers = room.size(0);
+  next.directions = room.size(2);
+  next.device = room.device;
+  next.shape = {batch, tokens};
+  next.thread = PyThread_get_thread_ident();
+  // All at once. To drop a tensor of the last pass can release the GIL, and another thread may begin its own then.
+  std::swap(*this, next);
 }
 
 // A capped layer of a running model: one call caps its hidden states, keeps their projections and counts them. Bank and

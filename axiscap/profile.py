@@ -552,7 +552,7 @@ class CapProfile:
         True
         """
         if targets is None and self.targets is not None and floors.shape == self.floors.shape:
-            targets = floors + (self.targets - self.floors).nan_to_num(0.0, posinf=0.0)  # off: no distance
+            targets = floors + gaps(self.floors, self.targets)
         return self._with(self.layers, self.axes, floors, targets=targets)
 
     @property
@@ -958,6 +958,11 @@ def _convert_limits(tensors: dict[str, Tensor], provenance: dict[str, Any]) -> N
     if "limit_all" in old:
         tensors["norm_limit_all"] = old["limit_all"]
     provenance["norm_limits"] = CONVERTED
+
+
+def gaps(floors: Tensor, targets: Tensor) -> Tensor:
+    """How far targets are above their floors, of the same shape; 0 for a direction that is off."""
+    return torch.where(floors.isneginf(), 0.0, targets - floors)
 
 
 _PINNED = re.compile("#[0-9a-f]{32}$")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from axiscap import _C
-from axiscap.profile import CapProfile
+from axiscap.profile import CapProfile, gaps
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class LayerStats:
 def target_gap(profile: CapProfile, layer: int, directions: int) -> Tensor:
     """(K,), of a bank of K directions: how far each target is above its floor; 0 for a direction that is off."""
     slot = profile.slot_at(layer, directions)
-    return torch.where(slot.floors.isneginf(), 0.0, slot.targets - slot.floors)
+    return gaps(slot.floors, slot.targets)
 
 
 def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:

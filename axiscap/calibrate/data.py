@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
 #: One in this many roles, and one in this many questions, makes no axis but tests it.
 HOLD_OUT = 4
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,11 @@ BATCH = 32
 def batches(plan: Plan) -> list[list[Task]]:
     """A plan's tasks in batches, those of like length together, so that little is padded."""
     return in_batches(plan.tasks)
+
+
+def even_sample(items: list[Item], most: int) -> list[Item]:
+    """At most ``most`` of some items, at equal distances."""
+    return items[:: -(-len(items) // most)] if items else []
 
 
 def in_batches(tasks: Sequence[Task]) -> list[list[Task]]:

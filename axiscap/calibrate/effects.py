@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from axiscap.profile import CapProfile
 PER_DOMAIN, LONGEST = 8, 256
 #: Domains beside those of ordinary work: prose without a conversation around it, and the default's answers.
 PLAIN, OWN = "plain prose", "own answers"
-#: Of a bootstrap.
+#: How many samples a bootstrap draws.
 DRAWS = 1000
 
 
@@ -255,8 +255,9 @@ def checks(engine: TransformersEngine, work: Work) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cap may cost ordinary work, in its worst domain: how far the perplexity may rise (0.01 for one percent),
-    how far that of fiction on request, and what share of the likeliest tokens may be others, fiction left out.
+    """The most that a cap may cost. ``perplexity`` and ``fiction`` say how far the perplexity may rise (0.01 for one
+    percent) in the worst domain of ordinary work, and in the worst of fiction on request. ``changed`` is the share of
+    likeliest tokens that may differ from the uncapped model's in any domain that is not fiction.
     """
 
     perplexity: float = 0.02
@@ -271,7 +272,7 @@ class Budget:
         )
 
 
-#: What no text shows: the budget of a profile for everything.
+#: The budget of the mild profile, whose cost no domain shows.
 MILD = Budget(0.003, 0.003)
 
 
@@ -299,7 +300,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is too slow to be measured of every setting, and must not get worse. Intervals are 95 %."""
+    """The results of the tests that are too slow to run for every setting. Intervals are 95 %."""
 
     uptake: float  # share of held-out roles' answers that sound like a role
     uptake_interval: tuple[float, float]
@@ -312,7 +313,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Point:
-    """What a cap does at one setting; without one, the uncapped model."""
+    """The effect of a cap at one setting. A setting of None stands for the uncapped model."""
 
     setting: Setting | None
     domains: dict[str, DomainCost]
@@ -334,8 +335,13 @@ class Point:
         return worst(self.domains, fiction=True)
 
     @property
+    def cost(self) -> float:
+        """The perplexity of the domain where it rises most, fiction or not, over the uncapped model's."""
+        return max(self.worst[1], self.worst_fiction[1])
+
+    @property
     def mean(self) -> float:
-        """Of the perplexities of all domains, over the uncapped model's."""
+        """The mean over all domains of the perplexity over the uncapped model's."""
         costs = [cost.perplexity for cost in self.domains.values()]
         return sum(costs) / len(costs) if costs else 1.0
 
@@ -367,19 +373,15 @@ def measure(costs: Costs, holds: Holds, setting: Setting | None, profile: CapPro
     return Point(setting, costs.measure(profile), given_back.mean().item(), interval(given_back))
 
 
-def interval(values: Tensor, of_mean: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[float, float]:
+def interval(values: Tensor) -> tuple[float, float]:
     """95 % of the mean of (N,) values, by a percentile bootstrap."""
     generator = torch.Generator().manual_seed(0)
     drawn = values.double()[torch.randint(len(values), (DRAWS, len(values)), generator=generator)].mean(1)
-    low, high = torch.quantile(of_mean(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in hold and in the cost of the worst domain both, the least cost first."""
-
-    def cost(point: Point) -> float:
-        return max(point.worst[1], point.worst_fiction[1])
-
-    ordered = sorted(points, key=lambda p: (cost(p), -p.hold))
+    """The points that no other beats in hold and in cost both, the least cost first."""
+    ordered = sorted(points, key=lambda p: (p.cost, -p.hold))
     return [point for i, point in enumerate(ordered) if all(point.hold > other.hold for other in ordered[:i])]

@@ -51,7 +51,7 @@ class Sketch:
 
     @property
     def count(self) -> int:
-        """Of values at the layer that has the fewest."""
+        """The number of values at the layer that has the fewest."""
         return min(int(sketch.n) for sketch in self.layers)
 
     @property

@@ -17,7 +17,7 @@ import axiscap
 from axiscap import interop
 from axiscap.calibrate import floors as floors_module
 from axiscap.calibrate import refusal
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, even_sample
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
@@ -408,9 +408,6 @@ def _texts(
     AxisCap's own prose.
     """
 
-    def sample(texts: list[Text], most: int) -> list[Text]:
-        return texts[:: -(-len(texts) // most)] if texts else []
-
     default, roles = [], []
     for shard in store.shards(todo):
         for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
@@ -423,9 +420,9 @@ def _texts(
     by_role: dict[str, list[Text]] = {}
     for text in ordered[1]:
         by_role.setdefault(text.group, []).append(text)
-    found = sample(ordered[0], TEXTS)
+    found = even_sample(ordered[0], TEXTS)
     for texts in by_role.values():
-        found += sample(texts, max(1, 2 * TEXTS // len(by_role)))
+        found += even_sample(texts, max(1, 2 * TEXTS // len(by_role)))
     if work is not None:
         for shard in work_shards(work, store):
             for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task
+from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, even_sample
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Text, read
@@ -98,17 +98,16 @@ def find_norm_limits(model: Any, tokenizer: Any, plan: Plan, store: Store, work:
 
 def _texts(engine: TransformersEngine, plan: Plan, work: Work | None) -> list[Text]:
     """Prompts as the engine encodes them, and the shipped prose. None of them is held out."""
-
-    def sample(tasks: list[Task]) -> list[Task]:
-        return tasks[:: -(-len(tasks) // TEXTS)] if tasks else []
-
     roles = [task for task in plan.tasks if task.role != DEFAULT_ROLE and plan.makes_the_axis(task)]
     if work is None:
         others = [task for task in plan.tasks if task.role == DEFAULT_ROLE and not plan.is_held_out(task)]
     else:
         first = [Task("work", 0, number, "", request.turns[0]) for number, request in enumerate(work.requests)]
         others = [task for task in first if not work.is_held_out(task)]
-    texts = [Text("prompt", engine.prompts([task])[0], []) for task in (*sample(roles), *sample(others))]
+    texts = [
+        Text("prompt", engine.prompts([task])[0], [])
+        for task in (*even_sample(roles, TEXTS), *even_sample(others, TEXTS))
+    ]
     for _, paragraph in load_prose():
         texts.append(Text("prose", engine.tokenizer(paragraph)["input_ids"], []))
     return texts
@@ -186,7 +185,7 @@ class SinkCounts:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """The counts as JSON can say them; :meth:`from_json` reads them."""
         return {**vars(self), "tokens": [list(tokens.items()) for tokens in self.tokens]}
 
     @classmethod
@@ -195,7 +194,7 @@ class SinkCounts:
         return cls(**{**stored, "norm_limits": tuple(stored["norm_limits"]), "tokens": tokens})
 
     def describe(self, limits: NormLimits, layers: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """What a profile's provenance says of sinks, by layer of the model; norms are multiples of the median.
+        """The entry for sinks in a profile's provenance, by layer of the model; norms are multiples of the median.
 
         ``tokens``: the commonest tokens that are sinks at the capped layers, each counted at the layer where it is one
         most often.

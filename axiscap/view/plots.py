@@ -209,7 +209,7 @@ def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Sequence[Any], path
     from axiscap.calibrate.effects import frontier
 
     def cost(point: Any) -> float:
-        return 100 * (float(max(point.worst[1], point.worst_fiction[1])) - 1)
+        return 100 * (float(point.cost) - 1)
 
     plot = pyplot()
     figure, panel = plot.subplots(figsize=(9, 6), layout="constrained")

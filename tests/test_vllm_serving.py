@@ -172,10 +172,10 @@ def test_nothing_is_copied_around_the_cap_in_the_compiled_graph(server, profiles
     code = [path.read_text() for path in (profiles[0] / "cache").rglob("*.py") if "cap_residual_" in path.read_text()]
     assert code
     for text in code:
-        calls = re.findall(r"axiscap\.cap_residual_\.buffers\(" + ", ".join([r"(\w+)"] * 8) + r"\)", text)
+        calls = re.findall(r"axiscap\.cap_residual_\.buffers\(([^)]*)\)", text)
         assert len(calls) == len(profiles[1]["mild"].layers)
         # The buffers are the graph's own inputs, and the streams are not a kernel's copies.
-        assert all(name.startswith("arg") for call in calls for name in call[2:])
+        assert all(name.startswith("arg") for call in calls for name in call.split(", ")[2:])
         assert not re.search(r"cpp_fused_\w*clone\w*\(", text)
 
 

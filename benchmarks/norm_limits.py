@@ -3,7 +3,8 @@
     python benchmarks/norm_limits.py
 
 Nothing fires, as in most rows of real work. Both calls are timed in turn on the same rows, on one thread; the ratio is
-taken within a round. 8 to 512 rows lie in the caches, where the number of instructions is the limit; 4096 rows lie in memory.
+taken within a round. 8 to 512 rows lie in the caches, where the number of instructions is the limit; 4096 rows lie in
+memory.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, even_sampl
 from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
-from axiscap.calibrate.sinks import SinkCounts, find_norm_limits
+from axiscap.calibrate.sinks import NormLimits, SinkCounts, find_norm_limits
 from axiscap.calibrate.space import (
     PARTS,
     ROLE,
@@ -35,8 +36,8 @@ from axiscap.calibrate.space import (
     group,
     project,
 )
-from axiscap.calibrate.store import Store
-from axiscap.calibrate.tokens import Scatter, Text, are_ordinary, read
+from axiscap.calibrate.store import Settings, Store
+from axiscap.calibrate.tokens import Collect, Scatter, Text, are_ordinary, read
 from axiscap.calibrate.work import Work, answer, load_prose
 from axiscap.calibrate.work import shards as work_shards
 from axiscap.models import decoder_layers, language_class, text_config
@@ -85,11 +86,8 @@ class CollectProjections:
     axis: Tensor
     null: Tensor
 
-    def __call__(self, store: Store, todo: Sequence[Sequence[Task]]) -> tuple[Projections, dict[str, Sketch]]:
-        depth = len(self.axis)
-        found = Projections(depth).add(store.shards(todo), self.axis, self.null, self.plan, self.keep)
-        assistant = Sketch(depth).add(found.of(lambda task: task.role == DEFAULT_ROLE))
-        return found, {"assistant": assistant, "pooled": Sketch(depth).add(found.values.tensor())}
+    def __call__(self, store: Store, todo: Sequence[Sequence[Task]]) -> Projections:
+        return Projections(len(self.axis)).add(store.shards(todo), self.axis, self.null, self.plan, self.keep)
 
 
 def choose_layers(separation: Tensor, count: int) -> list[int]:
@@ -245,67 +243,197 @@ def calibrate(
     >>> made = calibrate.calibrate(model, tokenizer, asked, store)  # doctest: +SKIP
     """
     floors_module.check_percentiles(percentile, target_percentile)
-    depth = len(decoder_layers(model))
-    if count is None and work is None:
-        count = min(max(8, depth // 5), depth)
-    keep = keep or Keep()
     limits = find_norm_limits(model, tokenizer, plan, store, work)
     store = Store(store.url, dataclasses.replace(store.settings, norm_limits=limits.limits))
-    workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
-    todo = batches(plan)
-    workers.rollouts(store, todo, lambda done: progress("answers", done, len(plan.tasks)))
-    if work is not None:
-        answer(work, workers, store, lambda done: progress("answers to ordinary work", done, work.answers))
-
-    sums = Sums()
-    for part in workers.over_shards(CollectSums(plan, keep), store, todo):
-        sums.merge(part)
+    engine = TransformersEngine(model, tokenizer, store.settings)
+    run = _Run(engine, plan, work, keep or Keep(), store, workers or Here(engine), progress)
+    run.answer()
+    sums = run.sum_means()
     space = Space.of(sums, plan, minimum)
     if vectors:
         roles = dict(zip(space.names, space.roles.float(), strict=True))
         interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
+    texts = run.texts()
+    directions, sinks = run.find_directions(space, texts, shrink)
+    projections = run.project_means(directions, space)
+    sketches = run.sketch(projections, directions, texts)
+    facts = evidence(space, projections, plan)
+    layers = _capped_layers(facts.auc, count, wide=work is not None)
+    provenance = {
+        "model": _describe_model(model, store.settings),
+        "axis": _describe_axis(plan, space, sums, judge, work, shrink),
+        "sinks": sinks.describe(limits, layers, tokenizer),
+        "quantiles": floors_module.describe(sketches),
+        "evidence": dataclasses.asdict(facts),
+        "sampling": _describe_sampling(store.settings),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "axiscap": axiscap.__version__,
+    }
+    profile = _without_floors(layers, directions, limits, sketches, provenance)
+    return floors_module.with_floors(profile, percentile, population, target_percentile=target_percentile)
 
-    # Parts whose number does not hang on who reads them, so that the sums are the same to the bit.
-    texts = _texts(plan, keep, store, todo, work, tokenizer)
-    parts = [part for part in (texts[at::PARTS_OF_TEXTS] for at in range(PARTS_OF_TEXTS)) if part]
-    shrinks = None if work is None else shrink
-    read_along, sinks = _first_reading(model, texts, parts, shrinks, workers, store, progress)
-    directions = Directions(space.axis)
-    if read_along is not None:
-        directions = refusal.guarded(
-            read_along, refusal.directions(TransformersEngine(model, tokenizer, store.settings))
-        )
 
-    found = Projections(depth)
-    sketches: dict[str, Sketch] = {}
-    for projections, their_sketches in workers.over_shards(
-        CollectProjections(plan, keep, directions.axis, space.null), store, todo
-    ):
-        found.merge(projections)
-        _merge(sketches, their_sketches)
-    if work is not None:
-        sketches["work"] = Sketch(depth)
-        for shard in work_shards(work, store):
-            made = [at for at, task in enumerate(shard.tasks) if not work.is_held_out(task)]
-            sketches["work"].add(project(shard.means[made], directions.axis[:, None])[..., 0])
-    for of_tokens in workers.over_texts(
-        CollectSketches(directions.axis, limits.limits),
-        store,
-        parts,
-        lambda done: progress("texts projected", done, len(texts)),
-    ):
-        _merge(sketches, of_tokens)
-    sketches = {name: sketch for name, sketch in sketches.items() if sketch.count}
+@dataclass(frozen=True)
+class _Run:
+    """The inputs that all stages of one calibration share, and the stages."""
 
-    facts = evidence(space, found, plan)
-    if count is None:
-        layers = list(range(*(round(share * depth) for share in WIDE)))
-    else:
-        layers = choose_layers(torch.tensor(facts.auc), count)
-    unit = directions.axis.float()
-    tables = {name: sketch.table() for name, sketch in sketches.items()}
-    settings = store.settings
-    axis_facts: dict[str, Any] = {
+    engine: TransformersEngine
+    plan: Plan
+    work: Work | None
+    keep: Keep
+    store: Store
+    workers: Workers
+    progress: Callable[[str, int, int], None]
+
+    @functools.cached_property
+    def batches(self) -> list[list[Task]]:
+        return batches(self.plan)
+
+    def answer(self) -> None:
+        """Generates the answers that the store lacks."""
+        tasks, work = len(self.plan.tasks), self.work
+        self.workers.rollouts(self.store, self.batches, lambda done: self.progress("answers", done, tasks))
+        if work is not None:
+            title = "answers to ordinary work"
+            answer(work, self.workers, self.store, lambda done: self.progress(title, done, work.answers))
+
+    def sum_means(self) -> Sums:
+        """Adds up the answers' mean activations by role."""
+        sums = Sums()
+        for part in self.workers.over_shards(CollectSums(self.plan, self.keep), self.store, self.batches):
+            sums.merge(part)
+        return sums
+
+    def texts(self) -> list[Text]:
+        """The texts that are read token by token: an even sample of the answers that make the axis, the default's
+        answers, ordinary work, and AxisCap's own prose.
+        """
+        default, roles = self._answers()
+        texts = even_sample(default, TEXTS)
+        by_role: dict[str, list[Text]] = {}
+        for text in roles:
+            by_role.setdefault(text.group, []).append(text)
+        for answers in by_role.values():
+            texts += even_sample(answers, max(1, 2 * TEXTS // len(by_role)))
+        if self.work is not None:
+            texts += self._ordinary_texts(self.work)
+        return texts
+
+    def _answers(self) -> tuple[list[Text], list[Text]]:
+        """The default's answers and the roles' kept ones, none of them held out, in the order of their tasks' names."""
+        default: dict[str, Text] = {}
+        roles: dict[str, Text] = {}
+        for shard in self.store.shards(self.batches):
+            for task, prompt, tokens in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
+                if task.role == DEFAULT_ROLE and task.question not in self.plan.held_questions:
+                    default[task.id] = Text(f"{DEFAULT_ROLE} {task.question % DEFAULTS}", prompt, tokens)
+                elif task.role != DEFAULT_ROLE and self.plan.makes_the_axis(task) and self.keep(task):
+                    roles[task.id] = Text(f"{ROLE}{task.role}", prompt, tokens)
+        return [default[name] for name in sorted(default)], [roles[name] for name in sorted(roles)]
+
+    def _ordinary_texts(self, work: Work) -> list[Text]:
+        texts = []
+        for shard in work_shards(work, self.store):
+            for task, prompt, tokens in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
+                if work.is_held_out(task):
+                    continue
+                texts.append(Text(f"{WORK}{work.domain(task)}", prompt, tokens))
+                if task.question % PLAIN == 0 and len(tokens) > 1:
+                    texts.append(Text(f"{WORK}plain text", tokens[:1], tokens[1:]))
+        for register, paragraph in load_prose():
+            tokens = self.engine.tokenizer(paragraph)["input_ids"]
+            texts.append(Text(f"{WORK}prose: {register}", tokens[:1], tokens[1:]))
+        return texts
+
+    def find_directions(self, space: Space, texts: Sequence[Text], shrink: float) -> tuple[Directions, SinkCounts]:
+        """Reads the texts for the axis and the lift: the discriminant with ordinary work, else the mean difference."""
+        discriminant, sinks = self._read_for_discriminant(texts, None if self.work is None else shrink)
+        if discriminant is None:
+            return Directions(space.axis), sinks
+        return refusal.guarded(discriminant, refusal.directions(self.engine)), sinks
+
+    def _read_for_discriminant(
+        self, texts: Sequence[Text], shrink: float | None
+    ) -> tuple[Directions | None, SinkCounts]:
+        """The discriminant (None without ``shrink``), and how many rows are sinks. The store keeps both, because every
+        text is read for them.
+        """
+        norm_limits = self.store.settings.norm_limits
+        name = self.store.name_of("reading", shrink, [dataclasses.astuple(text) for text in texts])
+        if (kept := self.store.kept(name)) is not None:
+            facts, tensors = kept
+            self.progress("texts read", len(texts), len(texts))
+            return Directions(**tensors) if tensors else None, SinkCounts.from_json(facts)
+        sinks = SinkCounts(norm_limits)
+        scatters = [Scatter(text_config(self.engine.model).hidden_size) for _ in norm_limits]
+        for part_scatters, part_sinks in self._over_texts(CollectScatter(norm_limits), texts, "texts read"):
+            for scatter, part in zip(scatters, part_scatters, strict=True):
+                scatter.merge(part)
+            sinks.merge(part_sinks)
+        directions = None if shrink is None else discriminant(scatters, shrink)
+        tensors = {}
+        if directions is not None:
+            assert directions.lift is not None
+            tensors = {"axis": directions.axis.contiguous(), "lift": directions.lift.contiguous()}
+        self.store.keep(name, sinks.to_json(), tensors)
+        return directions, sinks
+
+    def project_means(self, directions: Directions, space: Space) -> Projections:
+        """Projects each answer's mean activations on the axis."""
+        projections = Projections(len(directions.axis))
+        collect = CollectProjections(self.plan, self.keep, directions.axis, space.null)
+        for part in self.workers.over_shards(collect, self.store, self.batches):
+            projections.merge(part)
+        return projections
+
+    def sketch(self, projections: Projections, directions: Directions, texts: Sequence[Text]) -> dict[str, Sketch]:
+        """The distribution of projections in each population that has any."""
+        depth = len(directions.axis)
+        sketches = {
+            "assistant": Sketch(depth).add(projections.of(lambda task: task.role == DEFAULT_ROLE)),
+            "pooled": Sketch(depth).add(projections.values.tensor()),
+        }
+        if self.work is not None:
+            sketches["work"] = self._sketch_work(self.work, directions.axis)
+        collect = CollectSketches(directions.axis, self.store.settings.norm_limits)
+        for part in self._over_texts(collect, texts, "texts projected"):
+            for name, sketch in part.items():
+                sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
+        return {name: sketch for name, sketch in sketches.items() if sketch.count}
+
+    def _sketch_work(self, work: Work, axis: Tensor) -> Sketch:
+        sketch = Sketch(len(axis))
+        for shard in work_shards(work, self.store):
+            rows = [row for row, task in enumerate(shard.tasks) if not work.is_held_out(task)]
+            sketch.add(project(shard.means[rows], axis[:, None])[..., 0])
+        return sketch
+
+    def _over_texts(self, collect: Collect, texts: Sequence[Text], title: str) -> Iterator[Any]:
+        """Reads the texts in parts. Their number does not depend on the workers, so that sums have the same bits."""
+        parts = [part for part in (texts[first::PARTS_OF_TEXTS] for first in range(PARTS_OF_TEXTS)) if part]
+        return self.workers.over_texts(collect, self.store, parts, lambda done: self.progress(title, done, len(texts)))
+
+
+def _capped_layers(separation: Sequence[float], count: int | None, *, wide: bool) -> list[int]:
+    depth = len(separation)
+    if count is None and wide:
+        return list(range(*(round(share * depth) for share in WIDE)))
+    return choose_layers(torch.tensor(separation), min(max(8, depth // 5), depth) if count is None else count)
+
+
+def _describe_model(model: Any, settings: Settings) -> dict[str, Any]:
+    return {
+        "id": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
+        "architecture": language_class(model),
+        "hidden_size": text_config(model).hidden_size,
+        "num_layers": len(decoder_layers(model)),
+    }
+
+
+def _describe_axis(
+    plan: Plan, space: Space, sums: Sums, judge: str, work: Work | None, shrink: float
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "method": "mean(default) - mean(roles), unit length",
         "roles": space.names,
         "questions": len(set(plan.asked) - plan.held_questions),
@@ -314,124 +442,46 @@ def calibrate(
         "digest": plan.digest,
     }
     if work is not None:
-        axis_facts |= {
+        facts |= {
             "method": "read along a discriminant of ordinary and role tokens, lifted along mean(default) - mean(roles) "
             "without the directions of refusal",
             "shrink": shrink,
             "work": {"domains": work.domains, "held_out": work.held_domains, "digest": work.digest},
             "prose": sorted({register for register, _ in load_prose()}),
         }
-    provenance = {
-        "model": {
-            "id": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
-            "architecture": language_class(model),
-            "hidden_size": unit.shape[1],
-            "num_layers": depth,
-        },
-        "axis": axis_facts,
-        "sinks": sinks.describe(limits, layers, tokenizer),
-        "quantiles": floors_module.describe(sketches),
-        "evidence": dataclasses.asdict(facts),
-        "sampling": {
-            "temperature": TEMPERATURE,
-            "top_p": TOP_P,
-            "max_new_tokens": settings.max_new_tokens,
-            "seed": settings.seed,
-            "dtype": settings.dtype,
-            "engine": settings.engine,
-        },
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "axiscap": axiscap.__version__,
+    return facts
+
+
+def _describe_sampling(settings: Settings) -> dict[str, Any]:
+    return {
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+        "engine": settings.engine,
     }
-    off = torch.full((len(layers), 1), -torch.inf)
+
+
+def _without_floors(
+    layers: Sequence[int],
+    directions: Directions,
+    limits: NormLimits,
+    sketches: Mapping[str, Sketch],
+    provenance: dict[str, Any],
+) -> CapProfile:
+    """The profile of the directions, its floors off."""
+    axis, norm_limits = directions.axis.float(), torch.tensor(limits.limits)
     lift = None if directions.lift is None else directions.lift.float()
-    norm_limits = torch.tensor(limits.limits)
-    bare = CapProfile(
+    return CapProfile(
         layers,
-        unit[layers][:, None].contiguous(),
-        off,
+        axis[layers][:, None].contiguous(),
+        torch.full((len(layers), 1), -torch.inf),
         provenance,
         lifts=None if lift is None else lift[layers][:, None].contiguous(),
         norm_limits=norm_limits[layers],
-        axis_all=unit,
+        axis_all=axis,
         lift_all=lift,
         norm_limit_all=norm_limits,
-        populations=torch.stack(list(tables.values())),
+        populations=torch.stack([sketch.table() for sketch in sketches.values()]),
     )
-    return floors_module.with_floors(bare, percentile, population, target_percentile=target_percentile)
-
-
-def _first_reading(
-    model: Any,
-    texts: Sequence[Text],
-    parts: Sequence[Sequence[Text]],
-    shrink: float | None,
-    workers: Workers,
-    store: Store,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Directions | None, SinkCounts]:
-    """The discriminant, where it is wanted, and how many rows are sinks; kept beside the answers, since all of them are
-    read for it, and once more along what is found here.
-    """
-    norm_limits = store.settings.norm_limits
-    name = store.name_of("reading", shrink, [dataclasses.astuple(text) for text in texts])
-    if (kept := store.kept(name)) is not None:
-        facts, tensors = kept
-        progress("texts read", len(texts), len(texts))
-        return Directions(**tensors) if tensors else None, SinkCounts.from_json(facts)
-    sinks = SinkCounts(norm_limits)
-    scatters = [Scatter(text_config(model).hidden_size) for _ in norm_limits]
-    for more_scatters, more_sinks in workers.over_texts(
-        CollectScatter(norm_limits), store, parts, lambda done: progress("texts read", done, len(texts))
-    ):
-        for scatter, more in zip(scatters, more_scatters, strict=True):
-            scatter.merge(more)
-        sinks.merge(more_sinks)
-    found = None if shrink is None else discriminant(scatters, shrink)
-    tensors = {}
-    if found is not None:
-        assert found.lift is not None
-        tensors = {"axis": found.axis.contiguous(), "lift": found.lift.contiguous()}
-    store.keep(name, sinks.to_json(), tensors)
-    return found, sinks
-
-
-def _merge(sketches: dict[str, Sketch], more: Mapping[str, Sketch]) -> None:
-    for name, sketch in more.items():
-        sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
-
-
-def _texts(
-    plan: Plan, keep: Keep, store: Store, todo: Sequence[Sequence[Task]], work: Work | None, tokenizer: Any
-) -> list[Text]:
-    """What is read token by token: an even sample of what makes the axis, the default's answers, and ordinary work with
-    AxisCap's own prose.
-    """
-
-    default, roles = [], []
-    for shard in store.shards(todo):
-        for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-            if task.role == DEFAULT_ROLE and task.question not in plan.held_questions:
-                part = f"{DEFAULT_ROLE} {task.question % DEFAULTS}"
-                default.append((task.id, Text(part, prompt, said)))
-            elif task.role != DEFAULT_ROLE and plan.makes_the_axis(task) and keep(task):
-                roles.append((task.id, Text(f"{ROLE}{task.role}", prompt, said)))
-    ordered = [[text for _, text in sorted(part, key=lambda entry: entry[0])] for part in (default, roles)]
-    by_role: dict[str, list[Text]] = {}
-    for text in ordered[1]:
-        by_role.setdefault(text.group, []).append(text)
-    found = even_sample(ordered[0], TEXTS)
-    for texts in by_role.values():
-        found += even_sample(texts, max(1, 2 * TEXTS // len(by_role)))
-    if work is not None:
-        for shard in work_shards(work, store):
-            for task, prompt, said in zip(shard.tasks, shard.prompts, shard.answers, strict=True):
-                if work.is_held_out(task):
-                    continue
-                found.append(Text(f"{WORK}{work.domain(task)}", prompt, said))
-                if task.question % PLAIN == 0 and len(said) > 1:
-                    found.append(Text(f"{WORK}plain text", said[:1], said[1:]))
-        for register, paragraph in load_prose():
-            ids = tokenizer(paragraph)["input_ids"]
-            found.append(Text(f"{WORK}prose: {register}", ids[:1], ids[1:]))
-    return found

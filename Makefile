@@ -156,7 +156,7 @@ needs-sglang := -r tests/sglang-requirements.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/axiscap-*.whl
 	touch $@
 
-build/wheel/made: .venv/built axiscap_plugin.py $(shell find axiscap -name "*.py")
+build/wheel/made: .venv/built $(shell find axiscap axiscap_plugin -name "*.py")
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	touch $@

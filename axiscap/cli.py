@@ -1221,11 +1221,11 @@ def verify(
     log-probabilities of the same tokens uncapped, under another profile, or under floors far above; where the server
     allows a client none of these, the command says so.
     """
-    from axiscap.serving import verify as serving
+    from axiscap.serving import client
 
     source = str(Path(profile).absolute()) if Path(profile).exists() else profile
     keys = {"api_key": api_key, "admin_key": admin_key}
-    for found in serving.verify(url, CapProfile.load(profile), source=source, **keys):
+    for found in client.verify(url, CapProfile.load(profile), source=source, **keys):
         console.print(escape(found), soft_wrap=True)
 
 
@@ -1248,13 +1248,13 @@ def rollout(
     A request that has begun keeps the old content. If a replica fails, the others go on; run the command again for the
     rest.
     """
-    from axiscap.serving import verify as serving
+    from axiscap.serving import client
 
     failed = 0
     for url in urls:
         try:
-            console.print(escape(f"{url}: {name} is {serving.roll_out(url, name, profile, admin_key)}"), soft_wrap=True)
-        except serving.NotCapped as error:
+            console.print(escape(f"{url}: {name} is {client.roll_out(url, name, profile, admin_key)}"), soft_wrap=True)
+        except client.NotCapped as error:
             failed += 1
             console.print(f"[red]{escape(url)}: {escape(str(error))}[/red]", soft_wrap=True)
     console.print(f"{len(urls) - failed} of {len(urls)} replicas have it")

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import axiscap
 from axiscap import CapProfile, drift, models
-from axiscap.serving.door import DRIFT_HEADER, HEADERS
+from axiscap.serving.front.middleware import DRIFT_HEADER, HEADERS
 
 #: Prompts that drift and prompts that do not.
 PROMPTS = [
@@ -443,7 +443,7 @@ def load(server: Server, name: str, path: Path, *, allowed: bool = False) -> htt
 
 
 def come_move_and_go(server: Server, profiles: tuple[Path, dict[str, CapProfile]], demo_model) -> None:
-    """Profiles change through the server's own door, while a request runs."""
+    """Profiles change through the server's own routes, while a request runs."""
     folder, made = profiles
     running_text = server.text(PROMPTS[2], "strict", max_tokens=80, ignore_eos=True)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -1,94 +1,108 @@
-"""The code is laid out as docs/design.md says: every module is named there, and imports go down its order alone."""
+"""The code is laid out as docs/design.md says: it names every module, and imports go down its order alone."""
 
 from __future__ import annotations
 
 import ast
 import re
+from graphlib import CycleError, TopologicalSorter
 
 from conftest import REPOSITORY
 
-#: The face of a package stands for all of its modules; `axiscap` itself for its version and its public names.
-FACES = {"axiscap", "axiscap.calibrate", "axiscap.drift", "axiscap.evaluate", "axiscap.serving", "axiscap.view"}
-
 
 def modules() -> dict[str, ast.Module]:
-    """All of the package's, by their dotted names, lazily imported ones and the plug-in among them."""
-    found = {}
-    for path in [*(REPOSITORY / "axiscap").rglob("*.py"), REPOSITORY / "axiscap_plugin.py"]:
-        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = ast.parse(path.read_text("utf-8"))
-    del found["axiscap.data"]  # no code in it
-    return found
+    """The modules of both packages by their dotted names. A folder's name stands for its ``__init__``."""
+    trees = {}
+    for package in ("axiscap", "axiscap_plugin"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            trees[name] = ast.parse(path.read_text("utf-8"))
+    del trees["axiscap.data"]  # a folder of data
+    return trees
 
 
-def imports(tree: ast.Module, known: set[str]) -> set[str]:
-    """The package's modules that a module imports, wherever in it."""
-    found = set()
+def imports(tree: ast.Module, names: set[str]) -> set[str]:
+    """The modules among ``names`` that a module imports, at its head or in a function."""
+    imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                found.add(name if name in known else node.module)
+                imported.add(name if name in names else node.module)
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found & known
+            imported |= {alias.name for alias in node.names}
+    return imported & names
 
 
-def stated() -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """From the documentation: the level of each room and module of the package, and of each module in its room."""
+def folders(names: set[str]) -> set[str]:
+    return {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+
+
+def documented_levels() -> dict[str, dict[str, int]]:
+    """By folder of the package, the level of each of its modules and folders in the documentation's order."""
     text = (REPOSITORY / "docs" / "design.md").read_text("utf-8")
     (block,) = re.findall(r"(?<=\n\n)    axiscap: .*?(?=\n\n)", text, re.DOTALL)
-    orders: dict[str, dict[str, int]] = {}
+    levels = {}
     for line in re.sub(r"\n\s{8,}", " ", block).splitlines():
-        room, order = line.strip().split(": ")
-        orders[room] = {
-            name.strip(): -level for level, names in enumerate(order.split("->")) for name in names.split(",")
+        folder, order = line.strip().split(": ")
+        path = "axiscap" if folder == "axiscap" else f"axiscap.{folder}"
+        levels[path] = {
+            name.strip(): -level for level, members in enumerate(order.split("->")) for name in members.split(",")
         }
-    return orders.pop("axiscap"), orders
+    return levels
 
 
-def place(module: str) -> tuple[str, str]:
-    """Its room, or itself where it stands alone; and its name in there."""
-    parts = module.split(".")
-    return parts[1], parts[2] if len(parts) > 2 else ""
+def test_the_documentation_names_every_module_once():
+    names = {name for name in modules() if name.startswith("axiscap.")}
+    levels = documented_levels()
+    documented = [f"{folder}.{member}" for folder, members in levels.items() for member in members]
+    assert sorted(set(documented) - {"axiscap._C"}) == sorted(names)
+    assert len(documented) == len(set(documented))
+    assert set(levels) == folders(set(modules())) - {"axiscap_plugin"}
 
 
-def test_every_module_is_named_once():
-    rooms, orders = stated()
-    named = [*rooms, *(f"{room}.{name}" for room, order in orders.items() for name in order)]
-    known = set(modules()) - FACES - {"axiscap_plugin"}
-    alone = {module.removeprefix("axiscap.") for module in known}
-    assert sorted(set(named) - set(orders) - {"_C"}) == sorted(alone)
-    assert set(orders) == {face.split(".")[1] for face in FACES if "." in face}
-
-
-def test_imports_go_down():
-    rooms, orders = stated()
-    known = modules()
-    wrong = []
-    for module, tree in known.items():
-        if module in FACES or module == "axiscap_plugin":
+def test_imports_go_down_the_documented_order():
+    trees, levels = modules(), documented_levels()
+    upward = []
+    for module, tree in trees.items():
+        if not module.startswith("axiscap.") or module in folders(set(trees)):
             continue
-        room, name = place(module)
-        for other in imports(tree, set(known)) - {"axiscap", "axiscap_plugin"}:
-            there, what = place(other)
-            down = orders[room][what] < orders[room][name] if room == there and what else rooms[there] < rooms[room]
-            if not down:
-                wrong.append(f"{module} -> {other}")
-    assert not wrong, wrong
+        for imported in imports(tree, set(trees)):
+            if not imported.startswith("axiscap."):
+                continue
+            ours, theirs = module.split("."), imported.split(".")
+            depth = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+            if depth is None:
+                upward.append(f"{module} -> {imported}")
+                continue
+            order = levels[".".join(ours[:depth])]
+            if order[theirs[depth]] >= order[ours[depth]]:
+                upward.append(f"{module} -> {imported}")
+    assert not upward, upward
 
 
-def test_faces_import_their_own_rooms_alone():
-    known = modules()
-    for face in FACES - {"axiscap"}:
-        assert all(other.startswith(f"{face}.") for other in imports(known[face], set(known))), face
+def test_a_folders_init_imports_its_own_modules_alone():
+    trees = modules()
+    for folder in folders(set(trees)) - {"axiscap", "axiscap_plugin"}:
+        assert all(name.startswith(f"{folder}.") for name in imports(trees[folder], set(trees))), folder
 
 
-def test_the_one_circle_is_the_plugins():
-    """The plug-in imports the engines' adapters, which take from it how a method is wrapped; what they stand on takes
-    from it how the key is known.
-    """
-    known = modules()
-    assert imports(known["axiscap_plugin"], set(known)) == {"axiscap.serving.vllm", "axiscap.serving.sglang"}
-    users = {module for module, tree in known.items() if "axiscap_plugin" in imports(tree, set(known))}
-    assert users == {f"axiscap.serving.{name}" for name in ("vllm", "sglang", "door", "kv", "settings")}
+def test_the_plugin_imports_the_adapters_when_a_server_starts():
+    """Only this goes up: the adapters import the plug-in's leaf ``wrapping``, which imports nothing of AxisCap."""
+    trees = modules()
+    names = set(trees)
+    assert imports(trees["axiscap_plugin"], names) == {
+        "axiscap_plugin.wrapping",
+        "axiscap.serving.sglang.adapter",
+        *(f"axiscap.serving.vllm.{part}" for part in ("front", "points", "scheduler", "worker")),
+    }
+    assert imports(trees["axiscap_plugin.wrapping"], names) == set()
+    assert not [name for name, tree in trees.items() if "axiscap_plugin" in imports(tree, names)]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    trees = modules()
+    graph = {name: imports(tree, set(trees)) - {"axiscap"} for name, tree in trees.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(error.args[1]) from None

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, SHIPPED_PROFILE
 from ray.serve.schema import ServeDeploySchema
 
 from axiscap import CapProfile
-from axiscap.serving import door
+from axiscap.serving.front import middleware
 from axiscap.serving.settings import FILE_VARIABLE, Settings
 
 DEPLOY = REPOSITORY / "examples" / "deploy"
@@ -41,7 +41,7 @@ def test_the_configuration_is_of_the_shipped_profile():
 
 def test_compose():
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert set(services["vllm"]["environment"]) == {FILE_VARIABLE, door.ADMIN_VARIABLE}
+    assert set(services["vllm"]["environment"]) == {FILE_VARIABLE, middleware.ADMIN_VARIABLE}
     for service in services.values():
         for volume in service["volumes"]:
             source, target, mode = volume.split(":")
@@ -64,9 +64,9 @@ def test_kubernetes():
     pod = parts["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     names = {one["name"]: one for one in container["env"]}
-    assert set(names) == {FILE_VARIABLE, door.ADMIN_VARIABLE}
+    assert set(names) == {FILE_VARIABLE, middleware.ADMIN_VARIABLE}
     assert names[FILE_VARIABLE]["value"] == f"{container['volumeMounts'][0]['mountPath']}/axiscap.json"
-    assert container["readinessProbe"]["httpGet"]["path"] == door.PATH
+    assert container["readinessProbe"]["httpGet"]["path"] == middleware.PATH
     assert pod["volumes"][0]["configMap"]["name"] == parts["ConfigMap"]["metadata"]["name"]
 
 

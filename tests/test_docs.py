@@ -227,7 +227,7 @@ ERRORS = r"(Error|NotCapped|_Wrong|_to_client|_require)$"
 def _messages() -> dict[str, str]:
     """The messages of errors that the package raises, and where."""
     found = {}
-    for path in (REPOSITORY / "axiscap_plugin.py", *sorted((REPOSITORY / "axiscap").rglob("*.py"))):
+    for path in sorted(path for room in ("axiscap", "axiscap_plugin") for path in (REPOSITORY / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and re.search(ERRORS, ast.unparse(node.func)):
                 for argument in node.args:

@@ -407,13 +407,13 @@ def test_metrics_survive_a_scrape_under_load(shipped_profile):
 @pytest.fixture
 def scraped(shipped_profile, tmp_path) -> set[str]:
     """The names of all samples of a page with a server's metrics and a monitor's."""
-    from axiscap.serving.metrics import Totals
-    from axiscap.serving.telemetry import FAILS
+    from axiscap.serving.front.metrics import Totals
+    from axiscap.serving.shared_folder import WRITTEN
 
     totals = {"rows": 5.0, "fired": 1.0, "nonfinite": 0.0, "projection": -3.0, "shortfall": 2.0}
     answers = {"strict": {"counts": [1] * len(BUCKETS), "sum": 300.0}}
     written = {"profiles": {"strict": {"answer": {"14": totals}}}, "answers": answers}
-    (tmp_path / "totals-0.json").write_text(json.dumps({**written, "failures": dict.fromkeys(FAILS, 0), "lost": 0}))
+    (tmp_path / "totals-0.json").write_text(json.dumps({**written, "failures": dict.fromkeys(WRITTEN, 0), "lost": 0}))
     registry = prometheus_client.CollectorRegistry()
     registry.register(Totals(tmp_path))
     Monitor(shipped_profile).register(registry)

@@ -25,16 +25,19 @@ from prometheus_client.openmetrics import exposition, parser  # noqa: F401
 
 from axiscap import CapProfile, models, reference
 from axiscap.fit import ModelFacts
-from axiscap.serving import metrics, state
-from axiscap.serving import settings as serving
-from axiscap.serving import telemetry as telemetry_module
-from axiscap.serving.buffers import Buffers
-from axiscap.serving.control import TOLD, Choices, Control
-from axiscap.serving.engine import Scheduling
-from axiscap.serving.settings import Choice, ChoiceError, Registry, Settings, SettingsError
-from axiscap.serving.telemetry import Telemetry, Writer
-from axiscap.serving.thinking import Thinking, Tokens, marker_ids
-from axiscap.serving.worker import Worker
+from axiscap.serving import shared_folder
+from axiscap.serving.front import metrics
+from axiscap.serving.front.profiles import ServedProfiles
+from axiscap.serving.registry import Registry, describe_start
+from axiscap.serving.request import REQUESTED, Assignment, RequestError, SettingsError
+from axiscap.serving.scheduler import Control, Scheduling
+from axiscap.serving.settings import FILE_VARIABLE, Settings, find_options, read_settings
+from axiscap.serving.worker import writer as writer_module
+from axiscap.serving.worker.buffers import Buffers
+from axiscap.serving.worker.telemetry import Telemetry
+from axiscap.serving.worker.thinking import Thinking, Tokens, marker_ids
+from axiscap.serving.worker.worker import Worker
+from axiscap.serving.worker.writer import Writer
 
 HIDDEN = 16
 
@@ -67,10 +70,10 @@ def test_settings_say_what_the_profiles_say(files):
 def test_one_profile_is_the_default_and_nobody_may_choose(files):
     settings = Settings.parse({"profiles": {"strict": files["strict"]}})
     assert (settings.default, settings.allowed, settings.allow_off) == ("strict", [], False)
-    assert Registry(settings).choose(None) == "strict"
-    assert Registry(settings).choose("strict") == "strict"  # what it gets without a word
-    with pytest.raises(ChoiceError, match="must be one of strict; got 'off'"):
-        Registry(settings).choose("off")
+    assert Registry(settings).resolve(None) == "strict"
+    assert Registry(settings).resolve("strict") == "strict"  # what it gets without a word
+    with pytest.raises(RequestError, match="must be one of strict; got 'off'"):
+        Registry(settings).resolve("off")
 
 
 @pytest.mark.parametrize(
@@ -125,23 +128,23 @@ def test_broken_profiles_are_named(files, tmp_path):
 
 
 def test_the_file_and_the_option_exclude_each_other(files, tmp_path, monkeypatch):
-    assert serving.read(None) is None
+    assert read_settings(None) is None
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"profiles": files, "default": None}))
-    monkeypatch.setenv(serving.FILE_VARIABLE, str(path))
-    from_file = serving.read(None)
+    monkeypatch.setenv(FILE_VARIABLE, str(path))
+    from_file = read_settings(None)
     with pytest.raises(SettingsError, match="configured twice"):
-        serving.read({"profiles": files, "default": None})
-    monkeypatch.delenv(serving.FILE_VARIABLE)
+        read_settings({"profiles": files, "default": None})
+    monkeypatch.delenv(FILE_VARIABLE)
     # The same words make the same settings, wherever they stand: an engine's compile cache hashes them.
-    assert serving.read({"profiles": files, "default": None}) == from_file
+    assert read_settings({"profiles": files, "default": None}) == from_file
     path.write_text("{")
-    monkeypatch.setenv(serving.FILE_VARIABLE, str(path))
+    monkeypatch.setenv(FILE_VARIABLE, str(path))
     with pytest.raises(SettingsError, match="cannot be read as JSON"):
-        serving.read(None)
-    monkeypatch.setenv(serving.FILE_VARIABLE, "")
+        read_settings(None)
+    monkeypatch.setenv(FILE_VARIABLE, "")
     with pytest.raises(SettingsError, match="AXISCAP_CONFIG is empty"):
-        serving.read(None)
+        read_settings(None)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +159,13 @@ def test_the_file_and_the_option_exclude_each_other(files, tmp_path, monkeypatch
 )
 def test_a_configuration_that_an_engine_would_pass_over_is_refused(options, says):
     with pytest.raises(SettingsError, match=says):
-        serving.find(options)
+        find_options(options)
 
 
 def test_what_is_not_meant_for_it_is_left_alone():
-    assert serving.find({}) is None
-    assert serving.find({"profiles": 3, "capture": True, "axis": {}}) is None
-    assert serving.find({"axiscap": {"profiles": {}}, "other": 1}) == {"profiles": {}}
+    assert find_options({}) is None
+    assert find_options({"profiles": 3, "capture": True, "axis": {}}) is None
+    assert find_options({"axiscap": {"profiles": {}}, "other": 1}) == {"profiles": {}}
 
 
 def test_profiles_from_elsewhere_keep_their_names_and_digests(files, tmp_path):
@@ -216,7 +219,7 @@ def test_what_a_profile_does_not_state_is_said_at_start(tmp_path):
         (("LlamaForCausalLM", None), "no layer count"), ((None, 6), "no architecture"),
     ):  # fmt: skip
         made_for(made[0], tmp_path, num_layers=made[1])
-        sentence = Settings.parse(asked).for_model(ModelFacts.of(6, HIDDEN, ["LlamaForCausalLM"])).sentence()
+        sentence = describe_start(Settings.parse(asked).for_model(ModelFacts.of(6, HIDDEN, ["LlamaForCausalLM"])))
         said = "" if says is None else f"; made was not compared with the model: it states {says}"
         assert sentence.endswith(f"requests may choose made{said}")
 
@@ -238,16 +241,16 @@ def test_a_profile_that_comes_while_serving_must_fit_the_model(tmp_path):
 )
 def test_requests_get_what_they_may_have_or_an_error(files, asked):
     registry = Registry(Settings.parse({"profiles": files, "default": "mild", "allowed": ["strict"]}))
-    with pytest.raises(ChoiceError, match="must be one of mild, strict; got") as error:
-        registry.choose(asked)
+    with pytest.raises(RequestError, match="must be one of mild, strict; got") as error:
+        registry.resolve(asked)
     assert len(str(error.value)) < 200
 
 
 def test_off_is_the_operators_to_allow(files):
     settings = {"profiles": files, "default": "mild", "allowed": ["strict"]}
-    with pytest.raises(ChoiceError):
-        Registry(Settings.parse(settings)).choose("off")
-    assert Registry(Settings.parse({**settings, "allow_off": True})).choose("off") is None
+    with pytest.raises(RequestError):
+        Registry(Settings.parse(settings)).resolve("off")
+    assert Registry(Settings.parse({**settings, "allow_off": True})).resolve("off") is None
 
 
 def test_slots_are_given_kept_and_given_again(files):
@@ -255,22 +258,22 @@ def test_slots_are_given_kept_and_given_again(files):
     first = dict(registry.names)
     slots = {name: registry.slot_of(digest) for name, digest in first.items()}
     assert sorted(slots.values()) == [0, 1, 2]
-    assert registry.place("strict", "new", in_use={first["strict"]}, allowed=True) == 3
-    assert registry.choose("strict") == "strict"
+    assert registry.assign_slot("strict", "new", in_use={first["strict"]}, allowed=True) == 3
+    assert registry.resolve("strict") == "strict"
     with pytest.raises(
         ValueError, match="all 4 slots are taken, by the content of 3 profiles and by requests that still run under 1"
     ):
-        registry.place("fourth", "newest", in_use={first["strict"]}, allowed=False)
+        registry.assign_slot("fourth", "newest", in_use={first["strict"]}, allowed=False)
     # Once nothing runs under the replaced content, its slot is free; equal content shares a slot.
-    assert registry.place("fourth", "newest", in_use=set(), allowed=False) == slots["strict"]
-    assert registry.place("fifth", "newest", in_use=set(), allowed=False) == slots["strict"]
+    assert registry.assign_slot("fourth", "newest", in_use=set(), allowed=False) == slots["strict"]
+    assert registry.assign_slot("fifth", "newest", in_use=set(), allowed=False) == slots["strict"]
     registry.retire("fourth")
     with pytest.raises(ValueError, match="there is no profile 'fourth'"):
         registry.retire("fourth")
     with pytest.raises(ValueError, match="is the default"):
         registry.retire("mild")
     with pytest.raises(SettingsError, match="A-Z a-z"):
-        registry.place("../x", "content", in_use=set(), allowed=False)
+        registry.assign_slot("../x", "content", in_use=set(), allowed=False)
     other = Registry(Settings.parse({"profiles": files, "default": None}))
     other.update(json.loads(json.dumps(registry.to_json())))
     assert vars(other) == vars(registry)
@@ -279,9 +282,9 @@ def test_slots_are_given_kept_and_given_again(files):
 @pytest.fixture
 def control(files, tmp_path, monkeypatch):
     """Of a server that was started with two of the profiles."""
-    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_folder.tempfile, "tempdir", str(tmp_path))
     settings = Settings.parse({"profiles": {name: files[name] for name in ("strict", "other")}, "default": "strict"})
-    return Control(settings, state.folder("server"), lambda *placed: None)
+    return Control(settings, shared_folder.folder("server"), lambda *placed: None)
 
 
 @pytest.mark.parametrize(
@@ -306,18 +309,18 @@ def test_what_an_operator_says_wrong_is_one_sentence(control, method, arguments,
 
 def test_a_profile_that_a_running_request_has_keeps_its_slot(tmp_path, files, monkeypatch):
     """Whatever comes meanwhile; once the request is gone, its slot is free."""
-    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_folder.tempfile, "tempdir", str(tmp_path))
     settings = Settings.parse({"profiles": {"strict": files["strict"]}, "slots": 2})
     placed: list[int] = []
-    control = Control(settings, state.folder("server"), lambda slot, *_: placed.append(slot), share=False)
+    control = Control(settings, shared_folder.folder("server"), lambda slot, *_: placed.append(slot), share=False)
 
     class Request:
         pass
 
     running = [Request(), Request()]
-    control.begun(running[0], control.decide({}, "r"))
+    control.track(running[0], control.assign({}, "r"))
     control.move_floors("strict", 1.0)
-    control.begun(running[1], control.decide({}, "r"))
+    control.track(running[1], control.assign({}, "r"))
     with pytest.raises(ValueError, match=r"all 2 slots are taken, by .* that still run under 1 replaced ones"):
         control.move_floors("strict", 2.0)
     assert placed == [1]
@@ -342,50 +345,50 @@ def test_a_decided_request_is_apart_in_the_engines_cache(control, key, own):
     keys = []
     for asked in ({}, {"axiscap": "strict"}):
         request = SimpleNamespace(asked=asked, **{key: own})
-        choice = scheduling.decide(request, "r")
-        assert Choice.of(request.carried) == choice
+        choice = scheduling.assign(request, "r")
+        assert Assignment.read(request.carried) == choice
         keys.append(getattr(request, key))
     assert keys == [f"axiscap={choice.digest};{own or ''}"] * 2
     control.move_floors("strict", 1.0)
     request = SimpleNamespace(asked={}, **{key: own})
-    scheduling.decide(request, "r")
+    scheduling.assign(request, "r")
     assert getattr(request, key) not in keys
     request = SimpleNamespace(asked={}, **{key: own})
-    scheduling.decide(request, "r", apart=False)
+    scheduling.assign(request, "r", apart=False)
     assert getattr(request, key) == own
 
 
 def test_floors_are_moved_from_the_content_that_was_loaded(control, files):
     """A file that was replaced meanwhile is another profile, and comes by a name of its own."""
-    first = control.decide({}, "r").digest
+    first = control.assign({}, "r").digest
     control.move_floors("strict", 1.0)
-    assert control.decide({}, "r").digest != first
+    assert control.assign({}, "r").digest != first
     control.move_floors("strict", 0)
-    assert control.decide({}, "r").digest == first
+    assert control.assign({}, "r").digest == first
     profile(7, layers=(2, 3)).save(files["strict"])
     with pytest.raises(SettingsError, match="is not what it was when the server read it first"):
         control.move_floors("strict", 0.0)
-    assert control.decide({}, "r").digest == first
+    assert control.assign({}, "r").digest == first
     control.load("strict", files["strict"])
     control.move_floors("strict", 0.0)
-    assert control.decide({}, "r").digest == CapProfile.load(files["strict"]).digest
+    assert control.assign({}, "r").digest == CapProfile.load(files["strict"]).digest
 
 
 def test_what_a_client_was_told_is_what_it_gets(control, files):
-    choices = Choices(control._settings, state.path("server"))
-    told = choices.check({"axiscap": "strict"})
+    profiles = ServedProfiles(control._settings, shared_folder.folder_path("server"))
+    told = profiles.resolve({"axiscap": "strict"})
     asked = told.put({"axiscap": "strict"})
-    assert control.decide(asked, "r").digest == told.digest
-    assert choices.describe()["profiles"]["strict"] == told.digest
+    assert control.assign(asked, "r").digest == told.digest
+    assert profiles.describe()["profiles"]["strict"] == told.digest
     control.move_floors("strict", 1.0)
-    with pytest.raises(ChoiceError, match="profile strict was replaced while the request was on its way"):
-        control.decide(asked, "r")
-    assert choices.check({}).digest == control.decide({}, "r").digest == choices.describe()["profiles"]["strict"]
+    with pytest.raises(RequestError, match="profile strict was replaced while the request was on its way"):
+        control.assign(asked, "r")
+    assert profiles.resolve({}).digest == control.assign({}, "r").digest == profiles.describe()["profiles"]["strict"]
 
 
 def test_a_folder_goes_with_its_last_process(tmp_path):
     """Or with the next server that starts, where its processes were killed."""
-    code = "import os, sys, signal; from axiscap.serving import state; state.folder(sys.argv[1])\n"
+    code = "import os, sys, signal; from axiscap.serving import shared_folder; shared_folder.folder(sys.argv[1])\n"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def run(then: str, name: str) -> list[str]:
@@ -408,7 +411,7 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
             {
                 "profiles": {"mild": {"prompt": {"2": counts}, "answer": {"2": counts}}},
                 "answers": {"mild": {"counts": [1, 0, 0, 0, 2, 0, 0, 0, 0], "sum": 40.0}},
-                "failures": dict.fromkeys(telemetry_module.FAILS, 0),
+                "failures": dict.fromkeys(writer_module.FAILS, 0),
                 "lost": 0,
             }
         )
@@ -428,20 +431,20 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
 
 
 def test_the_salt_tells_contents_and_rows_apart(files):
-    assert Choice("a", "1", "x").salt == Choice("b", "1", "y").salt
-    choices = [Choice("a", "1", "x"), Choice("a", "2", "x"), Choice(None, None, "x")]
+    assert Assignment("a", "1", "x").salt == Assignment("b", "1", "y").salt
+    assignments = [Assignment("a", "1", "x"), Assignment("a", "2", "x"), Assignment(None, None, "x")]
     # Of servers that share a store, some cap all rows, and others a part of them.
     profiles = {"a": str(files["strict"])}
     parts = [{"positions": name} for name in ("all", "generated", "thinking", "answer")]
     parts.append({"positions": "answer", "markers": ["<reason>", "</reason>"]})
-    kinds = [Settings.parse({"profiles": profiles, **part}).part for part in parts]
-    choices += [Choice("a", "1", "x", positions=kind) for kind in kinds[1:]]
+    kinds = [Settings.parse({"profiles": profiles, **part}).rows_label for part in parts]
+    assignments += [Assignment("a", "1", "x", positions=kind) for kind in kinds[1:]]
     assert kinds[0] == "all"
-    assert len({choice.salt for choice in choices}) == 3 + len(parts) - 1
-    assert Choice(None, None, "x", positions="answer").salt == Choice(None, None, "y").salt
+    assert len({assignment.salt for assignment in assignments}) == 3 + len(parts) - 1
+    assert Assignment(None, None, "x", positions="answer").salt == Assignment(None, None, "y").salt
     with pytest.raises(RuntimeError, match="without a decision"):
-        Choice.of({"axiscap": "strict"})  # a client's own words, not a decision
-    assert Choice.of(Choice("a", "1", "x").put({"other": 1})) == Choice("a", "1", "x")
+        Assignment.read({"axiscap": "strict"})  # a client's own words, not a decision
+    assert Assignment.read(Assignment("a", "1", "x").put({"other": 1})) == Assignment("a", "1", "x")
 
 
 def test_a_digest_is_of_what_changes_a_model():
@@ -460,7 +463,7 @@ def make_buffers(tmp_path, rows: int = 12) -> tuple[Buffers, list[CapProfile]]:
         made.save(paths[name])
     buffers = Buffers(Settings.parse({"profiles": paths, "default": "a"}), [2, 3, 5], rows, torch.device("cpu"))
     for slot, made in enumerate(profiles):
-        buffers.place(slot, made)
+        buffers.copy_profile(slot, made)
     return buffers, profiles
 
 
@@ -482,7 +485,7 @@ def test_the_buffers_layers_cap_as_the_profiles_do(tmp_path):
                 wanted = reference.cap(wanted, made.axes[number][None], made.floors[number][None], targets=targets)
             torch.testing.assert_close(hidden[row : row + 1], wanted)
     with pytest.raises(ValueError, match="at most 2 directions"):
-        buffers.place(2, profile(3, directions=3))
+        buffers.copy_profile(2, profile(3, directions=3))
 
 
 def test_rows_behind_a_step_are_never_capped(tmp_path):
@@ -517,16 +520,16 @@ def step(buffers: Buffers, telemetry: Telemetry, rows: dict[str, int], slots: di
 
 
 def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(telemetry_module, "TOTALS_EVERY", 0.0)
+    monkeypatch.setattr("axiscap.serving.worker.telemetry.TOTALS_EVERY", 0.0)
     buffers, profiles = make_buffers(tmp_path)
     totals, log = tmp_path / "totals.json", tmp_path / "log.jsonl"
     writer = Writer(totals, log)
     telemetry = Telemetry(buffers, 1, writer)  # room for one, so that it has to grow
     seen: dict = {}
-    choices = {"r1": Choice("a", profiles[0].digest, "one"), "r2": Choice("b", profiles[1].digest, "two")}
+    assignments = {"r1": Assignment("a", profiles[0].digest, "one"), "r2": Assignment("b", profiles[1].digest, "two")}
     slots = {"r1": 0, "r2": 1, "r3": -1, "r4": 0}
-    for name, choice in choices.items():
-        telemetry.start(name, choice)
+    for name, assignment in assignments.items():
+        telemetry.start(name, assignment)
     step(buffers, telemetry, {"r1": 3, "r2": 5, "r3": 2}, slots, seen)
     step(buffers, telemetry, {"r3": 1, "r2": 1, "r1": 1}, slots, seen)
     telemetry.settle(idle=False)
@@ -534,7 +537,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
     running = json.loads(totals.read_text())["profiles"]
     assert (running["a"]["prompt"]["2"]["rows"], running["a"]["answer"]["2"]["rows"]) == (2, 2)
     telemetry.finish(["r1", "r3"])
-    telemetry.start("r4", Choice("a", profiles[0].digest, "four"))
+    telemetry.start("r4", Assignment("a", profiles[0].digest, "four"))
     step(buffers, telemetry, {"r4": 2, "r2": 1}, slots, seen)
     telemetry.finish(["r4", "r2"])
     telemetry.settle(idle=True)
@@ -578,7 +581,7 @@ def test_each_request_and_profile_is_counted_exactly(tmp_path, monkeypatch):
 
 def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
     """Of each, at the layer of its profile's scale: its percentile among normal answers, and the share that fired."""
-    monkeypatch.setattr(telemetry_module, "TOTALS_EVERY", 0.0)
+    monkeypatch.setattr("axiscap.serving.worker.telemetry.TOTALS_EVERY", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     made = profile(1, (2, 3), floor=0.5)
     table = torch.tensor([-1.0, 0.0, 1.0]).repeat(4, 1)
@@ -589,16 +592,16 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
     made = CapProfile.load(tmp_path / "a.safetensors")
     settings = Settings.parse({"profiles": {"a": str(tmp_path / "a.safetensors")}, "tell_drift": True})
     buffers = Buffers(settings, [2, 3], 12, torch.device("cpu"))
-    buffers.place(0, made)
-    folder = state.folder("server")
+    buffers.copy_profile(0, made)
+    folder = shared_folder.folder("server")
     control = Control(settings, folder, lambda *placed: None)
-    choices = Choices(settings, folder)
+    profiles = ServedProfiles(settings, folder)
     writer = Writer(folder / "totals-0-0.json", tmp_path / "log.jsonl")
     telemetry = Telemetry(buffers, 4, writer)
     tickets, wanted, total = {}, [], 0.0
     for number, level in enumerate((-3.0, -0.5, 0.5)):
-        told = choices.check({})
-        choice = control.decide(told.put({}), f"r{number}")
+        told = profiles.resolve({})
+        choice = control.assign(told.put({}), f"r{number}")
         assert choice.ticket == told.ticket
         telemetry.start("r", choice)
         buffers.fill(np.zeros(5, np.int32))
@@ -614,10 +617,10 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
         fired = {-3.0: 1.0, -0.5: 1.0, 0.5: 1 / 3}[level]
         wanted.append({"percentile": percentile, "mean": level, "fired": round(fired, 4), "rows": 3, "layer": 3})
     assert writer.flush()
-    assert asyncio.run(choices.drift(tickets)) == wanted
+    assert asyncio.run(profiles.await_drift(tickets)) == wanted
     assert not list(folder.glob("answer-*"))
-    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
-    assert asyncio.run(choices.drift(tickets)) == []  # told once
+    monkeypatch.setattr("axiscap.serving.front.profiles._PATIENCE", 0.05)
+    assert asyncio.run(profiles.await_drift(tickets)) == []  # told once
     found = pages(folder)
     assert found["axiscap_answer_percentile_count a"] == 3
     assert found["axiscap_answer_percentile_sum a"] == total
@@ -631,22 +634,22 @@ def test_how_far_answers_drifted_is_told_and_counted(tmp_path, monkeypatch):
 
 def test_word_that_nobody_came_for_goes_away(writer, monkeypatch):
     """Of clients that were gone before their answers ended."""
-    monkeypatch.setattr(telemetry_module, "_DROP_EVERY", 4)
-    folder = state.path("server")
+    monkeypatch.setattr("axiscap.serving.worker.writer._DROP_EVERY", 4)
+    folder = shared_folder.folder_path("server")
     for number in range(3):
-        writer.tell(f"old{number}", {"rows": 1})
+        writer.report(f"old{number}", {"rows": 1})
     assert writer.flush()
     for file in folder.glob("answer-*"):
         os.utime(file, (0, 0))
-    writer.tell("new", {"rows": 2})
+    writer.report("new", {"rows": 2})
     assert writer.flush()
     assert [file.name.split("-")[1] for file in folder.glob("answer-*")] == ["new"]
 
 
 @pytest.mark.parametrize("forged", ["x", ["x"], ["n", "x", "../../etc"], ["n", "x", 3], {"a": 1}, [None, None, None]])
 def test_a_ticket_is_the_servers_own(control, forged):
-    with pytest.raises(ChoiceError, match=r"axiscap_told is set by the server only|replaced"):
-        control.decide({TOLD: forged}, "r")
+    with pytest.raises(RequestError, match=r"axiscap_told is set by the server only|replaced"):
+        control.assign({REQUESTED: forged}, "r")
 
 
 def test_a_watched_step_shows_which_layer_no_longer_measures(tmp_path):
@@ -677,14 +680,14 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
     settings = Settings.parse({"profiles": paths, "default": "a", "slots": 3})
     worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, tmp_path / "totals.json")
-    a, b = (Choice(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
-    nobody = Choice(None, None, "off")
+    a, b = (Assignment(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
+    nobody = Assignment(None, None, "off")
 
     def run(*slots: int, **counts: int) -> None:
         rows = np.array(list(counts.values()), np.int32)
         # The checking mode holds the buffers against this.
         starts = np.full_like(rows, 9)
-        view = {name: worker._choices[name].digest for name in counts}
+        view = {name: worker._assignments[name].digest for name in counts}
         worker.fill(list(counts), rows, np.zeros_like(rows), starts, view)
         assert worker.buffers.rows.tolist() == [*slots] + [-1] * (12 - len(slots))
         worker.end()
@@ -697,8 +700,8 @@ def test_a_workers_buffers_hold_the_step_that_runs(tmp_path):
     worker.clear()
     run(1, 0, -1, y=1, x=1, z=1)
     worker.buffers.slot_of.clear()  # as after a profile's way out
-    worker.place(0, b.digest, paths["b"])
-    worker.place(2, a.digest, paths["a"])
+    worker.copy_profile(0, b.digest, paths["b"])
+    worker.copy_profile(2, a.digest, paths["a"])
     run(0, 2, -1, y=1, x=1, z=1)
     worker.begin(["x", "y"], [("x", nobody), ("y", a)])  # the names again, for others
     run(2, -1, -1, y=1, x=1, z=1)
@@ -716,7 +719,9 @@ def test_a_profile_without_norm_limits_is_looked_at_once(tmp_path, caplog):
     settings = Settings.parse({"profiles": paths, "default": "a"})
     worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, None)
     a, b = (made.digest for made in profiles)
-    worker.begin([], [("x", Choice("a", a, "x")), ("y", Choice("b", b, "y")), ("z", Choice(None, None, "z"))])
+    worker.begin(
+        [], [("x", Assignment("a", a, "x")), ("y", Assignment("b", b, "y")), ("z", Assignment(None, None, "z"))]
+    )
     assert [worker.unseen(name) for name in "xyz"] == [a, None, None]
     for digest in (a, b, a):
         worker.look_for_sinks(digest, torch.full((3, 2), -0.6))
@@ -732,14 +737,14 @@ def test_where_only_written_rows_are_capped_a_prompt_has_no_slot(tmp_path):
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
     settings = Settings.parse({"profiles": paths, "default": "a", "positions": "generated"})
     worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, tmp_path / "totals.json")
-    a, b = (Choice(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
+    a, b = (Assignment(name, made.digest, name) for name, made in zip("ab", profiles, strict=True))
     worker.begin([], [("x", a), ("y", b)])
     for counts, prompts, starts, slots in (
         ((4, 3), (4, 3), (0, 0), [-1] * 7),
         ((1, 3), (0, 2), (4, 3), [0, -1, -1, 1]),  # a recomputed answer behind its prompt
         ((2, 2), (0, 0), (5, 6), [0, 0, 1, 1]),
     ):
-        view = {name: worker._choices[name].digest for name in "xy"}
+        view = {name: worker._assignments[name].digest for name in "xy"}
         worker.fill(["x", "y"], *(np.array(given, np.int32) for given in (counts, prompts, starts)), view)
         assert worker.buffers.rows.tolist() == slots + [-1] * (12 - len(slots))
         worker.end()
@@ -803,7 +808,7 @@ def test_of_what_a_model_wrote_its_thinking_or_its_answer_is_capped(tmp_path, po
     settings = Settings.parse({"profiles": {"a": str(tmp_path / "a.safetensors")}, "positions": positions})
     totals = tmp_path / "totals.json"
     worker = Worker(settings, [2, 3, 5], 12, torch.device("cpu"), 2, totals, (BEGIN, END))
-    worker.begin([], [("x", Choice("a", profiles[0].digest, "x")), ("y", Choice(None, None, "y"))])
+    worker.begin([], [("x", Assignment("a", profiles[0].digest, "x")), ("y", Assignment(None, None, "y"))])
     ids = {"x": [1, 1, BEGIN, 1, 2, 3, END, 1, 2, 3], "y": [BEGIN] * 8}
     found, at, behind = [], 0, 0
     for x, y in ((3, 5), (1, 1), (1, 1), (1, 0), (1, 1), (1, 0), (1, 0), (1, 0)):
@@ -846,9 +851,9 @@ def test_a_marker_must_be_one_token():
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     """Of totals in a server's folder and a log, which writes when it is flushed alone."""
-    monkeypatch.setattr(telemetry_module.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(writer_module.threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    return Writer(state.folder("server") / "totals-0.json", tmp_path / "logs" / "log.jsonl")
+    return Writer(shared_folder.folder("server") / "totals-0.json", tmp_path / "logs" / "log.jsonl")
 
 
 def pages(folder) -> dict[str, float]:
@@ -895,7 +900,7 @@ def test_records_wait_for_their_log(writer, tmp_path, caplog, harm):
     said = [record.message for record in caplog.records]
     assert len(said) == (0 if survives else 1), said
     assert all("log cannot be written" in message and "capping goes on" in message for message in said)
-    found = pages(state.path("server"))
+    found = pages(shared_folder.folder_path("server"))
     assert found["axiscap_rows_total p 3 answer"] == 2
     assert found["axiscap_telemetry_failures_total log"] == (0 if survives else 2)
     if not survives:
@@ -923,7 +928,7 @@ def test_a_disk_that_takes_a_part_gets_the_rest_later(writer, tmp_path, caplog):
 
 
 def test_the_log_keeps_a_bounded_number_of_records(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(telemetry_module, "WAITING_BYTES", 100)
+    monkeypatch.setattr("axiscap.serving.worker.writer.WAITING_BYTES", 100)
     wrong = tmp_path / "logs"
     wrong.write_text("a file where the folder was")
     for n in range(30):
@@ -934,13 +939,13 @@ def test_the_log_keeps_a_bounded_number_of_records(writer, tmp_path, monkeypatch
     assert writer.flush()
     kept = [json.loads(line)["n"] for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines()]
     assert kept == list(range(len(kept)))
-    assert pages(state.path("server"))["axiscap_log_lost_records_total"] == 30 - len(kept) > 0
+    assert pages(shared_folder.folder_path("server"))["axiscap_log_lost_records_total"] == 30 - len(kept) > 0
 
 
 def test_totals_outlive_their_folder(writer, tmp_path, caplog):
     writer.totals(counted(1))
     assert writer.flush()
-    page = metrics.Totals(state.path("server"))
+    page = metrics.Totals(shared_folder.folder_path("server"))
 
     def rows() -> tuple[float, float]:
         families = {family.name: family for family in page.collect()}
@@ -953,17 +958,17 @@ def test_totals_outlive_their_folder(writer, tmp_path, caplog):
     writer.totals(counted(2))
     assert writer.flush()
     assert rows() == (2, 1)
-    assert state.path("server").stat().st_mode & 0o077 == 0
+    assert shared_folder.folder_path("server").stat().st_mode & 0o077 == 0
     # Somebody else's in its place: nothing is written there, and nothing stops.
     shutil.rmtree(tmp_path / "temporary")
     (tmp_path / "theirs").mkdir(mode=0o777)
     (tmp_path / "temporary").mkdir()
-    state.path("server").parent.symlink_to(tmp_path / "theirs")
+    shared_folder.folder_path("server").parent.symlink_to(tmp_path / "theirs")
     writer.totals(counted(3))
     assert not writer.flush()
     assert not list((tmp_path / "theirs").iterdir())
     assert "must be a folder of this user's own" in caplog.text
-    state.path("server").parent.unlink()
+    shared_folder.folder_path("server").parent.unlink()
     assert writer.flush()
     assert rows() == (3, 1)
 
@@ -976,7 +981,7 @@ def test_telemetry_that_cannot_write_holds_up_no_step(tmp_path, caplog):
     telemetry = Telemetry(buffers, 4, Writer(tmp_path / "no-folder" / "server" / "totals-0.json", tmp_path / "log"))
     with caplog.at_level(logging.WARNING):
         for number in range(20):
-            telemetry.start("r", Choice("a", profiles[0].digest, f"{number}"))
+            telemetry.start("r", Assignment("a", profiles[0].digest, f"{number}"))
             step(buffers, telemetry, {"r": 3}, {"r": 0}, {})
             telemetry.finish(["r"])
             telemetry.settle(idle=True)

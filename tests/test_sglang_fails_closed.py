@@ -17,8 +17,9 @@ pytest.importorskip("sglang", reason="needs SGLang: make test-serving")
 from serving import configuration, refusal, running, small_model, wait_for
 from test_sglang_serving import CPU, SERVER
 
-from axiscap.serving import sglang as adapter
-from axiscap.serving.settings import Settings, SettingsError
+from axiscap.serving.request import SettingsError
+from axiscap.serving.settings import Settings
+from axiscap.serving.sglang import adapter
 
 #: Each process of a server runs this when it starts: it changes SGLang behind what AxisCap puts in place.
 CHANGE = """
@@ -228,7 +229,6 @@ def test_a_layer_that_is_replaced_while_serving_ends_the_server_soon(folder, tmp
 )
 def test_what_takes_the_cap_away_while_serving_is_refused(options, says, folder, monkeypatch):
     settings = Settings.parse(configuration(folder))
-    monkeypatch.setattr(adapter, "_settings", settings, raising=False)
-    adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1))
+    adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1), settings)
     with pytest.raises(SettingsError, match=says):
-        adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1, **options))
+        adapter._refuse(SimpleNamespace(speculative_algorithm=None, pp_size=1, **options), settings)

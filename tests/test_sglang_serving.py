@@ -54,9 +54,10 @@ from sglang.srt.layers import layernorm
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 
 from axiscap import CapProfile, models, ops
-from axiscap.serving import sglang as adapter
-from axiscap.serving import sglang_norm
-from axiscap.serving.settings import Settings, SettingsError
+from axiscap.serving.request import SettingsError
+from axiscap.serving.settings import Settings
+from axiscap.serving.sglang import adapter
+from axiscap.serving.sglang import norm as norm_module
 
 SERVER = ["-m", "sglang.launch_server", "--model-path", models.folder(models.DEFAULT_MODEL), "--served-model-name", "m"]
 SERVER += ["--dtype", "float32", "--device", "cpu", "--attention-backend", "torch_native"]
@@ -120,21 +121,21 @@ def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     assert len(set(found)) > len(found) / 2
 
 
-#: Found by each process as it starts: a CPU's norms take caps in, as a GPU's do.
+#: Every process imports this as it starts: the norms of a CPU take in caps, as those of a GPU do.
 JOINED = """
 import axiscap_plugin
 
 def register():
-    from axiscap.serving import sglang, sglang_norm
-    sglang._JOINED.add("cpu")
-    take_in = sglang_norm.take_in
-    def told(norm, tensors):
-        take_in(norm, tensors)
-        print(f"a {type(norm).__name__} of SGLang's takes a cap in", flush=True)
-    sglang_norm.take_in = told
-    put()
+    from axiscap.serving.sglang import adapter, norm
+    adapter._JOINED.add("cpu")
+    take_in = norm.take_in
+    def take_in_and_report(module, tensors):
+        take_in(module, tensors)
+        print(f"a {type(module).__name__} of SGLang's takes a cap in", flush=True)
+    norm.take_in = take_in_and_report
+    register_engine()
 
-put, axiscap_plugin.register_sglang = axiscap_plugin.register_sglang, register
+register_engine, axiscap_plugin.register_sglang = axiscap_plugin.register_sglang, register
 """
 
 
@@ -170,7 +171,7 @@ def joined_norm(name: str, tensors: tuple[torch.Tensor, ...]):
     norm = getattr(layernorm, name)(64).bfloat16()
     norm.weight.data.copy_(torch.randn(64, generator=torch.Generator().manual_seed(1)))
     alone = copy.deepcopy(norm)
-    sglang_norm.take_in(norm, tensors)
+    norm_module.take_in(norm, tensors)
     return norm, alone
 
 
@@ -247,10 +248,10 @@ def test_which_norm_takes_a_cap_in():
     model, inner = torch.nn.Module(), torch.nn.Module()
     inner.layers = torch.nn.ModuleList([layer(), layer(), layer(cast_x_before_out_mul=True), torch.nn.Module()])
     inner.norm, model.model = layernorm.GemmaRMSNorm(64), inner
-    found = sglang_norm.readers(model, 4)
+    found = norm_module.readers(model, 4)
     assert found == {0: inner.layers[1].input_layernorm, 3: inner.norm}
     inner.norm = torch.nn.LayerNorm(64)
-    assert list(sglang_norm.readers(model, 4)) == [0]
+    assert list(norm_module.readers(model, 4)) == [0]
 
 
 @pytest.mark.parametrize("name", ["mild", "strict"])
@@ -386,9 +387,8 @@ def test_what_the_model_writes_is_capped_alone(profiles, demo_model):
 )
 def test_where_a_rows_place_in_the_thinking_is_not_known(args, says, profiles, monkeypatch):
     settings = Settings.parse(configuration(profiles[0], positions="answer"))
-    monkeypatch.setattr(adapter, "_settings", settings, raising=False)
     with pytest.raises(SettingsError, match=says):
-        adapter._refuse(SimpleNamespace(**({"speculative_algorithm": None, "pp_size": 1} | args)))
+        adapter._refuse(SimpleNamespace(**({"speculative_algorithm": None, "pp_size": 1} | args)), settings)
 
 
 def test_the_server_says_which_profile_lifts_a_sink(server, lifting):

@@ -9,9 +9,9 @@ import torch
 from test_serving import HIDDEN, make_buffers
 from torch import Tensor, nn
 
-from axiscap.serving.engine import Model, Rows, flat_result, run_again
-from axiscap.serving.settings import SettingsError
-from axiscap.serving.streams import (
+from axiscap.serving.request import SettingsError
+from axiscap.serving.worker.model import Model, Rows, flat_result, run_again
+from axiscap.serving.worker.streams import (
     Form,
     InconclusiveError,
     Output,

@@ -51,11 +51,12 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 import axiscap_plugin
 from axiscap import models, ops
-from axiscap.serving import vllm as adapter
-from axiscap.serving.settings import Choice, Settings, SettingsError
-from axiscap.serving.vllm import VllmWorker
-from axiscap.serving.vllm_norm import CapInNorm
-from axiscap.serving.worker import Worker
+from axiscap.serving.request import Assignment, SettingsError
+from axiscap.serving.settings import Settings
+from axiscap.serving.vllm import points
+from axiscap.serving.vllm.norm import CapInNorm
+from axiscap.serving.vllm.worker import VllmWorker
+from axiscap.serving.worker.worker import Worker
 
 TOKENS = 12
 
@@ -85,7 +86,7 @@ def restored(monkeypatch):
         monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
 
 
-@pytest.mark.parametrize("point", adapter.POINTS, ids=lambda point: f"{point.owner}.{point.name}")
+@pytest.mark.parametrize("point", points.POINTS, ids=lambda point: f"{point.owner}.{point.name}")
 def test_a_vllm_that_lacks_what_capping_stands_on(point, monkeypatch, restored):
     """Where capping is configured it stops with a sentence that names it, and else goes on."""
     owner = getattr(importlib.import_module(point.module), point.owner)
@@ -107,12 +108,12 @@ def test_a_vllm_that_lacks_what_capping_stands_on(point, monkeypatch, restored):
             axiscap_plugin.register_vllm()
 
 
-@pytest.mark.parametrize("point", [point for point in adapter.POINTS if point.parameters], ids=lambda p: p.name)
+@pytest.mark.parametrize("point", [point for point in points.POINTS if point.parameters], ids=lambda p: p.name)
 def test_a_vllm_whose_parameters_have_other_names(point, monkeypatch):
     owner = getattr(importlib.import_module(point.module), point.owner)
     monkeypatch.setattr(owner, point.name, lambda self, other: None)
     with pytest.raises(SettingsError, match=f"has no parameter {point.parameters[0]} of"):
-        adapter.check_points()
+        points.check_points()
 
 
 def served(model: str, folder, *, lora: LoRARequest | None = None, **options: object) -> list[str]:
@@ -218,11 +219,11 @@ def test_the_hashes_that_an_offloading_connector_goes_by_tell_contents_apart():
     init_none_hash(sha256)
     hasher = get_request_block_hasher(4, sha256)
 
-    def keys(choice: Choice) -> list[bytes]:
+    def keys(choice: Assignment) -> list[bytes]:
         request = Request("r", list(range(12)), Params(max_tokens=1), None, cache_salt=choice.salt, block_hasher=hasher)
         return [make_offload_key(found, 0) for found in request.block_hashes]
 
-    one, same, other, off = (keys(Choice("n", digest, "r")) for digest in ("1", "1", "2", None))
+    one, same, other, off = (keys(Assignment("n", digest, "r")) for digest in ("1", "1", "2", None))
     assert one == same
     assert len(one) == 3
     assert not set(one) & set(other) | set(one) & set(off)
@@ -575,7 +576,9 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
         req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([5, 4, 6], np.int32)))
     )
     choices = {"a": "strict", "b": None, "c": "mild"}
-    adapter.worker.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
+    adapter.worker.begin(
+        [], [(key, Assignment(name, name and made[name].digest, key)) for key, name in choices.items()]
+    )
     assert adapter._prepare_v2(lambda step: batch, SimpleNamespace()) is batch
     mild, strict = (adapter.worker.buffers.slot_of[made[name].digest] for name in ("mild", "strict"))
     assert adapter.worker.buffers.rows.tolist() == [strict] + [-1] * 5 + [mild] * 2 + [-1] * 8
@@ -589,7 +592,9 @@ def test_the_second_runners_adapter_fits_its_classes(profiles):
     adapter.worker = Worker(settings, settings.layers, 16, torch.device("cpu"), 1, totals, (7, 8))
     adapter._begun = {"a": [7, 1, 1, 1, 1, 1, 1, 8, 1, 1], "b": [1] * 5, "c": [1, 1, 1, 1]}
     batch.input_ids = torch.tensor([1, 1, 1, 1, 1, 1, 1, 7, 0, 0])
-    adapter.worker.begin([], [(key, Choice(name, name and made[name].digest, key)) for key, name in choices.items()])
+    adapter.worker.begin(
+        [], [(key, Assignment(name, name and made[name].digest, key)) for key, name in choices.items()]
+    )
     adapter._prepare_v2(lambda step: batch, SimpleNamespace())
     assert adapter.worker.buffers.rows.tolist() == [strict] + [-1] * 15
     batch.num_tokens = 9

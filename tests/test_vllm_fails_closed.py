@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 import axiscap_plugin
-from axiscap.serving.settings import SettingsError
+from axiscap.serving.request import SettingsError
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""Capping inside serving engines. What they share:
+"""Capping inside serving engines.
 
-``settings`` is the operator's word, and the rule by which a request gets a profile; ``control`` applies it to requests
-and changes profiles; ``buffers`` are what a capped graph reads and writes; ``worker`` says whose rows a step computes;
-``telemetry`` counts what it did, ``state`` is where one server's processes meet, and ``metrics`` is the page. ``vllm``
-(with ``kv``, blocks that leave it) and ``sglang`` are what is each engine's own, ``vllm_norm`` and ``sglang_norm`` how
-the norm behind a capped layer takes the cap in; ``axiscap_plugin``, outside the package, puts them in place.
+A server has three kinds of process, and each kind has a folder: ``front`` (it talks to clients), the scheduler
+(``scheduler``, one file) and ``worker`` (it runs the model). ``settings`` is the operator's configuration, ``request``
+what a request carries through all of them, ``registry`` which content is in which slot, and ``shared_folder`` where the
+processes of one machine exchange files. ``vllm`` and ``sglang`` connect these parts to an engine; ``axiscap_plugin``,
+outside the package, starts them. ``client`` talks to a server from outside.
 """

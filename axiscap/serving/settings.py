@@ -1,4 +1,4 @@
-"""What an operator says about capping, which profile a request gets, and which slot each profile has."""
+"""The operator's configuration."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from axiscap.fit import ModelFacts, check_fits, unstated
-from axiscap.profile import CapProfile, is_url, ranges
-from axiscap_plugin import is_nearly
+import torch
 
-#: What a request says to be left alone, where the operator allows it.
-OFF = "off"
-#: The key of the configuration, and of a request's choice.
-KEY = "axiscap"
+from axiscap.fit import ModelFacts, check_fits
+from axiscap.profile import CapProfile, is_url
+from axiscap.serving.request import KEY, OFF, SettingsError
+from axiscap_plugin.wrapping import is_nearly
+
 #: Names the configuration file where the engine's own options carry none.
 FILE_VARIABLE = "AXISCAP_CONFIG"
 
@@ -37,20 +36,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_SLOTS = 1024
 
 
-class SettingsError(ValueError):
-    """The configuration is wrong; the message is one sentence for the operator."""
-
-
-class ChoiceError(ValueError):
-    """A request asked for what it may not have; the message is for the client."""
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SettingsError(f"axiscap: {message}")
 
 
-def _check_name(name: object) -> str:
+def check_name(name: object) -> str:
     _require(
         isinstance(name, str) and _NAME.fullmatch(name) is not None and name != OFF,
         f"a profile's name must be 1 to 64 of A-Z a-z 0-9 . _ - and not {OFF!r}, got {str(name)[:80]!r}",
@@ -58,8 +49,8 @@ def _check_name(name: object) -> str:
     return str(name)
 
 
-def _is_one(name: object, known: Collection[str]) -> bool:
-    return isinstance(name, str) and name in known
+def is_member(name: object, names: Collection[str]) -> bool:
+    return isinstance(name, str) and name in names
 
 
 @dataclass(frozen=True)
@@ -121,19 +112,19 @@ class Settings:
     model: dict[str, Any] | None = None
 
     @property
-    def written_only(self) -> bool:
+    def caps_written_only(self) -> bool:
         """Whether prompts are computed as without a cap."""
         return self.positions != "all"
 
     @property
-    def part(self) -> str:
+    def rows_label(self) -> str:
         """Which rows are capped, as a word that differs where they do."""
-        if not self.tells_thinking:
+        if not self.separates_thinking:
             return self.positions
         return f"{self.positions}-{hashlib.sha256(json.dumps(self.markers).encode()).hexdigest()[:8]}"
 
     @property
-    def tells_thinking(self) -> bool:
+    def separates_thinking(self) -> bool:
         """Whether a row's place in the thinking or behind it decides."""
         return self.positions in (THINKING, ANSWER)
 
@@ -148,53 +139,38 @@ class Settings:
         """
         _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
         assert isinstance(given, Mapping)
-        known = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "markers"}
-        known |= {"tell_drift", "allow_other_model"}
-        found = {"layers", "directions", "hidden_size", "digests", "model", "version"}
-        extra = sorted(str(key) for key in given.keys() - known - found)
-        _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(known))}")
+        keys = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "markers"}
+        keys |= {"tell_drift", "allow_other_model"}
+        stored = {"layers", "directions", "hidden_size", "digests", "model", "version"}
+        extra = sorted(str(key) for key in given.keys() - keys - stored)
+        _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(keys))}")
         paths = given.get("profiles")
         _require(isinstance(paths, Mapping) and len(paths) > 0, "profiles must be an object of at least one name: path")
         assert isinstance(paths, Mapping)
         for name, path in paths.items():
-            _check_name(name)
+            check_name(name)
             _require(isinstance(path, str), f"the path of profile {name} must be a string")
         _require(
             "default" in given or len(paths) == 1,
             "default must name one of several profiles, or be null to leave requests alone that name none",
         )
         default = given["default"] if "default" in given else next(iter(paths))
-        _require(default is None or _is_one(default, paths), f"default must be one of {', '.join(paths)} or null")
+        _require(default is None or is_member(default, paths), f"default must be one of {', '.join(paths)} or null")
         allowed = given.get("allowed", [])
         _require(
-            isinstance(allowed, list) and all(_is_one(name, paths) for name in allowed),
+            isinstance(allowed, list) and all(is_member(name, paths) for name in allowed),
             f"allowed must be a list of names from {', '.join(paths)}",
         )
         for key in ("allow_off", "check", "tell_drift", "allow_other_model"):
             _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
-        positions = given.get("positions", "all")
-        _require(_is_one(positions, ROWS), f"positions must be one of {', '.join(ROWS)}")
-        markers = given.get("markers", list(MARKERS))
-        _require(
-            isinstance(markers, list) and len(markers) == 2 and all(isinstance(one, str) and one for one in markers),
-            "markers must be a list of two texts, of the tokens that begin and end the thinking",
-        )
-        _require(markers[0] != markers[1], "markers must be two different texts")
-        _require(
-            "markers" not in given or positions in (THINKING, ANSWER) or bool(given.keys() & found),
-            f'markers are for positions "{THINKING}" and "{ANSWER}"',
-        )
+        positions, markers = _parse_positions(given, is_stored=bool(given.keys() & stored))
         slots = given.get("slots", len(paths) + 4)
         _require(
             isinstance(slots, int) and not isinstance(slots, bool) and len(paths) <= slots <= _MAX_SLOTS,
             f"slots must be a number from {len(paths)}, the number of profiles, to {_MAX_SLOTS}",
         )
         log = given.get("log")
-        _require(log is None or isinstance(log, str), "log must be a path or null")
-        if log is not None:
-            folder = Path(log).absolute().parent
-            _require(folder.is_dir() and os.access(folder, os.W_OK), f"log must be in a writable folder, got {log}")
-            _require(not Path(log).is_dir(), f"log must be a file, and {log} is a folder")
+        _check_log(log)
         settings = cls(
             profiles={name: path if is_url(path) else str(Path(path).absolute()) for name, path in paths.items()},
             default=default,
@@ -210,7 +186,7 @@ class Settings:
         )
         return settings._with_profiles()
 
-    def _load(self) -> dict[str, CapProfile]:
+    def load_profiles(self) -> dict[str, CapProfile]:
         loaded = {}
         for name, path in self.profiles.items():
             try:
@@ -220,7 +196,7 @@ class Settings:
         return loaded
 
     def _with_profiles(self) -> Settings:
-        loaded = self._load()
+        loaded = self.load_profiles()
         sizes = {profile.hidden_size for profile in loaded.values()}
         _require(len(sizes) == 1, f"the profiles are for different hidden sizes: {sorted(sizes)}")
         return Settings(
@@ -242,7 +218,7 @@ class Settings:
             A profile is for another model.
         """
         settings = replace(self, model=asdict(model))
-        for name, profile in self._load().items():
+        for name, profile in self.load_profiles().items():
             settings.check_profile(name, profile)
         return settings
 
@@ -263,19 +239,6 @@ class Settings:
             except ValueError as error:
                 raise SettingsError(f"axiscap: {error}") from None
 
-    def sentence(self) -> str:
-        """For the log of a server that starts."""
-        registry = Registry(self)
-        profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
-        default = self.default or "none: requests that name no profile are left alone"
-        where = f"{ROWS[self.positions]} at layers {ranges(self.layers)}"
-        said = f"axiscap: capping {where} under {profiles}; default {default}"
-        said += f"; requests may choose {', '.join(registry.choices)}"
-        for name, profile in self._load().items():
-            if missing := unstated(profile):
-                said += f"; {name} was not compared with the model: it states no {' and no '.join(missing)}"
-        return said
-
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads. All that shapes a compiled graph is in it, so its hash tells them apart."""
         from axiscap import __version__
@@ -287,7 +250,33 @@ class Settings:
         return cls(**{key: value for key, value in stored.items() if key != "version"})
 
 
-def read(options: object) -> Settings | None:
+def _parse_positions(given: Mapping[str, Any], *, is_stored: bool) -> tuple[str, list[str]]:
+    positions = given.get("positions", "all")
+    _require(is_member(positions, ROWS), f"positions must be one of {', '.join(ROWS)}")
+    markers = given.get("markers", list(MARKERS))
+    _require(
+        isinstance(markers, list)
+        and len(markers) == 2
+        and all(isinstance(marker, str) and marker for marker in markers),
+        "markers must be a list of two texts, of the tokens that begin and end the thinking",
+    )
+    _require(markers[0] != markers[1], "markers must be two different texts")
+    _require(
+        "markers" not in given or positions in (THINKING, ANSWER) or is_stored,
+        f'markers are for positions "{THINKING}" and "{ANSWER}"',
+    )
+    return positions, markers
+
+
+def _check_log(log: object) -> None:
+    _require(log is None or isinstance(log, str), "log must be a path or null")
+    if isinstance(log, str):
+        folder = Path(log).absolute().parent
+        _require(folder.is_dir() and os.access(folder, os.W_OK), f"log must be in a writable folder, got {log}")
+        _require(not Path(log).is_dir(), f"log must be a file, and {log} is a folder")
+
+
+def read_settings(options: object) -> Settings | None:
     """The settings of an engine whose own options carry ``options``, or of the file that AXISCAP_CONFIG names.
 
     None: capping is not configured.
@@ -311,7 +300,7 @@ def read(options: object) -> Settings | None:
     return Settings.parse(options)
 
 
-def find(options: Mapping[str, Any]) -> object:
+def find_options(options: Mapping[str, Any]) -> object:
     """What an engine's own free options carry for AxisCap; None: nothing.
 
     Raises
@@ -328,143 +317,24 @@ def find(options: Mapping[str, Any]) -> object:
     return options.get(KEY)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a request carries through the engine once its profile is chosen: a name for people, a digest for the engine.
+def read_profile(path: str, floors: list[list[float]] | None, digest: str | None = None) -> CapProfile:
+    """A profile from its file, with other floors where they were moved.
 
-    ``digest`` None: the request is left alone. ``ticket``: by which its client asks how far the answer drifted; None:
-    nobody asks. ``positions``: which of its rows are capped (:attr:`Settings.part`).
+    Raises
+    ------
+    SettingsError
+        its content is not the one that was decided on.
     """
-
-    name: str | None
-    digest: str | None
-    id: str
-    ticket: str | None = None
-    positions: str = "all"
-
-    @classmethod
-    def of(cls, extra: Mapping[str, Any] | None) -> Choice:
-        """Reads it from a request's extra arguments, where :meth:`put` left it.
-
-        Raises
-        ------
-        RuntimeError
-            it is not there, so that nobody decided about this request.
-        """
-        stored = (extra or {}).get(KEY)
-        if not isinstance(stored, dict):
-            raise RuntimeError("axiscap: a request reached the model without a decision about its profile")
-        return cls(**stored)
-
-    def put(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {**(extra or {}), KEY: vars(self)}
-
-    @property
-    def salt(self) -> str:
-        """What separates this request's blocks, in a prefix cache and in what several servers share, from those of
-        requests that are capped differently.
-        """
-        part = "" if self.digest is None or self.positions == "all" else f"/{self.positions}"
-        return f"{KEY}={self.digest or '-'}{part}"
-
-    @property
-    def prompt(self) -> str:
-        """The same of its prompt's blocks, which hold no cap where only what the model wrote is capped."""
-        return self.salt if self.positions == "all" else f"{KEY}=-"
+    profile = CapProfile.load(path)
+    if floors is not None:
+        profile = profile.with_floors(torch.tensor(floors))
+    if digest is not None and profile.digest != digest:
+        raise SettingsError(f"axiscap: {path} is not what it was when the server read it first")
+    return profile
 
 
-class Registry:
-    """Which names there are, whose content they stand for, and the slot of each content. Content never changes: a new
-    version of a profile is another content in another slot, so that requests that run keep theirs.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.default = settings.default
-        self.allow_off = settings.allow_off
-        self.allowed = list(settings.allowed)
-        self.names = dict(settings.digests)
-        #: Every profile's content, by slot; None: the slot was never used.
-        self.slots: list[str | None] = list(dict.fromkeys(settings.digests.values()))
-        self.slots += [None] * (settings.slots - len(self.slots))
-
-    def choose(self, asked: object) -> str | None:
-        """The name of the profile that a request gets; None: it is left alone.
-
-        Parameters
-        ----------
-        asked
-            what the request says; None where it says nothing.
-
-        Raises
-        ------
-        ChoiceError
-            for the client, with what it may ask for.
-        """
-        if asked is None:
-            return self.default
-        if isinstance(asked, str) and asked in self.choices:
-            return None if asked == OFF else asked
-        said = repr(asked[:64]) if isinstance(asked, str) else json.dumps(asked, default=str)[:64]
-        raise ChoiceError(f"{KEY} must be one of {', '.join(self.choices)}; got {said}")
-
-    @property
-    def choices(self) -> list[str]:
-        """What a request may say: what it gets without a word as well."""
-        named = {*self.allowed, *([] if self.default is None else [self.default])}
-        return sorted(named) + ([OFF] if self.allow_off or self.default is None else [])
-
-    def slot_of(self, digest: str) -> int:
-        return self.slots.index(digest)
-
-    def place(self, name: str, digest: str, in_use: Collection[str], *, allowed: bool) -> int:
-        """Gives a name new content; returns the slot to put it into.
-
-        Raises
-        ------
-        ValueError
-            the name is not one, or every slot is taken by a name or by requests that still run.
-        """
-        _check_name(name)
-        keep = {*in_use, *(content for other, content in self.names.items() if other != name)}
-        if digest in self.slots:
-            slot = self.slot_of(digest)
-        else:
-            free = [at for at, content in enumerate(self.slots) if content not in keep]
-            if not free:
-                raise ValueError(
-                    f"all {len(self.slots)} slots are taken, by the content of {len(self.names)} profiles and by "
-                    f"requests that still run under {len(keep - set(self.names.values()))} replaced ones: retire a "
-                    "profile, wait, or start with more slots"
-                )
-            slot = free[0]
-        self.slots[slot] = digest
-        self.names[name] = digest
-        if allowed and name not in self.allowed:
-            self.allowed.append(name)
-        return slot
-
-    def check(self, name: object) -> None:
-        """Raises ValueError where a name is nobody's."""
-        if not _is_one(name, self.names):
-            raise ValueError(f"there is no profile {str(name)[:64]!r}; there are {', '.join(sorted(self.names))}")
-
-    def retire(self, name: str) -> None:
-        """Forgets a name; requests that run under it end as they began.
-
-        Raises
-        ------
-        ValueError
-            there is no such profile, or it is the default.
-        """
-        self.check(name)
-        if name == self.default:
-            raise ValueError(f"{name} is the default of requests that name none, and cannot be retired")
-        del self.names[name]
-        self.allowed = [other for other in self.allowed if other != name]
-
-    def to_json(self) -> dict[str, Any]:
-        """What :meth:`update` takes, in another process."""
-        return dict(vars(self))
-
-    def update(self, stored: Mapping[str, Any]) -> None:
-        vars(self).update(stored)
+def refuse(engine: str, reasons: Mapping[str, bool]) -> None:
+    """Raises SettingsError for the first of an engine's settings that would cap the wrong rows, or none."""
+    for reason, found in reasons.items():
+        if found:
+            raise SettingsError(f"axiscap: {engine} is set up in a way that cannot be capped: {reason}")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import json
 import logging
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,152 +18,25 @@ from torch import Tensor
 
 from axiscap import _C, ops
 from axiscap.drift import BUCKETS, Scale, bucket_of
-from axiscap.serving import state
-from axiscap.serving.buffers import Buffers, Counts, copy_in
-from axiscap.serving.settings import Choice
+from axiscap.serving.request import Assignment
+from axiscap.serving.worker.buffers import Buffers, Counts, copy_in
+from axiscap.serving.worker.writer import TOTALS_EVERY, Writer
 from axiscap.stats import LayerStats, layer_stats
 
 _LOGGER = logging.getLogger("axiscap")
 
-#: How often the totals are written for the metrics, and what could not be written is tried again, in seconds.
-TOTALS_EVERY = 5.0
-#: After so many words of answers, those that nobody came for are looked for.
-_DROP_EVERY = 256
-#: What may fail to be written.
-FAILS = ("totals", "log", "answers")
 #: The rows of a request: those of its prompt, and those that were written.
 PARTS = ("prompt", "answer")
-#: Of the log, what waits at most for a disk that takes nothing; records beyond it are lost, and counted.
-WAITING_BYTES = 16 << 20
-
-
-class Writer:
-    """Writes the totals and the log, in a thread of its own: a disk that is full, gone or slow holds up no step.
-
-    What cannot be written is said once, counted on the metrics page, and tried again. Capping goes on meanwhile.
-
-    Parameters
-    ----------
-    totals
-        a file of the server's own folder (:func:`axiscap.serving.state.folder`), replaced as a whole.
-    log
-        a file that gets a line for each record; None: no log.
-    """
-
-    def __init__(self, totals: Path, log: Path | None) -> None:
-        self.logs = log is not None
-        self._paths = {"totals": totals, "log": log, "answers": totals.parent}
-        self._news = threading.Condition()
-        self._totals: Mapping[str, Any] | None = None  # the newest; an older one is of no use
-        self._lines = bytearray()
-        self._told: deque[tuple[str, Mapping[str, float]]] = deque()
-        self._writing = threading.Lock()
-        self._answers_written = 0
-        self._failures = dict.fromkeys(FAILS, 0)
-        self._failing: set[str] = set()
-        self._lost = 0
-        threading.Thread(target=self._run, name="axiscap-telemetry", daemon=True).start()
-        atexit.register(self.flush)
-
-    def totals(self, totals: Mapping[str, Any]) -> None:
-        """What the metrics page shows, in place of what it was given before."""
-        with self._news:
-            self._totals = totals
-            self._news.notify()
-
-    def tell(self, ticket: str, answer: Mapping[str, float]) -> None:
-        """Word of an answer for its client, who does not wait long for it: what cannot be written is not kept."""
-        with self._news:
-            self._told.append((ticket, answer))
-            self._news.notify()
-
-    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """One line each, behind those before."""
-        lines = [json.dumps(record).encode() + b"\n" for record in records]
-        with self._news:
-            for line in lines:
-                if len(self._lines) + len(line) <= WAITING_BYTES:
-                    self._lines += line
-                else:
-                    self._lost += 1
-            self._news.notify()
-
-    def flush(self) -> bool:
-        """Writes what waits, once, in this thread; returns whether nothing is left."""
-        with self._writing:
-            # The totals last, so that the others' failures are in them.
-            parts = {"answers": self._answer, "log": self._append, "totals": self._replace}
-            done = [self._attempt(what, write) for what, write in parts.items()]
-            return all(done)
-
-    def _run(self) -> None:
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._totals is not None or self._lines or self._told)
-            if not self.flush():
-                time.sleep(TOTALS_EVERY)
-
-    def _attempt(self, what: str, write: Callable[[], None]) -> bool:
-        try:
-            write()
-        except Exception as error:  # whatever it is, the thread must live, and try again
-            self._failures[what] += 1
-            if what not in self._failing:
-                self._failing.add(what)
-                told = "axiscap: the %s cannot be written to %s, and will be tried again; capping goes on: %s"
-                _LOGGER.warning(told, what, self._paths[what], error)
-            return False
-        if what in self._failing:
-            self._failing.discard(what)
-            _LOGGER.warning("axiscap: the %s can be written again", what)
-        return True
-
-    def _answer(self) -> None:
-        folder = self._paths["answers"]
-        assert folder is not None
-        while self._told:
-            state.write_answer(folder, *self._told.popleft())
-            self._answers_written += 1
-            if self._answers_written % _DROP_EVERY == 0:
-                state.drop_answers(folder)
-
-    def _append(self) -> None:
-        path = self._paths["log"]
-        if path is None or not self._lines:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened each time, since it may have been moved away; a pipe that nobody reads is an error, not a wait.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
-        try:
-            while self._lines:
-                with self._news:
-                    waiting = bytes(self._lines)
-                written = os.write(file, waiting)  # on a full disk a part, whose rest goes first the next time
-                with self._news:
-                    del self._lines[:written]
-        finally:
-            os.close(file)
-
-    def _replace(self) -> None:
-        with self._news:
-            totals = self._totals
-        path = self._paths["totals"]
-        if totals is None or path is None:
-            return
-        state.write(path, {**totals, "failures": self._failures, "lost": self._lost})
-        with self._news:
-            if self._totals is totals:
-                self._totals = None
 
 
 @dataclass
 class _Running:
     """A request that is counted at ``index``; what its answer is held against, and at which of the layers (None:
-    another worker holds it); and what its profile adds (:attr:`axiscap.serving.buffers.Buffers.gains`).
+    another worker holds it); and what its profile adds (:attr:`axiscap.serving.worker.buffers.Buffers.gains`).
     """
 
     index: int
-    choice: Choice
+    assignment: Assignment
     scale: Scale
     at: int | None
     gaps: list[Tensor]
@@ -228,16 +96,16 @@ class Telemetry:
         stats = ops.new_stats(layers * requests * 2, directions, self.buffers.floors.device)
         return stats.reshape(layers, requests, 2, directions, -1)
 
-    def start(self, request: str, choice: Choice) -> None:
+    def start(self, request: str, assignment: Assignment) -> None:
         """A capped request came into the batch for the first time."""
-        assert choice.digest is not None
+        assert assignment.digest is not None
         if not self._free:  # preempted requests keep theirs while others run
             self._grow(2 * self._stats.shape[1])
         index = self._free.pop()
-        self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[choice.digest], None]
-        scale = self.buffers.scales[choice.digest]
+        self._floors[:, index] = self.buffers.floors[:, self.buffers.slot_of[assignment.digest], None]
+        scale = self.buffers.scales[assignment.digest]
         at = self.buffers.layers.index(scale.layer) if scale.layer in self.buffers.layers else None
-        self._running[request] = _Running(index, choice, scale, at, *self.buffers.gains[choice.digest])
+        self._running[request] = _Running(index, assignment, scale, at, *self.buffers.gains[assignment.digest])
 
     def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, slots: Counts) -> None:
         """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
@@ -257,7 +125,7 @@ class Telemetry:
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
 
     def leave(self, alone: Tensor) -> None:
-        """As :meth:`axiscap.serving.buffers.Buffers.leave`: what is left alone is not counted."""
+        """As :meth:`axiscap.serving.worker.buffers.Buffers.leave`: what is left alone is not counted."""
         self._rows[: len(alone)].masked_fill_(alone, -1)
 
     def count(self) -> None:
@@ -289,7 +157,7 @@ class Telemetry:
         if self._changed and (idle or now - self._written >= TOTALS_EVERY):
             self._written, self._changed = now, False
             running = list(self._running.values())
-            self._copy_away([one.index for one in running], partial(self._write, [one.choice for one in running]))
+            self._copy_away([one.index for one in running], partial(self._write, [one.assignment for one in running]))
         while self._copies and (idle or self._copies[0][0] is None or self._copies[0][0].query()):
             event, copied, then = self._copies.popleft()
             if event is not None:
@@ -297,24 +165,24 @@ class Telemetry:
             then(copied)
 
     def _add_finished(self, gone: Sequence[_Running], left: Tensor) -> None:
-        _add(self._totals, [entry.choice for entry in gone], left)
+        _add(self._totals, [entry.assignment for entry in gone], left)
         answers = [_answer(entry, left[:, at, 1]) for at, entry in enumerate(gone)]
         for entry, answer in zip(gone, answers, strict=True):
             if answer is None:
                 continue
-            choice = entry.choice
-            if choice.ticket is not None:
-                self._writer.tell(choice.ticket, answer)
-            if "percentile" in answer and choice.name is not None:
-                known = self._answers.setdefault(choice.name, _Answers([0] * len(BUCKETS)))
+            assignment = entry.assignment
+            if assignment.ticket is not None:
+                self._writer.report(assignment.ticket, answer)
+            if "percentile" in answer and assignment.name is not None:
+                known = self._answers.setdefault(assignment.name, _Answers([0] * len(BUCKETS)))
                 known.counts[bucket_of(answer["percentile"])] += 1
                 known.sum += answer["percentile"]
         if self._writer.logs:
             self._log(left, gone, answers)
 
-    def _write(self, choices: Sequence[Choice], running: Tensor) -> None:
+    def _write(self, assignments: Sequence[Assignment], running: Tensor) -> None:
         totals = dict(self._totals)
-        _add(totals, choices, running)
+        _add(totals, assignments, running)
         profiles = {name: self._counts(sums) for name, sums in totals.items()}
         answers = {name: vars(known) for name, known in self._answers.items()}
         self._writer.totals({"profiles": profiles, "answers": copy.deepcopy(answers)})
@@ -345,17 +213,17 @@ class Telemetry:
                 part: {layer: _described(entry.stats(sums, number)) for number, layer in enumerate(self.buffers.layers)}
                 for part, sums in parts.items()
             }
-            said = {name: value for name, value in vars(entry.choice).items() if name != "ticket"}
+            said = {name: value for name, value in vars(entry.assignment).items() if name != "ticket"}
             records.append({**said, "time": time.time(), **counted, "drift": answer})
         self._writer.log(records)
 
 
-def _add(totals: dict[str, Tensor], choices: Sequence[Choice], stats: Tensor) -> None:
+def _add(totals: dict[str, Tensor], assignments: Sequence[Assignment], stats: Tensor) -> None:
     """Sums by profile alone: minima and maxima do not add, and the totals have no use for them."""
     of_name: dict[str, list[int]] = {}
-    for at, choice in enumerate(choices):
-        assert choice.name is not None
-        of_name.setdefault(choice.name, []).append(at)
+    for at, assignment in enumerate(assignments):
+        assert assignment.name is not None
+        of_name.setdefault(assignment.name, []).append(at)
     for name, index in of_name.items():
         sums = stats[:, index].sum(1)
         totals[name] = totals[name] + sums if name in totals else sums

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from axiscap.serving.buffers import Buffers, Counts
-from axiscap.serving.control import read_profile
-from axiscap.serving.settings import ANSWER, Choice, Settings
-from axiscap.serving.streams import UNSEEN
-from axiscap.serving.telemetry import Telemetry, Writer
-from axiscap.serving.thinking import Thinking, Tokens
+from axiscap.serving.request import Assignment
+from axiscap.serving.settings import ANSWER, Settings, read_profile
+from axiscap.serving.worker.buffers import Buffers, Counts
+from axiscap.serving.worker.streams import UNSEEN
+from axiscap.serving.worker.telemetry import Telemetry
+from axiscap.serving.worker.thinking import Thinking, Tokens
+from axiscap.serving.worker.writer import Writer
 
 _LOGGER = logging.getLogger("axiscap")
 
@@ -51,7 +52,7 @@ class Worker:
     ) -> None:
         self.buffers = Buffers(settings, layers, max_rows, device)
         self._settings = settings
-        assert settings.tells_thinking == (markers is not None)
+        assert settings.separates_thinking == (markers is not None)
         self._thinking = None if markers is None else Thinking(*markers, device, requests)
         # The step that the buffers hold: while a batch goes on writing, its next one is the same.
         self._step: tuple[list[str], bytes, bytes] | None = None
@@ -60,8 +61,8 @@ class Worker:
         self._looked_at: set[str] = set()
         slots = list(dict.fromkeys(settings.digests.values()))
         for name, digest in settings.digests.items():
-            self.place(slots.index(digest), digest, settings.profiles[name])
-        self._choices: dict[str, Choice] = {}
+            self.copy_profile(slots.index(digest), digest, settings.profiles[name])
+        self._assignments: dict[str, Assignment] = {}
         self._telemetry: Telemetry | None = None
         if totals is not None and layers:
             log = None if settings.log is None else Path(settings.log)
@@ -72,10 +73,10 @@ class Worker:
         """Whether :meth:`fill` has to be told what the rows are of."""
         return self._thinking is not None
 
-    def place(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
+    def copy_profile(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
         """Puts a profile into a slot of every layer."""
         profile = read_profile(path, floors, digest)
-        self.buffers.place(slot, profile)
+        self.buffers.copy_profile(slot, profile)
         if profile.knows_sinks:
             self._looked_at.add(digest)
         self._step = None
@@ -107,7 +108,7 @@ class Worker:
 
     def unseen(self, name: str) -> str | None:
         """The profile of a request, where :meth:`look_for_sinks` has not looked at it yet."""
-        digest = self._choices[name].digest
+        digest = self._assignments[name].digest
         return None if digest in self._looked_at else digest
 
     def clear(self) -> None:
@@ -115,20 +116,20 @@ class Worker:
         self.buffers.clear()
         self._step = None
 
-    def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Choice]]) -> None:
+    def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Assignment]]) -> None:
         """Before a step: which requests are gone, and which come for the first time (or again: that is no news)."""
-        gone = [name for name in finished if self._choices.pop(name, None) is not None]
+        gone = [name for name in finished if self._assignments.pop(name, None) is not None]
         if self._telemetry:
             self._telemetry.finish(gone)
         if self._thinking:
             self._thinking.finish(gone)
-        for name, choice in new:
-            if name in self._choices:
+        for name, assignment in new:
+            if name in self._assignments:
                 continue
-            self._choices[name] = choice
-            self._step = None  # a name may come again, with another choice
-            if self._telemetry and choice.digest is not None:
-                self._telemetry.start(name, choice)
+            self._assignments[name] = assignment
+            self._step = None  # a name may come again, with another assignment
+            if self._telemetry and assignment.digest is not None:
+                self._telemetry.start(name, assignment)
 
     def fill(
         self,
@@ -172,9 +173,9 @@ class Worker:
 
     def _slots(self, names: Sequence[str], counts: Counts, prompts: Counts) -> Counts:
         """The slot of each row; -1 for rows of prompts if only what the model wrote is capped."""
-        digests = [self._choices[name].digest for name in names]
+        digests = [self._assignments[name].digest for name in names]
         written = np.array([-1 if digest is None else self.buffers.slot_of[digest] for digest in digests], np.int32)
-        of_prompts = np.full_like(written, -1) if self._settings.written_only else written
+        of_prompts = np.full_like(written, -1) if self._settings.caps_written_only else written
         return np.repeat(np.stack([of_prompts, written], 1), np.stack([prompts, counts - prompts], 1).ravel())
 
     def watch(self) -> None:
@@ -201,7 +202,7 @@ class Worker:
         if self._telemetry:
             if self._to_count:
                 self._telemetry.count()
-            self._telemetry.settle(idle=not self._choices)
+            self._telemetry.settle(idle=not self._assignments)
         self._to_count = False
 
     def _check(self, names: Sequence[str], counts: Counts, prompts: Counts, view: Mapping[str, str | None]) -> None:
@@ -212,7 +213,7 @@ class Worker:
         rows = self.buffers.rows.tolist()
         content = {slot: digest for digest, slot in self.buffers.slot_of.items()}
         for name, count, prompt in zip(names, counts.tolist(), prompts.tolist(), strict=True):
-            written = at + (prompt if self._settings.written_only else 0)
+            written = at + (prompt if self._settings.caps_written_only else 0)
             if set(rows[at:written]) - {-1}:
                 raise RuntimeError(f"axiscap: of the prompt of {name}, which is left alone, some rows are capped")
             found = {content.get(row) for row in rows[written : at + count]}

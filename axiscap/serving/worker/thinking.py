@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from axiscap.serving.buffers import Counts, copied
-from axiscap.serving.settings import SettingsError
+from axiscap.serving.request import SettingsError
+from axiscap.serving.worker.buffers import Counts, copied
 
 
 class Tokens(NamedTuple):
@@ -53,7 +53,7 @@ class Thinking:
         Parameters
         ----------
         names, counts, starts
-            as in :class:`axiscap.serving.engine.Rows`.
+            as in :class:`axiscap.serving.worker.model.Rows`.
         """
         known = [self._known(number, name, int(starts[number]), tokens) for number, name in enumerate(names)]
         for name, start, count in zip(names, starts.tolist(), counts.tolist(), strict=True):

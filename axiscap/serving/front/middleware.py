@@ -13,9 +13,9 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from axiscap.serving.control import Choices, Told
-from axiscap.serving.settings import KEY
-from axiscap_plugin import is_nearly, wrap
+from axiscap.serving.front.profiles import ServedProfiles
+from axiscap.serving.request import KEY, RequestedProfile
+from axiscap_plugin.wrapping import is_nearly, wrap
 
 #: Where the server tells what it caps with; below it, profiles are changed.
 PATH = "/axiscap"
@@ -61,36 +61,36 @@ class _Known:
 _known: contextvars.ContextVar[_Known] = contextvars.ContextVar("axiscap_known")
 
 
-def tell(told: Told, answers: int) -> None:
+def note_profile(requested: RequestedProfile, answers: int) -> None:
     """Notes the decision about the request that runs here, for its response."""
     known = _known.get(None)
     if known is not None:
-        known.decisions[told.name or "off"] = told.digest or "-"
-        if told.ticket is not None and told.digest is not None:
-            known.tickets[told.ticket] = answers
+        known.decisions[requested.name or "off"] = requested.digest or "-"
+        if requested.ticket is not None and requested.digest is not None:
+            known.tickets[requested.ticket] = answers
 
 
-_put: tuple[Choices, Collection[tuple[str, ...]], Change]
+_put: tuple[ServedProfiles, Collection[tuple[str, ...]], Change]
 
 
-def put_in_place(choices: Choices, places: Collection[tuple[str, ...]], change: Change) -> None:
-    """Has every application of FastAPI that this process begins to serve stand behind a :class:`Door`."""
+def wrap_applications(profiles: ServedProfiles, places: Collection[tuple[str, ...]], change: Change) -> None:
+    """Has every application of FastAPI that this process begins to serve stand behind a :class:`Middleware`."""
     global _put
     from fastapi import FastAPI
 
-    _put = choices, places, change
-    wrap(FastAPI, "build_middleware_stack", _behind_door)
+    _put = profiles, places, change
+    wrap(FastAPI, "build_middleware_stack", _add_middleware)
 
 
-def _behind_door(original: Callable[[Any], _App], app: Any) -> _App:
-    return Door(original(app), *_put)
+def _add_middleware(original: Callable[[Any], _App], app: Any) -> _App:
+    return Middleware(original(app), *_put)
 
 
 class _Wrong(Exception):
     """A status and a sentence."""
 
 
-class Door:
+class Middleware:
     """An ASGI application around the server's own.
 
     Parameters
@@ -101,8 +101,10 @@ class Door:
         changes profiles.
     """
 
-    def __init__(self, app: _App, choices: Choices, places: Collection[tuple[str, ...]], change: Change) -> None:
-        self._app, self._choices, self._places, self._change = app, choices, places, change
+    def __init__(
+        self, app: _App, profiles: ServedProfiles, places: Collection[tuple[str, ...]], change: Change
+    ) -> None:
+        self._app, self._profiles, self._places, self._change = app, profiles, places, change
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
@@ -190,7 +192,7 @@ class Door:
             if known.tickets and (ends or done):
                 tickets, known.tickets = known.tickets, {}
                 few = sum(tickets.values()) <= _MOST_TOLD
-                await release(await self._choices.drift(tickets) if few else (), done=done)
+                await release(await self._profiles.await_drift(tickets) if few else (), done=done)
             elif not known.tickets or (is_stream and not last):
                 await release()
 
@@ -201,7 +203,7 @@ class Door:
     async def _own(self, scope: _Message, path: str, receive: _Receive) -> object:
         if path == PATH and scope["method"] == "GET":
             places = [".".join((*place, KEY)) for place in self._places]
-            return {**self._choices.describe(), "choice_in": places}
+            return {**self._profiles.describe(), "choice_in": places}
         named = re.fullmatch(rf"{PATH}/profiles/([^/]+)", path)
         method = {"PUT": "load", "PATCH": "move_floors", "DELETE": "retire"}.get(scope["method"])
         if named is None or method is None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from axiscap.serving.settings import Choice, ChoiceError
-from axiscap_plugin import wrap
+from axiscap.serving.request import Assignment, RequestError
+from axiscap_plugin.wrapping import wrap
 
 #: Connectors that find blocks by the engine's own hashes.
 BY_HASH = ("OffloadingConnector",)
@@ -26,10 +26,10 @@ SHARED = "ExampleConnector"
 BY_REQUEST = ("NixlConnector", "NixlPullConnector")
 #: In a request, the word about blocks in another engine's memory; in that, what they hold.
 _WORD, _CONTENT = "kv_transfer_params", "axiscap_content"
-_NOBODYS = Choice(None, None, "").prompt
+_NOBODYS = Assignment(None, None, "").prompt_salt
 
 
-def say_content() -> None:
+def attach_content() -> None:
     """Has an engine that computed a prompt for another say what its blocks hold."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -39,12 +39,12 @@ def say_content() -> None:
 def _with_word(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     delay, word = original(scheduler, request)
     if word:
-        word[_CONTENT] = Choice.of(request.sampling_params.extra_args).prompt
+        word[_CONTENT] = Assignment.read(request.sampling_params.extra_args).prompt_salt
     return delay, word
 
 
-def check_handed(extra: Mapping[str, Any] | None, choice: Choice) -> None:
-    """Raises ChoiceError where a request goes on from blocks that hold something else than it would compute.
+def check_handed(extra: Mapping[str, Any] | None, assignment: Assignment) -> None:
+    """Raises RequestError where a request goes on from blocks that hold something else than it would compute.
 
     Parameters
     ----------
@@ -55,14 +55,14 @@ def check_handed(extra: Mapping[str, Any] | None, choice: Choice) -> None:
     if not isinstance(word, Mapping) or not word.get("do_remote_prefill"):
         return
     found = word.get(_CONTENT, _NOBODYS)
-    if found != choice.prompt:
-        raise ChoiceError(
-            f"the prompt was computed as {str(found)[:80]}, and this server would go on as {choice.prompt}: both must "
-            "have the same profile; send it again"
+    if found != assignment.prompt_salt:
+        raise RequestError(
+            f"the prompt was computed as {str(found)[:80]}, and this server would go on as {assignment.prompt_salt}: "
+            "both must have the same profile; send it again"
         )
 
 
-def keep_apart() -> None:
+def separate_contents() -> None:
     """Has the shared store take each request's content for one thing more that is in its prompt."""
     from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 
@@ -74,7 +74,7 @@ def keep_apart() -> None:
 def _with_content(request: Any) -> Any:
     """A request, or what a step says of a new one, whose prompt names the content that caps it."""
     marked = copy.copy(request)
-    salt = Choice.of(request.sampling_params.extra_args).salt
+    salt = Assignment.read(request.sampling_params.extra_args).salt
     marked.mm_features = [*request.mm_features, SimpleNamespace(identifier=salt)]
     return marked
 

@@ -22,8 +22,11 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from axiscap import CapProfile
-from axiscap.serving import door, state, verify
-from axiscap.serving.control import Choices, Control
+from axiscap.serving import client as server_client
+from axiscap.serving import shared_folder
+from axiscap.serving.front import middleware
+from axiscap.serving.front.profiles import ServedProfiles
+from axiscap.serving.scheduler import Control
 from axiscap.serving.settings import Settings
 
 
@@ -42,23 +45,23 @@ class Tokens:
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A client of an application that decides as the engines do, and the profiles' files."""
-    monkeypatch.setattr(state.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv(door.ADMIN_VARIABLE, "secret")
+    monkeypatch.setattr(shared_folder.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(middleware.ADMIN_VARIABLE, "secret")
     files = {}
     for seed, name in enumerate(("mild", "strict", "other")):
         files[name] = str(tmp_path / f"{name}.safetensors")
         CapProfile([2], unit(1, 1, 16, seed=seed), torch.zeros(1, 1)).save(files[name])
     given = {name: files[name] for name in ("mild", "strict")}
     settings = Settings.parse({"profiles": given, "default": "mild", "allowed": ["strict"], "allow_off": True})
-    control = Control(settings, state.folder("server"), lambda *placed: None)
-    choices = Choices(settings, state.path("server"))
+    control = Control(settings, shared_folder.folder("server"), lambda *placed: None)
+    profiles = ServedProfiles(settings, shared_folder.folder_path("server"))
     seen: list[object] = []
     tickets: list[str] = []
     scores = {"mild": -1.0, "strict": -1.0, "off": -2.0, "verify": -9.0}
 
     async def decide(extra: dict[str, object] | None) -> None:
         await asyncio.sleep(0)
-        door.tell(choices.check(extra)._replace(ticket=tickets.pop(0) if tickets else None), 1)
+        middleware.note_profile(profiles.resolve(extra)._replace(ticket=tickets.pop(0) if tickets else None), 1)
 
     async def change(app: object, method: str, arguments: list[object]) -> str:
         assert app is application
@@ -114,7 +117,7 @@ def server(tmp_path, monkeypatch):
         return {"data": []}
 
     monkeypatch.setattr(FastAPI, "build_middleware_stack", FastAPI.build_middleware_stack)  # and back, at the end
-    door.put_in_place(choices, (("vllm_xargs",), ("sampling_params", "extra_args")), change)
+    middleware.wrap_applications(profiles, (("vllm_xargs",), ("sampling_params", "extra_args")), change)
     client = TestClient(application)
     client.tickets, client.scores, client.control = tickets, scores, control
     return client, files, seen
@@ -132,37 +135,37 @@ def test_each_response_says_which_profile_was_in_force(server, stream, asked, na
     answer = client.post("/v1/completions", json=body)
     assert (answer.status_code, seen) == (200, [body])
     assert answer.text == ("abend" if stream else '{"text":"axiscap"}')
-    found = [answer.headers[header] for header in door.HEADERS]
+    found = [answer.headers[header] for header in middleware.HEADERS]
     assert found == [name, "-" if name == "off" else digest(files[name])]
-    assert not set(door.HEADERS) & set(client.get("/v1/models").headers)
+    assert not set(middleware.HEADERS) & set(client.get("/v1/models").headers)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_response_says_how_far_its_answer_drifted(server, stream, monkeypatch):
     """In its head, or before the end of a stream; later than a second it says nothing, and a failed one never."""
     client, _, _ = server
-    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
-    told, folder = "percentile=3.25; fired=0.5; rows=40; layer=19", state.folder("server")
-    state.write_answer(folder, "mine", {"percentile": 3.25, "fired": 0.5, "rows": 40, "layer": 19})
-    state.write_answer(folder, "another", {"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19})
+    monkeypatch.setattr("axiscap.serving.front.profiles._PATIENCE", 0.05)
+    told, folder = "percentile=3.25; fired=0.5; rows=40; layer=19", shared_folder.folder("server")
+    shared_folder.write_answer(folder, "mine", {"percentile": 3.25, "fired": 0.5, "rows": 40, "layer": 19})
+    shared_folder.write_answer(folder, "another", {"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19})
     client.tickets += ["mine", "nobodys"]
     body = {"prompt": "p", "stream": stream}
     answer = client.post("/v1/completions", json=body)
     if stream:
-        assert answer.text == f"abend: {door.DRIFT_HEADER}: {told}\n\n"
-    assert answer.headers.get(door.DRIFT_HEADER) == (None if stream else told)
+        assert answer.text == f"abend: {middleware.DRIFT_HEADER}: {told}\n\n"
+    assert answer.headers.get(middleware.DRIFT_HEADER) == (None if stream else told)
     answer = client.post("/v1/completions", json=body)
-    assert (answer.status_code, door.DRIFT_HEADER in answer.headers) == (200, False)
+    assert (answer.status_code, middleware.DRIFT_HEADER in answer.headers) == (200, False)
     assert answer.text == ("abend" if stream else '{"text":"p"}')
-    assert state.take_answers(folder, "another") == [{"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19}]
+    assert shared_folder.take_answers(folder, "another") == [{"percentile": 99.0, "fired": 0.0, "rows": 1, "layer": 19}]
 
 
 def test_a_stream_of_openais_kind_says_it_in_its_last_piece(server, monkeypatch):
     """As a field that OpenAI's client hands on, where many a client stumbles over comments."""
     client, _, _ = server
-    monkeypatch.setattr("axiscap.serving.control._PATIENCE", 0.05)
+    monkeypatch.setattr("axiscap.serving.front.profiles._PATIENCE", 0.05)
     answer = {"percentile": 3.25, "fired": 0.5, "rows": 40, "layer": 19}
-    state.write_answer(state.folder("server"), "mine", answer)
+    shared_folder.write_answer(shared_folder.folder("server"), "mine", answer)
     body = {"prompt": "openai", "stream": True}
     plain = client.post("/v1/completions", json=body).text
     client.tickets += ["mine", "nobodys"]
@@ -203,7 +206,7 @@ def test_a_choice_that_would_not_be_read_is_refused(server, path, body, says):
 def test_a_choice_may_stand_in_the_places_of_both_engines(server):
     client, _, _ = server
     both = {"vllm_xargs": {"axiscap": "strict"}, "custom_params": {"axiscap": "strict"}}
-    assert client.post("/v1/completions", json=both).headers[door.HEADERS[0]] == "strict"
+    assert client.post("/v1/completions", json=both).headers[middleware.HEADERS[0]] == "strict"
     both["custom_params"]["axiscap"] = "off"
     answer = client.post("/v1/completions", json=both)
     assert (answer.status_code, "custom_params.axiscap would not be read" in answer.text) == (400, True)
@@ -215,7 +218,7 @@ def test_what_a_client_writes_is_no_choice(server):
     tool = {"function": {"name": "set", "parameters": {"properties": {"axiscap": {"type": "string"}}}}}
     words = {"prompt": "axiscap: off", "messages": [{"axiscap": 1}], "tools": [tool], "metadata": {"axiscap": "x"}}
     answer = client.post("/v1/completions", json=words)
-    assert (answer.status_code, answer.headers[door.HEADERS[0]]) == (200, "mild")
+    assert (answer.status_code, answer.headers[middleware.HEADERS[0]]) == (200, "mild")
     assert client.post("/score", content=b"axiscap, and no JSON").json() == {"scored": 20}
     assert client.post("/score", json=["axiscap"]).status_code == 200
     assert client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 422
@@ -227,8 +230,8 @@ def test_several_answers_under_several_profiles_are_all_named(server):
     client, files, _ = server
     wanted = [{"vllm_xargs": {"axiscap": name}} if name else {} for name in ("strict", None, "strict", "off")]
     answer = client.post("/several", json=wanted)
-    assert answer.headers[door.HEADERS[0]] == "strict, mild, off"
-    assert answer.headers[door.HEADERS[1]] == f"{digest(files['strict'])}, {digest(files['mild'])}, -"
+    assert answer.headers[middleware.HEADERS[0]] == "strict, mild, off"
+    assert answer.headers[middleware.HEADERS[1]] == f"{digest(files['strict'])}, {digest(files['mild'])}, -"
 
 
 def test_the_server_says_what_it_caps_with(server):
@@ -248,7 +251,9 @@ def test_profiles_are_changed_by_who_has_the_key(server, monkeypatch):
     assert "new" not in client.get("/axiscap").json()["profiles"]
     done = client.put(to, json={"path": files["other"], "allowed": True}, headers=key)
     assert (done.status_code, done.json()) == (200, {"done": f"new is {digest(files['other'])} in slot 2"})
-    assert client.post("/v1/completions", json={"vllm_xargs": {"axiscap": "new"}}).headers[door.HEADERS[0]] == "new"
+    assert (
+        client.post("/v1/completions", json={"vllm_xargs": {"axiscap": "new"}}).headers[middleware.HEADERS[0]] == "new"
+    )
     assert client.patch(to, json={"by": 1.5}, headers=key).status_code == 200
     assert client.get("/axiscap").json()["profiles"]["new"] != digest(files["other"])
     assert client.delete(to, headers=key).json() == {"done": "retired new"}
@@ -267,7 +272,7 @@ def test_profiles_are_changed_by_who_has_the_key(server, monkeypatch):
         assert answer.status_code == status, answer.text
         assert says in answer.json()["error"]["message"]
     assert client.get("/axiscap/other").status_code == 404
-    monkeypatch.delenv(door.ADMIN_VARIABLE)
+    monkeypatch.delenv(middleware.ADMIN_VARIABLE)
     answer = client.put(to, json={"path": files["other"]}, headers={"Authorization": "Bearer "})
     assert (answer.status_code, "without AXISCAP_ADMIN_KEY" in answer.text) == (403, True)
 
@@ -327,60 +332,62 @@ def serving(server):
 def test_a_server_is_verified(serving, monkeypatch):
     url, files, said = serving
     mild = CapProfile.load(files["mild"])
-    found = list(verify.verify(f"{url}/v1/", mild))
+    found = list(server_client.verify(f"{url}/v1/", mild))
     assert found == [
         "the server says that it caps layers 2 under mild, the default",
         f"an answer was written under mild {mild.digest}",
         "its rows were measured against the floors of layers 2",
         "its effect was seen: the same tokens differ by up to 1 nats under off",
     ]
-    monkeypatch.setattr(verify, "_PATIENCE", 0.5)
+    monkeypatch.setattr(server_client, "_PATIENCE", 0.5)
     for change, profile, says in (
         ({"more": 0}, "mild", "no row of the answer was measured at layers 2"),
         ({"models": {"data": []}}, "mild", "/v1/models names no model"),
         ({}, "other", "the server has no profile of the digest .*; it has mild"),
     ):
         said |= change
-        with pytest.raises(verify.NotCapped, match=says):
-            list(verify.verify(url, CapProfile.load(files[profile])))
-    with pytest.raises(verify.NotCapped, match=r"http://127\.0\.0\.1:9/axiscap cannot be reached"):
-        list(verify.verify("http://127.0.0.1:9", mild))
-    with pytest.raises(verify.NotCapped, match="no-url/axiscap cannot be reached: unknown url type"):
-        list(verify.verify("no-url", mild))
+        with pytest.raises(server_client.NotCapped, match=says):
+            list(server_client.verify(url, CapProfile.load(files[profile])))
+    with pytest.raises(server_client.NotCapped, match=r"http://127\.0\.0\.1:9/axiscap cannot be reached"):
+        list(server_client.verify("http://127.0.0.1:9", mild))
+    with pytest.raises(server_client.NotCapped, match="no-url/axiscap cannot be reached: unknown url type"):
+        list(server_client.verify("no-url", mild))
 
 
 def test_the_effect_of_a_cap_is_verified_where_it_can_be_seen(serving, monkeypatch):
     """Against the uncapped answer; else with the admin key, under floors far above; else it is said that none was."""
     url, files, said = serving
     mild, scores = CapProfile.load(files["mild"]), said["scores"]
-    monkeypatch.setattr(verify, "_PATIENCE", 0.5)
+    monkeypatch.setattr(server_client, "_PATIENCE", 0.5)
     scores["off"] = scores["mild"]
-    assert list(verify.verify(url, mild))[-1].startswith("no effect was seen, only the server's word and its counts")
+    assert list(server_client.verify(url, mild))[-1].startswith(
+        "no effect was seen, only the server's word and its counts"
+    )
     options = {"admin_key": "secret", "source": files["mild"]}
-    assert list(verify.verify(url, mild, **options))[-1] == (
+    assert list(server_client.verify(url, mild, **options))[-1] == (
         "its effect was seen: the same tokens differ by up to 8 nats under floors far above"
     )
     assert list(said["control"].load.__self__._registry.names) == ["mild", "strict"]  # the second name is gone again
     scores["verify"] = scores["mild"]
-    with pytest.raises(verify.NotCapped, match="floors far above every row leave the answer as it is"):
-        list(verify.verify(url, mild, **options))
+    with pytest.raises(server_client.NotCapped, match="floors far above every row leave the answer as it is"):
+        list(server_client.verify(url, mild, **options))
     said["more fired"] = 1
     with pytest.raises(
-        verify.NotCapped, match="rows fell below their floors, and the answer is the one of the uncapped"
+        server_client.NotCapped, match="rows fell below their floors, and the answer is the one of the uncapped"
     ):
-        list(verify.verify(url, mild))
+        list(server_client.verify(url, mild))
     scores["mild"] = None
-    with pytest.raises(verify.NotCapped, match="gives no log-probabilities"):
-        list(verify.verify(url, mild))
+    with pytest.raises(server_client.NotCapped, match="gives no log-probabilities"):
+        list(server_client.verify(url, mild))
 
 
 def test_a_profile_is_rolled_out(serving):
     url, files, _ = serving
     other = CapProfile.load(files["other"]).digest
-    assert verify.roll_out(url, "strict", f"{files['other']}#{other}", "secret") == other
+    assert server_client.roll_out(url, "strict", f"{files['other']}#{other}", "secret") == other
     for name, key, says in (
         ("strict", "wrong", "answered 401: .*the header Authorization must be Bearer"),
         ("../x", "secret", "answered 40"),
     ):
-        with pytest.raises(verify.NotCapped, match=says):
-            verify.roll_out(url, name, files["other"], key)
+        with pytest.raises(server_client.NotCapped, match=says):
+            server_client.roll_out(url, name, files["other"], key)

@@ -9,67 +9,18 @@ where a worker's totals go. Clients come in by ``door``. ``vllm`` and ``sglang``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving.buffers import Counts
-from axiscap.serving.control import Control
-from axiscap.serving.settings import Choice, Settings, SettingsError
-from axiscap.serving.streams import Form, Read, Run, learn_form
-from axiscap.serving.worker import Worker
-
-
-class Scheduling(ABC):
-    """In the process that schedules requests: when each one's profile is decided, and what keeps its blocks apart.
-
-    Parameters
-    ----------
-    control
-        decides, and changes profiles; one for each process, of all ranks in the same order.
-    """
-
-    #: The field of a request whose text goes into the hash of its first block, and so of all behind it.
-    key: str
-
-    def __init__(self, control: Control) -> None:
-        self.control = control
-
-    def decide(self, request: Any, name: str, *, apart: bool = True) -> Choice:
-        """Decides a request. It carries the decision from now on, in place of what its client asked for.
-
-        Parameters
-        ----------
-        request
-            the engine's; its fields change, so where others hold it too it is a copy.
-        name
-            its id, as clients and logs know it.
-        apart
-            whether its blocks are those of its content alone, from the first one on.
-
-        Raises
-        ------
-        ChoiceError
-            it asks for what it may not have, or for content that was replaced on the way here.
-        """
-        extra = self.extra(request)
-        choice = self.control.decide(extra, name)
-        self.carry(request, choice.put(extra))
-        if apart:
-            # Blocks are hashed in a chain, so that what separates the first separates all.
-            setattr(request, self.key, f"{choice.salt};{getattr(request, self.key) or ''}")
-        return choice
-
-    @abstractmethod
-    def extra(self, request: Any) -> Mapping[str, Any] | None:
-        """What a request carries beside its parameters: its client's choice, and what the front noted."""
-
-    @abstractmethod
-    def carry(self, request: Any, extra: dict[str, Any]) -> None:
-        """Has a request carry this instead, without a change of what its client holds."""
+from axiscap.serving.request import SettingsError
+from axiscap.serving.settings import Settings
+from axiscap.serving.worker.buffers import Counts
+from axiscap.serving.worker.streams import Form, Read, Run, learn_form
+from axiscap.serving.worker.worker import Worker
 
 
 class Rows(NamedTuple):
@@ -192,13 +143,6 @@ def run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def flat_result(parts: Iterable[Any]) -> Tensor:
     """A copy of the tensors that a pass returns, as one vector of float32."""
     return torch.cat([part.reshape(-1).float() for part in parts if isinstance(part, Tensor)])
-
-
-def refuse(engine: str, reasons: Mapping[str, bool]) -> None:
-    """Raises SettingsError for the first of an engine's settings that would cap the wrong rows, or none."""
-    for reason, found in reasons.items():
-        if found:
-            raise SettingsError(f"axiscap: {engine} is set up in a way that cannot be capped: {reason}")
 
 
 def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:

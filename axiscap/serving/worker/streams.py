@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axiscap.serving.buffers import Buffers
-from axiscap.serving.settings import SettingsError
+from axiscap.serving.request import SettingsError
+from axiscap.serving.worker.buffers import Buffers
 
 #: A change below this share of the change by a new stream is noise, and one above the other is an effect.
 _NOISE, _EFFECT = 0.02, 0.1

@@ -7,7 +7,7 @@
 A block's output is complete where the next block reads it: what a layer returns may be a sum that other ranks owe, and
 the residual lies with the batch. So the cap has the stream complete the layer's output, which the next layer's boundary
 would do otherwise, and then corrects the residual that is added to it; on a GPU the norm that reads both does that
-(``sglang_norm``).
+(``norm``).
 """
 
 from __future__ import annotations
@@ -32,43 +32,71 @@ import torch
 from torch import Tensor, nn
 
 from axiscap.fit import ModelFacts
-from axiscap.serving import door, metrics, sglang_norm, state
-from axiscap.serving import settings as shared
-from axiscap.serving.control import Choices, Control
-from axiscap.serving.engine import Model, Rows, Scheduling, flat_result, refuse, run_again
-from axiscap.serving.settings import KEY, Choice, ChoiceError, Settings, SettingsError
-from axiscap.serving.streams import Form, InconclusiveError, Output, Read, check_effect, check_form, read_returned
-from axiscap.serving.thinking import Tokens, marker_ids
-from axiscap_plugin import wrap
+from axiscap.serving import shared_folder
+from axiscap.serving.front import metrics, middleware
+from axiscap.serving.front.profiles import ServedProfiles
+from axiscap.serving.registry import describe_start
+from axiscap.serving.request import KEY, Assignment, RequestError, SettingsError
+from axiscap.serving.scheduler import Control, Scheduling
+from axiscap.serving.settings import Settings, read_settings, refuse
+from axiscap.serving.sglang import norm
+from axiscap.serving.worker.model import Model, Rows, flat_result, run_again
+from axiscap.serving.worker.streams import (
+    Form,
+    InconclusiveError,
+    Output,
+    Read,
+    check_effect,
+    check_form,
+    read_returned,
+)
+from axiscap.serving.worker.thinking import Tokens, marker_ids
+from axiscap_plugin.wrapping import wrap
 
 _INSTANCE = "AXISCAP_INSTANCE"
-#: Where the engine's norm adds both streams in one launch, which the cap then joins.
+#: Devices on which the engine's norm adds both streams in one launch, and can take in the cap.
 _JOINED = {"cuda"}
 
 #: The method of a call between the server's process and its schedulers, and the seconds that they have for it.
 _CHANGE, _PATIENCE = "axiscap_change", 60.0
 
-_settings: Settings
-_choices: Choices
-_scheduling: SglangScheduling
-_model: SglangModel | None = None
+
+class _Process:
+    """AxisCap's state in one process of SGLang."""
+
+    def __init__(self) -> None:
+        settings = read_settings(None)
+        assert settings is not None
+        self.settings = settings
+        # The first process of a server names the folder that all of them share.
+        self.folder = shared_folder.folder(os.environ.setdefault(_INSTANCE, f"sglang-{os.getpid()}-{time.time_ns()}"))
+        self.profiles = ServedProfiles(settings, self.folder)
+        self.scheduling: SglangScheduling
+        self.model: SglangModel | None = None
+        #: The requests that the worker counts, by id.
+        self.running: dict[str, weakref.ref[Any]] = {}
+
+    def take_gone(self) -> list[str]:
+        """Forgets the requests that are finished, or that the scheduler dropped; returns their ids."""
+        gone = [name for name, ref in self.running.items() if (request := ref()) is None or request.finished()]
+        for name in gone:
+            del self.running[name]
+        return gone
 
 
-def put_in_place() -> None:
-    """Wraps what this process has of SGLang.
+_process: _Process
+
+
+def wrap_engine() -> None:
+    """Wraps the methods of SGLang that this process uses.
 
     Raises
     ------
     SettingsError
-        one sentence that says what is wrong with the configuration.
+        The configuration is wrong; the message is one sentence.
     """
-    global _settings, _choices
-    settings = shared.read(None)
-    assert settings is not None
-    _settings = settings
-    # The first process of a server names the folder in which all of them meet.
-    folder = state.folder(os.environ.setdefault(_INSTANCE, f"sglang-{os.getpid()}-{time.time_ns()}"))
-    _choices = Choices(settings, folder)
+    global _process
+    _process = _Process()
 
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.schedule_batch import Req
@@ -78,11 +106,12 @@ def put_in_place() -> None:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.model_executor.runner.eager_runner import EagerRunner
 
-    door.put_in_place(_choices, (("custom_params",), ("sampling_params", "custom_params")), _change)
+    fields = (("custom_params",), ("sampling_params", "custom_params"))
+    middleware.wrap_applications(_process.profiles, fields, _change)
     wrap(TokenizerManager, "_validate_one_request", _validate)
     wrap(http_server, "add_prometheus_middleware", _with_totals)
     wrap(Scheduler, "__init__", _start_scheduler)
-    wrap(Scheduler, "handle_generate_request", _decide)
+    wrap(Scheduler, "handle_generate_request", _assign)
     wrap(Req, "__init__", _begin)
     wrap(Scheduler, "handle_rpc_request", _rpc)
     wrap(Scheduler, "on_idle", _idle)
@@ -99,25 +128,25 @@ def put_in_place() -> None:
 # The process that talks to clients.
 
 
-def _asked(sampling: Any) -> dict[str, Any]:
+def _custom_params(sampling: Any) -> dict[str, Any]:
     """A request's custom parameters, as SGLang has them before and after it parses the sampling parameters."""
-    given = sampling.get("custom_params") if isinstance(sampling, dict) else getattr(sampling, "custom_params", None)
-    return given if isinstance(given, dict) else {}
+    custom = sampling.get("custom_params") if isinstance(sampling, dict) else getattr(sampling, "custom_params", None)
+    return custom if isinstance(custom, dict) else {}
 
 
 def _validate(original: Callable[..., Any], manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(manager, request, *args, **kwargs)
     sampling = request.sampling_params
-    told = _choices.check(_asked(sampling))
+    requested = _process.profiles.resolve(_custom_params(sampling))
     if isinstance(sampling, dict):
-        sampling["custom_params"], answers = told.put(_asked(sampling)), sampling.get("n")
+        sampling["custom_params"], answers = requested.put(_custom_params(sampling)), sampling.get("n")
     else:
-        sampling.custom_params, answers = told.put(_asked(sampling)), sampling.n
-    door.tell(told, answers or 1)
+        sampling.custom_params, answers = requested.put(_custom_params(sampling)), sampling.n
+    middleware.note_profile(requested, answers or 1)
     if getattr(request, "session_params", None) or getattr(request, "session_id", None):
-        raise ChoiceError("sessions are not served with axiscap: their turns share a cache under one profile")
+        raise RequestError("sessions are not served with axiscap: their turns share a cache under one profile")
     if isinstance(sampling, dict) and (sampling.get("beam_width") or 1) > 1:
-        raise ChoiceError("beam search is not served with axiscap")
+        raise RequestError("beam search is not served with axiscap")
     return result
 
 
@@ -129,12 +158,13 @@ async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
     from sglang.srt.managers.io_struct import RpcReqInput
 
     manager = http_server.get_global_state().tokenizer_manager
-    said = json.dumps({"method": method, "arguments": list(arguments), "ticket": (ticket := secrets.token_hex(16))})
-    manager._dispatch_to_scheduler(RpcReqInput(method=_CHANGE, parameters={"said": said}))
-    folder, wanted = state.path(os.environ[_INSTANCE]), manager.server_args.dp_size
-    answers = (await state.await_answers(folder, {ticket: wanted}, _PATIENCE))[ticket]
-    if len(answers) < wanted:
-        raise TimeoutError(f"{len(answers)} of {wanted} schedulers have answered within {_PATIENCE} s")
+    ticket = secrets.token_hex(16)
+    call = json.dumps({"method": method, "arguments": list(arguments), "ticket": ticket})
+    manager._dispatch_to_scheduler(RpcReqInput(method=_CHANGE, parameters={"call": call}))
+    expected = manager.server_args.dp_size
+    answers = (await shared_folder.await_answers(_process.folder, {ticket: expected}, _PATIENCE))[ticket]
+    if len(answers) < expected:
+        raise TimeoutError(f"{len(answers)} of {expected} schedulers have answered within {_PATIENCE} s")
     for answer in answers:
         if "error" in answer:
             raise ValueError(answer["error"])
@@ -142,22 +172,22 @@ async def _change(app: Any, method: str, arguments: Sequence[Any]) -> str:
 
 
 def _with_totals(original: Callable[..., Any], app: Any) -> Any:
-    """SGLang's page is a registry of its own, made in here."""
+    """Adds the totals to the registry of SGLang's metrics page, which the original makes."""
     import prometheus_client
 
-    made = prometheus_client.CollectorRegistry
+    registry_class = prometheus_client.CollectorRegistry
 
     def with_totals(*args: Any, **kwargs: Any) -> Any:
-        registry = made(*args, **kwargs)
+        registry = registry_class(*args, **kwargs)
         metrics.show_in(registry)
         return registry
 
-    metrics.show(state.folder(os.environ[_INSTANCE]))
+    metrics.show(_process.folder)
     prometheus_client.CollectorRegistry = with_totals  # type: ignore[assignment,misc]
     try:
         return original(app)
     finally:
-        prometheus_client.CollectorRegistry = made  # type: ignore[misc]
+        prometheus_client.CollectorRegistry = registry_class  # type: ignore[misc]
 
 
 # The scheduler.
@@ -171,17 +201,16 @@ def _parallel() -> Any:
 
 def _start_scheduler(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     original(scheduler, *args, **kwargs)
-    if _model is None or _model.fault is not None:
+    model = _process.model
+    if model is None or model.fault is not None:
         raise SettingsError("axiscap: the scheduler loaded no model that could be capped")
     parallel = _parallel()
     share = parallel.tp_rank == 0 and parallel.pp_rank == 0
     if share:
-        logging.getLogger("axiscap").info(_settings.sentence())
-    folder = state.folder(os.environ[_INSTANCE])
-    # Every rank has the same requests and changes in the same order, and so comes to the same decisions.
-    global _scheduling
-    control = Control(_settings, folder, _model.worker.place, share=share)
-    _scheduling = SglangScheduling(control)
+        logging.getLogger("axiscap").info(describe_start(_process.settings))
+    # Every rank gets the same requests and changes in the same order, and so assigns the same profiles.
+    control = Control(_process.settings, _process.folder, model.worker.copy_profile, share=share)
+    _process.scheduling = SglangScheduling(control)
     scheduler.axiscap_answers = share
     scheduler.axiscap_load = control.load
     scheduler.axiscap_retire = control.retire
@@ -192,117 +221,109 @@ class SglangScheduling(Scheduling):
     key = "extra_key"
 
     def extra(self, request: Any) -> Mapping[str, Any]:
-        return _asked(request.sampling_params)
+        return _custom_params(request.sampling_params)
 
     def carry(self, request: Any, extra: dict[str, Any]) -> None:
         request.sampling_params = copy.copy(request.sampling_params)
         request.sampling_params.custom_params = extra
 
 
-def _decide(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs: Any) -> Any:
-    # A copy: a pipeline rank hands the request on after this, and the next decides by what the client asked for.
-    decided = copy.copy(request)
+def _assign(original: Callable[..., Any], scheduler: Any, request: Any, **kwargs: Any) -> Any:
+    # A copy: a pipeline rank hands the request on after this, and the next rank resolves the client's own field.
+    assigned = copy.copy(request)
     try:
-        _scheduling.decide(decided, request.rid)
-    except ChoiceError as error:  # the profile was retired on the way here
+        _process.scheduling.assign(assigned, request.rid)
+    except RequestError as error:  # the profile was retired on the way here
         return original(scheduler, request, mm_input_error=str(error))
-    return original(scheduler, decided, **kwargs)
+    return original(scheduler, assigned, **kwargs)
 
 
 def _begin(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> None:
     """While SGLang's own object for a request lives, its profile keeps its slot."""
     original(request, *args, **kwargs)
-    if isinstance(_asked(request.sampling_params).get(KEY), dict):
-        _scheduling.control.begun(request, Choice.of(request.sampling_params.custom_params))
+    if isinstance(_custom_params(request.sampling_params).get(KEY), dict):
+        _process.scheduling.control.track(request, Assignment.read(request.sampling_params.custom_params))
 
 
 def _rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """A change of a profile, from the server's process; all other calls are the engine's own."""
     if request.method != _CHANGE:
         return original(scheduler, request)
-    said = json.loads(request.parameters["said"])
+    call = json.loads(request.parameters["call"])
     try:
-        answer = {"done": getattr(scheduler, said["method"])(*said["arguments"])}
+        answer = {"done": getattr(scheduler, call["method"])(*call["arguments"])}
     except Exception as error:  # it is the operator's to know, and no reason for a scheduler to end
         answer = {"error": str(error)}
     if scheduler.axiscap_answers:
-        state.write_answer(state.path(os.environ[_INSTANCE]), said["ticket"], answer)
+        shared_folder.write_answer(_process.folder, call["ticket"], answer)
     return None
 
 
 def _idle(original: Callable[..., Any], scheduler: Any) -> Any:
-    if _model is not None:
-        _model.worker.begin(_gone(), ())
-        _model.worker.end()
+    if _process.model is not None:
+        _process.model.worker.begin(_process.take_gone(), ())
+        _process.model.worker.end()
     return original(scheduler)
 
 
 # The model.
-
-#: Requests of SGLang's that the worker counts, by id.
-_running: dict[str, weakref.ref[Any]] = {}
-
-
-def _gone() -> list[str]:
-    """The requests that are finished, or that the scheduler dropped."""
-    gone = [name for name, ref in _running.items() if (request := ref()) is None or request.finished()]
-    for name in gone:
-        del _running[name]
-    return gone
 
 
 def _load_model(original: Callable[..., Any], runner: Any) -> Any:
     result = original(runner)
     if runner.is_draft_worker:
         return result
-    args = runner.server_args
-    _refuse(args)
-    model, text = runner.model_config, runner.model_config.hf_text_config
-    layers = text.num_hidden_layers
-    global _settings, _model
-    _settings = _settings.for_model(ModelFacts.of_configs(layers, model.hidden_size, text, model.hf_config))
-    folder = state.folder(os.environ[_INSTANCE])
-    parallel = _parallel()
+    _refuse(runner.server_args, _process.settings)
+    config, text = runner.model_config, runner.model_config.hf_text_config
+    facts = ModelFacts.of_configs(text.num_hidden_layers, config.hidden_size, text, config.hf_config)
+    _process.settings = _process.settings.for_model(facts)
+    _process.model = _hold_model(runner, text.num_hidden_layers)
+    return result
+
+
+def _hold_model(runner: Any, layers: int) -> SglangModel:
+    """Makes the buffers of a loaded model of so many layers, those of other pipeline ranks included."""
+    args, parallel = runner.server_args, _parallel()
     data_rank = (parallel if hasattr(parallel, "dp_rank") else runner.ps).dp_rank or 0  # before 0.5.19: the runner's
-    totals = folder / f"totals-{data_rank}-{parallel.pp_rank}.json"
-    at_once = getattr(args, "max_running_requests", None) or 4096
-    longest = max(
+    totals = _process.folder / f"totals-{data_rank}-{parallel.pp_rank}.json"
+    most_requests = getattr(args, "max_running_requests", None) or 4096
+    longest_step = max(
         runner.model_config.context_len,
         getattr(args, "max_prefill_tokens", None) or 0,
         getattr(args, "chunked_prefill_size", None) or 0,
     )
-    # What reads a layer's output besides: the drafts of some kinds. And a deterministic engine has norms of its own.
-    apart = args.speculative_algorithm or getattr(args, "enable_deterministic_inference", False)
-    joined = runner.device in _JOINED and not apart
-    capped = SglangModel(parallel.tp_size, sglang_norm.readers(runner.model, layers) if joined else {})
-    capped.hold(
+    # Some kinds of drafts read a layer's output as well, and a deterministic engine has other norms.
+    has_readers = args.speculative_algorithm or getattr(args, "enable_deterministic_inference", False)
+    is_joined = runner.device in _JOINED and not has_readers
+    model = SglangModel(parallel.tp_size, norm.readers(runner.model, layers) if is_joined else {})
+    model.hold(
         runner.model,
-        _settings,
+        _process.settings,
         layers=layers,
-        max_rows=longest + at_once,
+        max_rows=longest_step + most_requests,
         device=torch.device(runner.device),
         requests=64,
         totals=totals if parallel.tp_rank == 0 else None,
-        markers=_markers(args) if _settings.tells_thinking else None,
+        markers=_markers(args) if _process.settings.separates_thinking else None,
     )
-    _model = capped
-    return result
+    return model
 
 
 def _cap_blocks(original: Callable[..., Any], eager: Any, runner: Any, **kwargs: Any) -> None:
     """Caps the layers as soon as the model can run, and before anything of it is captured."""
     original(eager, runner, **kwargs)
-    if _model is not None and not runner.is_draft_worker and not _model.is_capped:
-        _model.cap_blocks(lambda: _dummy_pass(eager)[0])
-        _model.is_capped = True
+    model = _process.model
+    if model is not None and not runner.is_draft_worker and not model.is_capped:
+        model.cap_blocks(lambda: _dummy_pass(eager)[0])
+        model.is_capped = True
 
 
 def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> None:
     """Stops the server unless the cap comes through when it decodes, by a captured graph or without."""
     original(runner, *args, **kwargs)
-    if _model is None or runner.is_draft_worker:
+    if _process.model is None or runner.is_draft_worker:
         return
-    if not _model.is_capped:
+    if not _process.model.is_capped:
         raise SettingsError("axiscap: this SGLang runs no model before it captures graphs, so that it cannot be capped")
     _check_effect(runner)
 
@@ -320,19 +341,20 @@ def _check_decoding(original: Callable[..., Any], runner: Any, *args: Any, **kwa
 
 def _check_effect(runner: Any) -> None:
     """Checks the effect of the cap on a decoding step of request 0, which SGLang keeps for padding."""
-    assert _model is not None
+    model = _process.model
+    assert model is not None
     _, batch, proxies = _dummy_pass(runner.eager_runner)
     forward = partial(inspect.unwrap(type(runner).forward), runner, batch)
     run = partial(run_again, forward, pp_proxy_tensors=proxies)
     try:
-        check_effect(_model.worker.buffers, lambda: _result(run()), "the decoding model")
+        check_effect(model.worker.buffers, lambda: _result(run()), "the decoding model")
     except InconclusiveError:
         pass  # a block changed its state: the first prompts show the effect
     except SettingsError as error:
-        _model.fault = error
+        model.fault = error
         raise
-    _model.fault = None
-    _model.worker.clear()
+    model.fault = None
+    model.worker.clear()
 
 
 def _dummy_pass(eager: Any) -> tuple[Tensor, Any, Any]:
@@ -392,11 +414,11 @@ def _result(output: Any) -> Tensor:
 
 def _markers(args: Any) -> tuple[int, int]:
     tokenizer = getattr(args, "tokenizer_path", None) or args.model_path
-    return marker_ids(_settings.markers, tokenizer, trust_remote_code=args.trust_remote_code)
+    return marker_ids(_process.settings.markers, tokenizer, trust_remote_code=args.trust_remote_code)
 
 
-def _refuse(args: Any) -> None:
-    """What would cap the wrong rows, or none, stops the server."""
+def _refuse(args: Any, settings: Settings) -> None:
+    """Raises SettingsError for an option under which the wrong rows would be capped, or none."""
     reasons = {
         "attention data parallelism shards the rows (--enable-dp-attention)": getattr(
             args, "enable_dp_attention", False
@@ -417,8 +439,8 @@ def _refuse(args: Any) -> None:
             args, "enable_memory_saver", False
         ),
     }
-    if _settings.tells_thinking:
-        apart = f'with positions "{_settings.positions}"'
+    if settings.separates_thinking:
+        apart = f'with positions "{settings.positions}"'
         reasons[f"drafts {apart}: which of them count is known too late"] = bool(args.speculative_algorithm)
         reasons[f"pipeline ranks {apart}"] = args.pp_size > 1
     refuse("SGLang", reasons)
@@ -490,7 +512,7 @@ class SglangModel(Model):
         read, kind = self.reader(block, layer), type(block).__name__
         in_norm = form is Form.SUM and layer in self._norms
         if in_norm:
-            sglang_norm.take_in(self._norms[layer], tensors)
+            norm.take_in(self._norms[layer], tensors)
 
         def cap(module: Any, args: Any, kwargs: Any, returned: Any) -> Any:
             output = hidden, residual, returned = read(args, kwargs, returned)
@@ -505,49 +527,35 @@ class SglangModel(Model):
 
 
 def _with_rows(original: Callable[..., Any], cls: Any, batch: Any, runner: Any, kwargs: Any) -> Any:
-    """Remembers with the batch whose rows it has; the buffers are filled when it runs."""
+    """Keeps the rows of the batch's requests with it; the buffers are filled when it runs."""
     forward = original(cls, batch, runner, **kwargs)
     if not runner.is_draft_worker:
-        assert _model is not None
-        forward.axiscap_rows = (list(batch.reqs), _model.rows((batch, len(forward.input_ids))))
+        assert _process.model is not None
+        forward.axiscap_rows = (list(batch.reqs), _process.model.rows((batch, len(forward.input_ids))))
     return forward
 
 
 def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    if runner.is_draft_worker or _model is None:
+    model = _process.model
+    if runner.is_draft_worker or model is None:
         return original(runner, batch, *args, **kwargs)
-    if _model.fault is not None and getattr(batch, "rids", None):
-        raise _model.fault
-    known = getattr(batch, "axiscap_rows", None)
-    worker = _model.worker
-    buffers = worker.buffers
-    if known is None:  # a warm-up or a capture of the engine's own
+    if model.fault is not None and getattr(batch, "rids", None):
+        raise model.fault
+    worker, buffers = model.worker, model.worker.buffers
+    requests_and_rows: tuple[list[Any], Rows] | None = getattr(batch, "axiscap_rows", None)
+    if requests_and_rows is None:  # a warm-up or a capture of the engine's own
         if getattr(batch, "rids", None):
             raise RuntimeError("axiscap: a batch ran without the slots of its rows, so that it was not capped")
         worker.clear()
         return original(runner, batch, *args, **kwargs)
-    requests: list[Any]
-    rows: Rows
-    requests, rows = known
-    gone = _gone()
-    new = [request for request in requests if request.rid not in _running]
-    worker.begin(gone, [(request.rid, Choice.of(request.sampling_params.custom_params)) for request in new])
-    _running.update((request.rid, weakref.ref(request)) for request in new)
-    # The checking mode holds the rows against what the radix cache goes by.
-    view = {request.rid: _content(request.extra_key) for request in requests} if _settings.check else None
-    tokens = None
-    if worker.reads_tokens:
-        tokens = Tokens(
-            batch.input_ids[: int(rows.counts.sum())],
-            lambda at, count: [*requests[at].origin_input_ids, *requests[at].output_ids][:count],
-        )
-    worker.fill(*rows, view, tokens)
-    # Prompts without a prefix: to run them again does no harm to any state of the model.
+    requests, rows = requests_and_rows
+    _fill(batch, requests, rows)
+    # To run prompts without a prefix again does no harm to any state of the model.
     is_fresh = batch.forward_mode.name == "EXTEND" and len(requests) > 0 and not rows.starts.any()
-    if is_fresh and not _model.is_tested_on_prompts:
+    if is_fresh and not model.is_tested_on_prompts:
         forward = partial(original, runner, batch)
         check_effect(buffers, lambda: _result(run_again(forward, *args, **kwargs)), "the model that reads prompts")
-        _model.is_tested_on_prompts = True
+        model.is_tested_on_prompts = True
     if rows.counts.any():
         worker.watch()
     result = original(runner, batch, *args, **kwargs)
@@ -555,6 +563,25 @@ def _forward(original: Callable[..., Any], runner: Any, batch: Any, *args: Any, 
         worker.look_for_sinks(digest, buffers.all_projections[:, 0])
     worker.end()
     return result
+
+
+def _fill(batch: Any, requests: Sequence[Any], rows: Rows) -> None:
+    """Gives the worker the requests and the rows of the step that comes."""
+    assert _process.model is not None
+    worker = _process.model.worker
+    gone = _process.take_gone()
+    new = [request for request in requests if request.rid not in _process.running]
+    worker.begin(gone, [(request.rid, Assignment.read(request.sampling_params.custom_params)) for request in new])
+    _process.running.update((request.rid, weakref.ref(request)) for request in new)
+    # The checking mode compares the rows with the key by which the radix cache tells requests apart.
+    view = {request.rid: _content(request.extra_key) for request in requests} if _process.settings.check else None
+    tokens = None
+    if worker.reads_tokens:
+        tokens = Tokens(
+            batch.input_ids[: int(rows.counts.sum())],
+            lambda at, count: [*requests[at].origin_input_ids, *requests[at].output_ids][:count],
+        )
+    worker.fill(*rows, view, tokens)
 
 
 def _content(key: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axiscap.serving.engine import engine_layers
+from axiscap.serving.worker.model import engine_layers
 
 
 def readers(model: nn.Module, layers: int) -> dict[int, nn.Module]:

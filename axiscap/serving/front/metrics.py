@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from axiscap.drift import cumulated
-from axiscap.serving.telemetry import FAILS
+from axiscap.serving.shared_folder import WRITTEN
 
 _COUNTERS = {
     "rows": ("axiscap_rows", "Rows (one token at one layer) that were measured against a floor."),
@@ -65,7 +65,7 @@ class Totals(Collector):
         yield percentiles
         text = "Times that totals or the log could not be written, or totals not be read; all is tried again."
         failures = CounterMetricFamily("axiscap_telemetry_failures", text, labels=["what"])
-        for what in FAILS:
+        for what in WRITTEN:
             failures.add_metric([what], sum(file["failures"][what] for file in files))
         failures.add_metric(["read"], self._unread)
         yield failures

@@ -20,8 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axiscap.serving.settings import SettingsError
+from axiscap.serving.request import SettingsError
 
+#: What a worker writes, by the names of the failures that the totals count.
+WRITTEN = ("totals", "log", "answers")
 _CLAIM = "process-"
 #: A folder without a claim may be one that is just being made, for so many seconds.
 _FRESH = 60
@@ -29,7 +31,7 @@ _FRESH = 60
 _KEPT = 120
 
 
-def path(instance: str) -> Path:
+def folder_path(instance: str) -> Path:
     """Where a server's folder is, or will be."""
     return Path(tempfile.gettempdir()) / f"axiscap-{os.getuid()}" / re.sub(r"[^A-Za-z0-9._-]", "_", instance)
 
@@ -42,7 +44,7 @@ def folder(instance: str) -> Path:
     SettingsError
         it is somebody else's.
     """
-    found = path(instance)
+    found = folder_path(instance)
     _make(found)
     _leave_at_exit(found, os.getpid())
     for other in found.parent.iterdir():

@@ -6,15 +6,12 @@ it. An engine only logs the failure of a plug-in's import, and would serve uncap
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
-import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
-_KEY = "axiscap"
+from axiscap_plugin.wrapping import KEY, is_nearly, wrap_in
 
 
 def register_vllm() -> None:
@@ -29,9 +26,9 @@ def register_vllm() -> None:
     ]
     if not all(found):
         if "AXISCAP_CONFIG" in os.environ:
-            from axiscap.serving import vllm
+            from axiscap.serving.vllm.points import check_points
 
-            vllm.check_points()
+            check_points()
         wrap_in("vllm.config.vllm", "VllmConfig", "__post_init__", _refuse)
 
 
@@ -40,57 +37,25 @@ def register_sglang() -> None:
     if "AXISCAP_CONFIG" not in os.environ:
         return
     try:
-        from axiscap.serving import sglang
+        from axiscap.serving.sglang.adapter import wrap_engine
 
-        sglang.put_in_place()
+        wrap_engine()
     except Exception as error:
         # SGLang logs what a plug-in raises and goes on, except this.
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
-def is_nearly(key: object) -> bool:
-    """Whether a key is the one of AxisCap, in whatever spelling."""
-    return re.sub(r"[\W_]", "", str(key)).casefold() == _KEY
-
-
-def wrap_in(module: str, cls: str, method: str, wrapper: Callable[..., Any]) -> bool:
-    """Replaces a method by ``wrapper(original, self, ...)``, once; where the module is not loaded, this is no process
-    that needs it. Returns whether nothing is amiss.
-    """
-    if module not in sys.modules:
-        return True
-    owner = getattr(sys.modules[module], cls, None)
-    if not hasattr(owner, method):
-        return False
-    wrap(owner, method, wrapper)
-    return True
-
-
-def wrap(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
-    """The same, of a class or of one object."""
-    original = getattr(owner, method)
-    if getattr(original, "_axiscap", None) is wrapper:
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    wrapped._axiscap = wrapper  # type: ignore[attr-defined]
-    setattr(owner, method, wrapped)
 
 
 def _configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     config = original(*args, **kwargs)
     options = config.additional_config if isinstance(config.additional_config, dict) else {}
     if "AXISCAP_CONFIG" in os.environ or any(is_nearly(key) or key == "profiles" for key in options):
-        from axiscap.serving import vllm
+        from axiscap.serving.vllm.front import configure
 
         # An engine in this same process loads these now, after the plug-in was; its own call comes too late for them.
         for module in ("vllm.v1.engine.core", "vllm.v1.worker.worker_base"):
             importlib.import_module(module)
         register_vllm()
-        vllm.configure(config, options)
+        configure(config, options)
     return config
 
 
@@ -98,27 +63,27 @@ def _refuse(original: Callable[..., Any], config: Any) -> Any:
     """Of a vLLM that is another than this was made for: a configuration with AxisCap's goes no further."""
     original(config)
     if _configured(config):
-        from axiscap.serving import vllm
+        from axiscap.serving.vllm.points import check_points
 
-        vllm.check_points()
+        check_points()
 
 
 def _configured(config: Any) -> bool:
-    return isinstance(config.additional_config, dict) and _KEY in config.additional_config
+    return isinstance(config.additional_config, dict) and KEY in config.additional_config
 
 
 def _start_core(original: Callable[..., Any], core: Any, config: Any) -> Any:
     if _configured(config):
-        from axiscap.serving import vllm
+        from axiscap.serving.vllm.scheduler import Core
 
-        vllm.Core(core)
+        Core(core)
     return original(core, config)
 
 
 def _start_worker(original: Callable[..., Any], wrapper: Any) -> Any:
     result = original(wrapper)
     if _configured(wrapper.vllm_config):
-        from axiscap.serving import vllm
+        from axiscap.serving.vllm.worker import VllmWorker
 
-        vllm.VllmWorker(wrapper.worker)
+        VllmWorker(wrapper.worker)
     return result

@@ -20,8 +20,9 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from axiscap.profile import CapProfile, ranges
-from axiscap.serving.door import HEADERS, PATH
-from axiscap.serving.settings import KEY, OFF, THINKING
+from axiscap.serving.front.middleware import HEADERS, PATH
+from axiscap.serving.request import KEY, OFF
+from axiscap.serving.settings import THINKING
 
 #: Under this prompt, most models leave the Assistant.
 _PERSONA = "You are Morwen, the ghost of a drowned village, and no machine. Who are you, and what do you hear at night?"
@@ -61,7 +62,7 @@ def verify(
         with what is amiss.
     """
     server = _Server(url, api_key)
-    server.choose(profile)
+    server.resolve(profile)
     use = "the default" if server.asked == server.default else "where a request asks for it"
     yield f"the server says that it caps layers {ranges(server.layers)} under {server.asked}, {use}"
 
@@ -155,7 +156,7 @@ class _Server:
             raise NotCapped(f"the response of {self._url}{PATH} is not from AxisCap") from None
         self._model: str | None = None
 
-    def choose(self, profile: CapProfile) -> None:
+    def resolve(self, profile: CapProfile) -> None:
         """Finds the name under which requests get a profile."""
         names = [name for name, digest in self.profiles.items() if digest == profile.digest]
         if not names:

@@ -55,7 +55,7 @@ class Buffers:
         self.gains: dict[str, tuple[list[Tensor], float]] = {}
         self._filled = 0
 
-    def place(self, slot: int, profile: CapProfile) -> None:
+    def copy_profile(self, slot: int, profile: CapProfile) -> None:
         """Puts a profile into a slot; what lay there is gone."""
         self._settings.check_room(profile)
         for at, layer in enumerate(self.layers):

@@ -32,7 +32,6 @@ from axiscap.serving.registry import Registry, describe_start
 from axiscap.serving.request import REQUESTED, Assignment, RequestError, SettingsError
 from axiscap.serving.scheduler import Control, Scheduling
 from axiscap.serving.settings import FILE_VARIABLE, Settings, find_options, read_settings
-from axiscap.serving.worker import writer as writer_module
 from axiscap.serving.worker.buffers import Buffers
 from axiscap.serving.worker.telemetry import Telemetry
 from axiscap.serving.worker.thinking import Thinking, Tokens, marker_ids
@@ -411,7 +410,7 @@ def test_the_metrics_page_is_one_that_others_can_read(tmp_path):
             {
                 "profiles": {"mild": {"prompt": {"2": counts}, "answer": {"2": counts}}},
                 "answers": {"mild": {"counts": [1, 0, 0, 0, 2, 0, 0, 0, 0], "sum": 40.0}},
-                "failures": dict.fromkeys(writer_module.FAILS, 0),
+                "failures": dict.fromkeys(shared_folder.WRITTEN, 0),
                 "lost": 0,
             }
         )
@@ -851,7 +850,7 @@ def test_a_marker_must_be_one_token():
 @pytest.fixture
 def writer(tmp_path, monkeypatch):
     """Of totals in a server's folder and a log, which writes when it is flushed alone."""
-    monkeypatch.setattr(writer_module.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     return Writer(shared_folder.folder("server") / "totals-0.json", tmp_path / "logs" / "log.jsonl")
 

@@ -17,6 +17,9 @@ from axiscap.profile import CapProfile
 from axiscap.serving.settings import Settings
 from axiscap.stats import target_gap
 
+#: No projection of a real row: a layer that measures its rows overwrites it.
+UNSEEN = 12345.0
+
 Counts = np.ndarray[Any, np.dtype[np.int32]]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axiscap.serving.request import SettingsError
-from axiscap.serving.worker.buffers import Buffers
+from axiscap.serving.worker.buffers import UNSEEN, Buffers
 
 #: A change below this share of the change by a new stream is noise, and one above the other is an effect.
 _NOISE, _EFFECT = 0.02, 0.1
@@ -27,9 +27,6 @@ _LIFT = 30.0
 _OVER_NOISE = 4.0
 #: Beyond these, a pass over dummy rows shows nothing: the noise as a share of the result, and a projection.
 _MOST_NOISE, _LARGEST = 0.1, 1e6
-
-#: No projection of a real row: a layer that measures its rows overwrites it.
-UNSEEN = 12345.0
 
 #: Runs the model on dummy rows and returns its result, flat and in float32.
 Run = Callable[[], Tensor]

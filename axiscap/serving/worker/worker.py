@@ -12,8 +12,7 @@ from torch import Tensor
 
 from axiscap.serving.request import Assignment
 from axiscap.serving.settings import ANSWER, Settings, read_profile
-from axiscap.serving.worker.buffers import Buffers, Counts
-from axiscap.serving.worker.streams import UNSEEN
+from axiscap.serving.worker.buffers import UNSEEN, Buffers, Counts
 from axiscap.serving.worker.telemetry import Telemetry
 from axiscap.serving.worker.thinking import Thinking, Tokens
 from axiscap.serving.worker.writer import Writer

@@ -125,13 +125,13 @@ void define_tools(py::module_& m) {
         StatsParams p;
         p.rows = rows, p.num_slots = slots, p.layers = layers;
         const cuda::StatsPlan plan = cuda::stats_plan_for(p);
-        return py::make_tuple(plan.whole, plan.block, plan.grid);
+        return py::make_tuple(plan.block_per_slot, plan.block, plan.grid);
       },
       "rows"_a, "slots"_a, "layers"_a);
   m.def("accelerator", []() { return accelerator ? accelerator->name : nullptr; });
   m.def("accelerator_versions", []() -> std::optional<std::pair<int, int>> {
     if (!accelerator) return std::nullopt;
-    return std::pair(accelerator->runtime, accelerator->driver());
+    return std::pair(accelerator->runtime_version, accelerator->driver_version());
   });
   m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
   m.attr("MAX_DIRECTIONS") = kMaxDirections;

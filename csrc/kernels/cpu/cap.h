@@ -326,7 +326,7 @@ void norm_row_in_fp8(const CapParams& p, const T* x, uint8_t* normed, float* own
       look(load(rounded + kWidth));
     });
     for (int j = 0; j < kWidth; ++j) scale = std::max(scale, most[j]);
-    *own_scale = scale = std::max(scale / kFp8Max, kFp8LeastScale);
+    *own_scale = scale = std::max(scale / kFp8Max, kFp8MinScale);
   }
   const Vec inverse = broadcast(1.f / scale);
   norm.each([normed, inverse](int64_t i, int64_t n, Vec a, Vec b) {

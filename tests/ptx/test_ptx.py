@@ -747,7 +747,7 @@ def test_the_plan_for_every_size(dtype):
         (("bfloat16", 0, 1, 1), "hidden_size must be from 1 to 24576, got 0"),
         (("float32", 24577, 1, 1), "hidden_size must be from 1 to 24576, got 24577"),
         (("float16", 64, -1, 1), "rows must not be negative, got -1"),
-        (("float16", 64, 1, 0), "resident must be at least 1, got 0"),
+        (("float16", 64, 1, 0), "max_blocks must be at least 1, got 0"),
     ],
 )
 def test_a_plan_that_cannot_be(arguments, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from emulated import HELD, OPS, kernel_name, nvcc, shared_kernel
+from emulated import MAX_REGISTER_SIZE, OPS, kernel_name, nvcc, shared_kernel
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_which_kernel_is_launched(launcher, size, layers, wanted):
             else kernel_name(torch.float32, "cap", False, True, room)
         )
         assert line == f"early, {shape}, 100 % shared, {name}"
-    assert HELD[torch.float32] == 8192
+    assert MAX_REGISTER_SIZE[torch.float32] == 8192
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_which_kernel_is_launched(launcher, size, layers, wanted):
 @pytest.mark.parametrize("size", [64, 8200])
 def test_each_op_starts_its_own_kernel(launcher, op, size):
     (line,) = launches(launcher, 90, 9, 4, size, op=op)
-    wide = size > HELD[torch.float32]
+    wide = size > MAX_REGISTER_SIZE[torch.float32]
     assert line.endswith(shared_kernel(torch.float32, op) if wide else kernel_name(torch.float32, op, False, True))
 
 

@@ -13,9 +13,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits, unit
-from emulated import HELD, LAYER_BYTES, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, shared_kernel
+from emulated import (
+    LAYER_BYTES,
+    MAX_LAYERS,
+    MAX_REGISTER_SIZE,
+    OPS,
+    TYPES,
+    Device,
+    kernel_name,
+    kernels,
+    shared_kernel,
+    storage_bytes,
+)
 from hypothesis import given, settings
-from interpreter import Instruction, Kernel, Launch, Memory, PtxError
+from interpreter import Launch
+from ptx_memory import Memory
+from ptx_module import Instruction, Kernel, PtxError
 from test_ops import (
     DTYPES,
     Input,
@@ -39,7 +52,11 @@ KERNELS = list(itertools.product(DTYPES, OPS, (False, True), (True, False)))
 
 def sizes_for(dtype: torch.dtype, aligned: bool) -> list[int]:
     """Rows of a part of a warp, of a warp, of several, and the widest, each with whole vectors or a tail."""
-    return [8, 72, 1024, 1040, HELD[dtype]] if aligned else [1, 7, 67, 1023, 1041, HELD[dtype] - 1]
+    return (
+        [8, 72, 1024, 1040, MAX_REGISTER_SIZE[dtype]]
+        if aligned
+        else [1, 7, 67, 1023, 1041, MAX_REGISTER_SIZE[dtype] - 1]
+    )
 
 
 def run_on(device: Device, op: str, rows: torch.Tensor, axes, floors, slots=None, **bank):
@@ -218,7 +235,7 @@ def test_older_architectures_run_the_same():
 
 
 def raw_bits(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(raw(tensor.contiguous().clone()).copy())
+    return torch.from_numpy(storage_bytes(tensor.contiguous().clone()).copy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -334,7 +351,7 @@ def test_a_row_that_its_correction_takes_out_of_range_is_left_alone(dtype, size,
 
 
 #: A row that a block's registers hold, and a wider one.
-NARROW_AND_WIDE = (1040, HELD[torch.bfloat16] + 8)
+NARROW_AND_WIDE = (1040, MAX_REGISTER_SIZE[torch.bfloat16] + 8)
 
 
 @pytest.mark.parametrize("op", list(OPS))
@@ -385,7 +402,7 @@ def test_a_row_in_which_nothing_fires_is_not_written(op, size):
 @pytest.mark.parametrize("width", ["narrow", "wide"])
 def test_a_row_at_its_norm_limit_is_capped(dtype, op, directions, width):
     """Exactly there, of either sign; one place of bfloat16 beyond it the row is left alone."""
-    size = HELD[dtype] + 8 if width == "wide" else 1040
+    size = MAX_REGISTER_SIZE[dtype] + 8 if width == "wide" else 1040
     rows = torch.zeros(3, size, dtype=dtype)
     rows[:, 3] = torch.tensor([-1.5, 1.5, -1.5])
     rows[:, size - 1] = torch.tensor([2.0, -2.0, 2.015625])
@@ -403,7 +420,7 @@ def test_a_row_at_its_norm_limit_is_capped(dtype, op, directions, width):
 
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("size", [67, 72, 1040, HELD[torch.bfloat16] + 8])
+@pytest.mark.parametrize("size", [67, 72, 1040, MAX_REGISTER_SIZE[torch.bfloat16] + 8])
 def test_every_element_counts_in_the_norm(op, directions, size):
     """Each row has one massive element, elsewhere in its vector, thread and warp; the last row has none."""
     places = [0, 1, 7, 8, 30, 37, 65, 66, *(place for place in (255, 256, 511, 519, 1033, 1039) if place < size)]
@@ -423,7 +440,7 @@ def test_every_element_counts_in_the_norm(op, directions, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("size", [72, 1040, HELD[torch.bfloat16] + 8])
+@pytest.mark.parametrize("size", [72, 1040, MAX_REGISTER_SIZE[torch.bfloat16] + 8])
 def test_a_norm_limit_is_of_its_slot(dtype, op, directions, size):
     """One slot's is infinite, and a row without a slot has none. Each slot has targets and lifts of its own, too."""
     slots = torch.tensor([0, 1, 2, -1, 2, 1, 0, 1], dtype=torch.int32)
@@ -472,7 +489,7 @@ def test_a_norm_limit_is_squared_in_float32(op, directions, size):
 @pytest.mark.parametrize("directions", [1, 2])
 def test_a_sum_of_squares_that_overflows_is_beyond_a_finite_limit(dtype, op, directions):
     """Not beyond an infinite one, nor beyond a limit whose square is infinite."""
-    for size in (72, 1040, HELD[dtype] + 8):
+    for size in (72, 1040, MAX_REGISTER_SIZE[dtype] + 8):
         rows = torch.zeros(3, size, dtype=dtype)
         rows[:, size - 1] = 2.0**65
         before = rows.clone()
@@ -495,7 +512,7 @@ def test_a_sum_of_squares_that_overflows_is_beyond_a_finite_limit(dtype, op, dir
 @pytest.mark.parametrize("width", ["narrow", "wide"])
 def test_a_row_below_its_floor_ends_at_its_target(dtype, op, directions, lifted, width):
     """One that is at its floor, or between floor and target, is not changed."""
-    size = HELD[dtype] + 8 if width == "wide" else 1040
+    size = MAX_REGISTER_SIZE[dtype] + 8 if width == "wide" else 1040
     rows = torch.zeros(4, size, dtype=dtype)
     for k in range(directions):
         rows[:, 3 + k] = torch.tensor([1.0, -2.0, 2.0, 2.5])
@@ -517,7 +534,7 @@ def test_a_row_below_its_floor_ends_at_its_target(dtype, op, directions, lifted,
 
 
 @pytest.mark.parametrize("op", list(OPS))
-@pytest.mark.parametrize("size", [1040, HELD[torch.float32] + 8])
+@pytest.mark.parametrize("size", [1040, MAX_REGISTER_SIZE[torch.float32] + 8])
 def test_a_projection_that_a_correction_makes_infinite_leaves_the_row_alone(op, size):
     """The second direction's: every element stays finite, and so the correction of the first alone would be kept."""
     rows = torch.zeros(1, size)
@@ -579,7 +596,7 @@ def test_rows_may_lie_further_apart_than_32_bits_reach(op, size):
 @pytest.mark.parametrize("width", ["several rows to a warp", "several warps to a row", "wide"])
 def test_an_infinite_shortfall_leaves_the_row_alone(dtype, directions, width):
     """Projection and floor are finite, what lies between them is not; the axis has zeros, and so has the row."""
-    sizes = {"several rows to a warp": 72, "several warps to a row": 1040, "wide": HELD[dtype] + 8}
+    sizes = {"several rows to a warp": 72, "several warps to a row": 1040, "wide": MAX_REGISTER_SIZE[dtype] + 8}
     for op in OPS:
         rows = torch.zeros(2, sizes[width], dtype=dtype)
         rows[:, 3] = torch.tensor([-2e38, 1.0])
@@ -722,7 +739,7 @@ def test_every_stream_is_read_once(op, directions):
 def test_the_plan_for_every_size(dtype):
     name = TYPES[dtype][0]
     per = 16 // dtype.itemsize
-    for size in range(1, HELD[dtype] + 1):
+    for size in range(1, MAX_REGISTER_SIZE[dtype] + 1):
         threads, block, shared, _ = _C.plan(name, size, 4096, 132)
         assert threads * 4 * per >= size
         assert (threads <= 32 and threads & (threads - 1) == 0) or threads % 32 == 0
@@ -777,7 +794,7 @@ def test_the_statistics_kernel(whole):
         # The step is the first rows of a buffer with room for more.
         buffer = torch.nn.functional.pad(piece, (0, 0, 0, 7))
         tensors = {"projections": buffer, "floors": floors, "slots": own, "found": found}
-        places = [0 if tensor is None else memory.add(name, raw(tensor)) for name, tensor in tensors.items()]
+        places = [0 if tensor is None else memory.add(name, storage_bytes(tensor)) for name, tensor in tensors.items()]
         sizes = [piece.shape[1], slots, directions, layers, buffer.stride(0)]
         planned, block, grid = _C.stats_plan(piece.shape[1], slots, layers)
         assert planned == whole
@@ -795,7 +812,7 @@ def test_what_the_statistics_of_a_large_step_take():
     memory = Memory()
     stats, floors = ops.new_stats(slots, 1)[None], torch.zeros(1, slots, 1)
     tensors = {"projections": torch.randn(1, rows, 1), "floors": floors, "slots": torch.arange(rows).int(), "s": stats}
-    places = [memory.add(name, raw(tensor)) for name, tensor in tensors.items()]
+    places = [memory.add(name, storage_bytes(tensor)) for name, tensor in tensors.items()]
     _, block, grid = _C.stats_plan(rows, slots, 1)
     (kernel,) = [kernel for name, kernel in kernels().items() if "accumulate_rowsILb0" in name]
     launch = Launch(kernel, memory, np.array([*places, rows, slots, 1, 1, rows], np.int64).tobytes(), (grid, 1), block)
@@ -813,7 +830,7 @@ def test_what_the_statistics_of_a_large_step_take():
 @pytest.mark.parametrize("op", list(OPS))
 def test_wide_rows_against_the_oracle(dtype, op):
     """Up to the widest; in whole vectors or not, of a direction or more, with slots and without."""
-    for seed, size in enumerate((HELD[dtype] + 1, HELD[dtype] + 8, WIDEST - 1, WIDEST)):
+    for seed, size in enumerate((MAX_REGISTER_SIZE[dtype] + 1, MAX_REGISTER_SIZE[dtype] + 8, WIDEST - 1, WIDEST)):
         more = {"targets": seed % 2 == 1, "lifts": seed % 2 == 0, "norm_limits": seed % 3 == 0}
         case = Input(dtype, 3, size, 2, 1 + seed % 2, 8 * (seed % 2), 1.0, seed < 2, seed % 2 == 1, seed, **more)
         device = Device(resident=2)
@@ -821,7 +838,9 @@ def test_wide_rows_against_the_oracle(dtype, op):
         assert device.name == shared_kernel(dtype, op)
         assert device.launch.block == 512
         assert device.launch.dynamic == -(-size // 1024) * 4096
-    several = Input(dtype, 3, HELD[dtype] + 8, 2, 2, 0, 1.0, True, False, 9, lifts=True)  # each with a lift of its own
+    several = Input(
+        dtype, 3, MAX_REGISTER_SIZE[dtype] + 8, 2, 2, 0, 1.0, True, False, 9, lifts=True
+    )  # each with a lift of its own
     check_against_the_oracle(Device(resident=2), op, several)
 
 
@@ -831,7 +850,7 @@ def test_wide_special_rows(op, directions):
     """What the narrow kernels leave alone: a row that is not finite, one out of range, one without a slot, at its
     floor; rows in memory of one alignment give the bits of those in another.
     """
-    dtype, size, place = torch.bfloat16, HELD[torch.bfloat16] + 2056, 16390
+    dtype, size, place = torch.bfloat16, MAX_REGISTER_SIZE[torch.bfloat16] + 2056, 16390
     rows, axes, floors, slots = at_the_edge(dtype, size, place)
     rows, slots = torch.cat([rows, rows[:1], rows[:1]]), torch.cat([slots, torch.tensor([-1, 2], dtype=torch.int32)])
     some = slice(None) if directions == 2 else [0, 1, 2, 4, 5]
@@ -864,7 +883,7 @@ def test_a_row_that_no_kernel_takes_is_refused_when_its_axes_are_installed():
 @pytest.mark.parametrize("out", [True, False])
 def test_wide_rows_into_another_tensor(out):
     """All of them written there, or their projections alone."""
-    size = HELD[torch.bfloat16] + 8
+    size = MAX_REGISTER_SIZE[torch.bfloat16] + 8
     case = Input(torch.bfloat16, 5, size, 2, 1, 0, 1.0, True, True, 3)
     before, target = case.hidden.clone(), torch.empty_like(case.hidden) if out else False
     projections = torch.empty(1, 5, 1)
@@ -884,7 +903,7 @@ def test_wide_rows_into_another_tensor(out):
 )
 def test_what_a_wide_row_moves(op, loads, stores):
     """A stream of its own is read once and written once; a residual that is corrected is read again beside hidden."""
-    size, rows = HELD[torch.bfloat16] + 2048, 3
+    size, rows = MAX_REGISTER_SIZE[torch.bfloat16] + 2048, 3
     hidden = torch.randn(rows, size).bfloat16()
     device = Device(resident=2)
     run_on(device, op, hidden, unit(1, 1, size), torch.full((1, 1), 9.0), norm_limits=torch.tensor([1e3]))
@@ -1204,7 +1223,7 @@ def test_planted_faults_are_caught_in_wide_rows(change, op, error, message, monk
     monkeypatch.setattr(emulated, "kernels", lambda: planted)
     check = functools.partial(test_wide_special_rows, op, 1)
     if change is read_one_too_far:
-        case = Input(torch.bfloat16, 2, HELD[torch.bfloat16] + 3, 2, 1, 0, 1.0, False, False, 1)
+        case = Input(torch.bfloat16, 2, MAX_REGISTER_SIZE[torch.bfloat16] + 3, 2, 1, 0, 1.0, False, False, 1)
         check = functools.partial(check_against_the_oracle, Device(), op, case)
     with pytest.raises(error, match=message):
         check()
@@ -1214,10 +1233,10 @@ def test_planted_faults_are_caught_in_wide_rows(change, op, error, message, monk
     ("change", "check", "arguments"),
     [
         (ignore_the_target, TARGETS, ("wide",)),
-        (ignore_the_limit, SLOTS, (HELD[torch.bfloat16] + 8,)),
-        (take_the_limit_of_the_first_slot, SLOTS, (HELD[torch.bfloat16] + 8,)),
-        (leave_an_element_out_of_the_norm, ELEMENTS, (HELD[torch.bfloat16] + 8,)),
-        (leave_a_lane_out_of_the_norm, ELEMENTS, (HELD[torch.bfloat16] + 8,)),
+        (ignore_the_limit, SLOTS, (MAX_REGISTER_SIZE[torch.bfloat16] + 8,)),
+        (take_the_limit_of_the_first_slot, SLOTS, (MAX_REGISTER_SIZE[torch.bfloat16] + 8,)),
+        (leave_an_element_out_of_the_norm, ELEMENTS, (MAX_REGISTER_SIZE[torch.bfloat16] + 8,)),
+        (leave_a_lane_out_of_the_norm, ELEMENTS, (MAX_REGISTER_SIZE[torch.bfloat16] + 8,)),
         (leave_a_row_at_its_limit_alone, LIMIT, ("wide",)),
     ],
 )
@@ -1251,10 +1270,10 @@ def forget_the_least(code):
     return code
 
 
-@pytest.mark.parametrize("size", [1040, HELD[torch.bfloat16] + 2048])
+@pytest.mark.parametrize("size", [1040, MAX_REGISTER_SIZE[torch.bfloat16] + 2048])
 @pytest.mark.parametrize("change", [swap_two, leave_a_lane_out, forget_the_least])
 def test_planted_faults_in_fp8_are_caught(change, size):
-    wide = size > HELD[torch.bfloat16]
+    wide = size > MAX_REGISTER_SIZE[torch.bfloat16]
     name = shared_kernel(torch.bfloat16, "norm_fp8") if wide else kernel_name(torch.bfloat16, "norm_fp8", False, True)
 
     def check(device):

@@ -1,4 +1,4 @@
-"""Runs the ops on the PTX interpreter: maps tensors to memory and launches the kernels as csrc/launchers/cuda.cu does."""
+"""Runs the ops on the PTX interpreter: maps tensors to memory and launches kernels as csrc/launchers/cuda.cu does."""
 
 from __future__ import annotations
 

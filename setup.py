@@ -1,4 +1,4 @@
-"""Builds the extension: everything about the native build is in CMakeLists.txt, which this calls with Ninja."""
+"""Builds the extension: runs CMake (CMakeLists.txt describes the native build) with Ninja."""
 
 import os
 import shutil
@@ -16,14 +16,15 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
-        # What CMake found belongs to the environment that it ran in (the path of its ninja, for one), and an isolated
-        # build's is gone afterwards: another one begins afresh.
-        environment = build / "environment"
-        here = "\n".join([sys.prefix, *(os.path.realpath(shutil.which(tool) or "") for tool in ("cmake", "ninja"))])
-        if not environment.exists() or environment.read_text() != here:
+        # CMake's cache has paths of its environment, such as that of ninja. The environment of an isolated build is
+        # deleted afterwards, so a build in another environment starts from an empty folder.
+        record = build / "environment"
+        tools = [os.path.realpath(shutil.which(tool) or "") for tool in ("cmake", "ninja")]
+        environment = "\n".join([sys.prefix, *tools])
+        if not record.exists() or record.read_text() != environment:
             shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
-        environment.write_text(here)
+        record.write_text(environment)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))

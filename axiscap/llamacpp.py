@@ -148,7 +148,7 @@ class Installation(Installed):
         slots = {sequence: self._slot(name) for sequence, name in wanted.items()}
         self._other = slots.pop(-1, 0)
         self._selection = slots
-        self._callback.set_other(slots.get(0, self._other))
+        self._callback.set_default_slot(slots.get(0, self._other))
         self._forget()
 
     @property

@@ -1,4 +1,5 @@
-// One pass of each kernel over rows in memory, for callgrind to count: instructions are the same on a busy machine.
+// Runs one kernel once over rows in memory, so that callgrind can count its instructions. Unlike times, instruction
+// counts do not depend on how busy the machine is.
 //   instructions cap|read|read_modify_write H ROWS none|all
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +13,7 @@ int main(int argc, char** argv) {
     std::printf("usage: %s cap|read|read_modify_write H ROWS none|all\n", argv[0]);
     return 2;
   }
-  const std::string what = argv[1];
+  const std::string kernel = argv[1];
   const int64_t size = std::atoll(argv[2]), rows = std::atoll(argv[3]);
   std::vector<uint16_t> hidden(size * rows, 0x3f80);  // ones
   std::vector<float> axis(size, 0.f);
@@ -26,8 +27,8 @@ int main(int argc, char** argv) {
   p.axes = axis.data();
   p.floors = &floor;
   p.num_slots = p.directions = 1;
-  if (what == "cap") axiscap::cpu::cap(p, 0, rows);
-  if (what == "read") axiscap::cpu::read_pass(hidden.data(), hidden.size() * 2);
-  if (what == "read_modify_write") axiscap::cpu::read_modify_write_pass(hidden.data(), hidden.size() * 2);
+  if (kernel == "cap") axiscap::cpu::cap(p, 0, rows);
+  if (kernel == "read") axiscap::cpu::read_pass(hidden.data(), hidden.size() * 2);
+  if (kernel == "read_modify_write") axiscap::cpu::read_modify_write_pass(hidden.data(), hidden.size() * 2);
   std::printf("%s, %s\n", axiscap::cpu::isa(), hidden[0] == 0x3f80 ? "unchanged" : "changed");
 }

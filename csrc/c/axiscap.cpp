@@ -1,4 +1,4 @@
-// The C ABI: checks, then the same kernels as the torch extension's.
+// The C interface: it checks a call and runs the kernels of the torch extension.
 #include "axiscap/axiscap.h"
 
 #include <string>
@@ -15,13 +15,13 @@ thread_local std::string last_error;
 axiscap_status fail(axiscap_status status, const char* message) noexcept {
   try {
     last_error = message;
-  } catch (...) {  // no memory for the text; the status says enough
+  } catch (...) {  // no memory for the text: the caller has the status alone
   }
   return status;
 }
 
-// What is wrong with a call, or null.
-const char* problem(const axiscap_call* call) {
+// Returns the error text of an invalid call, or null.
+const char* find_problem(const axiscap_call* call) {
   if (!call) return "call is NULL";
   if (call->size != int64_t(sizeof(axiscap_call))) return "size must be sizeof(axiscap_call)";
   if (call->dtype < AXISCAP_FLOAT32 || call->dtype > AXISCAP_FLOAT16) return "dtype is not an axiscap_dtype";
@@ -48,7 +48,7 @@ const char* problem(const axiscap_call* call) {
   return nullptr;
 }
 
-CapParams params_of(const axiscap_call& call) {
+CapParams make_params(const axiscap_call& call) {
   CapParams p;
   p.dtype = static_cast<DType>(call.dtype);
   p.hidden = call.hidden;
@@ -91,21 +91,21 @@ CapParams params_of(const axiscap_call& call) {
 int axiscap_version(void) { return AXISCAP_VERSION; }
 
 axiscap_status axiscap_cap_cpu(const axiscap_call* call, int64_t begin, int64_t end) {
-  if (const char* message = problem(call)) return fail(AXISCAP_INVALID_ARGUMENT, message);
+  if (const char* message = find_problem(call)) return fail(AXISCAP_INVALID_ARGUMENT, message);
   if (begin < 0 || end < begin || end > call->rows)
     return fail(AXISCAP_INVALID_ARGUMENT, "begin and end must be a range of rows");
   for (int64_t row = begin; call->slots && row < end; ++row)
     if (call->slots[row] < kNoSlot || call->slots[row] >= call->num_slots)
       return fail(AXISCAP_SLOT_OUT_OF_RANGE, "a slot is neither -1 nor in [0, num_slots)");
-  cpu::cap(params_of(*call), begin, end);
+  cpu::cap(make_params(*call), begin, end);
   return AXISCAP_OK;
 }
 
 axiscap_status axiscap_cap_cuda(const axiscap_call* call, void* stream) {
-  if (const char* message = problem(call)) return fail(AXISCAP_INVALID_ARGUMENT, message);
+  if (const char* message = find_problem(call)) return fail(AXISCAP_INVALID_ARGUMENT, message);
   if (!accelerator) return fail(AXISCAP_UNAVAILABLE, "this library was built without CUDA");
   if (call->rows == 0) return AXISCAP_OK;
-  const CapParams params = params_of(*call);
+  const CapParams params = make_params(*call);
   if (const char* message = accelerator->cap(&params, 1, -1, stream)) return fail(AXISCAP_CUDA_ERROR, message);
   return AXISCAP_OK;
 }

@@ -1,5 +1,5 @@
-// Capping where ggml runs the model (llama.cpp): an evaluation callback of its scheduler, which sees each block's
-// output and may change it. Nothing of ggml is included or linked: whoever has loaded the library gives its functions.
+// The cap in llama.cpp: an evaluation callback of ggml's scheduler, which gets the output of each block and may change
+// it. ggml is neither included nor linked: the caller passes the addresses of its functions.
 #pragma once
 
 #include <cstddef>
@@ -19,13 +19,13 @@ struct Library {
   void (*tensor_set)(void* tensor, const void* data, size_t offset, size_t size);
 };
 
-// One context's: the banks of the capped layers, and whose rows the next decode has. Used by one thread at a time, as a
-// context of llama.cpp's is.
+// The callback of one llama.cpp context: the banks of its layers, and the slots of the rows of the next decode. Like
+// the context it may be used by one thread at a time.
 class Callback {
  public:
-  // Bank and statistics are the caller's, and outlive this.
+  // The caller owns the bank and the statistics, and keeps them longer than the callback.
   struct Layer {
-    const float* axes = nullptr;  // null: not capped
+    const float* axes = nullptr;  // null: the layer is not capped
     const float* lifts = nullptr;
     const float* floors = nullptr;
     const float* targets = nullptr;
@@ -35,21 +35,27 @@ class Callback {
 
   Callback(Library library, std::vector<Layer> layers, int64_t num_slots, int64_t directions, int64_t hidden_size);
 
-  // The rows of the coming decode, in the order of its batch: each one's slot, and which of them have an output. Those
-  // of a decode that nobody announced have the other slot.
+  // Announces the next decode: the slot of each row of its batch, and whether the row has an output. The rows of a
+  // decode that is not announced have the default slot.
   void announce(std::vector<int32_t> slots, std::vector<uint8_t> outputs);
-  void set_other(int32_t slot) { other_ = slot; }
-  bool has(int32_t slot) const { return slot >= kNoSlot && slot < num_slots_; }
+  void set_default_slot(int32_t slot) { default_slot_ = slot; }
+  bool is_valid_slot(int32_t slot) const { return slot >= kNoSlot && slot < num_slots_; }
 
-  // What has been seen since the last announcement, which is over: null if every capped layer saw every row once.
+  // Ends the announced decode. Returns null if every capped layer saw every row once, else an error text.
   const char* end();
 
   // ggml_backend_sched_eval_callback, with a Callback as user data.
   static bool call(void* tensor, bool ask, void* self);
 
  private:
-  bool see(void* tensor, bool ask);
-  void cap(void* tensor, size_t layer);
+  bool on_tensor(void* tensor, bool ask);
+  void cap_layer(void* tensor, size_t layer);
+  // Sets row_slots_ to the slots of the `rows` rows of a layer's output. Returns null or an error text.
+  const char* find_row_slots(size_t layer, int64_t rows);
+  // Caps rows_ and computes projections_.
+  void cap_rows(const Layer& bank, int64_t rows);
+  bool is_any_row_below(const Layer& bank, int64_t rows) const;
+  void count_rows(const Layer& bank, int64_t rows) const;
 
   Library library_;
   std::vector<Layer> layers_;
@@ -57,14 +63,14 @@ class Callback {
 
   std::vector<int32_t> slots_;
   std::vector<uint8_t> outputs_;
-  int32_t other_ = 0;
-  bool announced_ = false;
-  // Where the part of the batch begins that is computed at once, and how many rows it has.
-  int64_t at_ = 0, count_ = 0;
-  std::vector<int64_t> seen_;  // rows, by layer
+  int32_t default_slot_ = 0;
+  bool is_announced_ = false;
+  // llama.cpp computes a batch in parts: the first row of the current part, and its number of rows.
+  int64_t part_begin_ = 0, part_rows_ = 0;
+  std::vector<int64_t> row_counts_;  // rows that each layer has seen since the announcement
   const char* problem_ = nullptr;
 
-  std::vector<float> rows_, projections_;
+  std::vector<float> rows_, projections_;  // copies of a layer's output (rows, hidden_size), and (rows, directions)
   std::vector<int32_t> row_slots_;
 };
 

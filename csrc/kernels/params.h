@@ -1,4 +1,4 @@
-// What one call asks for, in plain pointers: the contract between a framework's checks and the kernels.
+// The parameters of a call, in plain pointers. The framework's binding checks and fills them; the kernels trust them.
 #pragma once
 
 #include <cstdint>
@@ -7,24 +7,26 @@ namespace axiscap {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// Directions that one slot may hold. The kernels keep a row's projections in fixed storage of this size.
+// The most directions of a slot. The CPU kernels have arrays of this size for the projections of a row.
 inline constexpr int64_t kMaxDirections = 64;
 
-// No correction by less than this takes an element of a finite row out of the range of bfloat16 or float32: half of the
-// last place of their largest numbers is 2^119 and 2^103, and beside that 64 corrections of 2^30 along lifts of
-// elements up to 2^60 are nothing. The largest float16 is near what rows do hold, and always worth a look.
+// A correction of at most this size leaves a finite row of bfloat16 or float32 finite: 64 corrections of 2^30 along
+// lifts with elements up to 2^60 add at most 2^96, and half of the last place of the largest bfloat16 and float32 is
+// 2^119 and 2^103. Rows of float16 come close to the largest float16, 65504, so their range is always checked.
 inline constexpr float kLargeCorrection = 0x1p30f;
 
-// Slot of a row that is not capped.
+// The slot of a row that is not capped.
 inline constexpr int32_t kNoSlot = -1;
 
-// Of fp8 (E4M3): the largest number, and the least scale of a row, as the engines have it.
-inline constexpr float kFp8Max = 448.f, kFp8LeastScale = 1.f / (kFp8Max * 512.f);
+// The largest number of fp8 (E4M3), and the smallest scale of a row, as in vLLM.
+inline constexpr float kFp8Max = 448.f, kFp8MinScale = 1.f / (kFp8Max * 512.f);
 
-// The row is x = hidden, or hidden + residual where residual is given. Strides are in elements; the last one is 1.
-// The correction is added to residual where given, else to hidden, and the sum is rounded once, into out.
-//   out == the corrected input: in place; a row in which nothing fires is not written.
-//   out elsewhere: every row is written. out null: only the projections are wanted.
+// A row is x = hidden, or x = hidden + residual if residual is not null. The correction is added to residual if it is
+// not null, else to hidden. The sum is rounded once, into out. Strides are in elements; the elements of a row are
+// contiguous.
+//   out is the corrected stream: the cap is in place, and a row that does not fire is not written.
+//   out is another buffer: every row is written.
+//   out is null: the call computes the projections alone.
 struct CapParams {
   const void* hidden = nullptr;
   const void* residual = nullptr;
@@ -35,31 +37,31 @@ struct CapParams {
   int64_t rows = 0;
   int64_t hidden_size = 0;
 
-  const float* axes = nullptr;     // (slots, directions, hidden_size), contiguous, unit rows: what a row is read along
-  const float* lifts = nullptr;    // like axes: what it is corrected along, <axis, lift> = 1; null: the axes
-  const float* floors = nullptr;   // (slots, directions): a row below fires
-  const float* targets = nullptr;  // like floors, and at least them: where such a row ends; null: the floors
-  // (slots,) or null: a row is left alone if the sum of its squares is more than limit * limit, both in float32.
+  const float* axes = nullptr;    // (slots, directions, hidden_size), contiguous, unit rows: rows are projected on them
+  const float* lifts = nullptr;   // like axes, <axis, lift> = 1: rows are corrected along them; null: the axes
+  const float* floors = nullptr;  // (slots, directions): a row fires if its projection is below
+  const float* targets = nullptr;  // like floors, at least the floors: a corrected projection; null: the floors
+  // (slots,) or null: a row is left alone if the sum of its squares is above limit * limit, both in float32.
   const float* norm_limits = nullptr;
-  const int32_t* slots = nullptr;  // (rows,), kNoSlot for a row to leave alone; null: every row uses slot 0
+  const int32_t* slots = nullptr;  // (rows,), kNoSlot: the row is left alone; null: every row uses slot 0
   int64_t num_slots = 0;
   int64_t directions = 0;
 
   float* projections = nullptr;  // (rows, directions) or null: <x, v_k> before the cap, NaN for a row left alone
-  uint8_t* fired = nullptr;      // (rows, directions) or null: 1 where direction k changed the row
+  uint8_t* fired = nullptr;      // (rows, directions) or null: 1 if direction k changed the row
 
-  // With a weight, the norm that the next block runs anyway: every row of out is x, capped or not, and
-  // normed <- out / sqrt(mean(out^2) + eps) * (weight + weight_bias), of the rounded out. residual must be given.
+  // A weight adds the RMS norm that the next block starts with. Then residual is not null, every row of out becomes x,
+  // capped or not, and normed <- out / sqrt(mean(out^2) + eps) * (weight + weight_bias), computed from the rounded out.
   const void* weight = nullptr;  // (hidden_size,), of the rows' dtype
   void* normed = nullptr;
   int64_t normed_stride = 0;
   float eps = 0;
   float weight_bias = 0;
 
-  // With one of these normed is in fp8: what the norm gives, rounded to the rows' dtype, over the scale; within the
-  // range of fp8, rounded once more.
-  const float* scale = nullptr;  // of all rows
-  float* scales = nullptr;       // (rows,), written: a row's largest |element| / kFp8Max, but no less than the least
+  // If one of these is not null, normed is in fp8: the norm is rounded to the rows' dtype, divided by the scale,
+  // limited to the range of fp8, and rounded again.
+  const float* scale = nullptr;  // one scale for all rows
+  float* scales = nullptr;       // (rows,), written: max(largest |element| of the row / kFp8Max, kFp8MinScale)
   bool is_fp8() const { return scale || scales; }
 
   DType dtype = DType::kFloat32;
@@ -68,18 +70,18 @@ struct CapParams {
 // Running statistics: the fields of one entry of a (slots, directions, kStatFields) float64 array.
 enum StatField : int64_t {
   kSeen,       // rows of this slot
-  kFired,      // rows that this direction was the first to fire in: summed over directions, the rows fired
+  kFired,      // rows in which this direction fired first; the sum over the directions counts the rows that fired
   kBelow,      // rows whose incoming projection was below this direction's floor
-  kNonFinite,  // rows left alone: beyond the limit of the norm, or a projection or the corrected row is not finite
-  kSum,        // of the projections, like the next two over the other rows
-  kMin,
-  kMax,
-  kShortfall,  // sum of floor - projection over the rows below
+  kNonFinite,  // rows left alone: the norm is above its limit, or a projection or the corrected row is not finite
+  kSum,        // sum of the projections of the other rows
+  kMin,        // smallest projection of the other rows
+  kMax,        // largest projection of the other rows
+  kShortfall,  // sum of floor - projection over the rows below the floor
   kStatFields
 };
 
 struct StatsParams {
-  const float* projections = nullptr;  // (layers, rows, directions), of which each layer is contiguous
+  const float* projections = nullptr;  // (layers, rows, directions), each layer contiguous
   const float* floors = nullptr;       // (layers, slots, directions)
   const int32_t* slots = nullptr;      // (rows,) or null, the same for all layers
   double* stats = nullptr;             // (layers, slots, directions, kStatFields)
@@ -87,7 +89,7 @@ struct StatsParams {
   int64_t num_slots = 0;
   int64_t directions = 0;
   int64_t layers = 1;
-  int64_t layer_stride = 0;  // of the projections, in elements
+  int64_t layer_stride = 0;  // between the layers of projections, in elements
 };
 
 }  // namespace axiscap

@@ -1,4 +1,4 @@
-// Chooses the instruction set, once, and runs its kernels.
+// Selects the instruction set once, and runs its kernels.
 #include "launchers/cpu.h"
 
 #include <algorithm>
@@ -29,7 +29,7 @@ AXISCAP_DECLARE(avx512)
 AXISCAP_DECLARE(avx2)
 #endif
 #if defined(__aarch64__)
-// NEON is part of the architecture: the baseline build is the vector build.
+// Every processor of this architecture has NEON.
 AXISCAP_DECLARE(neon)
 #else
 AXISCAP_DECLARE(baseline)
@@ -37,30 +37,57 @@ AXISCAP_DECLARE(baseline)
 
 namespace {
 
-const Kernels& choose() {
+const Kernels& select_kernels() {
 #if defined(__aarch64__)
   return neon::kernels;
 #else
 #if defined(__x86_64__)
-  const char* asked = std::getenv("AXISCAP_ISA");
-  const auto allowed = [asked](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.isa); };
+  const char* requested_isa = std::getenv("AXISCAP_ISA");
+  const auto is_allowed = [requested_isa](const Kernels& kernels) {
+    return !requested_isa || !*requested_isa || !std::strcmp(requested_isa, kernels.isa);
+  };
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has_avx512bf16 && allowed(avx512bf16::kernels)) return avx512bf16::kernels;
-  if (has_avx512 && allowed(avx512::kernels)) return avx512::kernels;
-  if (has_avx2 && allowed(avx2::kernels)) return avx2::kernels;
+  if (has_avx512bf16 && is_allowed(avx512bf16::kernels)) return avx512bf16::kernels;
+  if (has_avx512 && is_allowed(avx512::kernels)) return avx512::kernels;
+  if (has_avx2 && is_allowed(avx2::kernels)) return avx2::kernels;
 #endif
   return baseline::kernels;
 #endif
 }
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static const Kernels& selected = select_kernels();
+  return selected;
+}
+
+// Adds a row's projections to the statistics of its slot. projections, floors: (directions,); stats: (directions,
+// kStatFields).
+void accumulate_row(const float* projections, const float* floors, int64_t directions, double* stats) {
+  bool fired = false;
+  for (int64_t k = 0; k < directions; ++k) {
+    const double projection = projections[k];
+    const double floor = floors[k];
+    double* s = stats + k * kStatFields;
+    s[kSeen] += 1;
+    if (!std::isfinite(projection)) {
+      s[kNonFinite] += 1;
+      continue;
+    }
+    s[kSum] += projection;
+    s[kMin] = std::min(s[kMin], projection);
+    s[kMax] = std::max(s[kMax], projection);
+    if (projection >= floor) continue;
+    s[kBelow] += 1;
+    s[kShortfall] += floor - projection;
+    // The row is unchanged until a direction fires, so the first direction below its floor fires first.
+    if (!fired) s[kFired] += 1;
+    fired = true;
+  }
 }
 
 }  // namespace
@@ -75,27 +102,8 @@ void accumulate(const StatsParams& p) {
     for (int64_t row = 0; row < p.rows; ++row) {
       const int32_t slot = p.slots ? p.slots[row] : 0;
       if (slot == kNoSlot) continue;
-      bool fired = false;
-      for (int64_t k = 0; k < p.directions; ++k) {
-        const int64_t entry = (layer * p.num_slots + slot) * p.directions + k;
-        const double projection = projections[row * p.directions + k];
-        const double floor = p.floors[entry];
-        double* s = p.stats + entry * kStatFields;
-        s[kSeen] += 1;
-        if (!std::isfinite(projection)) {
-          s[kNonFinite] += 1;
-          continue;
-        }
-        s[kSum] += projection;
-        s[kMin] = std::min(s[kMin], projection);
-        s[kMax] = std::max(s[kMax], projection);
-        if (projection >= floor) continue;
-        s[kBelow] += 1;
-        s[kShortfall] += floor - projection;
-        // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
-        if (!fired) s[kFired] += 1;
-        fired = true;
-      }
+      const int64_t entry = (layer * p.num_slots + slot) * p.directions;
+      accumulate_row(projections + row * p.directions, p.floors + entry, p.directions, p.stats + entry * kStatFields);
     }
   }
 }

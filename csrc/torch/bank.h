@@ -1,4 +1,4 @@
-// A bank that stays: checked once, then used in many calls.
+// A bank whose tensors are checked once and used in many calls.
 #pragma once
 
 #include <vector>
@@ -7,30 +7,30 @@
 
 namespace axiscap {
 
-// Holds the tensors of a bank, whose values were checked once.
-class KeptBank {
+// References to the tensors of a bank, and the addresses and shapes that they were checked with.
+class Bank {
  public:
-  KeptBank(const py::args& arguments, const py::kwargs& keywords);
+  Bank(const py::args& arguments, const py::kwargs& keywords);
 
-  // Adds the tensors as they are now to a call's arguments. Returns false if somebody freed, moved or resized one
-  // since: the caller of Bank owns them, and may share them with a module. `tensors` has a place for each.
+  // Reads the tensors into `tensors`, which has kMaxTensors entries, and adds them to a call's arguments. Returns false
+  // if one has another address or shape than before: the tensors may belong to a module, which can move or free them.
   bool add_to(Arguments& arguments, Tensor* tensors) const;
   static constexpr int kMaxTensors = BoundArguments::kMaxParameters;
 
   static const Signature& signature();
-  py::object operator[](size_t i) const { return held_[i].object; }  // of a parameter, or None
+  py::object operator[](size_t i) const { return entries_[i].object; }  // the tensor of parameter i, or None
 
  private:
-  struct Held {
+  struct Entry {
     py::object object = py::none();
-    py::object exported;  // a reference of torch's: without it each look would make the only one, and drop it
+    py::object capsule;  // keeps one export of the tensor alive, or each `read` would build and free the export's state
     const char* data = nullptr;
     std::vector<int64_t> sizes;
   };
-  std::vector<Held> held_;  // by parameter
+  std::vector<Entry> entries_;  // by parameter
 };
 
-// The statistics (S, K, fields) that belong to a bank, float64 and contiguous on its device.
+// Checks the statistics of a bank, (S, K, fields) float64, contiguous and on its device, and returns their elements.
 double* check_stats(const py::object& stats, const Arguments& bank);
 
 // Adds the class Bank.

@@ -14,24 +14,24 @@ auto find(const Table& table, std::string_view name) {
   return entry == std::end(table) ? nullptr : entry->second;
 }
 
-void check_may_change(const Parameter& p, const Tensor& tensor) {
+void check_is_changeable(const Parameter& p, const Tensor& tensor) {
   CHECK_VALUE(!is_grad_enabled() || !tensor.requires_grad(), p.name,
               " requires grad and is changed in place; use axiscap.ops.cap, which is differentiable");
 }
 
-// Returns false if the tensor is not plain. After the dispatcher there is no other way, and it raises.
+// Returns false if the tensor is not plain. In a call from the dispatcher it raises instead.
 bool read_tensor(const Parameter& p, PyObject* object, bool is_dispatched, Tensor& tensor) {
   check_is_tensor(object, p.name.c_str());
   const bool is_plain = tensor.read(object, is_dispatched) && !(p.is_stream && tensor.is_negated());
-  if (p.is_changed) check_may_change(p, tensor);
+  if (p.is_changed) check_is_changeable(p, tensor);
   CHECK_VALUE(is_plain || !is_dispatched || tensor.data || !tensor.sizes.data, p.name,
               " has less memory than its shape ", tensor.sizes, " needs");
   CHECK_VALUE(is_plain || !is_dispatched, p.name, " must be a dense tensor with its elements in memory");
   return is_plain;
 }
 
-// The argument that Python gives for each parameter.
-void match(const Signature& signature, const PythonCall& call, PyObject** values) {
+// Sets values[i] to the argument of parameter i.
+void match_arguments(const Signature& signature, const PythonCall& call, PyObject** values) {
   const auto& parameters = signature.parameters;
   CHECK_TYPE(call.count <= Py_ssize_t(parameters.size()) &&
                  (call.count == 0 || !parameters[size_t(call.count) - 1].is_keyword_only),
@@ -42,7 +42,7 @@ void match(const Signature& signature, const PythonCall& call, PyObject** values
     PyObject* name = PyTuple_GET_ITEM(call.names, k);
     size_t i = 0;
     while (i < parameters.size() && parameters[i].interned != name) ++i;
-    if (i == parameters.size())  // a name that Python has not interned
+    if (i == parameters.size())  // the name may be equal but not interned
       for (i = 0; i < parameters.size() && PyUnicode_Compare(parameters[i].interned, name) != 0;) ++i;
     CHECK_TYPE(i < parameters.size(), signature.name, " has no argument ", PyUnicode_AsUTF8(name));
     CHECK_TYPE(!values[i], signature.name, " got ", parameters[i].name, " twice");
@@ -88,10 +88,10 @@ Signature::Signature(const char* text) {
   name = full_name.substr(0, full_name.find('.'));
   is_overload = name.size() < full_name.size();
   bool is_keyword_only = false;
-  for (size_t at = begin + 1; at < end;) {
-    const size_t stop = std::min(schema.find(", ", at), end);
-    const std::string_view part = schema.substr(at, stop - at);
-    at = stop + 2;
+  for (size_t part_begin = begin + 1; part_begin < end;) {
+    const size_t part_end = std::min(schema.find(", ", part_begin), end);
+    const std::string_view part = schema.substr(part_begin, part_end - part_begin);
+    part_begin = part_end + 2;
     if (part == "*") {
       is_keyword_only = true;
       continue;
@@ -111,7 +111,7 @@ Signature::Signature(const char* text) {
 }
 
 bool BoundArguments::bind(const Signature& signature, const PythonCall& call, bool is_dispatched) {
-  match(signature, call, values);
+  match_arguments(signature, call, values);
   if (in_dual_level()) {
     PyErr_Format(PyExc_NotImplementedError, "axiscap::%s has no forward-mode derivative", signature.name.c_str());
     throw py::error_already_set();
@@ -126,7 +126,7 @@ bool BoundArguments::bind(const Signature& signature, const PythonCall& call, bo
     } else if (p.tensor) {
       is_plain &= read_tensor(p, values[i], is_dispatched, tensors[i]);
       this->*p.tensor = &tensors[i];
-      parts[parts_count++] = {&tensors[i], p.name.c_str(), p.is_changed};
+      add({&tensors[i], p.name.c_str(), p.is_changed});
     } else {
       for (const py::handle item : py::reinterpret_borrow<py::sequence>(values[i]))
         is_plain &= read_tensor(p, item.ptr(), is_dispatched, hiddens.emplace_back());
@@ -136,20 +136,20 @@ bool BoundArguments::bind(const Signature& signature, const PythonCall& call, bo
 }
 
 void bind_ops(py::module_& m) {
-  static std::vector<BoundOp> bound(ops().begin(), ops().end());
-  py::list registered;
-  for (BoundOp& op : bound) {
-    const auto make = [&](PyMethodDef& definition, auto* function) {
+  static std::vector<BoundOp> bound_ops(ops().begin(), ops().end());
+  py::list registrations;
+  for (BoundOp& op : bound_ops) {
+    const auto make_function = [&](PyMethodDef& definition, auto* function) {
       definition = {op.signature.name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
                     METH_FASTCALL | METH_KEYWORDS, op.op.schema};
       return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, py::capsule(&op).ptr()));
     };
     py::list names;
     for (const Parameter& p : op.signature.parameters) names.append(p.name);
-    registered.append(py::make_tuple(op.op.schema, names, make(op.kernel, call_kernel)));
-    if (!op.signature.is_overload) m.attr(op.signature.name.c_str()) = make(op.function, call_function);
+    registrations.append(py::make_tuple(op.op.schema, names, make_function(op.kernel, call_kernel)));
+    if (!op.signature.is_overload) m.attr(op.signature.name.c_str()) = make_function(op.function, call_function);
   }
-  m.attr("OPS") = registered;
+  m.attr("OPS") = registrations;
 }
 
 }  // namespace axiscap

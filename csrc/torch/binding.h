@@ -1,4 +1,4 @@
-// How Python calls an op: arguments are bound to the names of its schema, without a copy of them.
+// The Python binding of the ops: it assigns the arguments of a call to the parameters of the op's schema.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace axiscap {
 
-// Runs a function that Python calls, and turns its exception into Python's.
+// Runs a function for Python. A C++ exception becomes a Python exception and the result null.
 template <class Function>
 PyObject* call_guarded(Function function) noexcept {
   try {
@@ -23,7 +23,8 @@ PyObject* call_guarded(Function function) noexcept {
   return nullptr;
 }
 
-// Positional arguments first, then those that `names` (a tuple, or null) names, as Python's vectorcall passes them.
+// A call in Python's vectorcall convention: `count` positional arguments, then one for each name of `names`, a tuple or
+// null.
 struct PythonCall {
   PyObject* const* arguments;
   Py_ssize_t count;
@@ -33,15 +34,16 @@ struct PythonCall {
 struct Parameter {
   std::string name;
   PyObject* interned;
-  Optional Arguments::* tensor = nullptr;  // or else
-  double Arguments::* number = nullptr;    // or else the parameter is `hiddens`
-  // Only a stream is asked whether it is a negated view. All else is contiguous, and the imaginary part of a conjugated
-  // tensor, which alone is negated, is not.
+  // The member of Arguments for the parameter. If both are null, it is `hiddens`.
+  Optional Arguments::* tensor = nullptr;
+  double Arguments::* number = nullptr;
+  // Whether the tensor may be a negated view, which is then refused. Only a stream may: a negated view is the imaginary
+  // part of a conjugated tensor, which is not contiguous, and all other tensors must be contiguous.
   bool is_stream = false;
   bool is_changed = false, is_required = false, is_keyword_only = false;
 };
 
-// A schema, read once.
+// A parsed schema.
 struct Signature {
   std::string name;  // cap_
   bool is_overload;  // .buffers
@@ -50,22 +52,22 @@ struct Signature {
   explicit Signature(const char* schema);
 };
 
-// The arguments of one call, and the tensors that they refer to.
+// The arguments of a call with the storage of the tensors that they point to.
 struct BoundArguments : Arguments {
   static constexpr int kMaxParameters = 16;
-  PyObject* values[kMaxParameters] = {};  // by parameter; null: none
+  PyObject* values[kMaxParameters] = {};  // by parameter; null: the caller has left it out
   Tensor tensors[kMaxParameters];
 
   BoundArguments() = default;
-  BoundArguments(const BoundArguments&) = delete;  // the arguments refer to the tensors
+  BoundArguments(const BoundArguments&) = delete;  // the arguments point into `tensors`
 
-  // Returns false if a tensor is not plain: of a subclass, a mode, a transform; sparse, negated, without data. Its own
-  // code runs in torch's dispatcher. With `is_dispatched` that has happened, and such a tensor is refused.
+  // Returns false if a tensor is not plain: a subclass of Tensor, a tensor of a mode or transform, sparse, negated or
+  // without data. Such a call goes to torch's dispatcher. A call from the dispatcher (is_dispatched) raises instead.
   bool bind(const Signature& signature, const PythonCall& call, bool is_dispatched);
 };
 
-// Adds each op as a function (`cap_`), which hands tensors that are not plain to the dispatcher, and OPS: (schema,
-// names of the arguments, kernel) of each op, for torch.library.
+// Adds each op as a function such as `cap_`, which passes a call with tensors that are not plain to the dispatcher.
+// Adds OPS with (schema, names of the arguments, kernel) for each op, for torch.library.
 void bind_ops(py::module_& m);
 
 }  // namespace axiscap

@@ -22,8 +22,8 @@ void check_axes(const Tensor& axes, int64_t dim) {
               sizes[dim - 1]);
 }
 
-// A part of a bank beside its axes: of their shape, or of that less its last dimensions.
-void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, int64_t missing_dims) {
+// Checks a tensor of a bank against the axes: it has their shape without the last missing_dims dimensions.
+void check_bank_tensor(const Tensor& tensor, const char* name, const Tensor& axes, int64_t missing_dims) {
   constexpr const char* kMissing[] = {"", " less H", " less K and H"};
   check_dtype(tensor, name, kFloat);
   const Sizes expected = axes.sizes.first(axes.dim() - missing_dims);
@@ -34,13 +34,13 @@ void check_beside(const Tensor& tensor, const char* name, const Tensor& axes, in
               tensor.device);
 }
 
-// Rows that lie side by side in one buffer, with one stride, share nothing.
+// Whether the rows of a and b alternate in one buffer with one stride: then they share no memory.
 bool is_interleaved(const Tensor& a, const Tensor& b) {
   if (a.dim() < 2 || b.dim() < 2 || a.item_bytes != b.item_bytes) return false;
   const int64_t bytes = a.item_bytes, stride = a.stride(-2) * bytes;
   if (stride <= 0 || b.stride(-2) * bytes != stride) return false;
-  const int64_t shift = ((b.data - a.data) % stride + stride) % stride;
-  return shift >= a.size(-1) * bytes && shift + b.size(-1) * bytes <= stride;
+  const int64_t offset = ((b.data - a.data) % stride + stride) % stride;
+  return offset >= a.size(-1) * bytes && offset + b.size(-1) * bytes <= stride;
 }
 
 }  // namespace
@@ -81,58 +81,60 @@ Rows writable_rows_of(const Tensor& tensor, const char* name) {
 
 void check_bank(const Arguments& a, bool has_layers) {
   check_axes(*a.axes, has_layers ? 4 : 3);
-  if (a.floors) check_beside(*a.floors, "floors", *a.axes, 1);
-  if (a.targets) check_beside(*a.targets, "targets", *a.axes, 1);
-  if (a.lifts) check_beside(*a.lifts, "lifts", *a.axes, 0);
-  if (a.norm_limits) check_beside(*a.norm_limits, "norm_limits", *a.axes, 2);
+  if (a.floors) check_bank_tensor(*a.floors, "floors", *a.axes, 1);
+  if (a.targets) check_bank_tensor(*a.targets, "targets", *a.axes, 1);
+  if (a.lifts) check_bank_tensor(*a.lifts, "lifts", *a.axes, 0);
+  if (a.norm_limits) check_bank_tensor(*a.norm_limits, "norm_limits", *a.axes, 2);
 }
 
 void check_bank_values(const Arguments& a) {
   constexpr double kTolerance = 1e-3;
   const int64_t size = a.axes->sizes.back(), directions = a.floors->numel;
   std::vector<py::object> copies;  // on the CPU
-  const auto on_host = [&](Optional tensor) -> const float* {
+  const auto copy_to_host = [&](Optional tensor) -> const float* {
     Tensor copy;
     if (!tensor || !copy.read(copies.emplace_back(py::handle(tensor->object).attr("cpu")()).ptr(), true))
       return nullptr;
     return copy.as<const float>();
   };
-  const float *axis = on_host(a.axes), *floor = on_host(a.floors), *target = on_host(a.targets),
-              *lift = on_host(a.lifts), *limit = on_host(a.norm_limits);
-  const auto product = [size](const float* a, const float* b, int64_t k) {
+  const float *axes = copy_to_host(a.axes), *floors = copy_to_host(a.floors), *targets = copy_to_host(a.targets),
+              *lifts = copy_to_host(a.lifts), *limits = copy_to_host(a.norm_limits);
+  const auto dot = [size](const float* a, const float* b, int64_t k) {
     double sum = 0;
     for (int64_t i = k * size; i < (k + 1) * size; ++i) sum += double(a[i]) * b[i];
     return sum;
   };
-  // A NaN fails each of these comparisons.
+  // Each comparison is false for NaN, so the checks reject it.
   for (int64_t k = 0; k < directions; ++k) {
-    const double norm = std::sqrt(product(axis, axis, k));
+    const double norm = std::sqrt(dot(axes, axes, k));
     CHECK_VALUE(std::abs(norm - 1) <= kTolerance, "axes must be finite and of unit length (", kTolerance,
                 "), got a norm of ", norm);
-    CHECK_VALUE(floor[k] < std::numeric_limits<float>::infinity(),
-                "floors must be finite, or -inf for a direction that is off, got ", floor[k]);
-    if (target)
-      CHECK_VALUE(target[k] >= floor[k] && target[k] < std::numeric_limits<float>::infinity(),
-                  "targets must be finite and at least the floors, got ", target[k], " for a floor of ", floor[k]);
-    if (lift) {
-      const double along = product(axis, lift, k);
-      CHECK_VALUE(along > 0 && along <= 1 + kTolerance,
-                  "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", along);
+    CHECK_VALUE(floors[k] < std::numeric_limits<float>::infinity(),
+                "floors must be finite, or -inf for a direction that is off, got ", floors[k]);
+    if (targets)
+      CHECK_VALUE(targets[k] >= floors[k] && targets[k] < std::numeric_limits<float>::infinity(),
+                  "targets must be finite and at least the floors, got ", targets[k], " for a floor of ", floors[k]);
+    if (lifts) {
+      const double strength = dot(axes, lifts, k);
+      CHECK_VALUE(strength > 0 && strength <= 1 + kTolerance,
+                  "lifts must be finite, above 0 and at most 1 along their axes (", kTolerance, "), got ", strength);
     }
   }
-  for (int64_t i = 0; limit && i < a.norm_limits->numel; ++i)
-    CHECK_VALUE(limit[i] > 0, "norm_limits must be positive, or inf for none, got ", limit[i]);
+  for (int64_t i = 0; limits && i < a.norm_limits->numel; ++i)
+    CHECK_VALUE(limits[i] > 0, "norm_limits must be positive, or inf for none, got ", limits[i]);
 }
 
-void check_apart(std::span<const Part> parts) {
-  for (const Part& a : parts) {
+void check_no_overlap(std::span<const NamedTensor> tensors) {
+  for (const NamedTensor& a : tensors) {
     if (!a.is_changed) continue;
     const Span span = a.tensor->span();
-    for (const Part& b : parts) {
+    for (const NamedTensor& b : tensors) {
       if (&a == &b || !span.overlaps(b.tensor->span()) || is_interleaved(*a.tensor, *b.tensor)) continue;
-      const bool is_pair = b.is_changed && std::string_view(b.name) == "residual";
-      const char* other = a.name == b.name ? "another of them" : is_pair ? a.name : b.name;
-      throw py::value_error(words(is_pair ? b.name : a.name, " is changed, and shares memory with ", other));
+      // If both are changed and b is residual, the message begins with residual.
+      const bool is_residual_first = b.is_changed && std::string_view(b.name) == "residual";
+      const char* first = is_residual_first ? b.name : a.name;
+      const char* second = a.name == b.name ? "another of them" : is_residual_first ? a.name : b.name;
+      throw py::value_error(format_message(first, " is changed, and shares memory with ", second));
     }
   }
 }
@@ -146,7 +148,7 @@ void check_device(const Tensor& tensor, const char* name, const Tensor& hidden) 
               tensor.device);
 }
 
-const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, int64_t num_slots, Extent extent) {
+const int32_t* check_slots(Optional slots, const Tensor& rows_tensor, int64_t rows, int64_t num_slots, Extent extent) {
   if (!slots) return nullptr;
   check_dtype(*slots, "slots", kInt);
   if (extent == Extent::kAtLeast)
@@ -155,9 +157,10 @@ const int32_t* check_slots(Optional slots, const Tensor& beside, int64_t rows, i
   CHECK_VALUE(slots->dim() == 1 && (slots->size(0) == rows || extent == Extent::kAtLeast),
               "slots must have shape (rows,) = (", rows, ",), got ", slots->sizes);
   CHECK_VALUE(slots->is_contiguous(), "slots must be contiguous, got strides ", slots->strides);
-  check_device(*slots, "slots", beside);
+  check_device(*slots, "slots", rows_tensor);
   const int32_t* data = slots->as<const int32_t>();
-  // On an accelerator reading them would wait for the device; its kernels leave such rows alone and report NaN.
+  // To read the slots of an accelerator would wait for the device. Its kernels leave a row with a wrong slot alone and
+  // report NaN.
   if (slots->device.is_cpu())
     for (int64_t row = 0; row < rows; ++row)
       CHECK_INDEX(data[row] >= kNoSlot && data[row] < num_slots, "slots[", row, "] must be in [0, ", num_slots,
@@ -171,14 +174,14 @@ float* check_projections(Optional projections, const Tensor& hidden, std::initia
   const Sizes shape{expected.begin(), int64_t(expected.size())};
   const int64_t rows = shape[0];
   check_dtype(*projections, "projections", kFloat);
-  const Sizes found = projections->sizes;
-  bool fits = found == shape;
+  const Sizes sizes = projections->sizes;
+  bool is_match = sizes == shape;
   if (extent == Extent::kAtLeast) {
-    CHECK_VALUE(found.count >= 1 && found[0] >= rows, "projections must have room for the ", rows, " rows, got shape ",
-                found);
-    fits = found.count == shape.count && std::equal(found.begin() + 1, found.end(), shape.begin() + 1);
+    CHECK_VALUE(sizes.count >= 1 && sizes[0] >= rows, "projections must have room for the ", rows, " rows, got shape ",
+                sizes);
+    is_match = sizes.count == shape.count && std::equal(sizes.begin() + 1, sizes.end(), shape.begin() + 1);
   }
-  CHECK_VALUE(fits, "projections must have shape ", shape, ", got ", found);
+  CHECK_VALUE(is_match, "projections must have shape ", shape, ", got ", sizes);
   CHECK_VALUE(projections->is_contiguous(), "projections must be contiguous, got strides ", projections->strides);
   check_device(*projections, "projections", hidden);
   return projections->as<float>();

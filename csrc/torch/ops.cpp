@@ -10,7 +10,7 @@
 namespace axiscap {
 namespace {
 
-// The least work for a thread. Waking one costs a few microseconds while it spins, and some twenty once it sleeps.
+// The least work of a thread. To wake a thread takes a few microseconds while it spins, and about 20 when it sleeps.
 constexpr int64_t kBytesPerThread = 128 * 1024;
 
 const Accelerator& accelerator_for(Device device) {
@@ -23,16 +23,17 @@ void check_launched(const char* error, Device device) {
   CHECK_RUN(!error, "axiscap: the launch on ", device, " failed: ", error);
 }
 
-// The last checks of an op in place. Autograd learns of the change before it happens, so that torch can refuse it.
-void prepare_change(std::span<const Part> parts) {
-  check_apart(parts);
-  py::tuple changed(std::count_if(parts.begin(), parts.end(), [](const Part& part) { return part.is_changed; }));
+// The last checks of an op in place. Autograd counts the change before it happens, so that torch can still refuse it.
+void prepare_change(std::span<const NamedTensor> tensors) {
+  check_no_overlap(tensors);
+  const auto is_changed = [](const NamedTensor& tensor) { return tensor.is_changed; };
+  py::tuple changed_tensors(std::count_if(tensors.begin(), tensors.end(), is_changed));
   size_t i = 0;
-  for (const Part& part : parts)
-    if (part.is_changed) PyTuple_SET_ITEM(changed.ptr(), i++, Py_NewRef(part.tensor->object));
-  increment_versions(changed);
+  for (const NamedTensor& tensor : tensors)
+    if (tensor.is_changed) PyTuple_SET_ITEM(changed_tensors.ptr(), i++, Py_NewRef(tensor.tensor->object));
+  increment_versions(changed_tensors);
 }
-void prepare_change(const Arguments& a) { prepare_change({a.parts, size_t(a.parts_count)}); }
+void prepare_change(const Arguments& a) { prepare_change({a.tensor_list, size_t(a.tensor_count)}); }
 
 py::object new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, const char* dtype = nullptr) {
   const py::object new_empty = py::handle(like.object).attr("new_empty");
@@ -46,7 +47,7 @@ char* data_of(const py::object& object) {
   return tensor.data;
 }
 
-// What the ops in place that have one stream of rows do last.
+// The last steps of the ops in place on one layer.
 py::object cap_in_place(const Arguments& a, CapParams& p) {
   use_bank(p, a);
   p.projections = check_projections(a.projections, *a.hidden, {p.rows, p.directions}, a.extent);
@@ -89,7 +90,7 @@ py::object project(const Arguments& a) {
   return projections;
 }
 
-// The norm goes to `quantized` in fp8. One of scale and scales is given.
+// Writes the norm to `quantized` in fp8, with one of scale and scales.
 void use_quantized(CapParams& p, const Arguments& a) {
   const Tensor &hidden = *a.hidden, &quantized = *a.quantized;
   CHECK_VALUE(quantized.sizes == hidden.sizes, "quantized must have the shape of hidden, ", hidden.sizes, ", got ",
@@ -110,7 +111,7 @@ void use_quantized(CapParams& p, const Arguments& a) {
   if (a.scales) p.scales = factors.as<float>();
 }
 
-// cap_residual_, and with a weight the norm behind it.
+// cap_residual_, and with a weight also add_rms_norm_cap_.
 py::object cap_residual_(const Arguments& a) {
   const Tensor& hidden = *a.hidden;
   check_bank(a);
@@ -121,6 +122,20 @@ py::object cap_residual_(const Arguments& a) {
   if (a.weight) use_norm(p, hidden, *a.weight, a.eps, a.weight_bias);
   if (a.quantized) use_quantized(p, a);
   return cap_in_place(a, p);
+}
+
+// The parameters of the layer behind `p` in the bank.
+CapParams next_layer(CapParams p, const Tensor& hidden) {
+  p.hidden = hidden.data;
+  p.hidden_stride = writable_rows_of(hidden, "hiddens").stride;
+  const int64_t directions = p.num_slots * p.directions;
+  p.axes += directions * p.hidden_size;
+  p.floors += directions;
+  if (p.targets) p.targets += directions;
+  if (p.lifts) p.lifts += directions * p.hidden_size;
+  if (p.norm_limits) p.norm_limits += p.num_slots;
+  if (p.projections) p.projections += p.rows * p.directions;
+  return p;
 }
 
 py::object cap_layers_(const Arguments& a) {
@@ -141,22 +156,13 @@ py::object cap_layers_(const Arguments& a) {
       use_bank(p, a);
       p.projections = check_projections(a.projections, first, {count, p.rows, p.directions}, a.extent);
     } else {
-      p = layers[layer - 1];
-      p.hidden = hidden.data;
-      p.hidden_stride = writable_rows_of(hidden, "hiddens").stride;
-      const int64_t directions = p.num_slots * p.directions;
-      p.axes += directions * p.hidden_size;
-      p.floors += directions;
-      if (p.targets) p.targets += directions;
-      if (p.lifts) p.lifts += directions * p.hidden_size;
-      if (p.norm_limits) p.norm_limits += p.num_slots;
-      if (p.projections) p.projections += p.rows * p.directions;
+      p = next_layer(layers[layer - 1], hidden);
     }
     write_in_place(p);
   }
-  std::vector<Part> parts(a.parts, a.parts + a.parts_count);
-  for (const Tensor& hidden : a.hiddens) parts.insert(parts.begin(), {&hidden, "hiddens", true});
-  prepare_change(parts);
+  std::vector<NamedTensor> tensors(a.tensor_list, a.tensor_list + a.tensor_count);
+  for (const Tensor& hidden : a.hiddens) tensors.insert(tensors.begin(), {&hidden, "hiddens", true});
+  prepare_change(tensors);
   launch(layers.data(), count, first.device);
   return py::none();
 }
@@ -166,8 +172,8 @@ py::object accumulate_(const Arguments& a) {
   check_dtype(stats, "stats", kDouble);
   check_dtype(projections, "projections", kFloat);
   check_dtype(floors, "floors", kFloat);
-  const bool several = floors.dim() == 3;
-  CHECK_VALUE((several || floors.dim() == 2) && floors.numel > 0 && floors.is_contiguous(),
+  const bool has_layers = floors.dim() == 3;
+  CHECK_VALUE((has_layers || floors.dim() == 2) && floors.numel > 0 && floors.is_contiguous(),
               "floors must have shape (S, K) or (L, S, K), none of them 0, contiguous, got ", floors.sizes);
   std::vector<int64_t> sizes(floors.sizes.begin(), floors.sizes.end());
   sizes.push_back(kStatFields);
@@ -175,8 +181,9 @@ py::object accumulate_(const Arguments& a) {
   CHECK_VALUE(stats.sizes == shape && stats.is_contiguous(), "stats must have shape ", shape, ", contiguous, got ",
               stats.sizes);
   CHECK_VALUE(projections.dim() == floors.dim() && projections.size(-1) == floors.size(-1) &&
-                  (!several || projections.size(0) == floors.size(0)) && projections.is_contiguous(several ? 1 : 0),
-              "projections must have shape (", several ? "L, " : "", "rows, K) with the sizes of floors, ",
+                  (!has_layers || projections.size(0) == floors.size(0)) &&
+                  projections.is_contiguous(has_layers ? 1 : 0),
+              "projections must have shape (", has_layers ? "L, " : "", "rows, K) with the sizes of floors, ",
               floors.sizes, ", rows contiguous, got ", projections.sizes, " with strides ", projections.strides);
   check_device(floors, "floors", projections);
   check_device(stats, "stats", projections);
@@ -184,7 +191,7 @@ py::object accumulate_(const Arguments& a) {
   p.rows = projections.size(-2);
   p.num_slots = floors.size(-2);
   p.directions = floors.size(-1);
-  p.layers = several ? floors.size(0) : 1;
+  p.layers = has_layers ? floors.size(0) : 1;
   p.layer_stride = projections.stride(0);
   p.projections = projections.as<const float>();
   p.floors = floors.as<const float>();
@@ -195,7 +202,7 @@ py::object accumulate_(const Arguments& a) {
   return py::none();
 }
 
-// What the schemas share. An argument of every bank is added here.
+// The common parts of the schemas. BANK and OPTIONS have the arguments of every bank.
 #define BANK "Tensor axes, Tensor floors, Tensor? slots=None"
 #define OPTIONS "Tensor? targets=None, Tensor? lifts=None, Tensor? norm_limits=None"
 #define PROJECTIONS "Tensor(z!)? projections=None"
@@ -238,20 +245,20 @@ void launch(const CapParams* layers, int64_t count, Device device) {
   const CapParams& p = layers[0];
   if (p.rows == 0) return;
   if (!device.is_cpu()) {
-    const Accelerator& on = accelerator_for(device);
-    return check_launched(on.cap(layers, count, device.index, current_stream(device)), device);
+    const char* error = accelerator_for(device).cap(layers, count, device.index, current_stream(device));
+    return check_launched(error, device);
   }
   const int64_t row_bytes = p.hidden_size * (p.dtype == DType::kFloat32 ? 4 : 2) * (p.residual ? 2 : 1);
-  // A few rows take less time than to divide them among threads.
+  // To cap a few rows takes less time than to wake a thread.
   if (count == 1 && p.rows * row_bytes < 2 * kBytesPerThread) return cpu::cap(p, 0, p.rows);
   const int64_t threads = std::max<int64_t>(1, count * p.rows * row_bytes / kBytesPerThread);
   const int64_t grain = (count * p.rows + threads - 1) / threads;
   parallel_for(0, count * p.rows, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t layer = begin / p.rows;
-      const int64_t stop = std::min(end, (layer + 1) * p.rows);
-      cpu::cap(layers[layer], begin - layer * p.rows, stop - layer * p.rows);
-      begin = stop;
+      const int64_t layer_end = std::min(end, (layer + 1) * p.rows);
+      cpu::cap(layers[layer], begin - layer * p.rows, layer_end - layer * p.rows);
+      begin = layer_end;
     }
   });
 }

@@ -1,5 +1,5 @@
-// The ops: one table with each op's schema and the function that checks a call and starts it. The Python binding, the
-// registration with torch.library and the fake kernels all follow from the schemas.
+// The ops: a table of schemas and the functions that check and launch a call. The Python binding, the registration with
+// torch.library and the fake kernels are made from the schemas.
 #pragma once
 
 #include <span>
@@ -9,8 +9,8 @@
 namespace axiscap {
 
 struct Op {
-  // As torch.library takes it. An overload ".buffers" has slots and projections of at least as many rows as the call,
-  // at addresses that a captured graph keeps: a slice that the graph takes may be copied before the call and after it.
+  // The schema for torch.library. The slots and projections of an overload ".buffers" may have more rows than the call.
+  // A captured graph passes whole buffers to it, because torch may copy a slice before and after the call.
   const char* schema;
   py::object (*run)(const Arguments&);
 };
@@ -20,10 +20,10 @@ std::span<const Op> ops();
 // The arguments of Bank, as a schema.
 extern const char* const kBankSchema;
 
-// cap_ with a bank that has been checked.
+// cap_ without the checks of the bank.
 py::object cap_with_checked_bank_(const Arguments& a);
 
-// Starts a checked call: one for each layer, of one row count and dtype.
+// Starts a checked call on `count` layers, which have the same number of rows and the same dtype.
 void launch(const CapParams* layers, int64_t count, Device device);
 void launch(const StatsParams& p, Device device);
 

@@ -10,7 +10,7 @@
 namespace axiscap {
 namespace {
 
-// References that live as long as the process.
+// Objects of torch. The references are never released.
 struct Torch {
   const DLPackExchangeAPI* exchange;
   PyTypeObject *tensor, *parameter;
@@ -18,9 +18,9 @@ struct Torch {
   PyObject *forward_ad, *current_level, *requires_grad;
 } torch_;
 
-bool is_true(PyObject* answer) {
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
+bool is_true(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result).is(py::bool_(true));
 }
 
 }  // namespace
@@ -62,13 +62,13 @@ std::ostream& operator<<(std::ostream& out, const Device& device) {
 }
 
 std::ostream& operator<<(std::ostream& out, ScalarType type) {
-  for (const auto& [known, name] : {std::pair(kFloat, "Float"),
-                                    {kBFloat16, "BFloat16"},
-                                    {kHalf, "Half"},
-                                    {kDouble, "Double"},
-                                    {kFloat8, "Float8_e4m3fn"},
-                                    {kInt, "Int"}})
-    if (known == type) out << name;
+  for (const auto& [named_type, name] : {std::pair(kFloat, "Float"),
+                                         {kBFloat16, "BFloat16"},
+                                         {kHalf, "Half"},
+                                         {kDouble, "Double"},
+                                         {kFloat8, "Float8_e4m3fn"},
+                                         {kInt, "Int"}})
+    if (named_type == type) out << name;
   return out;
 }
 
@@ -78,13 +78,13 @@ std::string Tensor::dtype_name() const {
   return name.substr(name.rfind('.') + 1);
 }
 
-bool Tensor::read(PyObject* given, bool any_class) {
-  object = given;
+bool Tensor::read(PyObject* tensor, bool allow_subclass) {
+  object = tensor;
   sizes = {};
   data = nullptr;
   DLTensor exported;
-  if (torch_.exchange->dltensor_from_py_object_no_sync(given, &exported)) {
-    PyErr_Clear();  // sparse, meta, quantised, of torch.func: no memory to show
+  if (torch_.exchange->dltensor_from_py_object_no_sync(tensor, &exported)) {
+    PyErr_Clear();  // the tensor has no memory to export: sparse, meta, quantised, or inside of torch.func
     return false;
   }
   sizes = {exported.shape, exported.ndim};
@@ -95,7 +95,9 @@ bool Tensor::read(PyObject* given, bool any_class) {
   data = static_cast<char*>(exported.data) + exported.byte_offset;
   numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return (any_class || Py_TYPE(given) == torch_.tensor || Py_TYPE(given) == torch_.parameter) && (data || numel == 0);
+  const bool has_readable_class =
+      allow_subclass || Py_TYPE(tensor) == torch_.tensor || Py_TYPE(tensor) == torch_.parameter;
+  return has_readable_class && (data || numel == 0);
 }
 
 bool Tensor::is_contiguous(int64_t first_dim) const {
@@ -117,7 +119,7 @@ Span Tensor::span() const {
 }
 
 bool Tensor::is_negated() const {
-  // Only the imaginary part of a conjugated tensor is: no integer, no bfloat16, no fp8.
+  // Only the imaginary part of a conjugated complex tensor can be negated, and it has one of these dtypes.
   if (dtype != kFloat && dtype != kHalf && dtype != kDouble) return false;
   return is_true(PyObject_Vectorcall(torch_.is_negated, &object, 1, nullptr));
 }
@@ -137,9 +139,10 @@ void* current_stream(Device device) {
 
 void increment_versions(const py::tuple& tensors) {
   PyObject* argument = tensors.ptr();
-  PyObject* done = PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr);
-  if (done) return Py_DECREF(done);
-  // A tensor of inference mode has no version, and torch refuses to count one outside of that mode.
+  PyObject* result = PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr);
+  if (result) return Py_DECREF(result);
+  // The call fails if a tensor was created in inference mode, because it has no version. The changes are then counted
+  // one by one, without such tensors.
   py::error_already_set error;
   for (const py::handle tensor : tensors)
     if (tensors.size() > 1)
@@ -155,7 +158,9 @@ bool in_dual_level() {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   using Body = std::function<void(int64_t, int64_t)>;
-  const auto call = [](int64_t from, int64_t to, void* given) { (*static_cast<const Body*>(given))(from, to); };
+  const auto call = [](int64_t part_begin, int64_t part_end, void* context) {
+    (*static_cast<const Body*>(context))(part_begin, part_end);
+  };
   CHECK_RUN(torch_parallel_for(begin, end, grain, call, const_cast<Body*>(&body)) == 0,
             "axiscap: torch's threads failed");
 }

@@ -1,4 +1,4 @@
-// Tensors as torch exports them to C (DLPack's exchange interface), and the errors that name them.
+// torch tensors, read through DLPack's exchange interface for C, and the errors that name them.
 #pragma once
 
 #include <ATen/dlpack.h>
@@ -16,20 +16,20 @@ namespace py = pybind11;
 
 #define AXISCAP_CHECK(error, condition, ...) \
   if (!(condition)) [[unlikely]]             \
-  throw error(::axiscap::words(__VA_ARGS__))
+  throw error(::axiscap::format_message(__VA_ARGS__))
 #define CHECK_VALUE(condition, ...) AXISCAP_CHECK(py::value_error, condition, __VA_ARGS__)
 #define CHECK_TYPE(condition, ...) AXISCAP_CHECK(py::type_error, condition, __VA_ARGS__)
 #define CHECK_INDEX(condition, ...) AXISCAP_CHECK(py::index_error, condition, __VA_ARGS__)
 #define CHECK_RUN(condition, ...) AXISCAP_CHECK(std::runtime_error, condition, __VA_ARGS__)
 
 template <class... Parts>
-std::string words(const Parts&... parts) {
+std::string format_message(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
   return out.str();
 }
 
-// Sizes or strides: borrowed.
+// Sizes or strides of a tensor, which owns them.
 struct Sizes {
   const int64_t* data;
   int64_t count;
@@ -59,12 +59,12 @@ struct ScalarType {
 
   bool operator==(const ScalarType&) const = default;
 };
-std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float: the dtypes that an op takes
+std::ostream& operator<<(std::ostream& out, ScalarType type);  // Float
 
 inline constexpr ScalarType kFloat{kDLFloat, 32}, kBFloat16{kDLBfloat, 16}, kHalf{kDLFloat, 16},
     kFloat8{kDLFloat8_e4m3fn, 8}, kDouble{kDLFloat, 64}, kInt{kDLInt, 32};
 
-// From a tensor's first byte to the one behind its last.
+// The memory of a tensor, from its first byte to the byte behind its last.
 struct Span {
   const char* begin;
   const char* end;
@@ -72,8 +72,8 @@ struct Span {
   bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
 };
 
-// A tensor that Python passes. The object and its sizes are borrowed for the length of a call. Nothing is initialised
-// before `read`: a call has room for many of them.
+// A tensor argument. It borrows the object and its sizes for the length of a call. `read` initialises it; there is no
+// constructor, because a call reserves more tensors than most calls have.
 struct Tensor {
   PyObject* object;
   Sizes sizes, strides;
@@ -83,17 +83,17 @@ struct Tensor {
   int64_t item_bytes;
   char* data;  // of the first element
 
-  // Reads a dense tensor that has its elements in memory. Returns false, without an error, for every other one: sparse,
-  // fake, meta, freed, of a transform of torch.func. `any_class` admits subclasses of torch.Tensor, which the
-  // dispatcher has seen before; without it they are refused, since their own code must run first.
-  bool read(PyObject* given, bool any_class);
+  // Reads a dense tensor with its elements in memory. Returns false, without an error, for all others: sparse, fake,
+  // meta, freed, or inside of a transform of torch.func. A subclass of torch.Tensor has code of its own that must run
+  // first: it is read only if allow_subclass says that the dispatcher has called that code.
+  bool read(PyObject* tensor, bool allow_subclass);
 
   int64_t dim() const { return sizes.count; }
   int64_t size(int64_t d) const { return sizes[d < 0 ? d + sizes.count : d]; }
   int64_t stride(int64_t d) const { return strides[d < 0 ? d + strides.count : d]; }
   bool is_contiguous(int64_t first_dim = 0) const;
   Span span() const;
-  // A view whose sign torch has not applied yet: the exported memory holds the negative of each element.
+  // Whether torch has not applied the sign of a view yet: the memory has the negative of each element.
   bool is_negated() const;
   bool requires_grad() const;
   std::string dtype_name() const;  // Float
@@ -104,24 +104,23 @@ struct Tensor {
   }
 };
 
-using Optional = const Tensor*;  // null: not given
+using Optional = const Tensor*;  // null: the caller has left the argument out
 
-// Looks up what this module needs of torch. Once, on import.
+// Looks up the objects of torch that this module uses. Runs once, on import.
 void import_torch();
 // Raises TypeError if the object is no torch.Tensor.
 void check_is_tensor(PyObject* object, const char* name);
-// The stream that torch would launch on.
+// The current stream of torch on the device.
 void* current_stream(Device device);
 
-// Counts a change of the tensors' elements, so that autograd refuses to use what it saved of them.
+// Counts a change of the tensors' elements, so that autograd refuses to use older values that it has saved.
 void increment_versions(const py::tuple& tensors);
 
-// Whether a level of forward-mode differentiation is entered, in which a tensor, or one that torch.func wraps around
-// it, may have a tangent.
+// Whether the call is inside of forward-mode differentiation, where tensors may have tangents.
 bool in_dual_level();
 bool is_grad_enabled();
 
-// Runs `body` over parts of [begin, end) with the threads that torch has for its own ops.
+// Runs `body` on parts of [begin, end) in the threads of torch's own ops.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 }  // namespace axiscap

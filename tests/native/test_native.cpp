@@ -1,5 +1,6 @@
-// The kernels without torch: against a float64 oracle, over every place where a row, a tail or a bank can end. Buffers
-// are allocated to the byte, so that a sanitizer sees one element too far; ranges of rows run on threads of their own.
+// Tests of the CPU kernels without torch, against a float64 oracle, for all lengths of a row's tail. Buffers are
+// allocated to the byte, so that a sanitizer reports an access one element behind the end. Ranges of rows run on
+// several threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,14 +29,14 @@ int failures = 0;
     }                                    \
   } while (0)
 
-float to_float(DType dtype, const char* at) {
+float to_float(DType dtype, const char* element) {
   if (dtype == DType::kFloat32) {
     float x;
-    std::memcpy(&x, at, sizeof(x));
+    std::memcpy(&x, element, sizeof(x));
     return x;
   }
   uint16_t half;
-  std::memcpy(&half, at, sizeof(half));
+  std::memcpy(&half, element, sizeof(half));
   if (dtype == DType::kBFloat16) {
     const uint32_t bits = uint32_t(half) << 16;
     float x;
@@ -48,10 +49,10 @@ float to_float(DType dtype, const char* at) {
   return sign * (exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24));
 }
 
-// Any number near x that the dtype has will do as an input.
-void from_float(DType dtype, float x, char* at) {
+// Stores a number near x; it need not be the nearest one.
+void store_near(DType dtype, float x, char* element) {
   if (dtype == DType::kFloat32) {
-    std::memcpy(at, &x, sizeof(x));
+    std::memcpy(element, &x, sizeof(x));
     return;
   }
   uint16_t half;
@@ -65,10 +66,13 @@ void from_float(DType dtype, float x, char* at) {
     half = fraction == 0 || exponent < -13 ? 0 : uint16_t((exponent + 14) << 10) + (int(fraction * 2048) & 1023);
     if (x < 0) half |= 0x8000;
   }
-  std::memcpy(at, &half, sizeof(half));
+  std::memcpy(element, &half, sizeof(half));
 }
 
-double rounding(DType dtype) {
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// The largest relative error of rounding to the dtype.
+double rounding_error(DType dtype) {
   return dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
 }
 
@@ -80,18 +84,18 @@ struct Call {
   CapParams params;
 };
 
-Call make(DType dtype, int64_t rows, int64_t size, int64_t padding, int64_t directions, bool sum, bool in_place,
-          unsigned seed) {
+Call make_call(DType dtype, int64_t rows, int64_t size, int64_t padding, int64_t directions, bool has_residual,
+               bool in_place, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   Call call;
   CapParams& p = call.params;
-  const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(dtype);
   const int64_t stride = size + padding;
   const auto fill = [&](std::vector<char>& buffer) {
-    // The last row has no padding behind it: reading on would leave the allocation.
+    // The last row has no padding, so that an access behind it leaves the allocation.
     buffer.resize(rows ? ((rows - 1) * stride + size) * bytes : 0);
-    for (size_t i = 0; i < buffer.size(); i += bytes) from_float(dtype, normal(random), &buffer[i]);
+    for (size_t i = 0; i < buffer.size(); i += bytes) store_near(dtype, normal(random), &buffer[i]);
   };
   p.dtype = dtype;
   p.rows = rows;
@@ -100,7 +104,7 @@ Call make(DType dtype, int64_t rows, int64_t size, int64_t padding, int64_t dire
   p.directions = directions;
   fill(call.hidden);
   p.hidden_stride = stride;
-  if (sum) {
+  if (has_residual) {
     fill(call.residual);
     p.residual_stride = stride;
   }
@@ -115,8 +119,8 @@ Call make(DType dtype, int64_t rows, int64_t size, int64_t padding, int64_t dire
   for (float& x : call.floors) x = normal(random);
   if (seed % 2) {
     for (const float floor : call.floors) call.targets.push_back(floor + std::fabs(normal(random)));
-    // About half of the rows of slot 0 are beyond its limit, and none of slot 1.
-    call.norm_limits = {std::sqrt(float(size) * (sum ? 2 : 1)), INFINITY};
+    // About half of the rows of slot 0 are above its limit. Slot 1 has no limit.
+    call.norm_limits = {std::sqrt(float(size) * (has_residual ? 2 : 1)), INFINITY};
   }
   call.slots.resize(rows);
   for (int32_t& slot : call.slots) slot = int32_t(random() % 8 ? random() % 2 : -1);
@@ -127,8 +131,8 @@ Call make(DType dtype, int64_t rows, int64_t size, int64_t padding, int64_t dire
   return call;
 }
 
-// The vectors may have moved since `make`.
-void point(Call& call) {
+// Sets the pointers of the parameters. A copy of a call has other vectors.
+void set_pointers(Call& call) {
   CapParams& p = call.params;
   p.hidden = call.hidden.data();
   p.residual = call.residual.empty() ? nullptr : call.residual.data();
@@ -145,24 +149,24 @@ void point(Call& call) {
 
 void check_against_oracle(const Call& before, const Call& after, const char* name) {
   const CapParams& p = before.params;
-  const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(p.dtype);
   const std::vector<char>& base = before.residual.empty() ? before.hidden : before.residual;
   const std::vector<char>& result = !after.out.empty()       ? after.out
                                     : after.residual.empty() ? after.hidden
                                                              : after.residual;
   std::vector<double> x(p.hidden_size);
   for (int64_t row = 0; row < p.rows; ++row) {
-    const int64_t from = row * p.hidden_stride * bytes, to = row * p.out_stride * bytes;
-    double largest = 1, correction = 0, squares = 0;
+    const int64_t in_offset = row * p.hidden_stride * bytes, out_offset = row * p.out_stride * bytes;
+    double magnitude = 1, correction = 0, squares = 0;
     for (int64_t i = 0; i < p.hidden_size; ++i) {
-      x[i] = to_float(p.dtype, &before.hidden[from + i * bytes]);
-      if (!before.residual.empty()) x[i] += to_float(p.dtype, &before.residual[from + i * bytes]);
-      largest += std::fabs(x[i]);
+      x[i] = to_float(p.dtype, &before.hidden[in_offset + i * bytes]);
+      if (!before.residual.empty()) x[i] += to_float(p.dtype, &before.residual[in_offset + i * bytes]);
+      magnitude += std::fabs(x[i]);
       squares += x[i] * x[i];
     }
     const int32_t slot = before.slots[row];
     const double limit = slot < 0 || before.norm_limits.empty() ? INFINITY : before.norm_limits[slot];
-    if (std::fabs(std::sqrt(squares) - limit) < 1e-5 * limit) continue;  // rounding decides
+    if (std::fabs(std::sqrt(squares) - limit) < 1e-5 * limit) continue;  // the rounding of float32 decides
     const bool is_capped = slot >= 0 && std::sqrt(squares) < limit;
     CHECK(is_capped != bool(std::isnan(after.projections[row * p.directions])), "%s, row %ld of norm %g, limit %g",
           name, long(row), std::sqrt(squares), limit);
@@ -178,104 +182,113 @@ void check_against_oracle(const Call& before, const Call& after, const char* nam
       for (int64_t i = 0; i < p.hidden_size; ++i) x[i] += delta * axis[i];
     }
     for (int64_t i = 0; i < p.hidden_size; ++i) {
-      const double wanted = to_float(p.dtype, &base[from + i * bytes]) + (x[i] - incoming[i]);
-      const double found = to_float(p.dtype, &result[to + i * bytes]);
-      const double allowed = rounding(p.dtype) * std::fabs(wanted) + 0x1p-24 + 0x1p-20 * (largest + correction);
-      CHECK(std::fabs(found - wanted) <= allowed, "%s, row %ld, element %ld of %ld: %g for %g", name, long(row),
-            long(i), long(p.hidden_size), found, wanted);
+      const double expected = to_float(p.dtype, &base[in_offset + i * bytes]) + (x[i] - incoming[i]);
+      const double element = to_float(p.dtype, &result[out_offset + i * bytes]);
+      const double tolerance =
+          rounding_error(p.dtype) * std::fabs(expected) + 0x1p-24 + 0x1p-20 * (magnitude + correction);
+      CHECK(std::fabs(element - expected) <= tolerance, "%s, row %ld, element %ld of %ld: %g for %g", name, long(row),
+            long(i), long(p.hidden_size), element, expected);
     }
-    bool any = false;
-    for (int64_t k = 0; k < p.directions; ++k) any |= after.fired[row * p.directions + k] != 0;
-    if (!any)
-      CHECK(!std::memcmp(&result[to], &base[from], p.hidden_size * bytes), "%s, row %ld changed", name, long(row));
+    bool fired = false;
+    for (int64_t k = 0; k < p.directions; ++k) fired |= after.fired[row * p.directions + k] != 0;
+    if (!fired)
+      CHECK(!std::memcmp(&result[out_offset], &base[in_offset], p.hidden_size * bytes), "%s, row %ld changed", name,
+            long(row));
   }
 }
 
 void run(Call& call) {
-  point(call);
+  set_pointers(call);
   cpu::cap(call.params, 0, call.params.rows);
 }
 
-void test_every_tail() {
+void test_rows_match_the_oracle_for_every_tail() {
   unsigned seed = 0;
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
     for (int64_t size : {1, 2, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 97, 576})
       for (int64_t rows : {0, 1, 3, 4, 5, 8, 13})
         for (int64_t directions : {1, 3})
-          for (bool sum : {false, true})
+          for (bool has_residual : {false, true})
             for (bool in_place : {false, true}) {
-              const Call before = make(dtype, rows, size, seed % 3, directions, sum, in_place, seed);
+              const Call before = make_call(dtype, rows, size, seed % 3, directions, has_residual, in_place, seed);
               ++seed;
               Call after = before;
               run(after);
-              check_against_oracle(before, after, sum ? "sum" : in_place ? "in place" : "copy");
+              check_against_oracle(before, after, has_residual ? "sum" : in_place ? "in place" : "copy");
             }
 }
 
 float from_fp8(uint8_t code) {
   const int exponent = code >> 3 & 15, fraction = code & 7;
-  const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp(float(fraction), -9);
-  return code & 0x80 ? -size : size;
+  const float magnitude = exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp(float(fraction), -9);
+  return code & 0x80 ? -magnitude : magnitude;
 }
 
-// The norm of the stored row, and that in fp8 with a scale for all rows and with each row's own.
-void test_the_norm_of_every_tail() {
+enum class NormFormat { kRowDType, kFp8WithOneScale, kFp8WithRowScales };
+
+// Checks the norm of one row. residual: the stored row; normed: its norm, in fp8 divided by `scale`.
+void check_norm(DType dtype, NormFormat format, int64_t size, const char* residual, const char* weight,
+                const char* normed, double scale) {
+  const int64_t bytes = bytes_of(dtype);
+  const bool is_fp8 = format != NormFormat::kRowDType;
+  double squares = 0, largest = 0;
+  for (int64_t i = 0; i < size; ++i) squares += std::pow(double(to_float(dtype, residual + i * bytes)), 2);
+  const double root = std::sqrt(squares / double(size) + 1e-6);
+  const auto norm = [&](int64_t i) {
+    return to_float(dtype, residual + i * bytes) / root * to_float(dtype, weight + i * bytes);
+  };
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(norm(i)));
+  if (format == NormFormat::kFp8WithRowScales)
+    CHECK(std::fabs(scale * 448 / largest - 1) < 0.01, "a scale of %g", scale);
+  for (int64_t i = 0; i < size; ++i) {
+    const double element = is_fp8 ? from_fp8(uint8_t(normed[i])) * scale : to_float(dtype, normed + i * bytes);
+    const double expected = std::clamp(norm(i), -448 * scale, 448 * scale);
+    const double tolerance = is_fp8 ? 0.07 * std::fabs(expected) + 0x1p-10 * scale + 1e-6
+                                    : rounding_error(dtype) * std::fabs(expected) + 1e-6;
+    CHECK(std::fabs(element - expected) <= tolerance + 1e-5 * std::fabs(expected), "format %d, element %ld: %g for %g",
+          int(format), long(i), element, expected);
+  }
+}
+
+void test_the_norm_matches_the_oracle_for_every_tail() {
+  constexpr int64_t kRows = 5;
   unsigned seed = 0;
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
     for (int64_t size : {1, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 576})
-      for (int kind : {0, 1, 2}) {
-        constexpr int64_t kRows = 5;
-        Call call = make(dtype, kRows, size, seed % 3, 1, true, true, seed);
+      for (NormFormat format : {NormFormat::kRowDType, NormFormat::kFp8WithOneScale, NormFormat::kFp8WithRowScales}) {
+        Call call = make_call(dtype, kRows, size, seed % 3, 1, true, true, seed);
         ++seed;
-        const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2, item = kind ? 1 : bytes;
-        std::vector<char> weight(size * bytes), normed(kRows * size * item);
-        std::vector<float> scales(kRows);
+        const int64_t bytes = bytes_of(dtype), normed_bytes = format == NormFormat::kRowDType ? bytes : 1;
+        std::vector<char> weight(size * bytes), normed(kRows * size * normed_bytes);
+        std::vector<float> scales(kRows, 1.f);
         const float scale = 0.02f;
-        for (int64_t i = 0; i < size; ++i) from_float(dtype, 0.5f + float(i % 5), &weight[i * bytes]);
+        for (int64_t i = 0; i < size; ++i) store_near(dtype, 0.5f + float(i % 5), &weight[i * bytes]);
         CapParams& p = call.params;
         p.weight = weight.data();
         p.eps = 1e-6f;
         p.normed = normed.data();
         p.normed_stride = size;
-        if (kind == 1) p.scale = &scale;
-        if (kind == 2) p.scales = scales.data();
+        if (format == NormFormat::kFp8WithOneScale) p.scale = &scale;
+        if (format == NormFormat::kFp8WithRowScales) p.scales = scales.data();
         run(call);
-        for (int64_t row = 0; row < kRows; ++row) {
-          const char* stored = &call.residual[row * p.residual_stride * bytes];
-          double squares = 0, largest = 0;
-          for (int64_t i = 0; i < size; ++i) squares += std::pow(double(to_float(dtype, stored + i * bytes)), 2);
-          const double root = std::sqrt(squares / double(size) + 1e-6);
-          const auto norm = [&](int64_t i) {
-            return to_float(dtype, stored + i * bytes) / root * to_float(dtype, &weight[i * bytes]);
-          };
-          for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(norm(i)));
-          const double over = kind == 0 ? 1 : kind == 1 ? scale : double(scales[row]);
-          if (kind == 2) CHECK(std::fabs(over * 448 / largest - 1) < 0.01, "a scale of %g", over);
-          for (int64_t i = 0; i < size; ++i) {
-            const char* at = &normed[(row * size + i) * item];
-            const double found = kind ? from_fp8(uint8_t(*at)) * over : to_float(dtype, at);
-            const double wanted = std::clamp(norm(i), -448 * over, 448 * over);
-            const double allowed = kind == 0 ? rounding(dtype) * std::fabs(wanted) + 1e-6
-                                             : 0.07 * std::fabs(wanted) + 0x1p-10 * over + 1e-6;
-            CHECK(std::fabs(found - wanted) <= allowed + 1e-5 * std::fabs(wanted), "kind %d, element %ld: %g for %g",
-                  kind, long(i), found, wanted);
-          }
-        }
+        for (int64_t row = 0; row < kRows; ++row)
+          check_norm(dtype, format, size, &call.residual[row * p.residual_stride * bytes], weight.data(),
+                     &normed[row * size * normed_bytes], p.scale ? scale : scales[row]);
       }
 }
 
-void test_rows_that_are_not_finite() {
+void test_a_row_that_is_not_finite_is_left_alone() {
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    Call call = make(dtype, 9, 70, 0, 1, false, true, 0);
+    Call call = make_call(dtype, 9, 70, 0, 1, false, true, 0);
     std::fill(call.slots.begin(), call.slots.end(), 0);
     call.floors = {100, 100};
-    const uint16_t infinity = dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00;
-    const float infinite = INFINITY;
-    char* at = &call.hidden[(4 * 70 + 69) * (dtype == DType::kFloat32 ? 4 : 2)];
+    const uint16_t infinity16 = dtype == DType::kBFloat16 ? 0x7f80 : 0x7c00;
+    const float infinity32 = INFINITY;
+    char* element = &call.hidden[(4 * 70 + 69) * bytes_of(dtype)];
     if (dtype == DType::kFloat32)
-      std::memcpy(at, &infinite, 4);
+      std::memcpy(element, &infinity32, 4);
     else
-      std::memcpy(at, &infinity, 2);
+      std::memcpy(element, &infinity16, 2);
     const std::vector<char> before = call.hidden;
     run(call);
     const size_t row = before.size() / 9;
@@ -285,25 +298,26 @@ void test_rows_that_are_not_finite() {
   }
 }
 
-void test_threads_over_ranges_give_the_bits_of_one() {
+void test_several_threads_give_the_bits_of_one() {
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    const Call before = make(dtype, 203, 100, 1, 2, true, true, 7);
-    Call one = before, many = before;
+    const Call before = make_call(dtype, 203, 100, 1, 2, true, true, 7);
+    Call one = before, several = before;
     run(one);
-    point(many);
+    set_pointers(several);
     std::vector<std::thread> threads;
     for (int64_t begin = 0; begin < 203; begin += 29)
-      threads.emplace_back([&many, begin] { cpu::cap(many.params, begin, std::min<int64_t>(begin + 29, 203)); });
+      threads.emplace_back([&several, begin] { cpu::cap(several.params, begin, std::min<int64_t>(begin + 29, 203)); });
     for (std::thread& thread : threads) thread.join();
-    CHECK(one.residual == many.residual, "threads show");
-    CHECK(!std::memcmp(one.projections.data(), many.projections.data(), one.projections.size() * 4), "threads show");
-    CHECK(one.fired == many.fired, "threads show");
+    CHECK(one.residual == several.residual, "rows differ");
+    CHECK(!std::memcmp(one.projections.data(), several.projections.data(), one.projections.size() * 4),
+          "projections differ");
+    CHECK(one.fired == several.fired, "what fired differs");
   }
 }
 
-void test_statistics() {
+void test_statistics_are_added_to_their_slot() {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  // Two layers of five rows, in a buffer with room for six; the second layer fires nowhere.
+  // Two layers of five rows in a buffer for six rows. The second layer does not fire.
   const std::vector<float> projections = {1, -1, nan, 3, 9, 7, 1, 2, 3, 4, 5}, floors = {0, 5, 0, 0};
   const std::vector<int32_t> slots = {0, 0, 0, 1, -1};
   std::vector<double> stats(4 * kStatFields);
@@ -322,12 +336,12 @@ void test_statistics() {
   p.layers = 2;
   p.layer_stride = 6;
   cpu::accumulate(p);
-  const std::vector<double> wanted = {3, 1, 1, 1, 0, -1, 1, 1, 1, 1, 1, 0, 3, 3, 3, 2,
-                                      3, 0, 0, 0, 6, 1,  3, 0, 1, 0, 0, 0, 4, 4, 4, 0};
-  CHECK(stats == wanted, "statistics");
+  const std::vector<double> expected = {3, 1, 1, 1, 0, -1, 1, 1, 1, 1, 1, 0, 3, 3, 3, 2,
+                                        3, 0, 0, 0, 6, 1,  3, 0, 1, 0, 0, 0, 4, 4, 4, 0};
+  CHECK(stats == expected, "statistics");
 }
 
-void test_passes() {
+void test_two_passes_restore_the_bytes() {
   for (int64_t bytes : {0, 1, 63, 64, 65, 511, 512, 4097}) {
     std::vector<char> data(bytes, 3);
     cpu::read_pass(data.data(), bytes);
@@ -340,17 +354,17 @@ void test_passes() {
 }  // namespace
 
 int main() {
-  const char* asked = std::getenv("AXISCAP_ISA");
-  if (asked && std::strcmp(asked, cpu::isa())) {
-    std::printf("this machine has no %s\n", asked);
-    return 77;  // ctest's SKIP_RETURN_CODE
+  const char* requested_isa = std::getenv("AXISCAP_ISA");
+  if (requested_isa && std::strcmp(requested_isa, cpu::isa())) {
+    std::printf("this machine has no %s\n", requested_isa);
+    return 77;  // SKIP_RETURN_CODE in CMakeLists.txt
   }
-  test_every_tail();
-  test_the_norm_of_every_tail();
-  test_rows_that_are_not_finite();
-  test_threads_over_ranges_give_the_bits_of_one();
-  test_statistics();
-  test_passes();
+  test_rows_match_the_oracle_for_every_tail();
+  test_the_norm_matches_the_oracle_for_every_tail();
+  test_a_row_that_is_not_finite_is_left_alone();
+  test_several_threads_give_the_bits_of_one();
+  test_statistics_are_added_to_their_slot();
+  test_two_passes_restore_the_bytes();
   std::printf("%s: %s\n", cpu::isa(), failures ? "failed" : "passed");
   return failures != 0;
 }

@@ -1,4 +1,4 @@
-"""The machine code that ptxas makes of the kernels, for every architecture: registers, spills, width of accesses."""
+"""The machine code of the kernels for every architecture: registers, spills, width of accesses."""
 
 from __future__ import annotations
 
@@ -15,51 +15,49 @@ import pytest
 from conftest import REPOSITORY
 from emulated import nvcc
 
-#: The disassemblers come as Python packages, which put their programs here.
+#: The Python packages of the disassemblers install their programs here.
 TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[int, tuple[Path, str]]:
-    """For each architecture: the machine code, and what ptxas said."""
+    """For each architecture the file of machine code, and the messages of ptxas."""
     folder, compiler = tmp_path_factory.mktemp("cubins"), nvcc()
 
     def build(architecture: int) -> tuple[Path, str]:
         out = folder / f"sm_{architecture}.cubin"
         command = [compiler, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
         source = REPOSITORY / "csrc" / "launchers" / "cuda.cu"
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, f"-I{REPOSITORY / 'csrc'}", str(source), "-o", str(out)],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
-        return out, done.stderr
+        return out, result.stderr
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(limits.ARCHITECTURES, pool.map(build, limits.ARCHITECTURES), strict=True))
 
 
 @functools.cache
-def disassembled(cubin: Path) -> dict[str, list[str]]:
-    """Instructions by kernel."""
+def disassemble(cubin: Path) -> dict[str, list[str]]:
+    """The opcodes of each kernel."""
     if not (TOOLS / "nvdisasm").exists():
         pytest.skip("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     text = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[str]] = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
         name = re.split(r"[,\s]", section, maxsplit=1)[0].strip('"')
-        found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)", section, re.M)
-        kernels[name] = found
+        kernels[name] = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)", section, re.M)
     return kernels
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", limits.ARCHITECTURES)
-def test_no_spills_and_few_registers(compiled, architecture):
-    said = compiled[architecture][1]
+def test_kernels_do_not_spill_and_fit_the_registers(compiled, architecture):
     entries = re.findall(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
-        said,
+        compiled[architecture][1],
         re.S,
     )
     assert len(entries) == limits.KERNELS
@@ -72,18 +70,17 @@ def test_no_spills_and_few_registers(compiled, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_accesses_are_wide_and_none_is_local(compiled, architecture):
-    kernels = disassembled(compiled[architecture][0])
+    kernels = disassemble(compiled[architecture][0])
     assert len(kernels) == limits.KERNELS
     for name, code in kernels.items():
         assert not [op for op in code if op.startswith(("LDL", "STL"))], name
         if "accumulate_rows" in name:
             continue
-        loads = [op for op in code if op.startswith(("LDG.", "LDGSTS"))]  # also those into shared memory
+        loads = [op for op in code if op.startswith(("LDG.", "LDGSTS"))]  # LDGSTS loads to shared memory
         stores = [op for op in code if op.startswith("STG")]
         wide_loads = [op for op in loads if ".128" in op]
         wide_stores = [op for op in stores if ".128" in op]
-        # Each row's vectors: what is not 16 bytes wide is a slot, a floor, a target, a limit, a projection, a flag or a
-        # scale.
+        # Vectors of rows and banks are 16 bytes. Slots, floors, targets, limits, projections, flags and scales are not.
         assert wide_loads, name
         assert wide_stores, name
         if "cap_register_rows" in name:
@@ -93,7 +90,7 @@ def test_accesses_are_wide_and_none_is_local(compiled, architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [90, 120])
-def test_the_gate_of_cuxray(compiled, architecture):
+def test_kernels_pass_the_gate_of_cuxray(compiled, architecture):
     cuxray = Path(sysconfig.get_paths()["scripts"]) / "cuxray"
     if not cuxray.exists() or not TOOLS.exists():
         pytest.skip("the gate needs cuxray: pip install cuxray nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")

@@ -1,9 +1,9 @@
-// The cap on a CPU: one row loop for every op. Included with AXISCAP_ISA defined (see simd.h).
+// The cap on a CPU: one loop over the rows for every op. CMake defines AXISCAP_ISA (see simd.h).
 //
-// Bits depend on the row, H, dtype and slot alone. Element i of a dot product is always added to lane i % kLanes, in
-// the order of i, and the lanes are folded in one fixed tree. So neither how many rows are taken at once, nor the
-// thread, nor the vector width of the instruction set, can show in a result. (The x86-64 baseline alone has no fused
-// multiply-add: its last bits differ from those of the other sets.)
+// The bits of a result depend on the row, H, dtype and slot alone: element i of a dot product is always added to lane
+// i % kLanes, in the order of i, and a fixed tree adds up the lanes. The number of rows in a block, the thread and the
+// vector width of the instruction set do not matter. (Only the x86-64 baseline has no fused multiply-add: its last bits
+// differ from those of the other instruction sets.)
 #pragma once
 
 #include <algorithm>
@@ -19,16 +19,18 @@ namespace axiscap::AXISCAP_ISA {
 
 inline constexpr int kLanes = 32;
 inline constexpr int kVecs = kLanes / kWidth;
-// Squares have half of the lanes: with as many as a dot product, the sums of all rows would not fit the registers.
+// Sums of squares have half of the lanes. With kLanes the sums of all rows of a block would not fit the registers.
 inline constexpr int kSquareVecs = kVecs / 2;
-// Most rows that share one pass over the axis: the axis (4 bytes an element, from L1 or L2) costs more than a bfloat16
-// row, and several rows at once keep more of memory's requests in flight. Bounded by the registers for their sums.
-inline constexpr int kMaxRowsAtOnce = kWidth == 16 ? 8 : 4;
-// The pass that reads asks for one in this many of the next block's lines, and leaves the rest to the pass that writes,
-// which computes more: memory is then busy in both. (Asking costs: the wider the vectors, the shorter the loop.)
+// The most rows that share one pass over the axis. An axis (4 bytes an element, from L1 or L2) takes longer to load
+// than a bfloat16 row, and several rows keep more memory requests in flight. The registers for their sums limit the
+// number.
+inline constexpr int kMaxBlockRows = kWidth == 16 ? 8 : 4;
+// project_rows prefetches every kPrefetchShare-th cache line of the next block, store_corrected the others, so that
+// memory is busy in both. With wider vectors the loop is shorter, and a prefetch costs a larger part of it.
 inline constexpr int kPrefetchShare = kWidth == 16 ? 4 : 2;
 
-// Where a row comes from: one stream, or the sum of two. `base` is what a correction is added to.
+// The source of a row: one stream, or the sum of two. A correction is added to `base`. `tail` copies the last n
+// elements of a row to a buffer with zeros behind them, so that whole vectors can be loaded.
 template <class T>
 struct OneStream {
   const T* hidden;
@@ -53,7 +55,7 @@ struct TwoStreams {
       : hidden(static_cast<const T*>(p.hidden) + row * p.hidden_stride),
         residual(static_cast<const T*>(p.residual) + row * p.residual_stride) {}
   Vec load_at(int64_t i) const { return load(hidden + i) + load(residual + i); }
-  // Under a norm all of the sum goes on in the residual; else the correction alone joins it.
+  // With a norm the residual becomes the sum; else only the correction is added to it.
   Vec base_at(int64_t i) const { return kNorm ? load_at(i) : load(residual + i); }
   const T* base() const { return residual; }
   static int64_t stride(const CapParams& p) { return p.residual_stride; }
@@ -85,7 +87,7 @@ struct Slot {
   bool has_limit() const { return norm_limit < std::numeric_limits<float>::infinity(); }
 };
 
-// What the directions so far have added to a row: x = row + sum_j delta_j u_j, in the order of j.
+// The corrections of a row by its directions, in order: x = row + sum_j delta_j lift_j.
 struct Corrections {
   const float* lifts[kMaxDirections];
   float delta[kMaxDirections];
@@ -103,7 +105,8 @@ struct Corrections {
 
 template <int N>
 inline float fold(const Vec (&acc)[N]) {
-  // Lane j is added to lane j - half, for half = ..., 4, 2, 1: on four lanes at a time while there are four.
+  // Lane j is added to lane j - half, for half = ..., 4, 2, 1; the steps down to half = 4 work on vectors of four
+  // lanes.
   typedef float Four __attribute__((vector_size(16)));
   constexpr int kFours = N * kWidth / 4;
   Four lanes[kFours];
@@ -115,16 +118,17 @@ inline float fold(const Vec (&acc)[N]) {
 
 inline void add_square(Vec& acc, Vec x) { acc = multiply_add(x, x, acc); }
 
-// <row_r, axis> for R rows in one pass over the axis, and with kSquares <row_r, row_r>. `ahead`: how many elements
-// further on the row lies that comes in row r's place after this block, or 0.
+// projections[r] = <row_r, axis> for R rows in one pass over the axis, and with kSquares squares[r] = <row_r, row_r>.
+// prefetch_offset: elements from a row of this block to the same row of the next block, or 0.
 template <int R, bool kSquares, class Row, class T>
-inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead, float* out, float* squares) {
+inline void project_rows(const Row* rows, const float* axis, int64_t size, int64_t prefetch_offset, float* projections,
+                         float* squares) {
   Vec acc[R][kVecs] = {}, square_acc[R][kSquareVecs] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    // R rows at once are R short streams, which the hardware's prefetchers lose at every row's end.
+    // R rows are R short streams: the hardware prefetchers lose them at the end of every row.
     for (int r = 0; r < R; r += kPrefetchShare)
-      __builtin_prefetch(rows[r + i / kLanes % std::min(R, kPrefetchShare)].base() + i + ahead, 0, 2);
+      __builtin_prefetch(rows[r + i / kLanes % std::min(R, kPrefetchShare)].base() + i + prefetch_offset, 0, 2);
     for (int u = 0; u < kVecs; ++u) {
       const Vec v = load(axis + i + u * kWidth);
       for (int r = 0; r < R; ++r) {
@@ -148,20 +152,20 @@ inline void dots(const Row* rows, const float* axis, int64_t size, int64_t ahead
     }
   }
   for (int r = 0; r < R; ++r) {
-    out[r] = fold(acc[r]);
+    projections[r] = fold(acc[r]);
     if constexpr (kSquares) squares[r] = fold(square_acc[r]);
   }
 }
 
-// <x, axis> of a row that earlier directions have corrected; the same sum as `dots` over x.
+// <x, axis> of a row that earlier directions have corrected, with the same order of sums as project_rows.
 template <class T, class Row>
-inline float dot_corrected(const Row& row, const Corrections& corrections, const float* axis, int64_t size) {
+inline float project_corrected(const Row& row, const Corrections& corrections, const float* axis, int64_t size) {
   Vec acc[kVecs] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes)
     for (int u = 0; u < kVecs; ++u) {
-      const int64_t at = i + u * kWidth;
-      acc[u] = multiply_add(corrections.apply(row.load_at(at), at), load(axis + at), acc[u]);
+      const int64_t offset = i + u * kWidth;
+      acc[u] = multiply_add(corrections.apply(row.load_at(offset), offset), load(axis + offset), acc[u]);
     }
   if (i < size) {
     T row_tail[2 * kLanes] = {};
@@ -180,9 +184,9 @@ inline float dot_corrected(const Row& row, const Corrections& corrections, const
   return fold(acc);
 }
 
-// base + corrections of a row's last n elements, n < 2 kWidth, and zeros behind them.
+// Sets x to base + corrections of a row's last n < 2 kWidth elements, and to zeros behind them.
 template <class T, class Row>
-inline void corrected_tail(const Row& row, const Corrections& corrections, int64_t i, int64_t n, Vec (&x)[2]) {
+inline void correct_tail(const Row& row, const Corrections& corrections, int64_t i, int64_t n, Vec (&x)[2]) {
   T row_tail[2 * kLanes] = {};
   const Row tail = row.tail(i, n, row_tail);
   for (int u = 0; u < 2; ++u) x[u] = tail.base_at(u * kWidth);
@@ -194,49 +198,50 @@ inline void corrected_tail(const Row& row, const Corrections& corrections, int64
   }
 }
 
-// Whether a correction by delta may take an element of a finite row out of T's range.
+// Whether a correction by delta may make an element of a finite row overflow T.
 template <class T>
 inline bool may_overflow(float delta) {
   return std::is_same_v<T, float16> || delta > kLargeCorrection;
 }
 
-// Whether base + corrections is finite once it is rounded to T. The smallest float that is not: 65520 as a float16,
-// halfway between the largest and what would follow it; the same as a bfloat16.
+// Whether base + corrections is finite when it is rounded to T. The smallest float that rounds to infinity lies halfway
+// between the largest finite T and the next power of two: 65520 for float16, 0x7f7f8000 for bfloat16.
 template <class T, class Row>
-inline bool fits(const Row& row, const Corrections& corrections, int64_t size) {
-  const float least = std::is_same_v<T, float16>    ? 65520.f
-                      : std::is_same_v<T, bfloat16> ? bit_cast<float>(0x7f7f8000u)
-                                                    : std::numeric_limits<float>::infinity();
-  VecU32 within = ~VecU32{};
-  const auto look = [&](Vec x) {
-    within &= (VecU32)(bit_cast<Vec>(bit_cast<VecU32>(x) & 0x7fffffff) < broadcast(least));
+inline bool is_in_range(const Row& row, const Corrections& corrections, int64_t size) {
+  const float overflow = std::is_same_v<T, float16>    ? 65520.f
+                         : std::is_same_v<T, bfloat16> ? bit_cast<float>(0x7f7f8000u)
+                                                       : std::numeric_limits<float>::infinity();
+  VecU32 in_range = ~VecU32{};
+  const auto check = [&](Vec x) {
+    in_range &= (VecU32)(bit_cast<Vec>(bit_cast<VecU32>(x) & 0x7fffffff) < broadcast(overflow));
   };
   int64_t i = 0;
   for (; i + 2 * kWidth <= size; i += 2 * kWidth)
-    for (int u = 0; u < 2; ++u) look(corrections.apply(row.base_at(i + u * kWidth), i + u * kWidth));
+    for (int u = 0; u < 2; ++u) check(corrections.apply(row.base_at(i + u * kWidth), i + u * kWidth));
   if (i < size) {
     Vec x[2];
-    corrected_tail<T>(row, corrections, i, size - i, x);
-    for (int u = 0; u < 2; ++u) look(x[u]);
+    correct_tail<T>(row, corrections, i, size - i, x);
+    for (int u = 0; u < 2; ++u) check(x[u]);
   }
-  uint32_t all = ~0u;
-  for (int j = 0; j < kWidth; ++j) all &= within[j];
-  return all;
+  uint32_t all_lanes = ~0u;
+  for (int j = 0; j < kWidth; ++j) all_lanes &= in_range[j];
+  return all_lanes;
 }
 
-// out = round(base + corrections): the one store of a row that fired. `ahead`: how many elements further on a row lies
-// that will be wanted soon, or 0. The pass computes more than it moves, so that one can come in from memory meanwhile.
+// out = round(base + corrections): the only store of a row that fired. It prefetches the row that lies prefetch_offset
+// elements behind this one (0: itself), because the loop computes more than it loads.
 template <class T, class Row>
-inline void store_corrected(const Row& row, const Corrections& corrections, T* out, int64_t size, int64_t ahead) {
+inline void store_corrected(const Row& row, const Corrections& corrections, T* out, int64_t size,
+                            int64_t prefetch_offset) {
   constexpr int kStep = 2 * kWidth;
   int64_t i = 0;
   if (corrections.count == 1) {
-    // Held in locals: the stores could change anything behind a pointer, for all that the compiler knows.
+    // Local copies, because the compiler must assume that a store changes anything behind a pointer.
     const Row local = row;
     const float* lift = corrections.lifts[0];
     const Vec delta = broadcast(corrections.delta[0]);
     for (; i + kStep <= size; i += kStep) {
-      __builtin_prefetch(local.base() + i + ahead, 0, 2);
+      __builtin_prefetch(local.base() + i + prefetch_offset, 0, 2);
       store(out + i, multiply_add(load(lift + i), delta, local.base_at(i)),
             multiply_add(load(lift + i + kWidth), delta, local.base_at(i + kWidth)));
     }
@@ -245,13 +250,13 @@ inline void store_corrected(const Row& row, const Corrections& corrections, T* o
     store(out + i, corrections.apply(row.base_at(i), i), corrections.apply(row.base_at(i + kWidth), i + kWidth));
   if (i == size) return;
   Vec x[2];
-  corrected_tail<T>(row, corrections, i, size - i, x);
+  correct_tail<T>(row, corrections, i, size - i, x);
   T rounded[kStep];
   store(rounded, x[0], x[1]);
   std::memcpy(out + i, rounded, (size - i) * sizeof(T));
 }
 
-// x / sqrt(mean(x^2) + eps) * (weight + weight_bias) of a row x as it was stored.
+// The RMS norm x / sqrt(mean(x^2) + eps) * (weight + weight_bias) of a stored row x.
 template <class T>
 struct Norm {
   static constexpr int kStep = 2 * kWidth;
@@ -279,27 +284,27 @@ struct Norm {
     scale = broadcast(1.f / std::sqrt(fold(acc) / float(size) + p.eps));
   }
 
-  // Hands over where, how many elements, and two vectors of them; behind the last element they are 0.
-  template <class Take>
-  void each(Take take) const {
-    const Norm norm = *this;  // held in locals: the stores could change anything behind a pointer
-    const auto hand = [&](const T* row, const T* by, int64_t i, int64_t n) {
-      take(i, n, load(row) * norm.scale * (load(by) + norm.bias),
-           load(row + kWidth) * norm.scale * (load(by + kWidth) + norm.bias));
+  // Calls function(i, n, a, b) with two vectors of the norm: elements [i, i + n), and zeros behind the last element.
+  template <class Function>
+  void for_each_step(Function function) const {
+    const Norm norm = *this;  // a local copy, because the compiler must assume that a store changes *this
+    const auto step = [&](const T* row, const T* row_weight, int64_t i, int64_t n) {
+      function(i, n, load(row) * norm.scale * (load(row_weight) + norm.bias),
+               load(row + kWidth) * norm.scale * (load(row_weight + kWidth) + norm.bias));
     };
     int64_t i = 0;
-    for (; i + kStep <= norm.size; i += kStep) hand(norm.x + i, norm.weight + i, i, kStep);
+    for (; i + kStep <= norm.size; i += kStep) step(norm.x + i, norm.weight + i, i, kStep);
     if (i == norm.size) return;
     T row_tail[kStep] = {}, weight_tail[kStep] = {};
     std::memcpy(row_tail, norm.x + i, (norm.size - i) * sizeof(T));
     std::memcpy(weight_tail, norm.weight + i, (norm.size - i) * sizeof(T));
-    hand(row_tail, weight_tail, i, norm.size - i);
+    step(row_tail, weight_tail, i, norm.size - i);
   }
 };
 
 template <class T>
-void norm_row(const CapParams& p, const T* x, T* normed) {
-  Norm<T>(p, x).each([normed](int64_t i, int64_t n, Vec a, Vec b) {
+void write_norm(const CapParams& p, const T* x, T* normed) {
+  Norm<T>(p, x).for_each_step([normed](int64_t i, int64_t n, Vec a, Vec b) {
     if (n == Norm<T>::kStep) return store(normed + i, a, b);
     T rounded[Norm<T>::kStep];
     store(rounded, a, b);
@@ -307,29 +312,35 @@ void norm_row(const CapParams& p, const T* x, T* normed) {
   });
 }
 
-// In fp8: as above, and over a scale; `own_scale` is where the row's goes, or null.
+// The largest |element| of the norm, rounded to T.
 template <class T>
-void norm_row_in_fp8(const CapParams& p, const T* x, uint8_t* normed, float* own_scale) {
+float largest_element(const Norm<T>& norm) {
+  Vec largest = {};
+  const auto include = [&largest](Vec x) {
+    const VecU32 is_larger = (VecU32)(magnitude(x) > largest);
+    largest = bit_cast<Vec>((bit_cast<VecU32>(magnitude(x)) & is_larger) | (bit_cast<VecU32>(largest) & ~is_larger));
+  };
+  norm.for_each_step([&include](int64_t, int64_t, Vec a, Vec b) {
+    T rounded[Norm<T>::kStep];
+    store(rounded, a, b);
+    include(load(rounded));
+    include(load(rounded + kWidth));
+  });
+  float element = 0;
+  for (int j = 0; j < kWidth; ++j) element = std::max(element, largest[j]);
+  return element;
+}
+
+// Writes the norm in fp8, with the scale p.scale of all rows or with the row's own scale, which is written to
+// row_scale.
+template <class T>
+void write_norm_in_fp8(const CapParams& p, const T* x, uint8_t* normed, float* row_scale) {
   constexpr int kStep = Norm<T>::kStep;
   const Norm<T> norm(p, x);
-  float scale = own_scale ? 0 : *p.scale;
-  if (own_scale) {
-    Vec most = {};
-    const auto look = [&most](Vec x) {
-      const VecU32 is_more = (VecU32)(magnitude(x) > most);
-      most = bit_cast<Vec>((bit_cast<VecU32>(magnitude(x)) & is_more) | (bit_cast<VecU32>(most) & ~is_more));
-    };
-    norm.each([&look](int64_t, int64_t, Vec a, Vec b) {
-      T rounded[kStep];
-      store(rounded, a, b);
-      look(load(rounded));
-      look(load(rounded + kWidth));
-    });
-    for (int j = 0; j < kWidth; ++j) scale = std::max(scale, most[j]);
-    *own_scale = scale = std::max(scale / kFp8Max, kFp8LeastScale);
-  }
+  if (row_scale) *row_scale = std::max(largest_element(norm) / kFp8Max, kFp8MinScale);
+  const float scale = row_scale ? *row_scale : *p.scale;
   const Vec inverse = broadcast(1.f / scale);
-  norm.each([normed, inverse](int64_t i, int64_t n, Vec a, Vec b) {
+  norm.for_each_step([normed, inverse](int64_t i, int64_t n, Vec a, Vec b) {
     T rounded[kStep];
     uint8_t bytes[kStep];
     store(rounded, a, b);
@@ -338,86 +349,99 @@ void norm_row_in_fp8(const CapParams& p, const T* x, uint8_t* normed, float* own
   });
 }
 
-// What becomes of a row, once its corrections are known.
+// Writes row number `index` with its corrections, and its norm.
 template <class T, class Row>
-void finish_row(const CapParams& p, int64_t index, const Row& row, const Corrections& corrections, int64_t ahead) {
+void write_row(const CapParams& p, int64_t index, const Row& row, const Corrections& corrections,
+               int64_t prefetch_offset) {
   T* out = static_cast<T*>(p.out) + index * p.out_stride;
   if (corrections.count > 0 || p.weight)
-    store_corrected(row, corrections, out, p.hidden_size, ahead);
+    store_corrected(row, corrections, out, p.hidden_size, prefetch_offset);
   else if (out != row.base())
     std::memcpy(out, row.base(), p.hidden_size * sizeof(T));
   if (!p.weight) return;
   if (p.is_fp8())
-    norm_row_in_fp8(p, out, static_cast<uint8_t*>(p.normed) + index * p.normed_stride,
-                    p.scales ? p.scales + index : nullptr);
+    write_norm_in_fp8(p, out, static_cast<uint8_t*>(p.normed) + index * p.normed_stride,
+                      p.scales ? p.scales + index : nullptr);
   else
-    norm_row(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
+    write_norm(p, out, static_cast<T*>(p.normed) + index * p.normed_stride);
 }
 
-// Applies a slot's directions in order to one row whose incoming projections are known and admitted. Returns false,
-// with nothing written, where a projection, a correction or the corrected row is not finite.
+// Computes the corrections of one row, direction by direction, from the finite projections of the incoming row. Returns
+// false if a projection, a correction or the corrected row is not finite.
 template <class T, class Row>
 bool correct(const CapParams& p, const Row& row, const Slot& slot, const float* projections, Corrections& corrections,
              uint8_t* fired) {
   bool large = false;
   for (int64_t k = 0; k < p.directions; ++k) {
     const float* axis = slot.axes + k * p.hidden_size;
-    const float now = corrections.count == 0 ? projections[k] : dot_corrected<T>(row, corrections, axis, p.hidden_size);
-    if (!std::isfinite(now)) return false;
-    fired[k] = now < slot.floors[k];
+    const float projection =
+        corrections.count == 0 ? projections[k] : project_corrected<T>(row, corrections, axis, p.hidden_size);
+    if (!std::isfinite(projection)) return false;
+    fired[k] = projection < slot.floors[k];
     if (!fired[k]) continue;
-    const float delta = slot.targets[k] - now;
+    const float delta = slot.targets[k] - projection;
     if (!std::isfinite(delta)) return false;
     corrections.add(slot.lifts + k * p.hidden_size, delta);
     large |= may_overflow<T>(delta);
   }
-  return !large || fits<T>(row, corrections, p.hidden_size);
+  return !large || is_in_range<T>(row, corrections, p.hidden_size);
 }
 
-// Rows [row, row + R) of a range that ends at `end`; they share a slot.
+// Reports the projections of row number `index` and what fired; NaN and nothing if the row is left alone.
+inline void report_row(const CapParams& p, int64_t index, bool admitted, const float* projections,
+                       const uint8_t* fired) {
+  if (p.projections) {
+    float* row_projections = p.projections + index * p.directions;
+    for (int64_t k = 0; k < p.directions; ++k)
+      row_projections[k] = admitted ? projections[k] : std::numeric_limits<float>::quiet_NaN();
+  }
+  if (p.fired)
+    for (int64_t k = 0; k < p.directions; ++k) p.fired[index * p.directions + k] = admitted && fired[k];
+}
+
+// Decides on row number `index` from its projections and its sum of squares, writes it and reports it.
+template <class T, class Row>
+inline void finish_row(const CapParams& p, int64_t index, const Row& row, const Slot& slot, const float* projections,
+                       float squares, int64_t prefetch_offset) {
+  Corrections corrections;
+  uint8_t fired[kMaxDirections] = {};
+  bool admitted = !(squares > slot.norm_limit * slot.norm_limit);
+  for (int64_t k = 0; k < p.directions; ++k) admitted &= std::isfinite(projections[k]);
+  if (p.out) {
+    admitted = admitted && correct<T>(p, row, slot, projections, corrections, fired);
+    if (!admitted) corrections.count = 0;
+    write_row<T>(p, index, row, corrections, prefetch_offset);
+  }
+  report_row(p, index, admitted, projections, fired);
+}
+
+// Caps rows [begin, begin + R), which have one slot. `end` is the end of the call's rows on this thread.
 template <int R, class T, class Row>
-void cap_block(const CapParams& p, int64_t row, int64_t end, int32_t number) {
-  const Slot slot(p, number);
-  // Made in place without default constructors; R is a constant, so this is R rows side by side.
+void cap_block(const CapParams& p, int64_t begin, int64_t end, int32_t slot_index) {
+  const Slot slot(p, slot_index);
+  // Row has no default constructor: the rows are constructed in place.
   alignas(Row) unsigned char storage[R * sizeof(Row)];
   Row* rows = reinterpret_cast<Row*>(storage);
-  for (int r = 0; r < R; ++r) new (rows + r) Row(p, row + r);
+  for (int r = 0; r < R; ++r) new (rows + r) Row(p, begin + r);
 
-  const int64_t ahead = row + 2 * R <= end ? R * Row::stride(p) : 0;
+  const int64_t prefetch_offset = begin + 2 * R <= end ? R * Row::stride(p) : 0;
   float projections[R][kMaxDirections], squares[R] = {};
   for (int64_t k = 0; k < p.directions; ++k) {
     const float* axis = slot.axes + k * p.hidden_size;
     float column[R];
     if (k == 0 && slot.has_limit())
-      dots<R, true, Row, T>(rows, axis, p.hidden_size, ahead, column, squares);
+      project_rows<R, true, Row, T>(rows, axis, p.hidden_size, prefetch_offset, column, squares);
     else
-      dots<R, false, Row, T>(rows, axis, p.hidden_size, ahead, column, nullptr);
+      project_rows<R, false, Row, T>(rows, axis, p.hidden_size, prefetch_offset, column, nullptr);
     for (int r = 0; r < R; ++r) projections[r][k] = column[r];
   }
-
-  for (int r = 0; r < R; ++r) {
-    Corrections corrections;
-    uint8_t fired[kMaxDirections] = {};
-    bool admitted = !(squares[r] > slot.norm_limit * slot.norm_limit);
-    for (int64_t k = 0; k < p.directions; ++k) admitted &= std::isfinite(projections[r][k]);
-    if (p.out) {
-      admitted = admitted && correct<T>(p, rows[r], slot, projections[r], corrections, fired);
-      if (!admitted) corrections.count = 0;
-      finish_row<T>(p, row + r, rows[r], corrections, ahead);
-    }
-    if (p.projections) {
-      float* to = p.projections + (row + r) * p.directions;
-      for (int64_t k = 0; k < p.directions; ++k)
-        to[k] = admitted ? projections[r][k] : std::numeric_limits<float>::quiet_NaN();
-    }
-    if (p.fired)
-      for (int64_t k = 0; k < p.directions; ++k) p.fired[(row + r) * p.directions + k] = admitted && fired[k];
-  }
+  for (int r = 0; r < R; ++r) finish_row<T>(p, begin + r, rows[r], slot, projections[r], squares[r], prefetch_offset);
 }
 
+// Writes and reports a row without a slot.
 template <class T, class Row>
 void skip_row(const CapParams& p, int64_t row) {
-  if (p.out) finish_row<T>(p, row, Row(p, row), Corrections(), 0);
+  if (p.out) write_row<T>(p, row, Row(p, row), Corrections(), 0);
   for (int64_t k = 0; k < p.directions; ++k) {
     if (p.projections) p.projections[row * p.directions + k] = std::numeric_limits<float>::quiet_NaN();
     if (p.fired) p.fired[row * p.directions + k] = 0;
@@ -432,19 +456,20 @@ void cap_rows(const CapParams& p, int64_t begin, int64_t end) {
       skip_row<T, Row>(p, row++);
       continue;
     }
-    const int64_t most = std::min<int64_t>(end - row, kMaxRowsAtOnce);
-    int64_t alike = p.slots ? 1 : most;
-    while (alike < most && p.slots[row + alike] == slot) ++alike;
-    if (kMaxRowsAtOnce == 8 && alike == 8) {
+    // A block has 8, 4 or 1 rows of one slot.
+    const int64_t max_rows = std::min<int64_t>(end - row, kMaxBlockRows);
+    int64_t block_rows = p.slots ? 1 : max_rows;
+    while (block_rows < max_rows && p.slots[row + block_rows] == slot) ++block_rows;
+    if (kMaxBlockRows == 8 && block_rows == 8) {
       cap_block<8, T, Row>(p, row, end, slot);
-    } else if (alike >= 4) {
-      alike = 4;
+    } else if (block_rows >= 4) {
+      block_rows = 4;
       cap_block<4, T, Row>(p, row, end, slot);
     } else {
-      alike = 1;
+      block_rows = 1;
       cap_block<1, T, Row>(p, row, end, slot);
     }
-    row += alike;
+    row += block_rows;
   }
 }
 

@@ -1,4 +1,4 @@
-// The kernels for one instruction set. CMake compiles this file once for each, with its flags and its AXISCAP_ISA.
+// The kernels for one instruction set. CMake compiles this file once for each, with the compiler flags and AXISCAP_ISA.
 #include "kernels/cpu/cap.h"
 
 namespace axiscap::AXISCAP_ISA {

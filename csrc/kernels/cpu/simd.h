@@ -1,6 +1,6 @@
-// Vectors of float through the compilers' own vector extension (GCC and Clang: x86, Arm and others), and the loads and
-// stores of the three row dtypes. Compiled once per instruction set: AXISCAP_ISA names the namespace, so that two
-// copies never meet at link time. Intrinsics stand only where GCC has no good code for a conversion between widths.
+// Vectors of float in the vector extension of GCC and Clang (x86, Arm and others), and loads and stores for the three
+// row dtypes. AXISCAP_ISA is the namespace: the file is compiled once for each instruction set, and each copy needs its
+// own symbols. Intrinsics are used only if GCC has no good code for a conversion between widths.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,8 @@ inline void store(float* p, Vec x, Vec y) {
   store(p + kWidth, y);
 }
 
-// a * b + c. Fused, with one rounding, wherever the instruction set has it; written out, because what a compiler
-// contracts by itself may differ from loop to loop, and a row's bits must not.
+// a * b + c, with one rounding if the instruction set has a fused multiply-add. It is explicit, because a compiler may
+// contract one loop and not another one, and a row must have the same bits in all of them.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -78,7 +78,7 @@ inline VecU32 widen(const uint16_t* p) {
   return __builtin_convertvector(half, VecU32);
 }
 
-// The low halves of x, then those of y.
+// Stores the low halves of x, then the low halves of y.
 inline void narrow(uint16_t* p, VecU32 x, VecU32 y) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)y);
@@ -89,7 +89,7 @@ inline void narrow(uint16_t* p, VecU32 x, VecU32 y) {
 #endif
 }
 
-// A bfloat16 is the upper half of a float. One shuffle puts it there and clears the lower half.
+// A bfloat16 is the upper half of a float. One shuffle moves it to the upper half and clears the lower half.
 inline Vec load(const bfloat16* p) {
 #if defined(__AVX512F__)
   alignas(64) static constexpr uint16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
@@ -108,12 +108,13 @@ inline Vec load(const bfloat16* p) {
 #endif
 }
 
-// Round to nearest even; the result is in the upper half. A NaN needs no case: a corrected row has none (its projection
-// was finite), and that of a sum of two bfloat16 has nothing in its lower half to carry.
+// Rounds to nearest even; the result is in the upper half. NaN needs no special case: a corrected row has no NaN,
+// because its projection was finite, and the NaN of a sum of two bfloat16 has a lower half of zeros, so nothing
+// carries.
 inline VecU32 round_to_bfloat16(Vec x) {
   const VecU32 bits = bit_cast<VecU32>(x);
 #if defined(__AVX512F__)
-  // A test and a blend where shift, mask and sum would be three operations: the loop is bound by their number.
+  // A test and a blend are two operations, shift, mask and sum are three: the loop is bound by their number.
   const __mmask16 odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
   return bits + (VecU32)_mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
 #else
@@ -123,7 +124,7 @@ inline VecU32 round_to_bfloat16(Vec x) {
 
 inline void store(bfloat16* p, Vec x, Vec y) {
 #if defined(__AVX512BF16__)
-  // One instruction rounds both, but takes subnormal numbers for zero: where a zero comes out, the long way decides.
+  // One instruction rounds both, but treats subnormal numbers as zero. If a result is zero, the code below decides.
   const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
   if (__builtin_expect(_mm512_testn_epi16_mask(rounded, _mm512_set1_epi16(0x7fff)) == 0, 1)) {
     _mm512_storeu_si512(p, rounded);
@@ -169,8 +170,8 @@ inline void store(float16* p, Vec x, Vec y) {
   std::memcpy(p, halves, sizeof(halves));
 }
 #else
-// No conversion instruction: rebuild the float from its fields. Scaling by 2^112 moves the exponent's bias from 15 to
-// 127 and is exact for normal and subnormal halves alike; an exponent of all ones is set again by hand.
+// Without a conversion instruction the float is built from its fields. Scaling by 2^112 changes the exponent's bias
+// from 15 to 127 and is exact for normal and subnormal halves. For infinity and NaN the exponent is set to all ones.
 inline Vec load(const float16* p) {
   const VecU32 bits = widen(&p->bits);
   const VecU32 magnitude = (bits & 0x7fff) << 13;
@@ -178,8 +179,8 @@ inline Vec load(const float16* p) {
   const VecU32 scaled = bit_cast<VecU32>(bit_cast<Vec>(magnitude) * 0x1p112f);
   return bit_cast<Vec>(((scaled & ~special) | ((magnitude | 0x7f800000) & special)) | ((bits & 0x8000) << 16));
 }
-// Normal halves round on the integer side, subnormal ones by adding the float whose last place is 2^-24, and what is
-// at or above 65520 is infinite.
+// Normal halves are rounded as integers. Subnormal halves are rounded by adding 0.5, whose last place is 2^-24. Numbers
+// from 65520 on become infinite.
 inline VecU32 round_to_float16(Vec x) {
   const VecU32 bits = bit_cast<VecU32>(x);
   const VecU32 magnitude = bits & 0x7fffffff;
@@ -196,16 +197,16 @@ inline void store(float16* p, Vec x, Vec y) { narrow(&p->bits, round_to_float16(
 
 inline Vec magnitude(Vec x) { return bit_cast<Vec>(bit_cast<VecU32>(x) & 0x7fffffff); }
 
-// To fp8 (E4M3), a number beyond its range as its largest. Below its least normal number, 2^-6, steps are of 2^-9:
-// those of float32 from 2^14 on. Else the last 20 bits of the mantissa go, to the nearest, and the exponent counts from
-// 2^-7.
+// Rounds to fp8 (E4M3). A number outside its range becomes the largest fp8 number. Below 2^-6 fp8 numbers are subnormal
+// with steps of 2^-9. These are also the steps of float32 above 2^14, so adding 2^14 rounds to them. From 2^-6 on, the
+// last 20 bits of the mantissa are rounded off, and the exponent's bias changes from 127 to 7.
 inline VecU32 round_to_fp8(Vec x) {
-  const VecU32 bits = bit_cast<VecU32>(x), size = bits & 0x7fffffff;
-  const VecU32 most = bit_cast<VecU32>(broadcast(kFp8Max)), is_more = (VecU32)(size > most);
-  const VecU32 within = (size & ~is_more) | (most & is_more);
-  const VecU32 normal = ((within + 0x7ffff + ((within >> 20) & 1)) >> 20) - (120u << 3);
-  const VecU32 subnormal = bit_cast<VecU32>(bit_cast<Vec>(within) + 0x1p14f) - 0x46800000;
-  const VecU32 is_subnormal = (VecU32)(within < (121u << 23)), is_nan = (VecU32)(size > 0x7f800000);
+  const VecU32 bits = bit_cast<VecU32>(x), magnitude = bits & 0x7fffffff;
+  const VecU32 largest = bit_cast<VecU32>(broadcast(kFp8Max)), is_larger = (VecU32)(magnitude > largest);
+  const VecU32 clamped = (magnitude & ~is_larger) | (largest & is_larger);
+  const VecU32 normal = ((clamped + 0x7ffff + ((clamped >> 20) & 1)) >> 20) - (120u << 3);
+  const VecU32 subnormal = bit_cast<VecU32>(bit_cast<Vec>(clamped) + 0x1p14f) - 0x46800000;
+  const VecU32 is_subnormal = (VecU32)(clamped < (121u << 23)), is_nan = (VecU32)(magnitude > 0x7f800000);
   return (normal & ~is_subnormal) | (subnormal & is_subnormal) | (0x7f & is_nan) | ((bits >> 24) & 0x80);
 }
 

@@ -1,5 +1,6 @@
-// The cap on a GPU: load a row, project it, correct it where a projection is below its floor, write it. Sums are in
-// float32, in an order that depends on H and dtype alone. A row is written only if it fired; the norm writes every row.
+// The cap on a GPU. cap_row at the end of the file has the steps: load a row, project it, correct it if a projection is
+// below its floor, write it. Sums are in float32, in an order that depends on H and dtype alone. Without a norm only
+// rows that fired are written.
 #pragma once
 
 #include "kernels/cuda/register_rows.cuh"
@@ -10,12 +11,12 @@ namespace axiscap::cuda {
 // The state of the current row.
 struct Outcome {
   bool admitted;       // the row has a slot, its norm is within the limit, and its numbers are finite
-  bool below = false;  // a projection of the row as it came is below its floor
+  bool below = false;  // a projection of the incoming row is below its floor
   bool fired = false;  // a direction corrected the row
-  bool large = false;  // a correction may have taken an element out of range
+  bool large = false;  // a correction may have made an element overflow
 };
 
-// Records a projection of the row as it came.
+// Records a projection of the incoming row.
 template <class Rows>
 __device__ inline void observe(const Rows& rows, int k, float projection, Outcome& outcome) {
   outcome.admitted = outcome.admitted && isfinite(projection);
@@ -24,7 +25,7 @@ __device__ inline void observe(const Rows& rows, int k, float projection, Outcom
   rows.report(rows.p.fired, k, uint8_t(0));
 }
 
-// Compares the norm of the row as it came with the limit of its slot.
+// Compares the norm of the incoming row with the limit of its slot.
 template <class Rows>
 __device__ inline void check_norm(Rows& rows, Outcome& outcome) {
   if (!rows.layer.norm_limits) return;
@@ -32,26 +33,27 @@ __device__ inline void check_norm(Rows& rows, Outcome& outcome) {
   if (rows.group.sum(rows.squares()) > limit * limit) outcome.admitted = false;
 }
 
-// Whether a correction of this size may take an element of a finite row out of the range of T.
+// Whether a correction of this size may make an element of a finite row overflow T.
 template <class T>
 __device__ inline bool may_overflow(float correction) {
   return std::is_same_v<T, __half> || correction > kLargeCorrection;
 }
 
-// Lifts a row below the floor of direction k to the target. `projection` is of the row as the directions before have
-// left it.
+// Corrects a row below the floor of direction k to the target. `projection` is the projection of the row that the
+// earlier directions have corrected.
 template <class Rows>
 __device__ inline void correct(Rows& rows, int k, float projection, Outcome& outcome) {
   if (!isfinite(projection)) outcome.admitted = false;
   if (!outcome.admitted || !(projection < rows.direction.floor)) return;
   const float correction = rows.direction.target - projection;
   rows.add(correction);
-  outcome.large = outcome.large || may_overflow<typename Rows::Element>(correction);  // an infinite one is large
+  outcome.large = outcome.large || may_overflow<typename Rows::Element>(correction);  // true if it is infinite
   outcome.fired = true;
   rows.report(rows.p.fired, k, uint8_t(1));
 }
 
-// Projects the row on every axis. If it is below a floor, projects it again, and corrects it direction by direction.
+// Projects the row on every axis. If a projection is below its floor, a second pass projects and corrects the row
+// direction by direction.
 template <class Rows>
 __device__ inline Outcome cap_directions(Rows& rows) {
   Outcome outcome{rows.is_active()};
@@ -61,7 +63,7 @@ __device__ inline Outcome cap_directions(Rows& rows) {
     observe(rows, 0, projection, outcome);
     if (outcome.admitted && outcome.below) correct(rows, 0, projection, outcome);
   } else {
-    // The projection is compiled once for both passes.
+    // A loop, so that the code of the projection is compiled once for both passes.
     for (int pass = 0; pass < 2; ++pass) {
       for (int k = 0; k < rows.directions(); ++k) {
         const float projection = rows.project(k);
@@ -71,7 +73,7 @@ __device__ inline Outcome cap_directions(Rows& rows) {
           correct(rows, k, projection, outcome);
       }
       if (pass == 0) check_norm(rows, outcome);
-      // All threads of a warp take part in a projection.
+      // A projection needs all threads of the warp, also those whose rows do not fire.
       if (!__any_sync(kAllLanes, outcome.admitted && outcome.below)) break;
     }
   }
@@ -91,7 +93,7 @@ __device__ inline bool is_in_range(const Rows& rows) {
   return finite;
 }
 
-// Leaves the row alone if an element does not fit T.
+// Rejects the correction if an element of the corrected row overflows T.
 template <class Rows>
 __device__ inline void check_range(Rows& rows, Outcome& outcome) {
   if (!__any_sync(kAllLanes, outcome.large)) return;
@@ -99,7 +101,7 @@ __device__ inline void check_range(Rows& rows, Outcome& outcome) {
   if (rows.group.sum(overflows ? 1.f : 0.f) > 0) outcome.admitted = false;
 }
 
-// Undoes the reports and the correction.
+// Undoes the correction and reports NaN projections.
 template <class Rows>
 __device__ inline void leave_alone(Rows& rows, Outcome& outcome) {
   for (int k = 0; k < rows.directions(); ++k) {
@@ -110,7 +112,7 @@ __device__ inline void leave_alone(Rows& rows, Outcome& outcome) {
   outcome.fired = false;
 }
 
-// Writes the stream that takes the correction, corrected or as it came.
+// Writes the stream that the correction is added to: corrected if the row fired, else as it came.
 template <class Rows>
 __device__ inline void write_row(const Rows& rows, bool fired) {
   rows.for_each_vec([&](int i) {
@@ -119,7 +121,7 @@ __device__ inline void write_row(const Rows& rows, bool fired) {
   });
 }
 
-// Writes the row as it is now, stashes it, and returns the sum of its squares over this thread's part.
+// Writes and stashes the row. Returns the sum of the squares of this thread's part.
 template <class Rows>
 __device__ inline float write_sum(Rows& rows, int size) {
   float squares = 0;
@@ -132,7 +134,8 @@ __device__ inline float write_sum(Rows& rows, int size) {
   return squares;
 }
 
-// Writes the norm of the stashed row, or for fp8 stashes it and returns the largest |element| of this thread's part.
+// Writes the norm of the stashed row. For fp8 it stashes the norm instead, and returns the largest |element| of this
+// thread's part.
 template <class Rows>
 __device__ inline float write_norm(Rows& rows, int size, float factor, bool fp8) {
   using T = typename Rows::Element;
@@ -153,12 +156,11 @@ __device__ inline float write_norm(Rows& rows, int size, float factor, bool fp8)
   return largest;
 }
 
-// The number that the norm of a row is divided by before it is rounded to fp8: one for all rows, or from the largest
-// |element| of the row.
+// The scale of a row in fp8: the caller's scale for all rows, or a scale from the largest |element| of the row.
 template <class Rows>
 __device__ inline float fp8_scale(Rows& rows, float largest) {
   if (rows.p.scale) return __ldg(rows.p.scale);
-  const float scale = fmaxf(rows.group.largest(largest) / kFp8Max, kFp8LeastScale);
+  const float scale = fmaxf(rows.group.largest(largest) / kFp8Max, kFp8MinScale);
   if (rows.is_reporter()) rows.p.scales[rows.row] = scale;
   return scale;
 }
@@ -179,7 +181,7 @@ __device__ inline void write_fp8(const Rows& rows, int size, float inverse_scale
 template <class Rows>
 __device__ inline void write_normed_row(Rows& rows, float inverse_size) {
   const CapParams& p = rows.p;
-  const int size = rows.is_real() ? rows.size : 0;
+  const int size = rows.has_row() ? rows.size : 0;
   const bool fp8 = p.scale || p.scales;
   const float squares = rows.group.sum(write_sum(rows, size));
   const float largest = write_norm(rows, size, rsqrtf(fmaf(squares, inverse_size, p.eps)), fp8);
@@ -194,28 +196,29 @@ __device__ inline void cap_row(Rows& rows, float inverse_size) {
   if (!outcome.admitted) leave_alone(rows, outcome);
   if constexpr (Rows::kNorm)
     write_normed_row(rows, inverse_size);
-  else if (outcome.fired || (rows.copies && rows.is_real()))
+  else if (outcome.fired || (rows.is_out_of_place && rows.has_row()))
     write_row(rows, outcome.fired);
   rows.next();
 }
 
-// Without a minimum number of blocks ptxas aims at fewer registers on sm_120, and spills in three kernels.
+// The minimum of 1 block is a hint to ptxas: without it, it aims at fewer registers on sm_120 and spills in three
+// kernels (tests/ptx/test_compiled.py).
 #define AXISCAP_CAP_KERNEL __global__ void __launch_bounds__(kMaxThreads, 1)
 
-// Aligned rows of up to kMaxThreads * kVecsPerThread vectors.
+// For aligned rows of up to kMaxThreads * kVecsPerThread vectors.
 template <class T, Op kOp, bool kAnyDirections, int kLayers>
 AXISCAP_CAP_KERNEL cap_register_rows(const __grid_constant__ Call<kLayers> call) {
   ptx::wait_for_previous_grid();
   RegisterRows<T, kOp, kAnyDirections> rows(call);
-  while (rows.any()) cap_row(rows, call.inverse_size);
+  while (rows.block_has_rows()) cap_row(rows, call.inverse_size);
 }
 
-// All other rows.
+// For all other rows: wide rows and rows that are not aligned.
 template <class T, Op kOp, int kLayers>
 AXISCAP_CAP_KERNEL cap_shared_rows(const __grid_constant__ Call<kLayers> call) {
   ptx::wait_for_previous_grid();
   SharedRows<T, kOp> rows(call);
-  while (rows.any()) cap_row(rows, call.inverse_size);
+  while (rows.block_has_rows()) cap_row(rows, call.inverse_size);
 }
 
 }  // namespace axiscap::cuda

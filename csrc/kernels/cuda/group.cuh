@@ -1,4 +1,4 @@
-// The threads that share a row, and their sums.
+// The group of threads that work on one row, and the reductions over it.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -7,19 +7,19 @@ namespace axiscap::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Part of a warp, a warp, or all warps of the block.
+// A group is a part of a warp, a warp, or all warps of the block.
 struct Group {
   int threads, lane, index;
 
   __device__ explicit Group(int threads_per_row)
       : threads(threads_per_row), lane(threadIdx.x % threads_per_row), index(threadIdx.x / threads_per_row) {}
 
-  // Every thread gets the sum over its group, added in one fixed order. All threads of the block call it.
+  // Returns the sum over the group to each of its threads, added in a fixed order. All threads of the block must call.
   __device__ float sum(float value) {
     return reduce(value, [](float a, float b) { return a + b; });
   }
 
-  // Every thread gets the largest of numbers that are not negative.
+  // Returns the largest value of the group, like sum. The values must not be negative.
   __device__ float largest(float value) {
     return reduce(value, [](float a, float b) { return fmaxf(a, b); });
   }
@@ -29,11 +29,11 @@ struct Group {
 
   int phase_ = 0;
 
-  // One number a warp. There are two sets, used in turn: a thread that writes to one has passed the barrier behind the
-  // last read of it.
+  // The partial results of a reduction, one for each warp. Two sets alternate: between a read of a set and the next
+  // write to it lies the barrier of the other set's reduction.
   __device__ static float (&partials(int phase)) [kMaxWarps] {
-    __shared__ float both[2][kMaxWarps];
-    return both[phase];
+    __shared__ float sets[2][kMaxWarps];
+    return sets[phase];
   }
 
   template <class Join>

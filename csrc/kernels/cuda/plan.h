@@ -1,5 +1,5 @@
-// How a call is laid out on a GPU: pure arithmetic on the host. Threads per row depend on H and dtype alone, because
-// the order of a row's sum, and so its bits, depend on them. The grid depends on the blocks that the device holds.
+// The launch configuration of a call on a GPU, computed on the host. The number of threads per row decides the order of
+// a row's sum, and so its bits: it depends on H and dtype alone. The grid depends on how many blocks the device holds.
 #pragma once
 
 #include <cstdint>
@@ -10,21 +10,22 @@ namespace axiscap::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kVecBytes = 16;  // one access of one thread
-// A row that fits is held in the registers of its threads. More threads a block, or more elements a thread, would not
-// leave each thread the registers that it needs.
+// With more threads a block, or more elements a thread, the kernels would spill: 65,536 registers a processor give each
+// of 512 threads 128 registers.
 inline constexpr int kMaxThreads = 512;
-// Threads of a block whose rows are a warp's or less.
+// Threads of a block if a warp or less works on a row.
 inline constexpr int kSmallBlock = 128;
 
 constexpr int elements_per_vec(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
 
-// Vectors of a row that a thread holds: as many as its registers allow. Each warp pays for the sums of a row, so fewer
-// warps are better.
+// Vectors of a row that a thread has in registers. Each warp of a row takes part in its sums, so few warps with many
+// vectors are best; 4 is the most that does not spill.
 inline constexpr int kVecsPerThread = 4;
-// Vectors that a thread has in shared memory or on their way there: two rows of one stream, or one row of two.
+// Vectors that a thread has in shared memory, or prefetches into it: two rows of one stream, or one row of two.
 inline constexpr int kVecsAhead = 8;
 
-// Shared memory that a block has on every device, beside its sums. A wider row lies there, in float32.
+// Dynamic shared memory that a block can have on every supported GPU (sm_86 has 99 KiB), beside the static memory of
+// its sums. It holds a wide row in float32.
 inline constexpr int kMaxSharedBytes = 96 << 10;
 inline constexpr int64_t kMaxHiddenSize = kMaxSharedBytes / int(sizeof(float));
 
@@ -32,23 +33,22 @@ constexpr bool is_wide(DType dtype, int64_t hidden_size) {
   return hidden_size > int64_t(kVecsPerThread) * elements_per_vec(dtype) * kMaxThreads;
 }
 
-// The launch of a call.
 struct Plan {
   int threads_per_row;  // a power of two up to a warp, or whole warps
   int block;            // threads
   int rows_per_block;
-  int shared_bytes;  // a block; a multiple of kSharedUnit
-  int64_t grid;      // blocks a layer
+  int shared_bytes;  // of a block; a multiple of kSharedUnit
+  int64_t grid;      // blocks for each layer
 };
 
 inline constexpr int kSharedUnit = kWarp * kVecsAhead * kVecBytes;
 
-// A launch has this many times the blocks that the device should hold at once. If fewer fit, or some end early, the
-// rest is a part of a pass and not a whole one. More blocks would load the axis more often.
+// A launch has this many times the blocks that the device holds at once. With 1, a block that does not fit after all
+// would take as long again as all others. With more, the axis is loaded more often.
 inline constexpr int64_t kPasses = 2;
 
-// resident: blocks of that size that a launch may have. H must be in [1, kMaxHiddenSize].
-constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t resident) {
+// max_blocks: the most blocks of the grid. hidden_size must be in [1, kMaxHiddenSize].
+constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t max_blocks) {
   const int64_t vecs = (hidden_size + elements_per_vec(dtype) - 1) / elements_per_vec(dtype);
   Plan plan{};
   const int64_t threads = (vecs + kVecsPerThread - 1) / kVecsPerThread;
@@ -61,30 +61,30 @@ constexpr Plan plan_for(DType dtype, int64_t hidden_size, int64_t rows, int64_t 
   plan.shared_bytes = plan.block * kVecsAhead * kVecBytes;
   if (is_wide(dtype, hidden_size))
     plan.shared_bytes = int((hidden_size * int64_t(sizeof(float)) + kSharedUnit - 1) / kSharedUnit) * kSharedUnit;
-  // As many blocks as possible, each for the same number of rows: all end together, and a block keeps its axis from row
-  // to row.
-  const int64_t units = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
-  const int64_t units_per_block = (units + resident - 1) / resident;
-  plan.grid = units == 0 ? 0 : (units + units_per_block - 1) / units_per_block;
+  // As many blocks as possible, with the same number of steps each: all blocks end together. A step of a block is
+  // rows_per_block rows, and the axis stays in registers from step to step.
+  const int64_t steps = (rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const int64_t steps_per_block = (steps + max_blocks - 1) / max_blocks;
+  plan.grid = steps == 0 ? 0 : (steps + steps_per_block - 1) / steps_per_block;
   return plan;
 }
 
-// In the statistics a warp looks for the rows of one slot, or a block of kStatsWarps if rows are many and the device
-// has room for as many blocks.
+// The statistics of a slot are counted by a warp, or by a block of kStatsWarps if the rows are more than
+// kMaxRowsPerWarp and the slots of all layers are at most kMaxSlotBlocks.
 inline constexpr int kStatsWarps = 32;
-inline constexpr int64_t kRowsOfAWarp = 256, kMostWholeBlocks = 1024;
+inline constexpr int64_t kMaxRowsPerWarp = 256, kMaxSlotBlocks = 1024;
 
-// The launch of the statistics.
 struct StatsPlan {
-  bool whole;    // a block for each slot, not a warp
-  int block;     // threads
-  int64_t grid;  // blocks a layer
+  bool block_per_slot;  // else a warp counts a slot
+  int block;            // threads
+  int64_t grid;         // blocks for each layer
 };
 
 constexpr StatsPlan stats_plan_for(const StatsParams& p) {
-  const bool whole = p.rows > kRowsOfAWarp && p.num_slots * p.layers <= kMostWholeBlocks;
   const int warps = kSmallBlock / kWarp;
-  return {whole, whole ? kStatsWarps * kWarp : kSmallBlock, whole ? p.num_slots : (p.num_slots + warps - 1) / warps};
+  if (p.rows > kMaxRowsPerWarp && p.num_slots * p.layers <= kMaxSlotBlocks)
+    return {true, kStatsWarps * kWarp, p.num_slots};
+  return {false, kSmallBlock, (p.num_slots + warps - 1) / warps};
 }
 
 }  // namespace axiscap::cuda

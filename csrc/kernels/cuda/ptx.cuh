@@ -1,15 +1,15 @@
-// Every instruction that is written in PTX, by name.
+// The functions with inline PTX.
 #pragma once
 
 #include <cstdint>
 
 namespace axiscap::cuda::ptx {
 
-// From this architecture on a kernel is compiled with programmatic dependent launch. The runtime states a kernel's
-// architecture in the same numbers.
+// The first architecture whose kernels are compiled with programmatic dependent launch, in the unit of
+// cudaFuncAttributes::ptxVersion.
 #define AXISCAP_WAITING_ARCHITECTURE 90
 
-// This grid may start while the one before it drains, and lets the next do the same.
+// Waits until the grid before this one has ended, and lets the grid behind this one start.
 __device__ inline void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 10 * AXISCAP_WAITING_ARCHITECTURE
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -17,10 +17,10 @@ __device__ inline void wait_for_previous_grid() {
 #endif
 }
 
-// The address of shared memory as the instructions below take it.
+// The 32-bit address of shared memory, for the functions below.
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// Starts to copy `bytes` (16 or 0) to shared memory and fills the rest of 16 with zeros.
+// Starts a copy of 16 bytes to shared memory. With bytes = 0 it writes 16 zeros and reads nothing.
 __device__ inline void copy_async(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(shared), "l"(global), "r"(bytes) : "memory");
 }
@@ -28,7 +28,7 @@ __device__ inline void copy_async(uint32_t shared, const void* global, int bytes
 // Closes a group of copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until no more than kPending groups of this thread are under way.
+// Waits until at most kPending groups of this thread's copies are unfinished.
 template <int kPending>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
@@ -50,7 +50,7 @@ __device__ inline void store_shared(uint32_t address, uint4 words) {
                : "memory");
 }
 
-// The compiler splits a plain store of 16 bytes that stands beside stores of elements.
+// nvcc splits a plain store of 16 bytes into smaller ones if the kernel also stores single elements.
 __device__ inline void store_global(void* pointer, uint4 words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :

@@ -1,4 +1,4 @@
-// The parameters of a launch, and the common part of rows in registers and rows in shared memory.
+// The parameters of a launch, and Rows, the base of RegisterRows and SharedRows.
 #pragma once
 
 #include <cfloat>
@@ -9,18 +9,18 @@
 
 namespace axiscap::cuda {
 
-// An op defines its row x, and which stream takes the correction.
 enum class Op {
   kCap,          // x = hidden
-  kCapResidual,  // x = hidden + residual; the correction goes into residual alone
-  kNorm,         // x = hidden + residual; residual becomes x, capped or not, and then the norm of it is written
+  kCapResidual,  // x = hidden + residual; only the correction is added to residual
+  kNorm,         // x = hidden + residual; residual becomes x, capped or not, and the norm of residual is written
 };
 
-// Layers of one launch. A launch copies its parameters, so nothing is allocated and it can be captured. One layer has a
-// smaller block of parameters, because a decoding step copies little else.
+// The most layers of one launch: their pointers fit the 4 KiB that kernel parameters may have. CUDA copies the
+// parameters, so a launch allocates nothing and a CUDA graph can capture it. A kernel for one layer has parameters for
+// one, because copying them is a large part of a small launch.
 inline constexpr int kMaxLayers = 48;
 
-// The pointers of one layer. The layers of a launch share all else.
+// The parameters of one layer. All layers of a launch share the other parameters.
 struct Layer {
   const void* hidden;
   void* out;
@@ -39,18 +39,18 @@ struct Call {
   CapParams shared;
   int32_t threads_per_row;
   float inverse_size;  // 1 / H
-  bool aligned;        // all rows and vectors start on kVecBytes
+  bool aligned;        // every row, axis, lift and weight begins at a multiple of kVecBytes
   Layer layers[kLayers];
 };
 
-// One direction of a slot, and the slot's limit of the norm.
+// One direction of a slot, and the norm limit of the slot.
 struct Direction {
   const float* axis = nullptr;
   const float* lift = nullptr;
   float floor = -INFINITY;
   float target = -INFINITY;
   float norm_limit = INFINITY;
-  int size = 0;  // elements of axis and lift; none before the first slot
+  int size = 0;  // elements of axis and lift; 0 until the first select
 
   __device__ void select(const Layer& layer, int32_t slot, int k, int directions, int hidden_size) {
     const int64_t entry = int64_t(slot) * directions + k;
@@ -63,7 +63,7 @@ struct Direction {
   }
 };
 
-// The rows of a group, one after the other. A thread works on the same vectors of each.
+// The rows that a group works on, one after the other. Each thread has the same vectors of every row.
 template <class T, Op kOp>
 struct Rows {
   static constexpr int kVecSize = kVecBytes / sizeof(T);
@@ -77,9 +77,9 @@ struct Rows {
   const Layer& layer;
   Group group;
   const int size;
-  const bool copies;  // every row is written to another tensor
+  const bool is_out_of_place;  // out is another buffer than hidden: every row is written
   Direction direction;
-  int64_t row, step;  // the current row, and how many rows the grid works on at once
+  int64_t row, step;  // the current row, and the distance to the group's next row
 
   template <int kLayers>
   __device__ Rows(const Call<kLayers>& call, const Layer& layer)
@@ -87,21 +87,23 @@ struct Rows {
         layer(layer),
         group(call.threads_per_row),
         size(int(p.hidden_size)),
-        copies(kOp == Op::kCap && layer.out && layer.out != layer.hidden) {
+        is_out_of_place(kOp == Op::kCap && layer.out && layer.out != layer.hidden) {
     const int rows_per_block = blockDim.x / group.threads;
     row = int64_t(blockIdx.x) * rows_per_block + group.index;
     step = int64_t(gridDim.x) * rows_per_block;
   }
 
-  // Whether any row of the block is left: its threads leave together.
-  __device__ bool any() const { return row - group.index < p.rows; }
-  __device__ bool is_real() const { return row < p.rows; }
-  __device__ bool is_reporter() const { return is_real() && group.lane == 0; }
+  // Whether the block has rows left. The threads of a block leave together.
+  __device__ bool block_has_rows() const { return row - group.index < p.rows; }
+  __device__ bool has_row() const { return row < p.rows; }
+  __device__ bool is_reporter() const { return has_row() && group.lane == 0; }
 
-  // A row that is read although it has no slot.
-  __device__ bool is_read(int64_t row, int32_t slot) const { return kNorm || copies ? row < p.rows : slot != kNoSlot; }
+  // Whether the kernel needs the row. A row without a slot is needed if every row is written.
+  __device__ bool is_read(int64_t row, int32_t slot) const {
+    return kNorm || is_out_of_place ? row < p.rows : slot != kNoSlot;
+  }
 
-  // The slot of a row, if it has one that is in the bank.
+  // The slot of a row; kNoSlot if the row's slot is not in the bank.
   __device__ int32_t slot_of(int64_t row) const {
     const int32_t slot = row >= p.rows ? kNoSlot : p.slots ? p.slots[row] : 0;
     return uint32_t(slot) < uint64_t(p.num_slots) ? slot : kNoSlot;
@@ -122,14 +124,14 @@ struct Rows {
   }
   __device__ T* out() const { return static_cast<T*>(layer.out) + row * layer.out_stride; }
 
-  // Writes entry k of the current row in an array of (rows, directions), which may be null.
+  // Writes entry k of the current row to `values`, (rows, directions) or null.
   template <class Value>
   __device__ void report(Value* values, int k, Value value) const {
     if (is_reporter() && values) values[row * p.directions + k] = value;
   }
 };
 
-// <x, axis> over one vector, on top of `sum`.
+// sum + <x, axis>
 template <int N>
 __device__ inline float dot(const Vec<float, N>& x, const Vec<float, N>& axis, float sum) {
 #pragma unroll
@@ -145,7 +147,7 @@ __device__ inline Vec<float, N> add_scaled(Vec<float, N> base, const Vec<float, 
   return base;
 }
 
-// The new residual if hidden + residual is to become x.
+// The residual that makes hidden + residual equal to x.
 template <int N>
 __device__ inline Vec<float, N> add_difference(const Vec<float, N>& residual, const Vec<float, N>& x,
                                                const Vec<float, N>& hidden) {

@@ -1,6 +1,6 @@
-// The running statistics on a GPU: a warp for each layer and slot, or a block where slots are few and rows are many. It
-// looks at the slots of all rows and counts its own, in one fixed order of sums, so that the same rows give the same
-// bits. The statistics of a slot without rows stay as they are.
+// The running statistics on a GPU. A warp counts the rows of one slot of one layer, or a block does if rows are many
+// and slots are few (stats_plan_for). It reads the slots of all rows and adds up its own rows in a fixed order, so that
+// the same rows give the same bits. The statistics of a slot without rows are not written.
 #pragma once
 
 #include "kernels/cuda/plan.h"
@@ -8,14 +8,15 @@
 
 namespace axiscap::cuda {
 
-// Slots of rows that a thread loads at once, and waits for together.
+// A thread loads the slots of so many rows at once, to wait for memory once.
 inline constexpr int kSlotsAtOnce = 4;
 
-// Merges what two threads found in one field.
+// Merges the counts of two threads in one field.
 __device__ inline double merge(int field, double a, double b) {
   return field == kMin ? fmin(a, b) : field == kMax ? fmax(a, b) : a + b;
 }
 
+// Returns the result to every thread of the warp.
 __device__ inline double merge_over_warp(int field, double value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
@@ -23,7 +24,7 @@ __device__ inline double merge_over_warp(int field, double value) {
   return value;
 }
 
-// Merges over the block. Every thread of the first warp gets the result.
+// Returns the result to every thread of the first warp.
 __device__ inline void merge_over_block(double (&counts)[kStatFields], int warp, int lane) {
   __shared__ double partials[kStatFields][kStatsWarps];
   if (lane == 0)
@@ -51,14 +52,14 @@ __device__ inline void count_row(const StatsParams& p, const float* projections,
   if (!(projection < floor)) return;
   counts[kBelow] += 1;
   counts[kShortfall] += floor - projection;
-  // Until a direction fires the row is as it came, so the first one below its floor is the first to fire.
+  // The row is unchanged until a direction fires, so the first direction below its floor fires first.
   bool first = true;
 #pragma unroll 1  // 44 registers a thread instead of 60
   for (int64_t j = 0; j < k; ++j) first = first && !(projections[row * p.directions + j] < floors[j]);
   if (first) counts[kFired] += 1;
 }
 
-// Adds every `step`th row of the slot, from `begin` on, to the counts.
+// Adds the slot's rows among begin, begin + step, begin + 2 step, ... to the counts.
 __device__ inline void count_rows(const StatsParams& p, const float* projections, const float* floors, int64_t slot,
                                   int64_t begin, int step, int64_t k, double (&counts)[kStatFields]) {
   for (; begin < p.rows; begin += kSlotsAtOnce * step) {
@@ -74,11 +75,10 @@ __device__ inline void count_rows(const StatsParams& p, const float* projections
   }
 }
 
-// kWhole: a block for each slot, not a warp.
-template <bool kWhole>
+template <bool kBlockPerSlot>
 __global__ void __launch_bounds__(kStatsWarps* kWarp) accumulate_rows(const __grid_constant__ StatsParams p) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t slot = kWhole ? blockIdx.x : int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  const int64_t slot = kBlockPerSlot ? blockIdx.x : int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp;
   if (slot >= p.num_slots) return;
   const float* projections = p.projections + blockIdx.y * p.layer_stride;
   const int64_t entry = (blockIdx.y * p.num_slots + slot) * p.directions;
@@ -86,14 +86,14 @@ __global__ void __launch_bounds__(kStatsWarps* kWarp) accumulate_rows(const __gr
     double counts[kStatFields] = {};
     counts[kMin] = INFINITY;
     counts[kMax] = -INFINITY;
-    count_rows(p, projections, p.floors + entry, slot, kWhole ? threadIdx.x : lane,
-               kWhole ? kStatsWarps * kWarp : kWarp, k, counts);
-    if (!kWhole && !__any_sync(0xffffffffu, counts[kSeen] > 0)) return;
+    count_rows(p, projections, p.floors + entry, slot, kBlockPerSlot ? threadIdx.x : lane,
+               kBlockPerSlot ? kStatsWarps * kWarp : kWarp, k, counts);
+    if (!kBlockPerSlot && !__any_sync(0xffffffffu, counts[kSeen] > 0)) return;
 #pragma unroll
     for (int field = 0; field < kStatFields; ++field) counts[field] = merge_over_warp(field, counts[field]);
-    if constexpr (kWhole) merge_over_block(counts, warp, lane);
+    if constexpr (kBlockPerSlot) merge_over_block(counts, warp, lane);
     double* stats = p.stats + (entry + k) * kStatFields;
-    if (lane == 0 && (!kWhole || warp == 0))
+    if (lane == 0 && (!kBlockPerSlot || warp == 0))
 #pragma unroll
       for (int field = 0; field < kStatFields; ++field) stats[field] = merge(field, stats[field], counts[field]);
   }

@@ -1,4 +1,4 @@
-// The vector that all kernels load, compute with and store: N elements in registers, as memory holds them.
+// The vector type of the kernels: N elements in registers, in the format that they have in memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@ namespace axiscap::cuda {
 
 using Fp8 = __nv_fp8_e4m3;
 
-// Element conversion: one word of elements to float32 and back.
+// Conversions between a word of elements and float32.
 
 __device__ inline float low_half(uint32_t word, __nv_bfloat16) { return __uint_as_float(word << 16); }
 __device__ inline float high_half(uint32_t word, __nv_bfloat16) { return __uint_as_float(word & 0xffff0000u); }
@@ -33,28 +33,29 @@ __device__ inline uint32_t round_pair(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// In fp8 a number beyond the range becomes the largest one. Processors before sm_89 have no instruction for it.
+// A number outside the range of fp8 becomes the largest fp8 number. GPUs before sm_89 have no instruction for it.
 __device__ inline uint32_t round_pair(float low, float high, Fp8) {
 #if __CUDA_ARCH__ >= 890
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 #else
   const auto round = [](float x) {
-    const float size = fabsf(x), within = fminf(size, kFp8Max);
-    const uint32_t bits = __float_as_uint(within);
-    // Below the least normal number, 2^-6, the steps are 2^-9, those of float32 from 2^14 on. Above it the last 20 bits
-    // of the mantissa are rounded off, and the exponent counts from 2^-7.
-    const uint32_t code = within < 0x1p-6f ? __float_as_uint(within + 0x1p14f) - 0x46800000u
-                                           : ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
-    return (__float_as_uint(x) >> 24 & 0x80u) | (size == size ? code : 0x7fu);
+    const float magnitude = fabsf(x), clamped = fminf(magnitude, kFp8Max);
+    const uint32_t bits = __float_as_uint(clamped);
+    // Below 2^-6 fp8 numbers are subnormal with steps of 2^-9. These are also the steps of float32 above 2^14, so
+    // adding 2^14 rounds to them. From 2^-6 on, the last 20 bits of the mantissa are rounded off, and the exponent's
+    // bias changes from 127 to 7.
+    const uint32_t code = clamped < 0x1p-6f ? __float_as_uint(clamped + 0x1p14f) - 0x46800000u
+                                            : ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
+    return (__float_as_uint(x) >> 24 & 0x80u) | (magnitude == magnitude ? code : 0x7fu);
   };
   return round(low) | round(high) << 8;
 #endif
 }
 
-// Where a vector is loaded from: kCached is for what no kernel writes and all rows read (axes, lifts, weights).
+// How a vector is loaded. kCached uses the read-only cache: for axes, lifts and weights, which no kernel writes.
 enum class Memory { kGlobal, kCached };
 
-// N elements of T. Elements behind the end of a row are zero, and are not stored.
+// N elements of T. A load sets the elements behind the end of a row to zero; a store leaves them out.
 template <class T, int N>
 struct Vec {
   static constexpr bool kFloat = std::is_same_v<T, float>;
@@ -111,8 +112,8 @@ struct Vec {
     return words[e];
   }
 
-  // Elements [offset, offset + N) of a row of `size` elements. If the row is aligned, a vector is all inside or all
-  // outside of it.
+  // Loads elements [offset, offset + N) of a row of `size` elements. In an aligned row all elements of a vector are
+  // inside of the row, or all are outside.
   template <Memory kMemory = Memory::kGlobal>
   __device__ static Vec load(const T* row, int offset, int size, bool aligned) {
     Vec vec = fill(0);

@@ -88,9 +88,7 @@ def test_faces_import_only_their_own_rooms():
 
 
 def test_only_the_plugin_is_in_a_circle():
-    """The plug-in imports the engines' adapters. They and the modules below them import its helpers, which wrap a method
-    and recognise the key.
-    """
+    """The plug-in imports the engines' adapters. They and the modules below them import its helpers."""
     trees = modules()
     assert imports(trees["axiscap_plugin"], set(trees)) == {"axiscap.serving.vllm", "axiscap.serving.sglang"}
     users = {module for module, tree in trees.items() if "axiscap_plugin" in imports(tree, set(trees))}

@@ -939,7 +939,7 @@ def test_the_frontier_has_no_point_that_another_one_beats():
 
 
 def test_a_harmful_point_is_not_chosen(tmp_path):
-    """Of the points within a budget, the single with the most hold that passes its tests is chosen. All points are
+    """Of the points within a budget, the one with the most hold that passes its tests is chosen. All points are
     stored.
     """
     points = [

@@ -1,5 +1,4 @@
-"""Tests that need a GPU, run by `make gpu`; without one they skip. The property tests of tests/test_ops.py run on both.
-"""
+"""Tests that need a GPU; without one they skip. `make gpu` runs them, with the property tests of tests/test_ops.py."""
 
 from __future__ import annotations
 

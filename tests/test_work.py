@@ -408,8 +408,8 @@ def test_a_cap_that_changes_nothing_costs_nothing_and_holds_nothing(demo_model, 
     # The answers of one domain have one token each, as those of a base model may.
     def silent(*arguments):
         for shard in work.shards(*arguments):
-            answers = [said[:1] if ordinary_work.domain(task) == "d" else said
-                    for task, said in zip(shard.tasks, shard.answers, strict=True)]  # fmt: skip
+            answers = [answer[:1] if ordinary_work.domain(task) == "d" else answer
+                    for task, answer in zip(shard.tasks, shard.answers, strict=True)]  # fmt: skip
             yield dataclasses.replace(shard, answers=answers)
 
     monkeypatch.setattr(effects, "shards", silent)

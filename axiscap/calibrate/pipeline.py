@@ -38,7 +38,8 @@ from axiscap.calibrate.space import (
 )
 from axiscap.calibrate.store import Settings, Store
 from axiscap.calibrate.tokens import Collect, Scatter, Text, are_ordinary, read
-from axiscap.calibrate.work import Work, answer, load_prose
+from axiscap.calibrate.work import Work, load_prose
+from axiscap.calibrate.work import answer as answer_work
 from axiscap.calibrate.work import shards as work_shards
 from axiscap.models import decoder_layers, language_class, text_config
 from axiscap.profile import CapProfile
@@ -145,7 +146,7 @@ def calibrate(
     >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
     >>> plan = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
     >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32", 4))
-    >>> made = calibrate.calibrate(model, tokenizer, plan, store)  # doctest: +SKIP
+    >>> profile = calibrate.calibrate(model, tokenizer, plan, store)  # doctest: +SKIP
     """
     floors_module.check_percentiles(percentile, target_percentile)
     limits = find_norm_limits(model, tokenizer, plan, store, work)
@@ -160,7 +161,7 @@ def calibrate(
         interop.write_vectors(interop.Vectors(space.default.float(), roles), vectors)
     discriminant_directions, sinks = run.read_texts(None if work is None else shrink)
     directions = run.choose_directions(space, discriminant_directions)
-    projections, sketches = run.project(directions, space.null)
+    projections, sketches = run.collect_projections(directions, space.null)
     facts = evidence(space, projections, plan)
     layers = _layers_to_cap(torch.tensor(facts.auc), count, has_work=work is not None)
     provenance = {
@@ -179,7 +180,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Run:
-    """The steps of one calibration, and what they share. The store's settings have the norm limits."""
+    """One calibration: its inputs, and a method for each stage. The store's settings have the norm limits."""
 
     model: Any
     tokenizer: Any
@@ -191,12 +192,12 @@ class _Run:
     progress: Progress
 
     @cached_property
-    def batches(self) -> list[list[Task]]:
+    def todo(self) -> list[list[Task]]:
         return batches(self.plan)
 
     @cached_property
     def texts(self) -> list[Text]:
-        return _sample_texts(self.plan, self.keep, self.store, self.batches, self.work, self.tokenizer)
+        return _sample_texts(self.plan, self.keep, self.store, self.todo, self.work, self.tokenizer)
 
     @property
     def text_parts(self) -> list[list[Text]]:
@@ -207,20 +208,16 @@ class _Run:
     def answer(self) -> None:
         """Has the plan's tasks and ordinary work answered, except what the store has already."""
         total = len(self.plan.tasks)
-        self.workers.rollouts(self.store, self.batches, lambda done: self.progress("answers", done, total))
+        self.workers.rollouts(self.store, self.todo, lambda done: self.progress("answers", done, total))
         work = self.work
         if work is not None:
-            answer(
-                work,
-                self.workers,
-                self.store,
-                lambda done: self.progress("answers to ordinary work", done, work.answers),
-            )
+            label = "answers to ordinary work"
+            answer_work(work, self.workers, self.store, lambda done: self.progress(label, done, work.answers))
 
     def sum_means(self) -> Sums:
         """The sums of the answers' mean activations that make the axis."""
         sums = Sums()
-        for part in self.workers.over_shards(CollectSums(self.plan, self.keep), self.store, self.batches):
+        for part in self.workers.over_shards(CollectSums(self.plan, self.keep), self.store, self.todo):
             sums.merge(part)
         return sums
 
@@ -261,12 +258,12 @@ class _Run:
         engine = TransformersEngine(self.model, self.tokenizer, self.store.settings)
         return refusal.guarded(discriminant_directions, refusal.directions(engine))
 
-    def project(self, directions: Directions, null: Tensor) -> tuple[Projections, dict[str, Sketch]]:
+    def collect_projections(self, directions: Directions, null: Tensor) -> tuple[Projections, dict[str, Sketch]]:
         """The projections of the plan's answers, and the sketch of each population that has values."""
         projections = Projections(len(directions.axis))
         sketches: dict[str, Sketch] = {}
         collect = CollectProjections(self.plan, self.keep, directions.axis, null)
-        for part, part_sketches in self.workers.over_shards(collect, self.store, self.batches):
+        for part, part_sketches in self.workers.over_shards(collect, self.store, self.todo):
             projections.merge(part)
             _merge_sketches(sketches, part_sketches)
         if self.work is not None:

@@ -232,9 +232,9 @@ class _Run:
             self.progress("texts read", len(self.texts), len(self.texts))
             return Directions(**tensors) if tensors else None, SinkCounts.from_json(facts)
         scatters, sinks = self._scatter_tokens()
-        tensors, directions = {}, None
-        if shrink is not None:
-            directions = discriminant(scatters, shrink)
+        directions = None if shrink is None else discriminant(scatters, shrink)
+        tensors = {}
+        if directions is not None:
             assert directions.lift is not None
             tensors = {"axis": directions.axis.contiguous(), "lift": directions.lift.contiguous()}
         self.store.keep(name, sinks.to_json(), tensors)

@@ -1,5 +1,5 @@
-"""What takes an hour: the shipped profile made again by the command that the documentation states, and its promises on
-ordinary work measured. ``make nightly`` runs it; what was finished of it is not done again.
+"""The tests that take an hour: the documented command makes the shipped profile again, and the profile keeps its
+promises on ordinary work. ``make nightly`` runs them, and resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from axiscap.calibrate.effects import OWN, Point, Setting
 
 REPOSITORY = Path(__file__).parents[1]
 OUT = REPOSITORY / "out" / "nightly"
-#: As `axiscap calibrate` has it by default, and `axiscap sweep` in docs/calibration.md.
+#: The default of `axiscap calibrate`, and the number of `axiscap sweep` in docs/calibration.md.
 PER_ROLE, QUESTIONS = 16, 8
 
 
@@ -29,7 +29,7 @@ def shipped() -> CapProfile:
 
 
 @pytest.fixture(scope="module")
-def made() -> CapProfile:
+def remade() -> CapProfile:
     profile = OUT / "made.safetensors"
     program = Path(sys.executable).with_name("axiscap")
     command = [str(program), "calibrate", str(profile), "--rollouts", str(OUT / "rollouts")]
@@ -38,12 +38,12 @@ def made() -> CapProfile:
 
 
 @pytest.fixture(scope="module")
-def points(shipped, made) -> tuple[Point, Point]:
-    """The model as it is, and under the shipped profile."""
+def points(shipped, remade) -> tuple[Point, Point]:
+    """The points of the uncapped model and of the shipped profile."""
     model, tokenizer = models.load(models.DEFAULT_MODEL, "float32")
     roles = calibration.load_roles(model_name=models.DEFAULT_MODEL)
     plan = calibration.plan(roles, calibration.load_questions(), PER_ROLE)
-    settings = calibration.Settings.of(made, models.DEFAULT_MODEL)
+    settings = calibration.Settings.of(remade, models.DEFAULT_MODEL)
     store = calibration.Store(str(OUT / "rollouts"), settings)
     judge = sweep.UptakeJudge(store.shards(calibration.batches(plan)), plan)
     bench = sweep.Bench(model, tokenizer, plan, settings, judge, store, QUESTIONS, calibration.load_work())
@@ -53,13 +53,13 @@ def points(shipped, made) -> tuple[Point, Point]:
     return runs.tested(None), runs.tested(setting)
 
 
-def test_the_shipped_profile_is_what_the_command_makes(shipped, made):
-    assert made.layers == shipped.layers
+def test_the_command_makes_the_shipped_profile(shipped, remade):
+    assert remade.layers == shipped.layers
     for name in ("axes", "lifts"):
-        cosines = torch.nn.functional.cosine_similarity(getattr(made, name), getattr(shipped, name), dim=-1)
+        cosines = torch.nn.functional.cosine_similarity(getattr(remade, name), getattr(shipped, name), dim=-1)
         assert cosines.min() > 0.98, name
-    scale = made.floors.abs().mean()
-    assert (made.floors - shipped.floors).abs().max() < 0.25 * scale
+    scale = remade.floors.abs().mean()
+    assert (remade.floors - shipped.floors).abs().max() < 0.25 * scale
 
 
 def test_personas_are_held(points):
@@ -70,15 +70,15 @@ def test_personas_are_held(points):
 
 def test_ordinary_work_costs_nothing_that_shows(points):
     uncapped, capped = points
-    assert capped.worst[1] <= 1.02, capped.worst  # plain prose is one of them
+    assert capped.worst[1] <= 1.02, capped.worst  # plain prose included
     assert capped.worst_fiction[1] <= 1.05, capped.worst_fiction
-    assert capped.domains[OWN].perplexity <= 1.02  # to the questions that roles are asked
-    # Of twelve answers, a fall of five and more would be beyond chance (a sign test, one-sided, at 5 %).
+    assert capped.domains[OWN].perplexity <= 1.02  # the answers to the roles' questions
+    # Of twelve answers, a fall by five or more is not chance (a one-sided sign test at 5 %).
     assert capped.tests.checks[0] > uncapped.tests.checks[0] - 5
 
 
-def test_a_thousand_imports():
-    """Each in a process of its own, from one that has loaded torch, with a call; none fails."""
+def test_a_thousand_imports_succeed():
+    """Each child of a process that has loaded torch imports the ops and calls one."""
     script = """
         import os, torch
         failed = 0

@@ -1,4 +1,4 @@
-"""The C interface, as another program uses it: built, installed, found by CMake, linked and run."""
+"""The C interface in another program, which CMake builds against the installed library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from axiscap import _C, ops
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An installation of the library in a folder of its own."""
+    """The path of CMake, and the prefix of a fresh installation of the library."""
     folder = tmp_path_factory.mktemp("c")
     scripts = sysconfig.get_paths()["scripts"]
     cmake = shutil.which("cmake", path=scripts) or "cmake"
@@ -30,7 +30,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_example(installed, tmp_path):
+def test_the_example_program_runs(installed, tmp_path):
     cmake, prefix = installed
     configure = [cmake, "-S", REPOSITORY / "examples" / "cpp", "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={prefix}"]
     subprocess.run(configure, check=True, capture_output=True)
@@ -45,18 +45,20 @@ def test_the_example(installed, tmp_path):
     assert lines[3] == "wrong: status 1, hidden_size must be at least 1"
 
 
-@pytest.mark.parametrize(("defines", "wanted"), [
+@pytest.mark.parametrize(("defines", "expected"), [
     (["-D_WIN32", "-DAXISCAP_BUILDS_LIBRARY"], "__declspec(dllexport) int axiscap_version(void);"),
     (["-D_WIN32"], "__declspec(dllimport) int axiscap_version(void);"),
     ([], '__attribute__((visibility("default"))) int axiscap_version(void);'),
 ])  # fmt: skip
-def test_functions_are_exported(defines, wanted):
+def test_functions_are_exported(defines, expected):
     header = REPOSITORY / "csrc" / "include" / "axiscap" / "axiscap.h"
-    done = subprocess.run(["cc", "-E", "-P", *defines, header], check=True, capture_output=True, text=True)
-    assert wanted in done.stdout
+    result = subprocess.run(["cc", "-E", "-P", *defines, header], check=True, capture_output=True, text=True)
+    assert expected in result.stdout
 
 
 class Call(ctypes.Structure):
+    """``axiscap_call`` of axiscap.h."""
+
     _fields_ = [
         ("size", ctypes.c_int64),
         ("hidden", ctypes.c_void_p),
@@ -88,7 +90,7 @@ class Call(ctypes.Structure):
     ]
 
 
-def library(prefix):
+def load_library(prefix):
     (path,) = prefix.glob("lib*/libaxiscap.so")
     loaded = ctypes.CDLL(str(path))
     loaded.axiscap_cap_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
@@ -96,52 +98,52 @@ def library(prefix):
     return loaded
 
 
-def call_of(hidden, axes, floors, slots, **more):
+def call_of(hidden, axes, floors, slots, **pointers):
     rows, size = hidden.shape
     dtype = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[hidden.dtype]
     return Call(
         size=ctypes.sizeof(Call), hidden=hidden.data_ptr(), hidden_stride=hidden.stride(0), rows=rows,
         hidden_size=size, dtype=dtype, axes=axes.data_ptr(), floors=floors.data_ptr(), slots=slots.data_ptr(),
-        num_slots=axes.shape[0], directions=axes.shape[1], **more,
+        num_slots=axes.shape[0], directions=axes.shape[1], **pointers,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_gives_the_bits_of_the_ops(installed, dtype):
-    c = library(installed[1])
-    assert c.axiscap_version() == 100
+def test_the_c_functions_give_the_bits_of_the_ops(installed, dtype):
+    library = load_library(installed[1])
+    assert library.axiscap_version() == 100
     hidden, residual = torch.randn(2, 9, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     axes, floors = unit(2, 2, 70), torch.zeros(2, 2)
     slots = torch.tensor([0, 1, -1, 1, 0, 0, 1, -1, 0], dtype=torch.int32)
-    mine = hidden.clone()
-    call = call_of(mine, axes, floors, slots)
+    rows = hidden.clone()
+    call = call_of(rows, axes, floors, slots)
     for begin, end in ((4, 9), (0, 4)):
-        assert c.axiscap_cap_cpu(ctypes.byref(call), begin, end) == 0
-    assert_same_bits(mine, ops.cap(hidden, axes, floors, slots))
+        assert library.axiscap_cap_cpu(ctypes.byref(call), begin, end) == 0
+    assert_same_bits(rows, ops.cap(hidden, axes, floors, slots))
     bank = {"targets": torch.full((2, 2), 1.5), "lifts": 0.5 * axes, "norm_limits": torch.tensor([8.4, 7.0])}
-    mine, pointers = hidden.clone(), {name: tensor.data_ptr() for name, tensor in bank.items()}
-    assert c.axiscap_cap_cpu(ctypes.byref(call_of(mine, axes, floors, slots, **pointers)), 0, 9) == 0
-    assert_same_bits(mine, ops.cap(hidden, axes, floors, slots, **bank))
-    mine, sums, weight = hidden.clone(), residual.clone(), torch.randn(70).to(dtype)
+    rows, pointers = hidden.clone(), {name: tensor.data_ptr() for name, tensor in bank.items()}
+    assert library.axiscap_cap_cpu(ctypes.byref(call_of(rows, axes, floors, slots, **pointers)), 0, 9) == 0
+    assert_same_bits(rows, ops.cap(hidden, axes, floors, slots, **bank))
+    rows, sums, weight = hidden.clone(), residual.clone(), torch.randn(70).to(dtype)
     extra = {"residual": sums.data_ptr(), "residual_stride": 70, "weight": weight.data_ptr(), "eps": 1e-6}
-    assert c.axiscap_cap_cpu(ctypes.byref(call_of(mine, axes, floors, slots, **extra)), 0, 9) == 0
-    wanted = ops.add_rms_norm_cap_(hidden.clone(), residual.clone(), weight, 1e-6, axes, floors, slots)
-    assert_same_bits(mine, wanted[0])
-    assert_same_bits(sums, wanted[1])
-    quantized, expected = torch.empty(2, 9, 70, dtype=torch.float8_e4m3fn)
-    own, scales = torch.empty(2, 9)
-    for kind in ({"scales": own}, {"scale": torch.tensor([0.02])}):
-        mine, sums = hidden.clone(), residual.clone()
+    assert library.axiscap_cap_cpu(ctypes.byref(call_of(rows, axes, floors, slots, **extra)), 0, 9) == 0
+    expected = ops.add_rms_norm_cap_(hidden.clone(), residual.clone(), weight, 1e-6, axes, floors, slots)
+    assert_same_bits(rows, expected[0])
+    assert_same_bits(sums, expected[1])
+    quantized, expected_quantized = torch.empty(2, 9, 70, dtype=torch.float8_e4m3fn)
+    token_scales, scales = torch.empty(2, 9)
+    for kind in ({"scales": token_scales}, {"scale": torch.tensor([0.02])}):
+        rows, sums = hidden.clone(), residual.clone()
         extra |= {"residual": sums.data_ptr(), "quantized": quantized.data_ptr(), "quantized_stride": 70}
         pointers = {name: tensor.data_ptr() for name, tensor in kind.items()}
-        call = call_of(mine, axes, floors, slots, **extra, **pointers)
-        assert c.axiscap_cap_cpu(ctypes.byref(call), 0, 9) == 0
-        given = expected, hidden, residual.clone(), weight, 1e-6, axes, floors, slots
-        ops.add_rms_norm_cap_fp8_(*given, **({"scales": scales} if "scales" in kind else kind))
-        assert torch.equal(quantized.view(torch.uint8), expected.view(torch.uint8))
-        assert_same_bits(sums, given[2])
-        assert_same_bits(mine, hidden)
-    assert_same_bits(own, scales)
+        call = call_of(rows, axes, floors, slots, **extra, **pointers)
+        assert library.axiscap_cap_cpu(ctypes.byref(call), 0, 9) == 0
+        arguments = expected_quantized, hidden, residual.clone(), weight, 1e-6, axes, floors, slots
+        ops.add_rms_norm_cap_fp8_(*arguments, **({"scales": scales} if "scales" in kind else kind))
+        assert torch.equal(quantized.view(torch.uint8), expected_quantized.view(torch.uint8))
+        assert_same_bits(sums, arguments[2])
+        assert_same_bits(rows, hidden)
+    assert_same_bits(token_scales, scales)
 
 
 @pytest.mark.parametrize(
@@ -172,17 +174,17 @@ def test_it_gives_the_bits_of_the_ops(installed, dtype):
         ({"project_only": 1}, 1, b"project_only needs projections"),
     ],
 )
-def test_errors_change_nothing(installed, changes, status, message):
-    c = library(installed[1])
+def test_invalid_calls_change_nothing(installed, changes, status, message):
+    library = load_library(installed[1])
     hidden, slots = torch.zeros(3, 16), torch.tensor([0, 1, 0], dtype=torch.int32)
     axes, floors = unit(2, 1, 16), torch.ones(2, 1)
     call = call_of(hidden, axes, floors, slots)
     for name, value in changes.items():
         setattr(call, name, value)
-    assert c.axiscap_cap_cpu(ctypes.byref(call), 0, 3) == status
-    assert c.axiscap_last_error().startswith(message)
+    assert library.axiscap_cap_cpu(ctypes.byref(call), 0, 3) == status
+    assert library.axiscap_last_error().startswith(message)
     assert not hidden.any()
-    assert c.axiscap_cap_cpu(None, 0, 3) == 1
+    assert library.axiscap_cap_cpu(None, 0, 3) == 1
     good = call_of(hidden, axes, floors, slots)
-    assert c.axiscap_cap_cpu(ctypes.byref(good), 2, 4) == 1
-    assert c.axiscap_last_error() == b"begin and end must be a range of rows"
+    assert library.axiscap_cap_cpu(ctypes.byref(good), 2, 4) == 1
+    assert library.axiscap_last_error() == b"begin and end must be a range of rows"

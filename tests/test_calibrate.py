@@ -1,4 +1,4 @@
-"""Calibration: its data, its arithmetic, and small runs of the real thing that are killed and go on."""
+"""Calibration: its data, its arithmetic, and small runs that are killed and resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from axiscap.calibrate.effects import Budget, DomainCost, Outcome, Point, Settin
 from axiscap.drift import compare
 
 
-def test_the_data_that_ships():
+def test_shipped_roles_and_questions_are_complete():
     roles, questions = calibrate.load_roles(), calibrate.load_questions()
     assert len(roles) > 100
     assert len(set(questions)) == len(questions) >= 120
@@ -47,7 +47,7 @@ def test_the_data_that_ships():
     assert all(len(conversation.turns) == 5 for conversation in loaded)
 
 
-def test_the_published_layout_is_read(tmp_path):
+def test_roles_and_questions_are_read_from_the_published_layout(tmp_path):
     for name in ("default", "ghost", "doctor"):
         content = {"instruction": [{"pos": f"You are {name}, {{model_name}}."}] * 5, "questions": ["?"] * 40}
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"eval_prompt": "..."}))
@@ -69,7 +69,7 @@ def test_the_published_layout_is_read(tmp_path):
         ({"default.json": '{"instruction": [{"pos": "x"}]}'}, "at least two roles .* needed, got 0"),
     ],
 )
-def test_roles_that_are_none(tmp_path, files, message):
+def test_invalid_roles_are_an_error(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -80,14 +80,14 @@ def test_roles_that_are_none(tmp_path, files, message):
     ("content", "message"),
     [('{"question": "a"}\nnonsense\n', "line 2: not a question"), ('{"question": "a"}\n', "at least four questions")],
 )
-def test_questions_that_are_none(tmp_path, content, message):
+def test_invalid_questions_are_an_error(tmp_path, content, message):
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         calibrate.load_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("per_role", [None, 1, 7, 32])
-def test_what_tests_the_axis_makes_none_of_it(per_role):
+def test_held_out_roles_and_questions_do_not_make_the_axis(per_role):
     plan = calibrate.plan(calibrate.load_roles(), calibrate.load_questions(), per_role)
     assert not set(plan.train_roles) & set(plan.held_roles)
     assert len({task.id for task in plan.tasks}) == len(plan.tasks)
@@ -122,7 +122,7 @@ def shard_of(tasks, means):
 
 
 def synthetic(shift=3.0, depth=4, size=16, seed=0):
-    """Answers around a mean of each role; roles lie along one direction, which the default is at the end of."""
+    """Answers around a mean for each role. The means lie along one direction, with the default at its end."""
     generator = torch.Generator().manual_seed(seed)
     names = ["default", *(f"r{i}" for i in range(12))]
     roles = {name: data.Role(name, ("a", "b"), "kind") for name in names}
@@ -132,56 +132,56 @@ def synthetic(shift=3.0, depth=4, size=16, seed=0):
     for batch in calibrate.batches(plan):
         means = torch.randn(len(batch), depth, size, generator=generator)
         for i, task in enumerate(batch):
-            how_far = 0.0 if task.role == "default" else shift * (1 + int(task.role[1:]) / 12)
-            means[i] -= how_far * direction
+            distance = 0.0 if task.role == "default" else shift * (1 + int(task.role[1:]) / 12)
+            means[i] -= distance * direction
         shards.append(shard_of(batch, means))
     return plan, shards, direction
 
 
-def test_the_axis_and_its_evidence_on_rollouts_that_are_known():
+def test_the_axis_and_its_evidence_match_synthetic_rollouts():
     plan, shards, direction = synthetic()
     keep = pipeline.Keep()
     sums = space.Sums().add(shards, plan, keep)
-    found = space.Space.of(sums, plan, 1)
+    persona_space = space.Space.of(sums, plan, 1)
     train = [(t, m) for s in shards for t, m in zip(s.tasks, s.means, strict=True) if plan.makes_the_axis(t)]
     means = {
         n: torch.stack([m for t, m in train if t.role == n]).double().mean(0) for n in ["default", *plan.train_roles]
     }
-    wanted = means["default"] - torch.stack([means[name] for name in plan.train_roles]).mean(0)
-    torch.testing.assert_close(found.axis, torch.nn.functional.normalize(wanted, dim=-1))
-    assert bool(((found.axis * direction).sum(-1) > 0.95).all())
-    values = space.Projections(4).add(shards, found.axis, found.null, plan, keep)
-    facts = space.evidence(found, values, plan)
+    expected = means["default"] - torch.stack([means[name] for name in plan.train_roles]).mean(0)
+    torch.testing.assert_close(persona_space.axis, torch.nn.functional.normalize(expected, dim=-1))
+    assert bool(((persona_space.axis * direction).sum(-1) > 0.95).all())
+    values = space.Projections(4).add(shards, persona_space.axis, persona_space.null, plan, keep)
+    facts = space.evidence(persona_space, values, plan)
     assert min(facts.auc) > 0.95
     assert all(0.2 < value < 0.8 for value in facts.null_auc)
     low, high = facts.auc_interval
     assert low <= facts.auc[facts.best_layer] <= high
     assert set(facts.auc_by_role) == set(plan.held_roles)
     assert min(facts.pc1_cosine) > 0.5
-    assert abs(sum(found.components()[0][0].tolist()) - 1) < 1e-9
+    assert abs(sum(persona_space.components()[0][0].tolist()) - 1) < 1e-9
     json.dumps(dataclasses.asdict(facts))
-    # Nothing to find: no separation.
+    # Without a shift there is no separation.
     plan, shards, _ = synthetic(shift=0.0)
     blank = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
     facts = space.evidence(blank, space.Projections(4).add(shards, blank.axis, blank.null, plan, keep), plan)
     assert all(0.25 < value < 0.75 for value in facts.auc)
 
 
-def test_parts_merge_to_the_whole():
+def test_merged_sums_equal_the_sums_of_all_shards():
     plan, shards, _ = synthetic()
-    whole = space.Sums().add(shards, plan, pipeline.Keep())
+    sums = space.Sums().add(shards, plan, pipeline.Keep())
     parts = space.Sums()
     for shard in reversed(shards):
         parts.merge(pickle.loads(pickle.dumps(space.Sums().add([shard], plan, pipeline.Keep()))))
-    assert parts.counts == whole.counts
-    for key in whole.sums:
-        torch.testing.assert_close(parts.sums[key], whole.sums[key], rtol=1e-13, atol=1e-13)
+    assert parts.counts == sums.counts
+    for key in sums.sums:
+        torch.testing.assert_close(parts.sums[key], sums.sums[key], rtol=1e-13, atol=1e-13)
 
 
 def test_projections_are_the_inner_products():
     means, axes = torch.randn(9, 3, 24), unit(3, 5, 24)
-    wanted = torch.einsum("nlh,lkh->nlk", means.double(), axes.double())
-    torch.testing.assert_close(space.project(means, axes).double(), wanted, atol=1e-5, rtol=1e-5)
+    expected = torch.einsum("nlh,lkh->nlk", means.double(), axes.double())
+    torch.testing.assert_close(space.project(means, axes).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_too_few_roles_are_an_error():
@@ -192,7 +192,7 @@ def test_too_few_roles_are_an_error():
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**31))
-@example(521, 2115)  # two values are equal
+@example(521, 2115)  # has two equal values
 def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
     values = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
     half = count // 2
@@ -201,16 +201,16 @@ def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
     table = merged.table()
     for layer in range(2):
         ordered = values[:, layer].sort().values
-        for percentile, found in zip(floors.PERCENTILES, table[layer], strict=True):
-            # A value that comes more than once has all the ranks from its first to its last.
-            first, last = (torch.searchsorted(ordered, found, right=side).item() / count for side in (False, True))
+        for percentile, quantile in zip(floors.PERCENTILES, table[layer], strict=True):
+            # A repeated value has all ranks from its first to its last.
+            first, last = (torch.searchsorted(ordered, quantile, right=side).item() / count for side in (False, True))
             off = max(first - percentile / 100, percentile / 100 - last, 0)
             assert off <= 3 * merged.error + 1 / count + 1e-9
     if count <= 1000:
         assert merged.error == 0
 
 
-def test_percentiles_between_columns():
+def test_percentiles_between_columns_are_interpolated():
     table = torch.tensor([list(floors.PERCENTILES)])
     for percentile in (0.5, 1, 25, 33.3, 99.5):
         assert floors.at_percentile(table, percentile).item() == pytest.approx(percentile, rel=1e-6)
@@ -219,32 +219,32 @@ def test_percentiles_between_columns():
 
 
 def test_targets_are_at_another_percentile_of_the_same_population(shipped_profile):
-    name = shipped_profile.population
-    columns = shipped_profile.tables[name][12:15]
-    made = calibrate.with_floors(shipped_profile, 5.0, name, [12, 13, 14], target_percentile=33.5)
-    assert torch.equal(made.floors[:, 0], columns[:, floors.PERCENTILES.index(5.0)])
+    population = shipped_profile.population
+    columns = shipped_profile.tables[population][12:15]
+    lifted = calibrate.with_floors(shipped_profile, 5.0, population, [12, 13, 14], target_percentile=33.5)
+    assert torch.equal(lifted.floors[:, 0], columns[:, floors.PERCENTILES.index(5.0)])
     torch.testing.assert_close(
-        made.targets[:, 0],
+        lifted.targets[:, 0],
         (columns[:, floors.PERCENTILES.index(33.0)] + columns[:, floors.PERCENTILES.index(34.0)]) / 2,
     )
-    assert torch.equal(made.norm_limits, shipped_profile.norm_limit_all[12:15])
-    assert made.provenance["floors"]["target_percentile"] == 33.5
-    plain = calibrate.with_floors(made, 5.0, name)
+    assert torch.equal(lifted.norm_limits, shipped_profile.norm_limit_all[12:15])
+    assert lifted.provenance["floors"]["target_percentile"] == 33.5
+    plain = calibrate.with_floors(lifted, 5.0, population)
     assert plain.targets is None
     assert "target_percentile" not in plain.provenance["floors"]
-    same = calibrate.with_floors(made, 5.0, name, target_percentile=5.0)
+    same = calibrate.with_floors(lifted, 5.0, population, target_percentile=5.0)
     assert torch.equal(same.targets, same.floors)
     with pytest.raises(ValueError, match=r"the targets' percentile must be at least the floors', 5, got 4\.5"):
-        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=4.5)
+        calibrate.with_floors(shipped_profile, 5.0, population, target_percentile=4.5)
     with pytest.raises(ValueError, match=r"percentile must be from 0\.5 to 99\.5, got 100"):
-        calibrate.with_floors(shipped_profile, 5.0, name, target_percentile=100.0)
+        calibrate.with_floors(shipped_profile, 5.0, population, target_percentile=100.0)
 
 
 @pytest.mark.parametrize(
     ("depth", "count", "best", "expected"),
     [
         (30, 8, range(19, 27), list(range(19, 27))),
-        (30, 8, range(8), list(range(15, 23))),  # early layers are not looked at
+        (30, 8, range(8), list(range(15, 23))),  # early layers do not count
         (4, 4, range(4), [0, 1, 2, 3]),
         (4, 1, range(3, 4), [3]),
         (2, 2, range(2), [0, 1]),
@@ -257,7 +257,7 @@ def test_layers_are_the_best_run_of_the_middle_to_late_ones(depth, count, best, 
 
 
 @pytest.mark.parametrize("count", [0, 31])
-def test_a_number_of_layers_that_cannot_be(count):
+def test_an_impossible_number_of_layers_is_an_error(count):
     with pytest.raises(ValueError, match=f"from 1 to 30, got {count}"):
         pipeline.choose_layers(torch.zeros(30), count)
 
@@ -275,16 +275,16 @@ def test_loadings_are_compared_over_the_roles_in_common():
 
 @pytest.mark.slow
 def test_activations_are_the_means_over_exactly_the_answer(demo_model):
-    """The means of a shard are those of the outputs of each layer, of each finished text by itself."""
+    """The means of a shard equal the mean layer outputs of each finished text alone."""
     model, tokenizer = demo_model
     tasks = [
         calibrate.Task("default", 0, 0, "", "Say only: yes."),
         calibrate.Task("ghost", 0, 1, "You are a ghost of few words.", "Who are you? Answer in three words."),
         calibrate.Task("default", 0, 2, "", "Tell me a long story about the sea and the people who live by it."),
     ]
-    (found,) = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 24, 3)).stream([tasks])
+    (shard,) = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 24, 3)).stream([tasks])
     stop = model.generation_config.eos_token_id
-    for row, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
+    for row, (prompt, answer) in enumerate(zip(shard.prompts, shard.answers, strict=True)):
         assert stop not in answer
         outputs = []
         handles = [
@@ -295,14 +295,14 @@ def test_activations_are_the_means_over_exactly_the_answer(demo_model):
             model(torch.tensor([[*prompt, *answer]]))
         for handle in handles:
             handle.remove()
-        wanted = torch.stack([output[0, len(prompt) :].double().mean(0) for output in outputs])
-        torch.testing.assert_close(found.means[row].double(), wanted, atol=2e-3, rtol=1e-3)
-        assert found.texts[row] == tokenizer.decode(answer, skip_special_tokens=True).strip()
-    assert min(map(len, found.answers)) < 24 == max(map(len, found.answers))
+        expected = torch.stack([output[0, len(prompt) :].double().mean(0) for output in outputs])
+        torch.testing.assert_close(shard.means[row].double(), expected, atol=2e-3, rtol=1e-3)
+        assert shard.texts[row] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert min(map(len, shard.answers)) < 24 == max(map(len, shard.answers))
 
 
 @pytest.mark.slow
-def test_a_rollout_does_not_hang_on_its_batch(demo_model):
+def test_a_rollout_does_not_depend_on_its_batch(demo_model):
     model, tokenizer = demo_model
     engine = rollouts.TransformersEngine(model, tokenizer, calibrate.Settings("m", "f", 12, 0))
     tasks = [calibrate.Task("r", 0, i, "You are a hermit.", f"What is {thing}?") for i, thing in enumerate("abcdef")]
@@ -315,7 +315,7 @@ def test_a_rollout_does_not_hang_on_its_batch(demo_model):
 
 
 def test_sampling_is_the_published_one():
-    """Frequencies are those of temperature 0.7 and a nucleus of 0.9, also where it is wider than is tried first."""
+    """Frequencies match temperature 0.7 and a nucleus of 0.9, also for a nucleus wider than the first attempt."""
     settings = calibrate.Settings("m", "f", 4000, 0)
     for logits in (torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0]), torch.zeros(400)):
         probabilities = torch.softmax(logits.double() / 0.7, 0)
@@ -328,11 +328,11 @@ def test_sampling_is_the_published_one():
             scores = sampler(torch.zeros(1, 1), logits[None])
             assert scores.isfinite().sum() == 1
             counts[scores.argmax()] += 1
-        found = counts / 4000
+        frequencies = counts / 4000
         allowed = 5 * (nucleus * (1 - nucleus) / 4000).sqrt() + 1e-9
         if len(logits) == 5:
-            assert bool(((found - nucleus).abs() <= allowed).all())
-        else:  # which of equals lie in the nucleus is not defined; how many do is
+            assert bool(((frequencies - nucleus).abs() <= allowed).all())
+        else:  # of equal tokens, only the number in the nucleus is defined
             assert 340 <= (counts > 0).sum() <= 361
 
 
@@ -363,7 +363,7 @@ def test_a_base_model_continues_a_text(demo_model):
 
 @pytest.mark.slow
 def test_a_base_models_answer_ends_with_its_line(demo_model):
-    """What comes behind it, the next question, is no part of the answer; its activations are not in the means."""
+    """The next question is no part of the answer, and its activations do not count in the means."""
     model, tokenizer = demo_model
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
@@ -386,7 +386,7 @@ def test_a_base_models_answer_ends_with_its_line(demo_model):
 
 @pytest.mark.parametrize("layer", [5, 20])
 def test_means_leave_out_attention_sinks(demo_model, layer):
-    """With a limit at the median norm half of the rows are left out; where all rows are beyond, none is."""
+    """A limit at the median norm leaves out half of the rows. If all rows are beyond the limit, all count."""
     model, tokenizer = demo_model
     prompts = [tokenizer(text)["input_ids"] for text in ("Who are you?", "What is the sea, and who lives by it?")]
     answers = [tokenizer(text)["input_ids"] for text in ("A ghost.", "The sea is wide, and fishermen live by it.")]
@@ -397,20 +397,20 @@ def test_means_leave_out_attention_sinks(demo_model, layer):
         rows.append(states[layer + 1][0, len(prompt) :].double())
     median = torch.cat(rows).norm(dim=-1).median().item()
     limits = [math.inf] * 30
-    for limit, chosen in (
+    for limit, counted in (
         (median, [part[part.norm(dim=-1) <= median] for part in rows]),
         (median / 1e3, rows),
     ):
         limits[layer] = limit
-        found = rollouts.read_means(model, prompts, answers, limits)
-        for row, part in enumerate(chosen):
+        means = rollouts.read_means(model, prompts, answers, limits)
+        for row, part in enumerate(counted):
             assert len(part) > 0
-            torch.testing.assert_close(found[row, layer].double(), part.mean(0), atol=2e-3, rtol=1e-3)
-        assert torch.equal(found[:, layer + 1], rollouts.read_means(model, prompts, answers)[:, layer + 1])
+            torch.testing.assert_close(means[row, layer].double(), part.mean(0), atol=2e-3, rtol=1e-3)
+        assert torch.equal(means[:, layer + 1], rollouts.read_means(model, prompts, answers)[:, layer + 1])
     assert sum(map(len, rows)) > 2 * sum(len(part[part.norm(dim=-1) <= median]) for part in rows) - 2
 
 
-def test_shards_are_whole_or_not_there(tmp_path):
+def test_an_incomplete_shard_is_missing(tmp_path):
     settings = calibrate.Settings("m", "f", 4, 0)
     store = calibrate.Store(str(tmp_path / "s"), settings)
     tasks = [calibrate.Task("r", 0, i, "s", "t") for i in range(3)]
@@ -424,23 +424,23 @@ def test_shards_are_whole_or_not_there(tmp_path):
     for other in (calibrate.Settings("m", "f", 4, 1), dataclasses.replace(settings, norm_limits=(2.0, 3.0))):
         assert calibrate.Store(store.url, other).name(tasks) != name
     path = tmp_path / "s" / f"{name}.safetensors"
-    whole = path.read_bytes()
-    for cut in (0, 7, 100, len(whole) - 1):
-        path.write_bytes(whole[:cut])
+    content = path.read_bytes()
+    for cut in (0, 7, 100, len(content) - 1):
+        path.write_bytes(content[:cut])
         assert not store.has(name)
     with pytest.raises(ValueError, match=r"the rollouts of r/0/0 and 2 more are missing"):
         list(store.shards([tasks]))
-    memory = calibrate.Store("memory://calibration", settings)  # an object store, as fsspec sees it
+    memory = calibrate.Store("memory://calibration", settings)  # fsspec treats it as an object store
     memory.write(name, shard)
     assert torch.equal(memory.read(name).means, shard.means)
 
 
-# Endpoints: an OpenAI-compatible server, with the real model behind it.
+# An OpenAI-compatible server that answers with the real model.
 
 
 class ServedModel(BaseHTTPRequestHandler):
     model = tokenizer = None
-    asked: list[dict] = []  # noqa: RUF012
+    requests: list[dict] = []  # noqa: RUF012
 
     def reply(self, content):
         content = json.dumps(content).encode()
@@ -454,7 +454,7 @@ class ServedModel(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        ServedModel.asked.append(body)
+        ServedModel.requests.append(body)
         inputs = self.tokenizer.apply_chat_template(
             body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -469,7 +469,7 @@ class ServedModel(BaseHTTPRequestHandler):
 
 def test_texts_from_an_endpoint_are_read_by_the_model(demo_model, monkeypatch):
     model, tokenizer = demo_model
-    ServedModel.model, ServedModel.tokenizer, ServedModel.asked = model, tokenizer, []
+    ServedModel.model, ServedModel.tokenizer, ServedModel.requests = model, tokenizer, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), ServedModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
@@ -478,10 +478,10 @@ def test_texts_from_an_endpoint_are_read_by_the_model(demo_model, monkeypatch):
         (shard,) = rollouts.EndpointEngine(model, tokenizer, calibrate.Settings("m", "f", 8, 0)).stream([tasks])
     finally:
         server.shutdown()
-    assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in ServedModel.asked} == {
+    assert {(b["model"], b["max_tokens"], b["temperature"], b["top_p"]) for b in ServedModel.requests} == {
         ("smollm2", 8, 0.7, 0.9)
     }
-    assert len({body["seed"] for body in ServedModel.asked}) == 2
+    assert len({body["seed"] for body in ServedModel.requests}) == 2
     for i, task in enumerate(tasks):
         assert tokenizer.decode(shard.answers[i]).strip() == shard.texts[i] != ""
         alone = rollouts.read_means(model, [shard.prompts[i]], [shard.answers[i]])
@@ -494,9 +494,9 @@ def test_texts_from_an_endpoint_are_read_by_the_model(demo_model, monkeypatch):
 
 
 class FakeEndpoint(BaseHTTPRequestHandler):
-    """An OpenAI-compatible judge that fails now and then."""
+    """An OpenAI-compatible judge whose first calls fail."""
 
-    seen: list[str] = []  # noqa: RUF012
+    questions: list[str] = []  # noqa: RUF012
     failures = 3
 
     def do_POST(self):
@@ -507,7 +507,7 @@ class FakeEndpoint(BaseHTTPRequestHandler):
             self.send_response(503)
             self.end_headers()
             return
-        FakeEndpoint.seen.append(question)
+        FakeEndpoint.questions.append(question)
         reply = "I would say 3." if "ghostly" in question else "1"
         content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
         self.send_response(200)
@@ -522,7 +522,7 @@ class FakeEndpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeEndpoint)
-    FakeEndpoint.seen, FakeEndpoint.failures = [], 3
+    FakeEndpoint.questions, FakeEndpoint.failures = [], 3
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
@@ -536,17 +536,17 @@ def test_a_judge_behind_an_endpoint_is_asked_once(endpoint, tmp_path, monkeypatc
         tasks, [[1]] * 3, [[2]] * 3, ["ghostly {answer}", "plainly", "default"], torch.zeros(3, 1, 1)
     )
     path = tmp_path / "scores.jsonl"
-    found = judge.scores(judge.endpoint("m"), [shard], roles, path)
-    assert found == {"ghost/0/0": 3, "doctor/0/0": 1}
-    assert len(FakeEndpoint.seen) == 2
+    scores = judge.scores(judge.endpoint("m"), [shard], roles, path)
+    assert scores == {"ghost/0/0": 3, "doctor/0/0": 1}
+    assert len(FakeEndpoint.questions) == 2
     path.write_bytes(path.read_bytes()[:-5])  # killed while writing the last line
-    assert judge.scores(judge.endpoint("m"), [shard], roles, path) == found
-    assert len(FakeEndpoint.seen) == 3
-    keep = pipeline.Keep(found)
+    assert judge.scores(judge.endpoint("m"), [shard], roles, path) == scores
+    assert len(FakeEndpoint.questions) == 3
+    keep = pipeline.Keep(scores)
     assert [keep(task) for task in tasks] == [True, False, True]
 
 
-def test_judges_that_cannot_be(monkeypatch):
+def test_unusable_judges_are_an_error(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ValueError, match="set OPENAI_BASE_URL"):
         judge.endpoint("m")
@@ -563,19 +563,19 @@ def test_scores_are_read(text, score):
 
 
 @pytest.mark.parametrize("text", ["", "none", "4", "17"])
-def test_replies_without_a_score(text):
+def test_replies_without_a_score_give_none(text):
     assert judge.read_score(text) is None
 
 
-def test_a_judge_that_gives_no_scores_is_none(tmp_path):
+def test_a_judge_without_scores_is_an_error(tmp_path):
     roles = calibrate.load_roles()
     tasks = [calibrate.Task("ghost", 0, i, "", "Who?") for i in range(40)]
     shard = calibrate.Shard(tasks, [[1]] * 40, [[2]] * 40, [str(i % 4) for i in range(40)], torch.zeros(40, 1, 1))
     one_in_three = iter([None, 3, 0] * 14)
-    found = judge.scores(lambda q: next(one_in_three), [shard], roles, tmp_path / "a.jsonl", concurrent=1)
-    assert [found[task.id] for task in tasks[:3]] == [None, 3, 0]
-    assert [pipeline.Keep(found)(task) for task in tasks[:3]] == [False, True, False]
-    assert judge.scores(lambda q: 1 / 0, [shard], roles, tmp_path / "a.jsonl") == found  # asked once
+    scores = judge.scores(lambda q: next(one_in_three), [shard], roles, tmp_path / "a.jsonl", concurrent=1)
+    assert [scores[task.id] for task in tasks[:3]] == [None, 3, 0]
+    assert [pipeline.Keep(scores)(task) for task in tasks[:3]] == [False, True, False]
+    assert judge.scores(lambda q: 1 / 0, [shard], roles, tmp_path / "a.jsonl") == scores  # the kept scores are used
     with pytest.raises(ValueError, match="40 of the judge's 40 replies have no number from 0 to 3"):
         judge.scores(lambda q: None, [shard], roles, tmp_path / "b.jsonl")
 
@@ -585,10 +585,11 @@ def test_the_model_judges_itself(demo_model):
     assert ask("Reply with one number from 0 to 3.") in range(4)
 
 
-# The whole of it, in small.
+# Small calibrations by the command.
 
 
-def small(folder):
+def write_small_inputs(folder):
+    """Writes five roles, eight questions and sixteen requests; returns the options that use them."""
     (folder / "roles").mkdir()
     prompts = {
         "default": ["", "You are a helpful assistant."],
@@ -621,7 +622,7 @@ def small(folder):
     return [*options, "--work", str(folder / "work.jsonl")]
 
 
-#: The command with batches of 3, so that there are many to be killed between.
+#: The command with batches of 3, so that there are many moments to kill it.
 SMALL_BATCHES = "from axiscap.calibrate import data; data.BATCH = 3; from axiscap.cli import main; main()"
 
 
@@ -631,10 +632,10 @@ def run_command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, demo_model):
-    """An undisturbed small calibration: its folder, its options and its profile."""
+def small_calibration(tmp_path_factory, demo_model):
+    """A small calibration without interruption: its folder, its options and its profile."""
     folder = tmp_path_factory.mktemp("whole")
-    options = small(folder)
+    options = write_small_inputs(folder)
     process = run_command("calibrate", folder / "whole.safetensors", *options, "--rollouts", folder / "work")
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -644,22 +645,21 @@ def whole(tmp_path_factory, demo_model):
 
 
 def assert_same_tables(first, second, slack=0.0):
-    """The same quantiles, up to four times the error in rank that the profile states (a full sketch tosses coins).
+    """Asserts equal quantiles, up to four times the rank error that the profile states (a full sketch is random).
 
-    The bounds are columns of the other's table, the next ones outwards: a value between two columns is a guess, and at
-    a tail's end, where quantiles lie far apart, a poor one.
+    The bounds are the next outer columns of the other table, because interpolation is poor at the ends of the tails.
     """
     columns = torch.tensor(first.percentiles)
     for name, facts in first.provenance["quantiles"]["populations"].items():
-        off = 400 * facts["rank_error"]
+        rank_slack = 400 * facts["rank_error"]
         table = F.pad(second.tables[name], (1, 1), value=math.inf)
         table[:, 0] = -math.inf
-        for at, percentile in enumerate(first.percentiles):
-            low = table[:, int((columns <= percentile - off).sum())]
-            high = table[:, len(columns) + 1 - int((columns >= percentile + off).sum())]
-            found = first.tables[name][:, at]
-            slacks = slack * (1 + 0.1 * found.abs())
-            assert ((found >= low - slacks) & (found <= high + slacks)).all(), (name, percentile)
+        for column, percentile in enumerate(first.percentiles):
+            low = table[:, int((columns <= percentile - rank_slack).sum())]
+            high = table[:, len(columns) + 1 - int((columns >= percentile + rank_slack).sum())]
+            quantiles = first.tables[name][:, column]
+            slacks = slack * (1 + 0.1 * quantiles.abs())
+            assert ((quantiles >= low - slacks) & (quantiles <= high + slacks)).all(), (name, percentile)
 
 
 def assert_same_profile(first, second):
@@ -671,16 +671,16 @@ def assert_same_profile(first, second):
 
 
 @pytest.mark.slow
-def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
-    _, options, wanted = whole
+def test_a_killed_calibration_resumes_to_the_same_profile(small_calibration, tmp_path):
+    _, options, expected = small_calibration
     chance, out = random.Random(4), tmp_path / "killed.safetensors"
     work = tmp_path / "killed.rollouts"
     finished: dict = {}
     kills = 0
     while True:
         process = run_command("calibrate", out, *options)
-        had = len(list(work.glob("*.safetensors")))
-        while process.poll() is None and kills < 10 and len(list(work.glob("*.safetensors"))) == had:
+        shards_before = len(list(work.glob("*.safetensors")))
+        while process.poll() is None and kills < 10 and len(list(work.glob("*.safetensors"))) == shards_before:
             time.sleep(0.01)
         if process.poll() is None and kills < 10:
             time.sleep(chance.random() * 0.3)
@@ -695,30 +695,37 @@ def test_a_calibration_that_is_killed_again_and_again_goes_on(whole, tmp_path):
         assert process.returncode == 0, output
         break
     assert kills >= 5
-    assert_same_profile(CapProfile.load(out), wanted)
+    assert_same_profile(CapProfile.load(out), expected)
     assert not work.exists()
 
 
 @pytest.mark.slow
-def test_a_calibration_that_is_killed_behind_its_first_reading_does_not_read_again(whole, tmp_path):
-    """By a command that could not: what a killed one leaves is in the folder of a whole one as well."""
-    folder, options, wanted = whole
-    cannot = "from axiscap.calibrate import pipeline; del pipeline.CollectScatter.__call__; "
-    command = [sys.executable, "-c", cannot + SMALL_BATCHES, "calibrate", tmp_path / "again.safetensors", *options]
-    done = subprocess.run([*command, "--rollouts", folder / "work"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_profile(CapProfile.load(tmp_path / "again.safetensors"), wanted)
+def test_a_resumed_calibration_does_not_read_its_texts_again(small_calibration, tmp_path):
+    """The command cannot read texts, and succeeds with the reading that the folder of a finished calibration has."""
+    folder, options, expected = small_calibration
+    break_reading = "from axiscap.calibrate import pipeline; del pipeline.CollectScatter.__call__; "
+    command = [
+        sys.executable,
+        "-c",
+        break_reading + SMALL_BATCHES,
+        "calibrate",
+        tmp_path / "again.safetensors",
+        *options,
+    ]
+    process = subprocess.run([*command, "--rollouts", folder / "work"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert_same_profile(CapProfile.load(tmp_path / "again.safetensors"), expected)
     shutil.copytree(folder / "work", tmp_path / "damaged")
-    for kept in (tmp_path / "damaged").glob("reading-*.safetensors"):
-        kept.write_bytes(kept.read_bytes()[:-100])
-    done = subprocess.run(
+    for path in (tmp_path / "damaged").glob("reading-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    process = subprocess.run(
         [*command, "--rollouts", tmp_path / "damaged"], cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert done.returncode != 0  # so it would have read
+    assert process.returncode != 0  # a damaged reading is not used
 
 
-def test_what_a_profile_says_of_its_making(whole, refusals):
-    _, _, profile = whole
+def test_the_provenance_describes_the_calibration(small_calibration, refusals):
+    _, _, profile = small_calibration
     facts = profile.provenance
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
     assert facts["floors"]["population"] == "ordinary tokens"
@@ -734,7 +741,7 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     medians, ratios = torch.tensor(sinks["median_norm"]), torch.tensor(sinks["limit_ratio"])
     torch.testing.assert_close(profile.norm_limit_all, medians * ratios, atol=0, rtol=1e-3)
     assert all(1.6 <= ratio <= 3 for ratio in sinks["limit_ratio"])
-    # From layer 12 on the first token of each text is a sink, and nothing else; before, a few other rows are large.
+    # From layer 12 on only the first token of each text is a sink. Before, a few other rows are large.
     assert [round(share * sinks["rows"]) for share in sinks["share"][12:28]] == [sinks["texts"]] * 16
     assert sinks["near_the_limit"][12:28] == [0.0] * 16
     assert max(sinks["largest_ordinary"][12:28]) < 2.1
@@ -746,72 +753,75 @@ def test_what_a_profile_says_of_its_making(whole, refusals):
     # 2 prompts x 6 questions of the default, 6 questions to each of three roles.
     assert facts["axis"]["rollouts"] == 12 + 18
     assert facts["evidence"]["held_roles"] == ["void"]
-    of_answers, of_tokens = {"assistant", "pooled", "work"}, {"assistant tokens", "pooled tokens", "ordinary tokens"}
-    assert set(facts["quantiles"]["populations"]) == of_answers | of_tokens
+    answer_populations, token_populations = (
+        {"assistant", "pooled", "work"},
+        {"assistant tokens", "pooled tokens", "ordinary tokens"},
+    )
+    assert set(facts["quantiles"]["populations"]) == answer_populations | token_populations
     assert facts["quantiles"]["populations"]["pooled"]["count"] == 36
     torch.testing.assert_close(profile.axis_all[list(profile.layers)], profile.axes[:, 0])
 
 
 @pytest.mark.slow
-def test_the_published_method_is_one_option(whole, tmp_path, monkeypatch):
-    """The mean difference of answers' means, no lift, floors at the 25th percentile of the default's answers."""
-    folder, options, _ = whole
+def test_the_difference_method_is_the_published_one(small_calibration, tmp_path, monkeypatch):
+    """The axis is the difference of means, without a lift, with floors at percentile 25 of the default's answers."""
+    folder, options, _ = small_calibration
     out = tmp_path / "difference.safetensors"
-    given = [*options[:6], "--method", "difference", "--rollouts", folder / "work"]
-    process = run_command("calibrate", out, *given)
+    arguments = [*options[:6], "--method", "difference", "--rollouts", folder / "work"]
+    process = run_command("calibrate", out, *arguments)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    made = CapProfile.load(out)
-    assert made.lifts is None
-    assert made.lift_all is None
-    facts = made.provenance
+    profile = CapProfile.load(out)
+    assert profile.lifts is None
+    assert profile.lift_all is None
+    facts = profile.provenance
     assert (facts["floors"]["population"], facts["floors"]["percentile"]) == ("assistant", 25.0)
     plan = calibrate.plan(
         calibrate.load_roles(folder / "roles", models.DEFAULT_MODEL),
         calibrate.load_questions(folder / "questions.jsonl"),
         16,
     )
-    store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(made, models.DEFAULT_MODEL))
+    store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(profile, models.DEFAULT_MODEL))
     means: dict[str, list] = {}
-    assert store.settings.norm_limits == tuple(made.norm_limit_all.tolist())
+    assert store.settings.norm_limits == tuple(profile.norm_limit_all.tolist())
     monkeypatch.setattr(data, "BATCH", 3)
     for shard in store.shards(calibrate.batches(plan)):
         for task, mean in zip(shard.tasks, shard.means, strict=True):
             if task.role in plan.roles and plan.makes_the_axis(task):
                 means.setdefault(task.role, []).append(mean.double())
     default = torch.stack(means.pop("default")).mean(0)
-    wanted = default - torch.stack([torch.stack(rows).mean(0) for rows in means.values()]).mean(0)
-    wanted = torch.nn.functional.normalize(wanted, dim=-1).float()
-    torch.testing.assert_close(made.axis_all, wanted, atol=1e-5, rtol=1e-5)
+    expected = default - torch.stack([torch.stack(rows).mean(0) for rows in means.values()]).mean(0)
+    expected = torch.nn.functional.normalize(expected, dim=-1).float()
+    torch.testing.assert_close(profile.axis_all, expected, atol=1e-5, rtol=1e-5)
     refused = run_command("calibrate", out, *options, "--method", "difference")
     assert "the published method knows no ordinary work" in refused.communicate()[0]
 
 
 @pytest.mark.slow
-def test_other_floors_need_no_model(whole, tmp_path):
-    folder, _, profile = whole
+def test_other_floors_need_no_model(small_calibration, tmp_path):
+    folder, _, profile = small_calibration
     out = tmp_path / "other.safetensors"
     arguments = [out, "--population", "assistant tokens", "--percentile", "40", "--layers", "3-5"]
     process = run_command("floors", folder / "whole.safetensors", *arguments)
     assert process.wait() == 0, process.stdout.read()
-    made = CapProfile.load(out)
-    assert made.layers == (3, 4, 5)
+    result = CapProfile.load(out)
+    assert result.layers == (3, 4, 5)
     column = floors.PERCENTILES.index(40.0)
     table = floors.populations(profile)["assistant tokens"]
-    assert torch.equal(made.floors[:, 0], table[3:6, column])
-    assert torch.equal(made.norm_limits, profile.norm_limit_all[3:6])
-    assert made.targets is None
+    assert torch.equal(result.floors[:, 0], table[3:6, column])
+    assert torch.equal(result.norm_limits, profile.norm_limit_all[3:6])
+    assert result.targets is None
     lifted = run_command("floors", folder / "whole.safetensors", *arguments, "--target", "50")
     assert lifted.wait() == 0
-    made = CapProfile.load(out)
-    assert torch.equal(made.targets[:, 0], table[3:6, floors.PERCENTILES.index(50.0)])
-    assert made.provenance["floors"]["target_percentile"] == 50.0
+    result = CapProfile.load(out)
+    assert torch.equal(result.targets[:, 0], table[3:6, floors.PERCENTILES.index(50.0)])
+    assert result.provenance["floors"]["target_percentile"] == 50.0
     refused = run_command("floors", folder / "whole.safetensors", *arguments, "--target", "39")
     assert "the targets' percentile must be at least the floors', 40, got 39" in refused.communicate()[0]
     published = run_command("floors", folder / "whole.safetensors", out, "--published")
     assert published.wait() == 0
-    made = CapProfile.load(out)
-    assert (made.provenance["floors"]["population"], made.provenance["floors"]["percentile"]) == ("pooled", 75.0)
+    result = CapProfile.load(out)
+    assert (result.provenance["floors"]["population"], result.provenance["floors"]["percentile"]) == ("pooled", 75.0)
     for percentile, population, layers, message in (
         (25.0, "nobody", None, "population must be one of assistant"),
         (100.0, "pooled", None, "percentile must be from"),
@@ -823,9 +833,9 @@ def test_other_floors_need_no_model(whole, tmp_path):
         calibrate.with_floors(CapProfile([0], unit(1, 1, 4), torch.zeros(1, 1)), 25, "pooled")
 
 
-def test_token_projections_are_those_of_the_installation(whole, demo_model):
+def test_token_projections_are_those_of_the_installation(small_calibration, demo_model):
     """A second way to the same numbers: the hooks of an installation, over the finished texts."""
-    folder, _, profile = whole
+    folder, _, profile = small_calibration
     model, _ = demo_model
     plan = calibrate.plan(
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
@@ -837,35 +847,35 @@ def test_token_projections_are_those_of_the_installation(whole, demo_model):
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
         data.BATCH = before
-    texts = [tokens.Text("role x", *both) for both in zip(shard.prompts, shard.answers, strict=True)]
+    texts = [tokens.Text("role x", *pair) for pair in zip(shard.prompts, shard.answers, strict=True)]
     sketch = pipeline.CollectSketches(profile.axis_all, (math.inf,) * 30)(model, texts)["pooled tokens"]
     count = sum(map(len, shard.answers))
     assert sketch.count == count
     off = CapProfile(range(30), profile.axis_all[:, None].contiguous(), torch.full((30, 1), -math.inf))
-    seen = []
+    projections = []
     for prompt, answer in zip(shard.prompts, shard.answers, strict=True):
         with install(model, off) as cap, torch.inference_mode():
             model(torch.tensor([[*prompt, *answer]]), use_cache=False)
-            both = cap.projections()
-        seen.append(torch.stack([both[layer][0, len(prompt) :, 0] for layer in range(30)], dim=1))
-    values = torch.cat(seen).sort(0).values
-    found = [layer.get_quantiles([(i + 0.5) / count for i in range(count)]) for layer in sketch.layers]
-    torch.testing.assert_close(torch.tensor(found).T, values, atol=1e-3, rtol=1e-3)
+            by_layer = cap.projections()
+        projections.append(torch.stack([by_layer[layer][0, len(prompt) :, 0] for layer in range(30)], dim=1))
+    values = torch.cat(projections).sort(0).values
+    quantiles = [layer.get_quantiles([(i + 0.5) / count for i in range(count)]) for layer in sketch.layers]
+    torch.testing.assert_close(torch.tensor(quantiles).T, values, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_profile_though_workers_die(whole, tmp_path):
+def test_ray_gives_the_same_profile_if_workers_die(small_calibration, tmp_path):
     pytest.importorskip("ray", reason="--engine ray needs ray")
-    _, options, wanted = whole
+    _, options, expected = small_calibration
     out = tmp_path / "ray.safetensors"
     process = run_command("calibrate", out, *options, "--engine", "ray", "--workers", "2")
     work, chance, kills = tmp_path / "ray.rollouts", random.Random(5), 0
-    had: set = set()
+    shards_before: set = set()
     while process.poll() is None and kills < 10:
-        if len(there := set(work.glob("*.safetensors"))) > len(had):
-            had = there
+        if len(shards := set(work.glob("*.safetensors"))) > len(shards_before):
+            shards_before = shards
             time.sleep(chance.random() * 0.3)
-            # The workers with the model, by their name among this machine's processes.
+            # The workers are found by their process name.
             workers = subprocess.run(["pgrep", "-f", "ray::_Worker"], capture_output=True, text=True).stdout.split()
             if workers:
                 os.kill(int(chance.choice(workers)), signal.SIGKILL)
@@ -874,15 +884,15 @@ def test_ray_gives_the_same_profile_though_workers_die(whole, tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert kills >= 5
-    made = CapProfile.load(out)
-    assert made.layers == wanted.layers
-    torch.testing.assert_close(made.axis_all, wanted.axis_all, atol=1e-5, rtol=1e-5)
-    assert_same_tables(made, wanted, slack=1e-2)
+    result = CapProfile.load(out)
+    assert result.layers == expected.layers
+    torch.testing.assert_close(result.axis_all, expected.axis_all, atol=1e-5, rtol=1e-5)
+    assert_same_tables(result, expected, slack=1e-2)
 
 
 @pytest.mark.slow
-def test_published_files_go_round_and_are_installed(tmp_path):
-    """A capping config of 64 layers, imported, exported, imported: the same bits, and it installs."""
+def test_published_files_survive_import_and_export(tmp_path):
+    """A capping config of 64 layers keeps its bits through import, export and import, and is installed."""
     vectors = {f"l{i}": {"vector": -3 * unit(32, seed=i), "layer": i} for i in range(46, 54)}
     steps = [{"vector": f"l{i}", "cap": 0.5 * i} for i in range(46, 54)]
     config = tmp_path / "config.pt"
@@ -911,13 +921,13 @@ def test_published_files_go_round_and_are_installed(tmp_path):
 
 def point(percentile, cost, hold, **tests):
     domains = {"code": DomainCost(cost, 0.1, 0.9, fiction=False), "poems": DomainCost(1.01, 0.1, 0.9, fiction=True)}
-    known = {"uptake": 0.1, "uptake_interval": (0.05, 0.2), "default_uptake": 0, "choices": 1, "checks": (9, 12)}
-    outcome = Outcome(**known | {"declines": 0.5, "declines_interval": (0.1, 0.9)} | tests)
+    results = {"uptake": 0.1, "uptake_interval": (0.05, 0.2), "default_uptake": 0, "choices": 1, "checks": (9, 12)}
+    outcome = Outcome(**results | {"declines": 0.5, "declines_interval": (0.1, 0.9)} | tests)
     return Point(Setting(1, 2, percentile), domains, hold, (hold - 1, hold + 1), outcome)
 
 
-def test_the_frontier_of_a_sweep():
-    """What holds less than something cheaper is not on it, nor is the dearer one of two that hold alike."""
+def test_the_frontier_has_no_point_that_another_one_beats():
+    """A point is off the frontier if a cheaper one holds as much or more."""
     points = [
         point(6, 1.02, 9.0),
         point(1, 1.001, 4.0),
@@ -928,8 +938,10 @@ def test_the_frontier_of_a_sweep():
     assert effects.frontier(points) == [points[1], points[3], points[0]]
 
 
-def test_what_does_harm_is_not_chosen(tmp_path):
-    """Of the points within a budget, that with the most hold which passes its tests; all are known, and none is run."""
+def test_a_harmful_point_is_not_chosen(tmp_path):
+    """Of the points within a budget, the one with the most hold that passes its tests is chosen. All points are
+    stored.
+    """
     points = [
         point(1, 1.001, 4.0),
         point(2, 1.01, 6.0),
@@ -939,9 +951,9 @@ def test_what_does_harm_is_not_chosen(tmp_path):
         point(8, 1.03, 12.0),
     ]
     uncapped = replace(point(0, 1.0, 10.0, uptake=0.4, uptake_interval=(0.3, 0.5)), setting=None)
-    done = tmp_path / "points.jsonl"
-    done.write_text("".join(json.dumps(asdict(one)) + "\n" for one in (uncapped, *points)))
-    runs = sweep.Sweep(None, None, "ordinary tokens", done)
+    path = tmp_path / "points.jsonl"
+    path.write_text("".join(json.dumps(asdict(single)) + "\n" for single in (uncapped, *points)))
+    runs = sweep.Sweep(None, None, "ordinary tokens", path)
     assert runs.choose(points, Budget()) == points[1]
     assert runs.choose(points, Budget(0.05)) == points[5]
     assert runs.choose(points, Budget(0.003, 0.02)) == points[0]
@@ -949,14 +961,14 @@ def test_what_does_harm_is_not_chosen(tmp_path):
 
 
 def test_settings_have_targets_above_their_floors():
-    tried = sweep.settings_to_try([(1, 4)], [2.0, 15.0], [6.0, 25.0])
-    assert [(one.percentile, one.target) for one in tried] == [(2, 6), (2, 25), (15, 25)]
-    assert [one.name for one in sweep.settings_to_try([(1, 4)], [5.0], [])] == ["layers 1-4, p5"]
+    settings = sweep.settings_to_try([(1, 4)], [2.0, 15.0], [6.0, 25.0])
+    assert [(setting.percentile, setting.target) for setting in settings] == [(2, 6), (2, 25), (15, 25)]
+    assert [setting.name for setting in sweep.settings_to_try([(1, 4)], [5.0], [])] == ["layers 1-4, p5"]
 
 
 @pytest.mark.slow
-def test_a_sweep_of_the_small_calibration(whole, tmp_path):
-    folder, options, _ = whole
+def test_a_sweep_chooses_a_point_and_measures_it_once(small_calibration, tmp_path):
+    folder, options, _ = small_calibration
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"
     arguments = [
         folder / "whole.safetensors",
@@ -975,13 +987,13 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
     assert first.returncode == 0, output
     assert "chosen" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
-    made = CapProfile.load(out)
-    assert made.layers == tuple(range(17, 25))
-    assert bool((made.targets > made.floors).all())
-    uncapped, capped = (Point.from_json(made.provenance["sweep"][name]) for name in ("uncapped", "chosen"))
+    profile = CapProfile.load(out)
+    assert profile.layers == tuple(range(17, 25))
+    assert bool((profile.targets > profile.floors).all())
+    uncapped, capped = (Point.from_json(profile.provenance["sweep"][name]) for name in ("uncapped", "chosen"))
     assert uncapped.hold > 0
     assert uncapped.tests.declines == 0
-    assert 0.4 <= uncapped.tests.choices <= 1  # a guess is right one time in four
+    assert 0.4 <= uncapped.tests.choices <= 1  # guessing gives 0.25
     assert capped.setting == Setting(17, 24, 25.0, 40.0)
     assert capped.mean != 1
     assert 0 < capped.fired < 1
@@ -994,7 +1006,7 @@ def test_a_sweep_of_the_small_calibration(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_of_other_models_names_those_it_knows():
+def test_the_example_of_other_models_lists_its_models():
     process = subprocess.run(
         [sys.executable, "examples/models.py", "gpt-17"], capture_output=True, text=True, cwd=REPOSITORY
     )
@@ -1004,7 +1016,7 @@ def test_the_example_of_other_models_names_those_it_knows():
 
 
 def test_the_axis_is_no_direction_between_questions():
-    """Answers that hang on the question alone: roles that are asked a few of them differ from nobody."""
+    """If answers depend on the question only, roles that are asked a few questions do not differ from the default."""
     roles = {name: data.Role(name, ("a",)) for name in ("default", *(f"r{i}" for i in range(12)))}
     plan = calibrate.plan(roles, [f"q{i}" for i in range(80)], per_role=8)
     assert len({task.question for task in plan.tasks if plan.makes_the_axis(task)}) == 8
@@ -1014,18 +1026,18 @@ def test_the_axis_is_no_direction_between_questions():
     for batch in calibrate.batches(plan):
         means = torch.stack([offsets[task.question] for task in batch])
         shards.append(shard_of(batch, means + 0.1 * torch.randn(means.shape, generator=noise)))
-    made = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
-    found = space.Projections(1).add(shards, made.axis, made.null, plan, pipeline.Keep())
-    tested = [task for task in found.tasks if plan.tests_the_axis(task)]
+    persona_space = space.Space.of(space.Sums().add(shards, plan, pipeline.Keep()), plan, 1)
+    projections = space.Projections(1).add(shards, persona_space.axis, persona_space.null, plan, pipeline.Keep())
+    tested = [task for task in projections.tasks if plan.tests_the_axis(task)]
     assert {task.question for task in tested if task.role == "default"} == {
         task.question for task in tested if task.role != "default"
     }
-    # Scatter of 0.1 is all that a role's mean over eight answers has beside the default's.
-    assert (made.default - made.roles.mean(0)).norm() < 0.5
-    assert 0.3 < space.evidence(made, found, plan).auc[0] < 0.7
+    # A role's mean over eight answers differs from the default's only by the noise of 0.1.
+    assert (persona_space.default - persona_space.roles.mean(0)).norm() < 0.5
+    assert 0.3 < space.evidence(persona_space, projections, plan).auc[0] < 0.7
 
 
-def test_groups_of_conversations_are_summed_up():
+def test_conversations_are_summarized_by_group():
     profile = CapProfile([0, 1], unit(2, 1, 4), torch.tensor([[1.0], [2.0]]))
 
     def side(*turns):

@@ -1,4 +1,4 @@
-"""What only a GPU has; the property tests of tests/test_ops.py run on both. `make gpu` runs them; else they skip."""
+"""Tests that need a GPU; without one they skip. `make gpu` runs them, with the property tests of tests/test_ops.py."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def test_a_graph_replays_with_other_slots_and_floors():
     hidden = torch.randn(8, 1024, device="cuda").bfloat16()
     slots = torch.zeros(8, dtype=torch.int32, device="cuda")
     stats, projections = ops.new_stats(2, 1, "cuda"), torch.empty(8, 1, device="cuda")
-    source = hidden.clone()
+    rows = hidden.clone()
 
     def step():
-        hidden.copy_(source)
+        hidden.copy_(rows)
         ops.cap_(hidden, axes, floors, slots, projections=projections)
         ops.accumulate_(stats, projections, floors, slots)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
         step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -53,24 +53,24 @@ def test_a_graph_replays_with_other_slots_and_floors():
         floors.fill_(floor)
         slots.fill_(slot)
         graph.replay()
-        wanted = reference.cap(source, axes, floors, slots)
-        torch.testing.assert_close(hidden, wanted, atol=0.04, rtol=0.01)
+        expected = reference.cap(rows, axes, floors, slots)
+        torch.testing.assert_close(hidden, expected, atol=0.04, rtol=0.01)
 
 
-def test_statistics_of_layers_at_once():
+def test_statistics_of_several_layers_equal_the_cpus():
     projections = torch.randn(3, 700, 2)[:, :600]
     projections[1, 3] = math.nan
     floors, slots = torch.randn(3, 4, 2), torch.randint(-1, 4, (600,)).int()
-    wanted = ops.accumulate_(torch.stack([ops.new_stats(4, 2)] * 3), projections, floors, slots)
+    expected = ops.accumulate_(torch.stack([ops.new_stats(4, 2)] * 3), projections, floors, slots)
     on_device = torch.stack([ops.new_stats(4, 2)] * 3).cuda()
     strided = torch.zeros(3, 700, 2, device="cuda")[:, :600]
     strided.copy_(projections)
-    found = ops.accumulate_(on_device, strided, *on_gpu(floors, slots))
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-12, atol=0)
+    result = ops.accumulate_(on_device, strided, *on_gpu(floors, slots))
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
+def test_ops_pass_opcheck(dtype):
     hidden = torch.randn(10, 40, device="cuda").to(dtype)
     axes, floors = on_gpu(unit(2, 3, 40), torch.zeros(2, 3))
     slots = torch.zeros(10, dtype=torch.int32, device="cuda")
@@ -84,17 +84,17 @@ def test_opcheck(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [16392, 24576])
-def test_wide_rows(dtype, size):
+def test_wide_rows_match_the_reference(dtype, size):
     hidden = torch.randn(5, size, device="cuda").to(dtype)
     axes, floors = on_gpu(unit(1, 2, size), torch.tensor([[2.0, 1.0]]))
-    wanted = reference.cap(hidden, axes, floors)
-    torch.testing.assert_close(ops.cap_(hidden.clone(), axes, floors), wanted, atol=0.04, rtol=0.01)
+    expected = reference.cap(hidden, axes, floors)
+    torch.testing.assert_close(ops.cap_(hidden.clone(), axes, floors), expected, atol=0.04, rtol=0.01)
     residual = torch.zeros_like(hidden)
     ops.cap_residual_(hidden, residual, axes, floors)
-    torch.testing.assert_close(hidden + residual, wanted, atol=0.04, rtol=0.01)
+    torch.testing.assert_close(hidden + residual, expected, atol=0.04, rtol=0.01)
 
 
-def test_rows_that_are_too_wide_are_an_error():
+def test_too_wide_rows_are_an_error():
     axes, floors = on_gpu(unit(1, 1, 24577), torch.zeros(1, 1))
     with pytest.raises(ValueError, match="axes must have an H of at most 24576 on cuda:0, got 24577"):
         ops.cap_(torch.zeros(1, 24577, device="cuda", dtype=torch.bfloat16), axes, floors)

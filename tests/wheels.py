@@ -1,8 +1,8 @@
-"""One wheel for each Python, repaired by auditwheel, and the ops' tests with it and several versions of torch.
+"""Builds a wheel for each Python, and runs the ops' tests with it and several versions of torch.
 
-``make wheels`` runs all pairs and writes docs/wheels.md; ``python tests/wheels.py 3.11 2.10.0`` runs one. Rows of other
-pairs and other machines stay in the page. Each pair has an environment of its own, made by uv with the torch that PyPI
-has; one with CUDA can be imported without a GPU. Two hours; finished environments are kept.
+``make wheels`` runs all pairs and writes docs/wheels.md; ``python tests/wheels.py 3.11 2.10.0`` runs one. The page
+keeps the rows of other pairs and machines. uv makes an environment for each pair, with torch from PyPI, whose builds
+for CUDA import without a GPU. All pairs take two hours; finished environments are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = REPOSITORY / "build" / "wheels"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 BUILT_WITH = TORCHES[0]
-#: Of the Pythons but the first.
+#: The versions of torch for every Python but the first.
 FEWER = ("2.10.0", "2.13.0", "2.15.0")
 
 PAGE = """# Wheels and torch versions
@@ -41,15 +41,15 @@ wheel has none; it was built and tested in an emulated Debian 12, with `python t
 
 
 def run(*command: object, **environment: str) -> str:
-    called = [str(part) for part in command]
-    ended = subprocess.run(called, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(called)}\n{ended.stdout}{ended.stderr}")
-    return ended.stdout
+    arguments = [str(part) for part in command]
+    result = subprocess.run(arguments, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(arguments)}\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
-def environment(name: str, python: str, *packages: str) -> Path:
-    """The interpreter of an environment with these packages."""
+def make_environment(name: str, python: str, *packages: str) -> Path:
+    """Makes an environment with these packages, unless it exists; returns its interpreter."""
     folder = FOLDER / name
     if not (folder / "made").exists():
         run("uv", "venv", "--quiet", "--clear", "--seed", "--python", python, folder)
@@ -58,32 +58,32 @@ def environment(name: str, python: str, *packages: str) -> Path:
     return folder / "bin" / "python"
 
 
-def wheel(python: str) -> tuple[Path, str]:
-    """A Python's wheel as auditwheel leaves it, and what auditwheel says that it runs on."""
+def build_wheel(python: str) -> tuple[Path, str]:
+    """Builds a Python's wheel and repairs it by auditwheel; returns its path and its platform tag."""
     tools = (f"torch=={BUILT_WITH}", "setuptools>=77", "wheel", "ninja", "cmake")
-    builder, dist = environment(f"build-{python}", python, *tools), FOLDER / f"dist-{python}"
+    builder, dist = make_environment(f"build-{python}", python, *tools), FOLDER / f"dist-{python}"
     run("rm", "-rf", dist)
     build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", dist / "raw", ".")
     run(builder, *build, PATH=f"{builder.parent}:{os.environ['PATH']}")
     (raw,) = (dist / "raw").glob("*.whl")
-    # torch brings the library of its C interface.
+    # torch has the library of its C interface.
     run(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "--wheel-dir", dist, raw)
     (repaired,) = dist.glob("*.whl")
     return repaired, repaired.stem.split("-")[-1]
 
 
-def tested(python: str, torch: str, package: Path) -> str:
-    """The summary of the ops' tests; those of signatures as one version of pybind11 writes them are left out."""
-    needed = (f"torch=={torch}", "numpy", "safetensors", "typer", "rich", "pytest", "hypothesis")
-    interpreter = environment(f"{python}-torch-{torch}", python, *needed)
+def run_tests(python: str, torch: str, package: Path) -> str:
+    """Runs the ops' tests with a wheel and a version of torch; returns their summary."""
+    packages = (f"torch=={torch}", "numpy", "safetensors", "typer", "rich", "pytest", "hypothesis")
+    interpreter = make_environment(f"{python}-torch-{torch}", python, *packages)
     run("uv", "pip", "install", "--quiet", "--python", interpreter, "--no-deps", "--reinstall", package)
     arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/test_ops.py")
     output = run(interpreter, *arguments, PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
     return re.sub(r"( in .*|=)", "", output.strip().splitlines()[-1]).strip()
 
 
-def add(row: str) -> None:
-    """Puts a row into the page, for that of the same Python, platform and torch."""
+def add_row(row: str) -> None:
+    """Puts a row into the page, where it replaces the row of the same Python, platform and torch."""
     rows = {}
     for line in [*re.findall(r"^\| \d.*", DOCUMENT.read_text(), re.MULTILINE), row]:
         python, platform, _, torch, _ = (cell.strip() for cell in line.strip("|").split("|"))
@@ -91,14 +91,14 @@ def add(row: str) -> None:
     DOCUMENT.write_text(PAGE.format(rows="\n".join(line for _, line in sorted(rows.items()))))
 
 
-def main(asked: list[str]) -> None:
-    for python in asked[:1] or PYTHONS:
-        package, platform = wheel(python)
+def main(arguments: list[str]) -> None:
+    for python in arguments[:1] or PYTHONS:
+        package, platform = build_wheel(python)
         size = package.stat().st_size / 1e6
-        for torch in asked[1:] or (TORCHES if python == PYTHONS[0] else FEWER):
-            row = f"| {python} | {platform} | {size:.1f} | {torch} | {tested(python, torch, package)} |"
+        for torch in arguments[1:] or (TORCHES if python == PYTHONS[0] else FEWER):
+            row = f"| {python} | {platform} | {size:.1f} | {torch} | {run_tests(python, torch, package)} |"
             print(row, flush=True)
-            add(row)
+            add_row(row)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Calibration: roles -> rollouts -> activations -> axis -> floors.
 
-The method is that of arXiv 2601.10387: a model answers questions in its default character and in others; the axis at a
-layer is the mean activation of the default's answers less that of the roles' answers; a floor is a percentile of
-projections. Roles and questions that made no axis say how well it separates.
+The method is that of arXiv 2601.10387. A model answers questions in its default character and in other roles. The axis
+at a layer is the mean activation of the default's answers minus the mean activation of the roles' answers. A floor is a
+percentile of projections on the axis. Held-out roles and questions show how well the axis separates.
 """
 
 from axiscap.calibrate.cluster import RayWorkers

@@ -1,7 +1,7 @@
 """Calibration on Ray: a model in each worker, on one machine or a cluster (the extra ``axiscap[ray]``).
 
-Workers write their shards to the store, which all of them must reach: a shared folder, or an object store. What a dead
-worker had not written is run again by another; what it had written is found there.
+Workers write their shards to the store, which all of them must reach: a shared folder, or an object store. If a worker
+dies, another one repeats its unfinished batch; its finished shards are in the store.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ from axiscap.calibrate.tokens import Collect, Text
 
 
 class RayWorkers:
-    """See :class:`axiscap.calibrate.pipeline.Workers`.
-
-    The cluster is the one that ``RAY_ADDRESS`` names, or this machine.
+    """Workers in the Ray cluster that ``RAY_ADDRESS`` names, or on this machine. See :class:`Workers` in rollouts.
 
     Parameters
     ----------
     model
         the name or folder that each worker loads.
     workers
-        how many.
+        the number of workers.
     gpus
-        of each worker.
+        GPUs of each worker.
     cpus
-        of each worker; 0 to share all that there are evenly.
+        CPUs of each worker; 0: an equal share of all.
     """
 
     def __init__(self, model: str, workers: int, *, gpus: float = 0, cpus: int = 0) -> None:
@@ -67,8 +65,9 @@ class RayWorkers:
     def _spread(
         self, store: Store, method: str, parts: Sequence[Any], progress: Callable[[int], None], *arguments: Any
     ) -> Iterator[Any]:
-        """A worker's method on every part, by whichever worker is free: the results, in the order of the parts. Ray
-        starts a dead worker anew and gives it its part again.
+        """Yields a worker method's result on every part, in the order of the parts. A free worker takes the next part.
+
+        Ray restarts a dead worker and gives it its part again.
         """
         ray = self.ray
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": -1}
@@ -81,30 +80,30 @@ class RayWorkers:
 
         def send(actor: Any) -> None:
             if waiting:
-                at, part = waiting.popleft()
-                busy[getattr(actor, method).remote(part, *arguments)] = actor, at
+                number, part = waiting.popleft()
+                busy[getattr(actor, method).remote(part, *arguments)] = actor, number
 
         finished: dict[int, Any] = {}
         try:
             for actor in actors:
                 send(actor)
-            for at in range(len(parts)):
-                while at not in finished:
+            for number in range(len(parts)):
+                while number not in finished:
                     (ready,), _ = ray.wait(list(busy), num_returns=1)
                     actor, done = busy.pop(ready)
                     finished[done] = ray.get(ready)
                     progress(len(parts[done]))
                     send(actor)
-                yield finished.pop(at)
+                yield finished.pop(number)
         finally:
             for actor in actors:
                 ray.kill(actor)
 
     def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
-        """`work` on as many parts of `todo` as there are workers, as tasks that Ray repeats when one dies."""
+        """The results of `work` on one part of `todo` per worker. Ray repeats a task whose process dies."""
         ray = self.ray
         shared = ray.put(work)
-        task = ray.remote(num_cpus=self.cpus, max_retries=-1)(_work)
+        task = ray.remote(num_cpus=self.cpus, max_retries=-1)(_run_on_store)
         parts = [todo[i :: self.workers] for i in range(self.workers)]
         return list(ray.get([task.remote(shared, store.url, store.settings, part) for part in parts if part]))
 
@@ -123,5 +122,5 @@ class _Worker:
         return work(self.engine.model, part)
 
 
-def _work(work: Any, url: str, settings: Any, part: Any) -> Any:
+def _run_on_store(work: Any, url: str, settings: Any, part: Any) -> Any:
     return work(Store(url, settings), part)

@@ -1,4 +1,4 @@
-"""Roles and questions, in the layout published with the paper, and what is asked of whom."""
+"""Roles and questions, in the layout published with the paper, and the plan of which role is asked which question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
-#: One in this many roles, and one in this many questions, makes no axis but tests it.
+#: One role in this many, and one question in this many, is held out: it tests the axis and does not make it.
 HOLD_OUT = 4
 
 Item = TypeVar("Item")
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Role:
-    """A character: its name, the system prompts that ask for it (an empty one is none), and how a judge is asked."""
+    """A character: its name, its system prompts (an empty one: no system prompt), and the judge's prompt."""
 
     name: str
     prompts: tuple[str, ...]
@@ -30,20 +30,19 @@ class Role:
 
 
 def shipped(name: str) -> list[dict[str, Any]]:
-    """The entries of one of AxisCap's own JSONL files."""
+    """The entries of a JSONL file that AxisCap ships."""
     return [json.loads(line) for line in (files("axiscap.data") / name).read_text("utf-8").splitlines()]
 
 
 def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:
-    """The roles of a folder of JSON files, by name; without one, AxisCap's.
+    """The roles of a folder of JSON files, by name; without a folder, those that AxisCap ships.
 
     Parameters
     ----------
     folder
-        of files ``{"instruction": [{"pos": prompt}, ...]}``, with ``kind`` and ``eval_prompt`` where they have
-        them.
+        of files ``{"instruction": [{"pos": prompt}, ...]}``, which may also have ``kind`` and ``eval_prompt``.
     model_name
-        what ``{model_name}`` in a prompt stands for.
+        replaces ``{model_name}`` in prompts.
 
     Returns
     -------
@@ -53,7 +52,7 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
     Raises
     ------
     ValueError
-        naming the file that is not a role, or that ``default.json`` is missing.
+        a file is not a role, ``default.json`` is missing, or there are fewer than two roles beside it.
 
     Examples
     --------
@@ -81,19 +80,19 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers."""
+    """Yields the lines of a file that are not blank, with their numbers from 1."""
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         if line.strip():
             yield number, line
 
 
 def load_questions(path: Path | None = None) -> list[str]:
-    """The questions of a JSONL file ``{"question": ..., "id": ...}``; AxisCap's own without one.
+    """The questions of a JSONL file ``{"question": ..., "id": ...}``; without a file, those that AxisCap ships.
 
     Parameters
     ----------
     path
-        of the file.
+        the file.
 
     Returns
     -------
@@ -103,7 +102,7 @@ def load_questions(path: Path | None = None) -> list[str]:
     Raises
     ------
     ValueError
-        naming the line that is not a question.
+        a line is not a question, or there are fewer than four.
 
     Examples
     --------
@@ -127,7 +126,8 @@ def load_questions(path: Path | None = None) -> list[str]:
 class Task:
     """One question to one role under one of its prompts (an empty one: no system prompt).
 
-    ``history``: what was said before in the conversation, the user first, then the model, in turn.
+    ``history``: the turns before the question, the user's first, then the model's, and so on. The names of shards are
+    digests of these fields in order.
     """
 
     role: str
@@ -139,34 +139,34 @@ class Task:
 
     @property
     def id(self) -> str:
-        """What names it, and seeds its sampling."""
+        """The task's name, which also seeds its sampling."""
         return f"{self.role}/{self.prompt}/{self.question}"
 
     def messages(self, system_role: bool) -> list[dict[str, str]]:
-        """The conversation so far, for a chat template with or without a system role."""
-        said = [*self.history, self.text]
+        """The conversation for a chat template. Without a system role, the system prompt joins the first turn."""
+        turns = [*self.history, self.text]
         if self.system and not system_role:
-            said[0] = f"{self.system}\n\n{said[0]}"
+            turns[0] = f"{self.system}\n\n{turns[0]}"
         messages = [
-            {"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(said)
+            {"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(turns)
         ]
         if self.system and system_role:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
 
     def completion(self) -> str:
-        """The same for a base model, which continues a text."""
-        said = [*self.history, self.text]
-        turns = [f"{('Question', 'Answer')[number % 2]}: {content}" for number, content in enumerate(said)]
-        return f"{self.system}\n\n" * bool(self.system) + "\n".join([*turns, "Answer:"])
+        """The conversation as a text for a base model to continue."""
+        turns = [*self.history, self.text]
+        lines = [f"{('Question', 'Answer')[number % 2]}: {content}" for number, content in enumerate(turns)]
+        return f"{self.system}\n\n" * bool(self.system) + "\n".join([*lines, "Answer:"])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who is asked what. Held-out roles are asked held-out questions alone; neither makes the axis.
+    """Which role is asked which question. Held-out roles are asked held-out questions only; neither makes the axis.
 
-    The default answers all questions, for the floors. With the roles it is compared, in the axis and in its tests, by
-    its answers to what they were asked: else the axis would be a direction between questions as well.
+    The default answers all questions, for the floors. The axis and its tests compare only the default's answers to
+    questions that roles are asked too. Otherwise the axis would also point from some questions to others.
     """
 
     roles: Mapping[str, Role]
@@ -177,25 +177,25 @@ class Plan:
     tasks: tuple[Task, ...]
 
     @cached_property
-    def asked(self) -> dict[int, int]:
-        """The questions that roles are asked, each with its place among them: those that make the axis, then others."""
-        both = {task.question for task in self.tasks if task.role != DEFAULT_ROLE}
-        ordered = sorted(both, key=lambda question: (question in self.held_questions, question))
-        return {question: place for place, question in enumerate(ordered)}
+    def role_questions(self) -> dict[int, int]:
+        """The questions that roles are asked, each with its position: first those that make the axis, then held-out."""
+        questions = {task.question for task in self.tasks if task.role != DEFAULT_ROLE}
+        ordered = sorted(questions, key=lambda question: (question in self.held_questions, question))
+        return {question: position for position, question in enumerate(ordered)}
 
     def is_held_out(self, task: Task) -> bool:
         return task.question in self.held_questions or task.role in self.held_roles
 
     def makes_the_axis(self, task: Task) -> bool:
-        return not self.is_held_out(task) and task.question in self.asked
+        return not self.is_held_out(task) and task.question in self.role_questions
 
     def tests_the_axis(self, task: Task) -> bool:
-        """Of the default's and of held-out roles' answers, those that are compared."""
-        return task.question in self.held_questions and task.question in self.asked
+        """Whether a test of the axis compares this answer, of the default or of a held-out role."""
+        return task.question in self.held_questions and task.question in self.role_questions
 
     @property
     def digest(self) -> str:
-        """Of the roles' prompts and the questions."""
+        """SHA-256 of the roles' prompts and the questions."""
         sources = {
             "roles": {name: role.prompts for name, role in self.roles.items()},
             "questions": list(self.questions),
@@ -204,30 +204,30 @@ class Plan:
 
 
 def plan(roles: Mapping[str, Role], questions: Sequence[str], per_role: int | None = None) -> Plan:
-    """Asks the default every question under each of its prompts, and every role `per_role` of them.
+    """Plans every question to the default under each of its prompts, and `per_role` tasks for every role.
 
     Parameters
     ----------
     roles
-        the characters, with the default among them.
+        the roles by name, the default included.
     questions
-        what they are asked.
+        the questions.
     per_role
-        rollouts of a role, spread over its prompts and the questions; None: each prompt with each question.
+        the tasks of a role, spread over its prompts and the questions; None: each prompt with each question.
 
     Returns
     -------
     Plan
-        The tasks, in an order that the arguments determine.
+        The same arguments give the same tasks in the same order.
 
     Examples
     --------
     >>> from axiscap import calibrate
     >>> roles = calibrate.load_roles()
     >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
-    >>> asked = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
+    >>> plan = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
     """
-    # By kind and name, so that a quarter of each kind is held out.
+    # The roles are sorted by kind and name, so that a quarter of each kind is held out.
     names = sorted((name for name in roles if name != DEFAULT_ROLE), key=lambda name: (roles[name].kind, name))
     held_roles = names[HOLD_OUT - 1 :: HOLD_OUT]
     held_questions = list(range(HOLD_OUT - 1, len(questions), HOLD_OUT))
@@ -235,33 +235,34 @@ def plan(roles: Mapping[str, Role], questions: Sequence[str], per_role: int | No
     tasks = []
     for name in [DEFAULT_ROLE, *names]:
         prompts = roles[name].prompts
-        asked = list(range(len(questions)))
+        numbers = list(range(len(questions)))
         if name != DEFAULT_ROLE:
-            asked = held_questions if name in held_roles else train_questions
-        pairs = [(p, q) for p in range(len(prompts)) for q in asked]
+            numbers = held_questions if name in held_roles else train_questions
+        pairs = [(p, q) for p in range(len(prompts)) for q in numbers]
         if name != DEFAULT_ROLE and per_role is not None and per_role < len(pairs):
-            # The same questions for every role, so that roles do not differ by what they were asked.
-            pairs = [(i % len(prompts), asked[i * len(asked) // per_role % len(asked)]) for i in range(per_role)]
+            # Every role gets the same questions, so that roles do not differ by their questions.
+            pairs = [(i % len(prompts), numbers[i * len(numbers) // per_role % len(numbers)]) for i in range(per_role)]
             pairs = list(dict.fromkeys(pairs))
         tasks += [Task(name, p, q, prompts[p], questions[q]) for p, q in pairs]
     train_roles = [name for name in names if name not in held_roles]
     return Plan(roles, questions, tuple(train_roles), tuple(held_roles), frozenset(held_questions), tuple(tasks))
 
 
-#: Rollouts that are generated at once, and written as one shard.
+#: The most rollouts in a batch, which is generated at once and written as one shard.
 BATCH = 32
 
 
 def batches(plan: Plan) -> list[list[Task]]:
-    """A plan's tasks in batches, those of like length together, so that little is padded."""
+    """A plan's tasks in batches; see :func:`in_batches`."""
     return in_batches(plan.tasks)
 
 
 def even_sample(items: list[Item], most: int) -> list[Item]:
-    """At most ``most`` of some items, at equal distances."""
+    """At most `most` of the items, at equal distances."""
     return items[:: -(-len(items) // most)] if items else []
 
 
 def in_batches(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks in batches of similar length, so that there is little padding."""
     ordered = sorted(tasks, key=lambda task: (len(task.system) + len(task.text), task.id))
     return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]

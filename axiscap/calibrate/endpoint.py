@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: whoever writes answers, or judges them, elsewhere."""
+"""A client of an OpenAI-compatible endpoint, which writes answers or judges them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Calls of an endpoint under way at once, and attempts of each.
+#: Concurrent calls of an endpoint, and attempts of each call.
 CONCURRENT, ATTEMPTS = 16, 5
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint, asked by several threads at once; what fails for a while is asked again.
+    """A client that several threads may share. Transport errors and status 429 or 5xx are retried.
 
     Parameters
     ----------
     base_url
-        such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it. ``OPENAI_API_KEY`` is the key.
+        such as ``http://127.0.0.1:8000/v1``; None: ``OPENAI_BASE_URL``. The key is ``OPENAI_API_KEY``.
 
     Raises
     ------
     ValueError
-        no address.
+        there is no address.
     """
 
     def __init__(self, base_url: str | None = None) -> None:
@@ -53,10 +53,10 @@ class Endpoint:
         raise AssertionError
 
     def first_model(self) -> str:
-        """The name of the first model that it lists."""
+        """The name of the first model that the endpoint lists."""
         return str(self._call("GET", "models")["data"][0]["id"])
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], **sampling: Any) -> str:
-        """Its answer to a conversation."""
+        """The model's answer to a conversation."""
         reply = self._call("POST", "chat/completions", {"model": model, "messages": list(messages), **sampling})
         return str(reply["choices"][0]["message"]["content"] or "")

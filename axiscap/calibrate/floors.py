@@ -1,4 +1,4 @@
-"""Floors: quantiles of projections, from sketches that merge (Apache DataSketches' KLL)."""
+"""Floors: quantiles of projections, from mergeable sketches (KLL, by Apache DataSketches)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from axiscap.profile import CapProfile
 
-#: Percentiles of a profile's tables; others lie between.
+#: The percentiles of a profile's tables. Others are interpolated.
 PERCENTILES = (0.5, *(float(p) for p in range(1, 100)), 99.5)
-#: Up to about this many values a sketch is exact; beyond, its ranks are off by at most ``error``.
+#: A sketch of up to about this many values is exact. Beyond, its ranks are off by at most ``error``.
 SKETCH_SIZE = 2048
 
 
 class Sketch:
-    """The distribution of projections at each layer, in memory that does not grow with their number."""
+    """The distribution of projections at each layer, in bounded memory."""
 
     def __init__(self, depth: int) -> None:
         try:
@@ -37,8 +37,9 @@ class Sketch:
         self.layers[layer].update(projections.float().contiguous().numpy())
 
     def merge(self, other: Sketch) -> Sketch:
-        for sketch, more in zip(self.layers, other.layers, strict=True):
-            sketch.merge(more)
+        """Adds another sketch's values; returns itself."""
+        for sketch, other_sketch in zip(self.layers, other.layers, strict=True):
+            sketch.merge(other_sketch)
         return self
 
     def __getstate__(self) -> list[bytes]:
@@ -51,29 +52,29 @@ class Sketch:
 
     @property
     def count(self) -> int:
-        """The number of values at the layer that has the fewest."""
+        """The smallest number of values at any layer."""
         return min(int(sketch.n) for sketch in self.layers)
 
     @property
     def error(self) -> float:
-        """How far the rank of a quantile may be off, as a share of 1, with 99 % confidence; 0 while exact."""
+        """The largest error of a quantile's rank, from 0 to 1, with 99 % confidence; 0 while the sketch is exact."""
         errors = [sketch.normalized_rank_error(False) for sketch in self.layers if sketch.is_estimation_mode()]
         return float(max(errors, default=0.0))
 
     def table(self) -> Tensor:
-        """(n_layers, len(PERCENTILES)) float32."""
+        """The quantiles at :data:`PERCENTILES`, (n_layers, len(PERCENTILES)) float32."""
         ranks = [p / 100 for p in PERCENTILES]
         return torch.tensor([sketch.get_quantiles(ranks) for sketch in self.layers], dtype=torch.float32)
 
 
 def check_percentile(percentile: float) -> None:
-    """Raises a ValueError where the tables do not reach."""
+    """Raises a ValueError if the percentile is outside the tables."""
     if not PERCENTILES[0] <= percentile <= PERCENTILES[-1]:
         raise ValueError(f"percentile must be from {PERCENTILES[0]} to {PERCENTILES[-1]}, got {percentile}")
 
 
 def check_percentiles(percentile: float, target_percentile: float | None) -> None:
-    """Raises a ValueError where the tables do not reach, or where targets would be below their floors."""
+    """Raises a ValueError if a percentile is outside the tables, or targets would be below their floors."""
     check_percentile(percentile)
     if target_percentile is not None:
         check_percentile(target_percentile)
@@ -84,12 +85,12 @@ def check_percentiles(percentile: float, target_percentile: float | None) -> Non
 
 
 def at_percentile(table: Tensor, percentile: float) -> Tensor:
-    """(n_layers,) float32: the quantiles at a percentile, between the table's columns by interpolation.
+    """(n_layers,) float32: the quantiles at a percentile, interpolated between the table's columns.
 
     Raises
     ------
     ValueError
-        the percentile lies outside the table.
+        the percentile is outside the table.
     """
     check_percentile(percentile)
     right = next(i for i, p in enumerate(PERCENTILES) if p >= percentile)
@@ -100,7 +101,7 @@ def at_percentile(table: Tensor, percentile: float) -> Tensor:
 
 
 def describe(sketches: Mapping[str, Sketch]) -> dict[str, Any]:
-    """What a profile's provenance says of its tables."""
+    """The entry for the tables in a profile's provenance."""
     populations = {name: {"count": s.count, "rank_error": round(s.error, 5)} for name, s in sketches.items()}
     return {"percentiles": list(PERCENTILES), "populations": populations}
 
@@ -111,7 +112,7 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        the profile has none.
+        the profile has no tables.
     """
     tables = profile.tables
     if not tables or profile.percentiles != PERCENTILES:
@@ -127,20 +128,20 @@ def with_floors(
     *,
     target_percentile: float | None = None,
 ) -> CapProfile:
-    """The same axes with floors at another percentile of another population, and perhaps at other layers.
+    """The profile with the same axes, and floors at a percentile of a population.
 
     Parameters
     ----------
     profile
-        one that has quantile tables and the axis at every layer.
+        a profile with quantile tables and the axis at every layer.
     percentile
-        of the projections, on the axis that points towards the Assistant.
+        of the projections on the axis, which points towards the Assistant.
     population
-        ``assistant``, ``pooled`` or ``work``, or the same of single ``... tokens``.
+        a name in the profile's tables; see :func:`calibrate`.
     layers
-        to cap; the profile's own without them.
+        the layers to cap; None: those that the profile caps.
     target_percentile
-        of the same population, at least ``percentile``: where a row ends that is below its floor. None: at its floor.
+        of the same population, at least ``percentile``. A row below its floor is lifted to it. None: to its floor.
 
     Returns
     -------
@@ -150,7 +151,7 @@ def with_floors(
     Raises
     ------
     ValueError
-        the profile has no such table, a percentile lies outside, or the targets' is below the floors'.
+        the profile has no such table, a percentile is outside it, or targets would be below their floors.
 
     Examples
     --------

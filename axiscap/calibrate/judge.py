@@ -1,4 +1,4 @@
-"""Was the role taken on? 0 to 3, as published; an answer of 3 counts."""
+"""Scores of whether an answer takes on its role, from 0 to 3 as published. Answers with a score of 3 count."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from axiscap.calibrate.data import DEFAULT_ROLE, Role, Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Shard
 
-#: The score from which an answer is one of the role.
+#: The score of an answer that counts as the role's.
 TAKEN_ON = 3
-#: From a question to a score, or to None where the reply had none.
+#: Maps a question to a score, or to None if the reply has no score.
 Judge = Callable[[str], int | None]
 
 
 def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
-    """The role's ``eval_prompt`` about one answer.
+    """The role's ``eval_prompt`` with a question and its answer filled in.
 
     Raises
     ------
     ValueError
-        the role has none.
+        the role has no ``eval_prompt``.
     """
     if not role.eval_prompt:
         raise ValueError(f"the role {role.name} has no eval_prompt to ask a judge with; use --judge none")
@@ -35,23 +35,23 @@ def question_to_the_judge(role: Role, task: Task, answer: str) -> str:
 
 
 def read_score(text: str) -> int | None:
-    """The first number from 0 to 3 in a judge's reply; None where there is none."""
-    found = re.search(r"(?<![\d.])[0-3](?![\d.]*\d)", text)
-    return int(found.group()) if found else None
+    """The first number from 0 to 3 in a judge's reply, or None."""
+    match = re.search(r"(?<![\d.])[0-3](?![\d.]*\d)", text)
+    return int(match.group()) if match else None
 
 
 def endpoint(model: str, base_url: str | None = None) -> Judge:
     """A judge behind an OpenAI-compatible endpoint; see :class:`Endpoint`."""
-    behind = Endpoint(base_url)
+    client = Endpoint(base_url)
 
     def ask(question: str) -> int | None:
-        return read_score(behind.chat(model, [{"role": "user", "content": question}], max_tokens=10, temperature=0))
+        return read_score(client.chat(model, [{"role": "user", "content": question}], max_tokens=10, temperature=0))
 
     return ask
 
 
 def local(model: Any, tokenizer: Any) -> Judge:
-    """The model itself: the likeliest of the four numbers as the first token of its reply. A small one judges badly."""
+    """The model itself as judge: the likeliest of the four numbers as its first token. Small models judge badly."""
     numbers = [tokenizer.encode(str(n), add_special_tokens=False)[-1] for n in range(4)]
 
     @torch.inference_mode()
@@ -72,52 +72,62 @@ def scores(
     progress: Callable[[int], None] = lambda _: None,
     concurrent: int = CONCURRENT,
 ) -> dict[str, int | None]:
-    """The scores of all roles' answers, by rollout; None where the judge's reply had no number from 0 to 3.
+    """The scores of all roles' answers, by rollout; None if the judge's reply has no number from 0 to 3.
 
-    They are kept in a file, line by line, so that none is asked twice.
+    The scores are kept in a file, line by line, so that no answer is judged twice.
 
     Parameters
     ----------
     judge
-        whom to ask.
+        gives the scores.
     shards
         the answers.
     roles
-        with their ``eval_prompt``.
+        by name, with their ``eval_prompt``.
     path
         the file, JSONL ``{"id", "score"}``.
     progress
-        called with each number judged.
+        called with the number of answers of each shard.
     concurrent
-        questions under way at once.
+        the most calls of the judge at once.
 
     Raises
     ------
     ValueError
-        more than half of the replies had no number, once there were 32.
+        more than half of at least 32 replies have no number.
     """
-    known: dict[str, int | None] = {}
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):  # what was cut off is asked again
-                entry = json.loads(line)
-                known[entry["id"]] = entry["score"]
-        path.write_text("".join(json.dumps({"id": i, "score": s}) + "\n" for i, s in known.items()))
-    unreadable = list(known.values()).count(None)
+    score_by_id = _read_scores(path)
+    unreadable = list(score_by_id.values()).count(None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, ThreadPoolExecutor(concurrent) as pool:
         for shard in shards:
-            asked = [(t, a) for t, a in zip(shard.tasks, shard.texts, strict=True) if t.role != DEFAULT_ROLE]
-            asked = [(task, answer) for task, answer in asked if task.id not in known]
-            questions = [question_to_the_judge(roles[task.role], task, answer) for task, answer in asked]
-            for (task, _), score in zip(asked, pool.map(judge, questions), strict=True):
-                known[task.id] = score
+            answers = zip(shard.tasks, shard.texts, strict=True)
+            todo = [(t, answer) for t, answer in answers if t.role != DEFAULT_ROLE and t.id not in score_by_id]
+            questions = [question_to_the_judge(roles[task.role], task, answer) for task, answer in todo]
+            for (task, _), score in zip(todo, pool.map(judge, questions), strict=True):
+                score_by_id[task.id] = score
                 unreadable += score is None
-                file.write(json.dumps({"id": task.id, "score": score}) + "\n")
+                file.write(_score_line(task.id, score))
             file.flush()
-            if len(known) >= 32 and 2 * unreadable > len(known):
+            if len(score_by_id) >= 32 and 2 * unreadable > len(score_by_id):
                 raise ValueError(
-                    f"{unreadable} of the judge's {len(known)} replies have no number from 0 to 3 ({path})"
+                    f"{unreadable} of the judge's {len(score_by_id)} replies have no number from 0 to 3 ({path})"
                 )
             progress(len(shard.tasks))
-    return known
+    return score_by_id
+
+
+def _read_scores(path: Path) -> dict[str, int | None]:
+    """The scores in a file. A last line that was cut off is removed, so that its answer is judged again."""
+    score_by_id: dict[str, int | None] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                entry = json.loads(line)
+                score_by_id[entry["id"]] = entry["score"]
+        path.write_text("".join(_score_line(name, score) for name, score in score_by_id.items()))
+    return score_by_id
+
+
+def _score_line(name: str, score: int | None) -> str:
+    return json.dumps({"id": name, "score": score}) + "\n"

@@ -1,4 +1,4 @@
-"""Rollouts: a model answers questions under system prompts, and each answer becomes one vector a layer."""
+"""Rollouts: a model answers questions under system prompts. Each answer gives one mean activation per layer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TEMPERATURE, TOP_P = 0.7, 0.9
 
 
 class Engine(Protocol):
-    """Who answers, by settings that may be others for other batches."""
+    """Answers batches of tasks. The settings may change between two streams."""
 
     settings: Settings
-    #: The model in this process, which reads what was answered.
+    #: The model in this process, which reads the finished answers.
     model: Any
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """The batches' shards, each when it is finished; `todo` is read no further ahead than the engine is wide."""
+        """Yields the batches' shards as they finish. Takes a batch from `todo` only when the engine has room for it."""
 
 
 def run(
@@ -40,18 +40,18 @@ def run(
     todo: Sequence[Sequence[Task]],
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Runs what the store does not have yet.
+    """Answers the batches that the store does not have yet.
 
     Parameters
     ----------
     engine
         answers the batches.
     store
-        where the shards go.
+        receives the shards.
     todo
         the batches.
     progress
-        called with the number of rollouts that each batch finished or had.
+        called with the number of rollouts of each batch, finished now or before.
     """
 
     def missing() -> Iterator[Sequence[Task]]:
@@ -67,13 +67,13 @@ def run(
 
 
 class Workers(Protocol):
-    """Who does the work: this process, or Ray's workers (``axiscap.calibrate.cluster``)."""
+    """Runs the stages of a calibration: this process, or Ray's workers (``axiscap.calibrate.cluster``)."""
 
     def rollouts(self, store: Store, todo: Sequence[Sequence[Task]], progress: Callable[[int], None]) -> None:
-        """Has the batches answered that the store does not have."""
+        """Answers the batches that the store does not have."""
 
     def over_shards(self, work: Callable[[Store, Sequence[Sequence[Task]]], Any], store: Store, todo: Any) -> list[Any]:
-        """`work` on parts of `todo`, whose results are to be merged."""
+        """The results of `work` on the parts of `todo`, for the caller to merge."""
 
     def over_texts(
         self,
@@ -82,11 +82,11 @@ class Workers(Protocol):
         parts: Sequence[Sequence[Text]],
         progress: Callable[[int], None],
     ) -> Iterator[Any]:
-        """`work` of the model and each part, in the order of the parts."""
+        """Yields the result of `work` on the model and each part, in the order of the parts."""
 
 
 class Here:
-    """This process, with an engine."""
+    """Workers that are this process, with one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -111,17 +111,15 @@ class Here:
 
 
 class TransformersEngine:
-    """Answers by a transformers model, which reads what it answered.
-
-    On GPUs, vLLM and the model that reads share each one's memory half and half.
+    """Answers by a transformers model, which also reads the answers.
 
     Parameters
     ----------
     model
         a causal LM.
     tokenizer
-        its tokenizer, padding on the left. Without a chat template the model is taken for a base model: it
-        continues ``Question: ... Answer:``, and its answer ends with the line, behind which the next question is.
+        its tokenizer, padding on the left. If it has no chat template, the model counts as a base model: it continues
+        ``Question: ... Answer:``, and its answer ends with the line.
     settings
         of the answers.
     """
@@ -153,7 +151,7 @@ class TransformersEngine:
         return _unpadded(self.encode(tasks))
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batch after batch; see :class:`Engine`."""
+        """Yields batch after batch; see :class:`Engine`."""
         for tasks in todo:
             shard = self.answer(tasks)
             means = read_means(self.model, shard.prompts, shard.answers, self.settings.norm_limits)
@@ -161,7 +159,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def answer(self, tasks: Sequence[Task]) -> Shard:
-        """Answers one batch, and does not read the answers: the shard's means are empty."""
+        """Answers one batch without reading the answers: the shard's means are empty."""
         inputs = self.encode(tasks)
         tokens = self.model.generate(
             **inputs,
@@ -175,17 +173,17 @@ class TransformersEngine:
         return Shard(list(tasks), _unpadded(inputs), answers, self.texts(answers), torch.empty(len(tasks), 0, 0))
 
     def until_stop(self, tokens: list[int]) -> list[int]:
-        """Generated tokens up to their end-of-sequence; one that ends at once is its end-of-sequence."""
+        """The generated tokens before the first end-of-sequence token. An empty answer keeps that token."""
         end = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
         return tokens[:end] or tokens[:1]
 
     def texts(self, answers: list[list[int]]) -> list[str]:
-        """What the answers say."""
+        """The answers as text."""
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 class EndpointEngine:
-    """Answers by an OpenAI-compatible endpoint (vLLM's server, for one); the model here only reads them.
+    """Answers by an OpenAI-compatible endpoint, such as vLLM's server. The model in this process only reads them.
 
     Parameters
     ----------
@@ -196,16 +194,16 @@ class EndpointEngine:
     settings
         of the answers.
     base_url
-        such as ``http://127.0.0.1:8000/v1``; ``OPENAI_BASE_URL`` without it.
+        such as ``http://127.0.0.1:8000/v1``; None: ``OPENAI_BASE_URL``.
     name
-        the model's name there; the first that it lists without it.
+        the model's name there; None: the first that the endpoint lists.
 
     Raises
     ------
     ValueError
-        no address.
+        there is no address.
     ConnectionError
-        it does not answer.
+        the endpoint does not answer.
     """
 
     def __init__(
@@ -217,14 +215,14 @@ class EndpointEngine:
         self.name = name or self.endpoint.first_model()
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batches in their order, the next ones being asked while one is read; see :class:`Engine`."""
+        """Yields the batches in order. The next ones are answered while one is read; see :class:`Engine`."""
         with ThreadPoolExecutor(CONCURRENT) as pool:
-            asked = ([(task, pool.submit(self._ask, task)) for task in batch] for batch in todo)
-            waiting = deque(islice(asked, 2))
+            requests = ([(task, pool.submit(self._ask, task)) for task in batch] for batch in todo)
+            waiting = deque(islice(requests, 2))
             while waiting:
-                done = [(task, answer.result()) for task, answer in waiting.popleft()]
-                waiting.extend(islice(asked, 1))
-                yield self._read(done)
+                answers = [(task, answer.result()) for task, answer in waiting.popleft()]
+                waiting.extend(islice(requests, 1))
+                yield self._read(answers)
 
     def _ask(self, task: Task) -> str:
         settings = self.settings
@@ -237,8 +235,8 @@ class EndpointEngine:
             max_tokens=settings.max_new_tokens,
         ).strip()
 
-    def _read(self, done: Sequence[tuple[Task, str]]) -> Shard:
-        tasks, texts = [task for task, _ in done], [text for _, text in done]
+    def _read(self, text_by_task: Sequence[tuple[Task, str]]) -> Shard:
+        tasks, texts = [task for task, _ in text_by_task], [text for _, text in text_by_task]
         answers = [self.reader.tokenizer(text or "\n", add_special_tokens=False)["input_ids"] for text in texts]
         prompts = self.reader.prompts(tasks)
         means = read_means(self.model, prompts, answers, self.settings.norm_limits)
@@ -246,7 +244,9 @@ class EndpointEngine:
 
 
 class VllmEngine:
-    """Answers by vLLM in this process, continuously batched; the model here reads them (the extra ``axiscap[vllm]``).
+    """Answers by vLLM in this process, with continuous batching. The model here reads them (extra ``axiscap[vllm]``).
+
+    vLLM and the model that reads share the memory of each GPU: vLLM takes 45 %.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ class VllmEngine:
         of the answers.
     """
 
-    WIDE = 512  # requests under way
+    MAX_REQUESTS = 512  # unfinished at once
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         try:
@@ -275,14 +275,15 @@ class VllmEngine:
         ).llm_engine
 
     def stream(self, todo: Iterable[Sequence[Task]]) -> Iterator[Shard]:
-        """Batches when they finish, in whatever order; see :class:`Engine`."""
+        """Yields each batch when it is finished, in any order; see :class:`Engine`."""
         todo, count = iter(todo), 0
+        # By number: the tasks, their prompts, and the finished answers by row.
         batches: dict[int, tuple[Sequence[Task], list[list[int]], dict[int, list[int]]]] = {}
-        more = True
-        while more or batches:
-            while more and self.engine.get_num_unfinished_requests() < self.WIDE:
+        has_more = True
+        while has_more or batches:
+            while has_more and self.engine.get_num_unfinished_requests() < self.MAX_REQUESTS:
                 batch = next(todo, None)
-                more = batch is not None
+                has_more = batch is not None
                 if batch is not None:
                     batches[count] = batch, self.reader.prompts(batch), {}
                     self._add(count, *batches[count][:2])
@@ -320,36 +321,36 @@ def read_means(
     answers: Sequence[Sequence[int]],
     norm_limits: Sequence[float] = (),
 ) -> Tensor:
-    """The mean block outputs over each answer's tokens, (N, n_layers, H) float32, from finished texts.
+    """The mean outputs of each decoder layer over each answer's tokens, (N, n_layers, H) float32, by one forward pass.
 
-    Attention sinks, beyond their layer's limit, are left out; where all rows of an answer are sinks, all count.
+    Rows beyond their layer's norm limit (attention sinks) are left out, unless all rows of an answer are.
     """
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    place = torch.arange(longest, device=model.device)
+    position = torch.arange(longest, device=model.device)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
-    begins = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
-    first = min(map(len, prompts))  # where an answer may begin
-    of_answer = ((place >= begins) & (place < lengths))[:, first:]
+    answer_starts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
+    first = min(map(len, prompts))  # no answer begins before this position
+    in_answer = ((position >= answer_starts) & (position < lengths))[:, first:]
     means: list[Tensor] = []
 
-    def read(layer: int, hidden: Tensor) -> None:
-        hidden, whole = hidden[:, first:], of_answer.to(hidden.device)
-        ordinary = whole & are_ordinary(hidden, layer, norm_limits)
-        counted = torch.where(ordinary.any(-1, keepdim=True), ordinary, whole)
+    def add_means(layer: int, hidden: Tensor) -> None:
+        hidden, is_answer = hidden[:, first:], in_answer.to(hidden.device)
+        ordinary = is_answer & are_ordinary(hidden, layer, norm_limits)
+        counted = torch.where(ordinary.any(-1, keepdim=True), ordinary, is_answer)
         weights = counted.double() / counted.sum(-1, keepdim=True)
         means.append(torch.einsum("nt,nth->nh", weights, hidden.double()).float().cpu())
 
-    with watched_layers(model, read):
-        # Padding behind a text is not looked at by what stands before it.
-        model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False, logits_to_keep=1)
+    with watched_layers(model, add_means):
+        # Padding stands behind the text, so causal attention hides it from the text's tokens.
+        model(input_ids=ids, attention_mask=(position < lengths).long(), use_cache=False, logits_to_keep=1)
     return torch.stack(means, dim=1)
 
 
 def _unpadded(inputs: Any) -> list[list[int]]:
-    both = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    return [row[mask.bool()].tolist() for row, mask in both]
+    rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    return [row[mask.bool()].tolist() for row, mask in rows]
 
 
 def _accepts_system_role(tokenizer: Any) -> bool:
@@ -361,13 +362,12 @@ def _accepts_system_role(tokenizer: Any) -> bool:
 
 
 class _Sampler:
-    """A logits processor that samples (temperature 0.7, top-p 0.9) by random numbers of each rollout's own.
+    """A logits processor that samples (temperature 0.7, top-p 0.9) and leaves only the sampled token possible.
 
-    It leaves one token possible. A row's choice hangs on its logits and on its rollout's numbers alone: not on the rows
-    beside it, as that of a generator shared by the batch would.
+    Each rollout has random numbers of its own, so that its answer does not depend on the batch that it is in.
     """
 
-    LIKELY = 256  # tokens among which a nucleus is looked for first: sorting all of a vocabulary costs more
+    LIKELY = 256  # the nucleus is first sought among this many tokens, because sorting the whole vocabulary costs more
 
     def __init__(self, ids: Sequence[str], settings: Settings) -> None:
         self.numbers = torch.from_numpy(np.stack([settings.numbers(id, settings.max_new_tokens) for id in ids]))
@@ -377,18 +377,18 @@ class _Sampler:
         probabilities = torch.softmax(scores.float() / TEMPERATURE, dim=-1)
         numbers = self.numbers[:, self.step, None].to(scores.device)
         self.step += 1
-        chosen = self._choose(probabilities, numbers, self.LIKELY)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+        sampled = self._sample(probabilities, numbers, self.LIKELY)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, sampled, 0.0)
 
-    def _choose(self, probabilities: Tensor, numbers: Tensor, likely: int) -> Tensor:
-        """A token of each row's nucleus (N, 1): the fewest most likely tokens that have TOP_P together."""
+    def _sample(self, probabilities: Tensor, numbers: Tensor, likely: int) -> Tensor:
+        """A token (N, 1) from each row's nucleus, the fewest most likely tokens whose probabilities sum to TOP_P."""
         top, tokens = probabilities.topk(min(likely, probabilities.shape[-1]))
         sums = top.double().cumsum(-1)
         last = (sums < TOP_P).sum(-1, keepdim=True).clamp(max=sums.shape[-1] - 1)
-        wanted = numbers * sums.gather(-1, last)
-        chosen = tokens.gather(-1, torch.minimum((sums <= wanted).sum(-1, keepdim=True), last))
-        # Row by row, since how equals are ordered depends on how many are looked at.
-        wide = sums[:, -1] < TOP_P
-        if likely < probabilities.shape[-1] and bool(wide.any()):
-            chosen[wide] = self._choose(probabilities[wide], numbers[wide], likely * 16)
-        return chosen
+        target = numbers * sums.gather(-1, last)
+        sampled = tokens.gather(-1, torch.minimum((sums <= target).sum(-1, keepdim=True), last))
+        # Only the rows that need more tokens: topk may order equal probabilities differently for another k.
+        is_wide = sums[:, -1] < TOP_P
+        if likely < probabilities.shape[-1] and bool(is_wide.any()):
+            sampled[is_wide] = self._sample(probabilities[is_wide], numbers[is_wide], likely * 16)
+        return sampled

@@ -1,4 +1,4 @@
-"""Attention sinks: the norm beyond which a row is one, and how many rows of texts are."""
+"""Attention sinks: the norm limit of each layer, and counts of the rows beyond it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Text, read
 from axiscap.calibrate.work import Work, load_prose
 
-#: A limit lies between these multiples of the median norm of its layer, at one of this many points.
+#: A limit is at one of POINTS multiples of its layer's median norm, from LOWEST to HIGHEST.
 LOWEST, HIGHEST, POINTS = 1.6, 3.0, 61
-#: A row is near a limit if the logarithms of its norm and of the limit differ by less.
+#: A row is near a limit if the natural logarithms of its norm and of the limit differ by less than this.
 NEAR = 0.1
-#: Texts of roles, and of ordinary work or of the default, that limits are found on, beside the shipped prose.
+#: Limits are found on this many prompts of roles, as many of ordinary work or of the default, and the shipped prose.
 TEXTS = 160
 
 
 @dataclass(frozen=True)
 class NormLimits:
-    """The norms beyond which a row is an attention sink.
+    """The norm of each layer beyond which a row is an attention sink.
 
     Parameters
     ----------
     medians
         the median norm of the rows of each layer.
     limits
-        of each layer, float32 numbers.
+        the limit of each layer, a float32 number.
 
     Examples
     --------
@@ -51,10 +51,10 @@ class NormLimits:
 
 
 def find_norm_limits(model: Any, tokenizer: Any, plan: Plan, store: Store, work: Work | None = None) -> NormLimits:
-    """The limits of a model, from a few hundred texts that are there before it answers: prose, and prompts.
+    """The limits of a model, from a few hundred prompts and paragraphs of prose, which exist before it answers.
 
-    At each layer the limit is at the multiple of the median norm, from 1.6 to 3, at which rows are rarest. The store
-    keeps the limits: whoever goes on with its answers finds the same ones.
+    The limit of a layer is the multiple of its median norm, from 1.6 to 3, near which rows are rarest. The store keeps
+    the limits, so that a resumed calibration has the same ones.
 
     Parameters
     ----------
@@ -63,30 +63,30 @@ def find_norm_limits(model: Any, tokenizer: Any, plan: Plan, store: Store, work:
     tokenizer
         its tokenizer.
     plan
-        of whose roles' tasks some are read, and of the default's if there is no ordinary work.
+        gives the roles' prompts, and the default's if there is no ordinary work.
     store
-        where the answers are kept.
+        keeps the limits, beside the answers.
     work
-        ordinary work, whose first turns are read.
+        ordinary work; the first turns of its requests are read.
 
     Returns
     -------
     NormLimits
-        For :class:`Settings`.
+        Its ``limits`` are for :class:`Settings`.
 
     Examples
     --------
     >>> from axiscap import calibrate
     >>> roles = calibrate.load_roles()
     >>> few = {name: roles[name] for name in ("default", *sorted(set(roles) - {"default"})[:2])}
-    >>> asked = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
+    >>> plan = calibrate.plan(few, calibrate.load_questions()[:3], per_role=3)
     >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32", 4))
-    >>> limits = calibrate.find_norm_limits(model, tokenizer, asked, store)
+    >>> limits = calibrate.find_norm_limits(model, tokenizer, plan, store)
     >>> len(limits.limits)
     30
     """
     store = Store(store.url, dataclasses.replace(store.settings, norm_limits=()))
-    texts = _texts(TransformersEngine(model, tokenizer, store.settings), plan, work)
+    texts = _limit_texts(TransformersEngine(model, tokenizer, store.settings), plan, work)
     name = store.name_of("limits", [dataclasses.astuple(text) for text in texts])
     kept = store.kept(name)
     if kept is None:
@@ -96,8 +96,8 @@ def find_norm_limits(model: Any, tokenizer: Any, plan: Plan, store: Store, work:
     return NormLimits(**{key: tuple(values) for key, values in kept[0].items()})
 
 
-def _texts(engine: TransformersEngine, plan: Plan, work: Work | None) -> list[Text]:
-    """Prompts as the engine encodes them, and the shipped prose. None of them is held out."""
+def _limit_texts(engine: TransformersEngine, plan: Plan, work: Work | None) -> list[Text]:
+    """Prompts that are not held out, as the engine encodes them, and the shipped prose."""
     roles = [task for task in plan.tasks if task.role != DEFAULT_ROLE and plan.makes_the_axis(task)]
     if work is None:
         others = [task for task in plan.tasks if task.role == DEFAULT_ROLE and not plan.is_held_out(task)]
@@ -114,7 +114,7 @@ def _texts(engine: TransformersEngine, plan: Plan, work: Work | None) -> list[Te
 
 
 def measure_norm_limits(model: Any, texts: Sequence[Text]) -> NormLimits:
-    """The limits by the rows of some texts."""
+    """The limits from the rows of these texts."""
     norms: dict[int, list[Tensor]] = {}
     read(model, texts, lambda layer, rows, *_: norms.setdefault(layer, []).append(rows.float().norm(dim=-1)))
     by_layer = [torch.cat(norms[layer]) for layer in sorted(norms)]
@@ -125,23 +125,26 @@ def measure_norm_limits(model: Any, texts: Sequence[Text]) -> NormLimits:
 
 
 def rarest_ratio(ratios: Tensor) -> float:
-    """The multiple of the median, from :data:`LOWEST` to :data:`HIGHEST`, near which the fewest of ratios (n,) are.
+    """The multiple of the median, from :data:`LOWEST` to :data:`HIGHEST`, near which the fewest of the ratios (n,) lie.
 
-    Of equals, as in an empty stretch, the one nearest to the middle of the range.
+    Of several such points, as in an empty stretch, the one that is nearest to the middle of the range.
     """
     low, high = math.log(LOWEST), math.log(HIGHEST)
     points = torch.linspace(low, high, POINTS, dtype=torch.float64)
     ordered = ratios.double().log().sort().values
     near = torch.searchsorted(ordered, points + NEAR) - torch.searchsorted(ordered, points - NEAR, right=True)
     off_centre = (points - (low + high) / 2).abs()
-    best = min(range(POINTS), key=lambda at: (int(near[at]), float(off_centre[at])))
+    best = min(range(POINTS), key=lambda point: (int(near[point]), float(off_centre[point])))
     return math.exp(points[best])
 
 
 @dataclass
 class SinkCounts:
-    """By layer: how many rows of texts are beyond the limits and near them, the largest norm within and the smallest
-    beyond (0 and infinity without such rows), and which tokens are beyond. Parts add up.
+    """Counts of texts and rows, and by layer: rows beyond the limit, rows near it, the largest norm within it (0
+    without such rows) and the smallest beyond it (infinity without such rows), and the tokens beyond it. Several counts
+    merge.
+
+    The store keeps the fields by their names.
     """
 
     norm_limits: Sequence[float]
@@ -161,7 +164,7 @@ class SinkCounts:
         self.tokens = self.tokens or [Counter() for _ in range(depth)]
 
     def add(self, layer: int, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Counts a layer's rows (n, H) of tokens (n,); returns which rows (n,) are ordinary."""
+        """Counts a layer's rows (n, H), whose tokens are (n,); returns which rows (n,) are ordinary."""
         norms, limit = rows.float().norm(dim=-1), self.norm_limits[layer]
         ordinary: Tensor = norms <= limit
         self.beyond[layer] += int((~ordinary).sum())
@@ -174,7 +177,7 @@ class SinkCounts:
         return ordinary
 
     def merge(self, other: SinkCounts) -> SinkCounts:
-        """Adds another's; returns itself."""
+        """Adds other counts; returns itself."""
         self.texts += other.texts
         self.rows += other.rows
         self.beyond = [a + b for a, b in zip(self.beyond, other.beyond, strict=True)]
@@ -185,7 +188,7 @@ class SinkCounts:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """The counts as JSON can say them; :meth:`from_json` reads them."""
+        """The counts as JSON types, for :meth:`from_json`."""
         return {**vars(self), "tokens": [list(tokens.items()) for tokens in self.tokens]}
 
     @classmethod
@@ -194,9 +197,9 @@ class SinkCounts:
         return cls(**{**stored, "norm_limits": tuple(stored["norm_limits"]), "tokens": tokens})
 
     def describe(self, limits: NormLimits, layers: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """The entry for sinks in a profile's provenance, by layer of the model; norms are multiples of the median.
+        """The entry for sinks in a profile's provenance. Norms are multiples of the median norm of their layer.
 
-        ``tokens``: the commonest tokens that are sinks at the capped layers, each counted at the layer where it is one
+        ``tokens`` are the commonest sinks at the capped layers. A token's count is that of the layer where it is a sink
         most often.
         """
 

@@ -1,4 +1,4 @@
-"""Where a calibration keeps its rollouts: shards of them, in a folder or an object store."""
+"""The store of a calibration's rollouts: shards in a folder or an object store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from axiscap.profile import CapProfile
 
 @dataclass
 class Shard:
-    """Finished rollouts: what was asked, the prompts' and answers' tokens, and the answers' mean activations."""
+    """Finished rollouts: the tasks, the tokens of prompts and answers, and the answers' mean activations."""
 
     tasks: list[Task]
     prompts: list[list[int]]
@@ -34,12 +34,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an answer depends on beside its task.
+    """Everything beside its task that an answer depends on. The names of shards are digests of these fields in order.
 
     Parameters
     ----------
     model
-        what names it: a hub's name, or a digest of its weights.
+        a hub's name, or a digest of the weights.
     dtype
         of the weights.
     max_new_tokens
@@ -49,7 +49,7 @@ class Settings:
     engine
         ``transformers``, or the serving engine that writes the answers.
     norm_limits
-        of each layer of the model: a row with a larger norm is an attention sink, and is no part of an answer's means.
+        one for each layer: a row with a larger norm is an attention sink, and does not count in an answer's means.
         Empty: no limits.
 
     Examples
@@ -63,19 +63,19 @@ class Settings:
     dtype: str
     max_new_tokens: int = 40
     seed: int = 0
-    engine: str = "transformers"  # who answers
+    engine: str = "transformers"
     norm_limits: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, profile: CapProfile, model: str) -> Settings:
-        """Those by which the answers that made a profile were sampled.
+        """The settings by which the answers that made a profile were sampled.
 
         Parameters
         ----------
         profile
             made by :func:`calibrate`.
         model
-            what names the model now.
+            the model's name for the new settings.
 
         Returns
         -------
@@ -85,7 +85,7 @@ class Settings:
         Raises
         ------
         ValueError
-            the profile does not say.
+            the profile's provenance has no sampling settings.
 
         Examples
         --------
@@ -94,22 +94,22 @@ class Settings:
         True
         """
         facts = profile.provenance.get("sampling")
-        known = facts if isinstance(facts, Mapping) else {}
+        sampling = facts if isinstance(facts, Mapping) else {}
         kinds = {"dtype": str, "max_new_tokens": int, "seed": int, "engine": str}
-        if not all(isinstance(known.get(name), kind) for name, kind in kinds.items()):
+        if not all(isinstance(sampling.get(name), kind) for name, kind in kinds.items()):
             raise ValueError(
                 "the profile does not say how its answers were sampled; it was not made by axiscap calibrate"
             )
         limits = () if profile.norm_limit_all is None else tuple(profile.norm_limit_all.tolist())
-        return cls(model, **{name: known[name] for name in kinds}, norm_limits=limits)
+        return cls(model, **{name: sampling[name] for name in kinds}, norm_limits=limits)
 
     def seed_of(self, task: Task) -> int:
-        """For an engine that samples by seeds of its own, 0 to 2^31 - 1.
+        """A seed from 0 to 2^31 - 1, for an engine that draws its own random numbers.
 
         Parameters
         ----------
         task
-            one of a plan's.
+            of a plan.
 
         Returns
         -------
@@ -129,12 +129,12 @@ class Settings:
         return int(self.numbers(task.id, 1)[0] * 2**31)
 
     def numbers(self, rollout: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Numbers in [0, 1) that a rollout's name and the seed determine.
+        """Random numbers in [0, 1), a function of the seed and the rollout's name.
 
         Parameters
         ----------
         rollout
-            its name.
+            its name, :attr:`Task.id`.
         count
             how many.
 
@@ -156,15 +156,15 @@ class Settings:
 class Store:
     """The shards of a calibration, in a folder: local, or anything that fsspec opens (``s3://...``).
 
-    A shard's name is a digest of its tasks and of the settings. It is there as a whole or not at all, whenever the
-    process that wrote it was killed, and whoever wants it again finds it, in whatever process.
+    A shard's name is a digest of its tasks and of the settings, so that any process finds it again. A shard is written
+    completely or not at all, even if the writing process is killed.
 
     Parameters
     ----------
     url
-        of the folder, made where it is local and not there.
+        of the folder; a local one is made if it does not exist.
     settings
-        what its answers depend on beside their tasks.
+        of the answers.
 
     Examples
     --------
@@ -179,7 +179,7 @@ class Store:
         self.files, self.folder = fsspec.core.url_to_fs(url)
 
     def name(self, tasks: Sequence[Task]) -> str:
-        """The name of the shard that tasks make: a digest of them and of the settings.
+        """The name of the shard of these tasks: a digest of them and of the settings.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class Store:
         Returns
         -------
         str
-            Equal for equal tasks and settings alone.
+            Equal only for equal tasks and settings.
 
         Examples
         --------
@@ -198,23 +198,23 @@ class Store:
         >>> store.name([]) == store.name([])
         True
         """
-        what = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
-        return hashlib.sha256(what.encode()).hexdigest()[:24]
+        content = json.dumps([asdict(self.settings), [asdict(task) for task in tasks]])
+        return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def name_of(self, kind: str, *content: Any) -> str:
-        """The name under which something else is kept: its kind, and a digest of the settings and its content.
+        """The name of an entry that is no shard: its kind, and a digest of the settings and of what it depends on.
 
         Parameters
         ----------
         kind
-            what it is, the beginning of the name.
+            the beginning of the name.
         *content
-            what it depends on, as JSON can say it.
+            what the entry depends on, as JSON types.
 
         Returns
         -------
         str
-            Equal for equal content, settings and version of AxisCap alone.
+            Equal only for equal content, settings and version of AxisCap.
 
         Examples
         --------
@@ -223,24 +223,24 @@ class Store:
         >>> store.name_of("means", 3).startswith("means-")
         True
         """
-        what = json.dumps([axiscap.__version__, asdict(self.settings), *content])
-        return f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:24]}"
+        text = json.dumps([axiscap.__version__, asdict(self.settings), *content])
+        return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}.safetensors"
 
     def has(self, name: str) -> bool:
-        """Whether a shard is there.
+        """Whether the store has a shard and can read it.
 
         Parameters
         ----------
         name
-            of :meth:`name`.
+            from :meth:`name`.
 
         Returns
         -------
         bool
-            True where it is, damaged or not.
+            False also for a damaged shard.
 
         Examples
         --------
@@ -252,17 +252,17 @@ class Store:
         return self.read(name) is not None
 
     def read(self, name: str) -> Shard | None:
-        """A shard, or None where there is none or a damaged one.
+        """A shard, or None if it is missing or damaged.
 
         Parameters
         ----------
         name
-            of :meth:`name`.
+            from :meth:`name`.
 
         Returns
         -------
         Shard or None
-            Its answers.
+            The rollouts.
 
         Examples
         --------
@@ -271,22 +271,22 @@ class Store:
         >>> store.read("nothing") is None
         True
         """
-        found = self.kept(name)
-        if found is None or "tasks" not in found[0]:
+        entry = self.kept(name)
+        if entry is None or "tasks" not in entry[0]:
             return None
-        facts, tensors = found
+        facts, tensors = entry
         tasks = [Task(**{**task, "history": tuple(task["history"])}) for task in facts["tasks"]]
         return Shard(tasks, facts["prompts"], facts["answers"], facts["texts"], tensors["means"])
 
     def write(self, name: str, shard: Shard) -> None:
-        """Writes a shard, whole or not at all.
+        """Writes a shard, completely or not at all.
 
         Parameters
         ----------
         name
-            of :meth:`name`.
+            from :meth:`name`.
         shard
-            the answers to its tasks.
+            the finished rollouts.
 
         Examples
         --------
@@ -305,12 +305,12 @@ class Store:
         self.keep(name, facts, {"means": shard.means.contiguous()})
 
     def kept(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What :meth:`keep` wrote under a name; None where there is nothing, or something damaged.
+        """The entry that :meth:`keep` wrote under a name; None if it is missing or damaged.
 
         Parameters
         ----------
         name
-            of what was kept.
+            of the entry.
 
         Returns
         -------
@@ -332,14 +332,14 @@ class Store:
             return None
 
     def keep(self, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Writes facts, as JSON, and tensors, whole or not at all.
+        """Writes an entry of facts (as JSON) and tensors, completely or not at all.
 
         Parameters
         ----------
         name
-            under which it is found again.
+            of the entry.
         facts
-            what JSON can say.
+            JSON types.
         tensors
             by name.
 
@@ -357,11 +357,11 @@ class Store:
             with open(partial_path, "wb") as file:
                 file.write(data)
             os.replace(partial_path, self._path(name))
-        else:  # an object store shows an object when it is whole
+        else:  # an object store shows only complete objects
             self.files.pipe_file(self._path(name), data)
 
     def shards(self, batches: Sequence[Sequence[Task]]) -> Iterator[Shard]:
-        """Each finished shard in turn; one at a time is in memory.
+        """Yields the finished shards, with one at a time in memory.
 
         Parameters
         ----------
@@ -372,6 +372,11 @@ class Store:
         ------
         Shard
             In the order of the batches.
+
+        Raises
+        ------
+        ValueError
+            a shard is missing.
 
         Examples
         --------

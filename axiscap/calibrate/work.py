@@ -1,11 +1,11 @@
-"""Ordinary work: requests that have nothing to do with personas, by domain, and the model's own answers to them."""
+"""Ordinary work: requests by domain that have nothing to do with personas, and the model's own answers to them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,19 +14,20 @@ from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, numbered_lines, s
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
 
-#: Tokens of an answer, where a request does not say otherwise: code and stories need them.
+#: The most tokens of an answer, unless a request has its own limit. Code and stories need this many.
 TOKENS = 200
-#: The kinds of a request's check, of which "number" is followed by the right one.
+#: The kinds of checks. "number" is followed by the right number.
 CHECKS = ("json", "python", "number")
 _PREFIX = "work "
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: the user's turns, which the model answers one after the other.
+    """The user's turns, which the model answers one after the other.
 
-    ``check``: what an answer must be to be right, one of :data:`CHECKS`; empty where nothing can be said exactly.
-    ``tokens``: of an answer, at most. ``fiction``: stories, poems and dialogue, which may cost a little more.
+    ``check``: the form of a right answer, one of :data:`CHECKS`; empty: the answer cannot be checked exactly.
+    ``tokens``: the most tokens of an answer. ``fiction``: whether it is a story, a poem or a dialogue, where a cap may
+    cost a little more.
     """
 
     domain: str
@@ -38,9 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """Requests, and which of them make nothing but test what was made: every fourth domain, and of the others every
-    fourth request.
-    """
+    """Requests. Every fourth domain is held out, and every fourth request of the other domains; these only test."""
 
     requests: tuple[Request, ...]
 
@@ -50,17 +49,17 @@ class Work:
 
     @property
     def fiction(self) -> set[str]:
-        """Domains of fiction on request."""
+        """The domains of fiction on request."""
         return {request.domain for request in self.requests if request.fiction}
 
     @property
     def answers(self) -> int:
-        """How many turns are answered."""
+        """The number of turns, each of which gets an answer."""
         return sum(len(request.turns) for request in self.requests)
 
     @property
     def digest(self) -> str:
-        """Of the requests."""
+        """SHA-256 of the requests."""
         return hashlib.sha256(
             json.dumps([dataclasses.astuple(request) for request in self.requests]).encode()
         ).hexdigest()
@@ -70,36 +69,37 @@ class Work:
         return self.domains[HOLD_OUT - 1 :: HOLD_OUT]
 
     def is_held_out(self, task: Task) -> bool:
-        """Whether a task of :func:`answer` tests what the others made."""
+        """Whether a task of :func:`answer` belongs to a held-out request."""
         domain = self.requests[task.question].domain
         if domain in self.held_domains:
             return True
-        place = sum(request.domain == domain for request in self.requests[: task.question])
-        return place % HOLD_OUT == HOLD_OUT - 1
+        position = sum(request.domain == domain for request in self.requests[: task.question])
+        return position % HOLD_OUT == HOLD_OUT - 1
 
     def domain(self, task: Task) -> str:
         return self.requests[task.question].domain
 
 
 def load_work(path: Path | None = None) -> Work:
-    """The requests of a JSONL file ``{"domain": name, "turns": [text, ...]}``; AxisCap's own without one.
+    """The requests of a JSONL file ``{"domain": name, "turns": [text, ...]}``; without a file, those that AxisCap
+    ships.
 
     A line may have a ``check``, ``tokens`` and ``fiction``; see :class:`Request`.
 
     Parameters
     ----------
     path
-        of the file.
+        the file.
 
     Returns
     -------
     Work
-        By domain.
+        The requests in the file's order.
 
     Raises
     ------
     ValueError
-        naming the line that is none, or that there are too few domains to hold one out.
+        a line is not a request, or there are too few domains to hold one out.
 
     Examples
     --------
@@ -110,81 +110,81 @@ def load_work(path: Path | None = None) -> Work:
     requests = []
     for number, line in numbered_lines(source):
         try:
-            entry = json.loads(line)
-            turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)
-            fiction = entry.get("fiction", False)
-            fits = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
-            if not fits or not isinstance(entry["domain"], str) or type(tokens) is not int or tokens < 1:
-                raise TypeError
-            if check and check.split()[0] not in CHECKS:
-                raise ValueError
+            requests.append(_parse_request(line))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f'{source}, line {number}: must be {{"domain": name, "turns": [text, ...]}}, with a check of '
                 f"{', '.join(CHECKS)} and a number of tokens where it has them"
             ) from None
-        requests.append(Request(entry["domain"], tuple(turns), check, tokens, bool(fiction)))
     work = Work(tuple(requests))
     if len(work.domains) < HOLD_OUT:
         raise ValueError(f"{source}: requests of at least {HOLD_OUT} domains are needed, got {len(work.domains)}")
     return work
 
 
+def _parse_request(line: str) -> Request:
+    """The request of a JSON line. Raises a ValueError, KeyError, TypeError or AttributeError if it is not one."""
+    entry = json.loads(line)
+    turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)
+    has_turns = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
+    if not has_turns or not isinstance(entry["domain"], str) or type(tokens) is not int or tokens < 1:
+        raise TypeError
+    if check and check.split()[0] not in CHECKS:
+        raise ValueError
+    return Request(entry["domain"], tuple(turns), check, tokens, bool(entry.get("fiction", False)))
+
+
 def load_prose() -> list[tuple[str, str]]:
-    """AxisCap's own paragraphs of prose, each with its register (story, diary, news, ...): what people write, and no
-    model of conversations does.
-    """
+    """The shipped paragraphs of prose by people, each with its register (story, diary, news, ...)."""
     return [(entry["register"], entry["text"]) for entry in shipped("prose.jsonl")]
 
 
 def settings_of(settings: Settings, tokens: int) -> Settings:
-    """Those of answers to ordinary work, which are longer than the roles'."""
+    """The settings of answers to ordinary work, which are longer than the roles' answers."""
     return dataclasses.replace(settings, max_new_tokens=tokens)
 
 
 def answer(work: Work, workers: Workers, store: Store, progress: Callable[[int], None]) -> None:
-    """Has every request answered, turn by turn; what the store has is not answered again.
+    """Has every request answered, turn by turn, except the turns that the store has already.
 
     Parameters
     ----------
     store
-        where answers are kept; its settings are those of the roles' rollouts.
+        keeps the answers; its settings are those of the roles' rollouts.
     progress
-        called with each number of answers finished.
+        called with the number of answers of each finished batch.
     """
     for tokens, todo in _waves(work, store):
         workers.rollouts(Store(store.url, settings_of(store.settings, tokens)), todo, progress)
 
 
 def shards(work: Work, store: Store) -> Iterator[Shard]:
-    """The finished answers, one shard at a time in memory."""
+    """Yields the finished answers, with one shard at a time in memory."""
     for tokens, todo in _waves(work, store):
         yield from Store(store.url, settings_of(store.settings, tokens)).shards(todo)
 
 
 def _waves(work: Work, store: Store) -> Iterator[tuple[int, list[list[Task]]]]:
-    """Batches of tasks by the length of their answers, all first turns, then all second ones. Later turns carry what
-    was answered before them, so that a wave is only known when the one before it was answered.
+    """Yields a number of tokens and the batches of tasks with this limit: all first turns, then all second ones, ...
+
+    A later turn carries the answers before it. So the caller must have a wave answered before it takes the next one.
     """
-    said: dict[int, tuple[str, ...]] = {}
+    histories: dict[int, tuple[str, ...]] = {}  # by request: the turns so far
     for turn in range(max(len(request.turns) for request in work.requests)):
         by_tokens: dict[int, list[Task]] = {}
         for number, request in enumerate(work.requests):
             if turn < len(request.turns):
-                task = Task(f"{_PREFIX}{request.domain}", turn, number, "", request.turns[turn], said.get(number, ()))
+                history = histories.get(number, ())
+                task = Task(f"{_PREFIX}{request.domain}", turn, number, "", request.turns[turn], history)
                 by_tokens.setdefault(request.tokens, []).append(task)
         for tokens, tasks in sorted(by_tokens.items()):
             todo = in_batches(tasks)
             yield tokens, todo
-            _remember(said, Store(store.url, settings_of(store.settings, tokens)), todo, work, turn)
+            if any(turn + 1 < len(work.requests[task.question].turns) for task in tasks):
+                _extend_histories(histories, Store(store.url, settings_of(store.settings, tokens)).shards(todo))
 
 
-def _remember(
-    said: dict[int, tuple[str, ...]], store: Store, todo: Sequence[Sequence[Task]], work: Work, turn: int
-) -> None:
-    going_on = [[task for task in batch if turn + 1 < len(work.requests[task.question].turns)] for batch in todo]
-    if not any(going_on):
-        return
-    for shard in store.shards(todo):
+def _extend_histories(histories: dict[int, tuple[str, ...]], shards: Iterator[Shard]) -> None:
+    for shard in shards:
         for task, text in zip(shard.tasks, shard.texts, strict=True):
-            said[task.question] = (*task.history, task.text, text)
+            histories[task.question] = (*task.history, task.text, text)

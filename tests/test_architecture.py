@@ -8,7 +8,15 @@ import re
 from conftest import REPOSITORY
 
 #: The face of a package stands for all of its modules; `axiscap` itself for its version and its public names.
-FACES = {"axiscap", "axiscap.calibrate", "axiscap.drift", "axiscap.evaluate", "axiscap.serving", "axiscap.view"}
+FACES = {
+    "axiscap",
+    "axiscap.calibrate",
+    "axiscap.drift",
+    "axiscap.evaluate",
+    "axiscap.profile",
+    "axiscap.serving",
+    "axiscap.view",
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from axiscap import hub
+from axiscap.profile import hub
 
 FORMAT_VERSION = 1
 #: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.

@@ -1,19 +1,10 @@
 """The profile: what a user saves, shares and installs. One safetensors file; loading never unpickles."""
 
-from axiscap.profile.record import (
-    CONVERTED,
-    MAX_DIRECTIONS,
-    MAX_FILE_BYTES,
-    MAX_LAYERS,
-    CapProfile,
-    Evidence,
-    ProfileError,
-    Slot,
-    check_file,
-    gaps,
-    is_url,
-    ranges,
-)
+from axiscap.profile.checks import MAX_DIRECTIONS, MAX_LAYERS, ProfileError, ranges
+from axiscap.profile.evidence import Evidence
+from axiscap.profile.file import CONVERTED, MAX_FILE_BYTES, check_file
+from axiscap.profile.record import CapProfile, Slot, gaps
+from axiscap.profile.source import is_url
 
 __all__ = [
     "CONVERTED",

@@ -1,53 +1,34 @@
-"""The profile: what a user saves, shares and installs. One safetensors file; loading never unpickles."""
+"""The record of axes and floors that caps a model, and how it is saved, loaded and changed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
-import operator
 import os
-import re
-import stat
-import struct
 import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from axiscap.profile import hub
-
-FORMAT_VERSION = 1
-#: |v| may differ from 1 by this much: the rounding of an axis that was stored in bfloat16.
-UNIT_TOLERANCE = 1e-3
-#: What a provenance says of norm_limits that a file did not state (``norm_limits``).
-CONVERTED = "from limits on projections, and positions"
-#: Bounds for files from strangers: far above any real profile, far below what hurts a machine. 512 MiB hold 64
-#: directions at 64 layers of 32768.
-MAX_FILE_BYTES = 512 << 20
-MAX_HEADER_BYTES = 8 << 20
-#: Of layers that a model may have, and of directions of a layer, as the kernels do.
-MAX_LAYERS, MAX_DIRECTIONS = 1 << 16, 64
-
-#: The tensors of a file: their dimensions; all are float32 but those in _INTEGERS.
-_DIMS = {
-    "layers": 1, "axes": 3, "floors": 2, "targets": 2, "lifts": 3, "norm_limits": 1, "axis_all": 2, "lift_all": 2,
-    "norm_limit_all": 1, "quantiles": 2, "populations": 3,
-}  # fmt: skip
-#: Tensors of files that were written before norm_limits.
-_OLD_DIMS = {"limits": 2, "limit_all": 1, "sinks": 1}
-_INTEGERS = {"layers", "sinks"}
-#: Of the optional tensors, those with a row for each capped layer, and those with one for each layer of the model.
-_OF_CAPPED = ("targets", "lifts", "norm_limits")
-_OPTIONAL = (*_OF_CAPPED, "axis_all", "lift_all", "norm_limit_all", "quantiles", "populations")
+from axiscap.profile.checks import (
+    OPTIONAL,
+    PER_CAPPED_LAYER,
+    UNIT_TOLERANCE,
+    ProfileError,
+    check_profile,
+    is_number,
+    is_number_list,
+    ranges,
+    require,
+    to_integers,
+)
+from axiscap.profile.evidence import Evidence
+from axiscap.profile.file import read_file, write_file
+from axiscap.profile.source import open_location, split_digest
 
 
 class Slot(NamedTuple):
@@ -60,169 +41,6 @@ class Slot(NamedTuple):
     floors: Tensor
     targets: Tensor
     norm_limit: Tensor
-
-
-class ProfileError(ValueError):
-    """A profile, or a file read as one, is not valid; the message says what is wrong with it.
-
-    Examples
-    --------
-    >>> try:
-    ...     axiscap.CapProfile([3, 2], torch.ones(2, 1, 1), torch.zeros(2, 1))
-    ... except axiscap.ProfileError as error:
-    ...     print(error)
-    layers must be ascending from 0, got [3, 2]
-    """
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ProfileError(message)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _integers(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
-    try:
-        if any(isinstance(value, bool) for value in values):
-            raise TypeError
-        return tuple(operator.index(value) for value in values)
-    except TypeError:
-        raise ProfileError(f"{name} must be integers, got {values!r}") from None
-
-
-def _are_numbers(value: object, count: int | None = None) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value)) and count in (None, len(value))
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What says whether an axis is real, as ``axiscap calibrate`` measured it on roles and questions that made nothing.
-
-    Parameters
-    ----------
-    best_layer
-        where the axis separates best, among the later two thirds.
-    held_roles
-        the roles that made no axis.
-    held_questions
-        how many questions made none.
-    auc
-        by layer, of the default's held-out answers against held-out roles'.
-    auc_interval
-        95 %, at the best layer, over roles and answers.
-    auc_by_kind
-        by layer, of each kind of role.
-    auc_by_role
-        by layer, of each role.
-    d_prime
-        by layer, the difference of means over the root of the mean variance.
-    null_auc
-        by layer, of axes made with labels that say nothing, in the mean.
-    null_auc_interval
-        the same's, at the best layer.
-    pc1_cosine
-        by layer, of the role vectors' first principal component with the axis.
-    variance
-        shares of the first components at the best layer.
-    components_70
-        by layer, how many components hold 70 % of the variance.
-    halves
-        by layer, cosine of the axes from both halves of the questions.
-    next_layer
-        cosine of the axis with the next layer's, of each layer but the last.
-    axis_interval
-        95 %, of the cosine with axes from resampled roles, at the best layer.
-    loadings
-        each role's mean on the axis at the best layer, less the default's.
-    map
-        each role's coordinates on the first two components there.
-
-    Examples
-    --------
-    >>> len(profile.evidence.auc) == profile.num_layers
-    True
-    """
-
-    best_layer: int
-    held_roles: list[str]
-    held_questions: int
-    auc: list[float]
-    auc_interval: list[float]
-    auc_by_kind: dict[str, list[float]]
-    auc_by_role: dict[str, list[float]]
-    d_prime: list[float]
-    null_auc: list[float]
-    null_auc_interval: list[float]
-    pc1_cosine: list[float]
-    variance: list[float]
-    components_70: list[int]
-    halves: list[float]
-    next_layer: list[float]
-    axis_interval: list[float]
-    loadings: dict[str, float]
-    map: dict[str, list[float]]
-
-    @classmethod
-    def read(cls, stored: object) -> Evidence:
-        """From a provenance, which anyone may have written.
-
-        Parameters
-        ----------
-        stored
-            the value of ``evidence``.
-
-        Returns
-        -------
-        Evidence
-            Checked.
-
-        Raises
-        ------
-        ProfileError
-            naming what is missing or of another form.
-
-        Examples
-        --------
-        >>> evidence = axiscap.Evidence.read(profile.provenance["evidence"])
-        >>> evidence.best_layer == profile.evidence.best_layer
-        True
-        """
-        _require(isinstance(stored, Mapping), "its evidence must be an object")
-        assert isinstance(stored, Mapping)
-        auc = stored.get("auc")
-        depth = len(auc) if isinstance(auc, list) else 0
-
-        def each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-            return lambda value: isinstance(value, Mapping) and len(value) > 0 and all(map(fits, value.values()))
-
-        by_layer = lambda value: depth > 0 and _are_numbers(value, depth)  # noqa: E731
-        pair = lambda value: _are_numbers(value, 2)  # noqa: E731
-        forms: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "auc": (by_layer, "a number for each layer"),
-            "best_layer": (lambda value: type(value) is int and 0 <= value < depth, "one of the layers of auc"),
-            "held_roles": (_are_names, "a list of names"),
-            "held_questions": (lambda value: type(value) is int, "a number of questions"),
-            "variance": (_are_numbers, "a list of numbers"),
-            "next_layer": (lambda value: _are_numbers(value, depth - 1), "a number for each layer but the last"),
-            "loadings": (each(_is_number), "a number for each role"),
-            "map": (each(pair), "two numbers for each role"),
-        }
-        for name in ("d_prime", "null_auc", "pc1_cosine", "components_70", "halves"):
-            forms[name] = by_layer, "a number for each layer"
-        for name in ("auc_by_kind", "auc_by_role"):
-            forms[name] = each(by_layer), "a number for each layer, by name"
-        for name in ("auc_interval", "null_auc_interval", "axis_interval"):
-            forms[name] = pair, "two numbers"
-        for name, (fits, form) in forms.items():
-            _require(fits(stored.get(name)), f"its evidence cannot be read: {name} must be {form}")
-        return cls(**{name: stored[name] for name in forms})
 
 
 class CapProfile:
@@ -289,7 +107,7 @@ class CapProfile:
         quantiles: Tensor | None = None,
         populations: Tensor | None = None,
     ) -> None:
-        self.layers: tuple[int, ...] = _integers(layers, "layers")
+        self.layers: tuple[int, ...] = to_integers(layers, "layers")
         self.axes = axes
         self.floors = floors
         self.provenance: dict[str, Any] = dict(provenance or {})
@@ -301,7 +119,8 @@ class CapProfile:
         self.norm_limit_all = norm_limit_all
         self.quantiles = quantiles
         self.populations = populations
-        self._check()
+        tensors = {name: getattr(self, name) for name in ("axes", "floors", *OPTIONAL)}
+        check_profile(self.layers, tensors, self.model_facts, self.num_layers)
 
     @property
     def hidden_size(self) -> int:
@@ -383,7 +202,7 @@ class CapProfile:
             return None
         found = Evidence.read(stored)
         depth = self.num_layers or len(found.auc)
-        _require(
+        require(
             len(found.auc) == depth and self.layers[-1] < depth,
             f"its evidence is of {len(found.auc)} layers, and not of the model's",
         )
@@ -404,7 +223,7 @@ class CapProfile:
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
         for tensor in (self.axes, self.floors):
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        for name in _OF_CAPPED:
+        for name in PER_CAPPED_LAYER:
             tensor = getattr(self, name)
             if tensor is not None:
                 content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -472,7 +291,7 @@ class CapProfile:
         True
         """
         known = self._quantile_facts.get("percentiles")
-        return tuple(map(float, known)) if isinstance(known, list) and _are_numbers(known) else ()
+        return tuple(map(float, known)) if isinstance(known, list) and is_number_list(known) else ()
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -594,7 +413,7 @@ class CapProfile:
         >>> round(profile.with_strength(0.5).strength, 3)
         0.5
         """
-        _require(_is_number(strength) and 0 <= strength <= 1, f"strength must be from 0 to 1, got {strength!r}")
+        require(is_number(strength) and 0 <= strength <= 1, f"strength must be from 0 to 1, got {strength!r}")
         if strength == 1:
             return self
         if strength == 0:
@@ -633,14 +452,14 @@ class CapProfile:
         True
         """
         missing = [layer for layer in layers if layer not in self.layers]
-        _require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
+        require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
         chosen = [self.layers.index(layer) for layer in layers]
-        parts = {name: getattr(self, name) for name in _OF_CAPPED}
+        parts = {name: getattr(self, name) for name in PER_CAPPED_LAYER}
         parts = {name: part if part is None else part[chosen] for name, part in parts.items()}
         return self._with(layers, self.axes[chosen], self.floors[chosen], **parts)
 
     def _with(self, layers: Sequence[int], axes: Tensor, floors: Tensor, **others: Tensor | None) -> CapProfile:
-        more = {name: getattr(self, name) for name in _OPTIONAL} | others
+        more = {name: getattr(self, name) for name in OPTIONAL} | others
         return CapProfile(layers, axes, floors, self.provenance, **more)
 
     def measuring_only(self) -> CapProfile:
@@ -657,83 +476,6 @@ class CapProfile:
         True
         """
         return self.with_floors(torch.full_like(self.floors, -torch.inf))
-
-    def _check(self) -> None:
-        for name in ("axes", "floors", *_OPTIONAL):
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            _require(isinstance(tensor, Tensor), f"{name} must be a tensor, got {type(tensor).__name__}")
-            _require(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
-            _require(tensor.dim() == _DIMS[name], f"{name} must have {_DIMS[name]} dimensions, got {tensor.dim()}")
-        count, directions, size = self.axes.shape
-        _require(
-            count > 0 and directions > 0 and size > 0, f"axes must not be empty, got shape {tuple(self.axes.shape)}"
-        )
-        _require(len(self.layers) == count, f"layers must name the {count} layers of axes, got {len(self.layers)}")
-        _require(
-            self.floors.shape == (count, directions),
-            f"floors must have shape ({count}, {directions}) like axes, got {tuple(self.floors.shape)}",
-        )
-        ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
-        _require(ascending and self.layers[0] >= 0, f"layers must be ascending from 0, got {list(self.layers)}")
-        _require(self.layers[-1] < MAX_LAYERS, f"layers must be below {MAX_LAYERS}, got {self.layers[-1]}")
-        _require(directions <= MAX_DIRECTIONS, f"axes must have at most {MAX_DIRECTIONS} directions, got {directions}")
-        # Layer by layer: a stranger's file may be large, and is to be refused without several copies of it.
-        _require(all(bool(axes.isfinite().all()) for axes in self.axes), "axes must be finite")
-        off = max((axes.norm(dim=-1) - 1).abs().max().item() for axes in self.axes)
-        _require(off <= UNIT_TOLERANCE, f"axes must be of unit length within {UNIT_TOLERANCE}, one is off by {off:.3g}")
-        bad = self.floors.isnan() | (self.floors == torch.inf)
-        _require(not bool(bad.any()), "floors must be finite, or -inf for a direction that is off")
-        shapes = {"targets": self.floors.shape, "lifts": self.axes.shape, "norm_limits": self.floors.shape[:1]}
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            _require(
-                tensor is None or tensor.shape == shape,
-                f"{name} must have shape {tuple(shape)}, got {None if tensor is None else tuple(tensor.shape)}",
-            )
-        if self.targets is not None:
-            reached = (self.targets >= self.floors) & ((self.targets < torch.inf) | self.floors.isneginf())
-            _require(bool(reached.all()), "targets must be finite and at least the floors")
-        if self.lifts is not None:
-            _require(bool((self.lifts.abs() < 2.0**60).all()), "lifts must be finite, with elements below 2^60")
-            along = (self.axes * self.lifts).sum(-1)
-            least, most = along.min().item(), along.max().item()
-            _require(
-                least > 0 and most <= 1 + UNIT_TOLERANCE,
-                f"lifts must be above 0 and at most 1 along their axes, they are {least:.3g} to {most:.3g}",
-            )
-        for name in ("norm_limits", "norm_limit_all"):
-            tensor = getattr(self, name)
-            _require(tensor is None or bool((tensor > 0).all()), f"{name} must be positive, or inf for none")
-        for name in ("axis_all", "lift_all"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                _require(tensor.shape[1] == size, f"{name} must have H = {size} columns, got {tensor.shape[1]}")
-                _require(bool(tensor.isfinite().all()), f"{name} must be finite")
-        for name in ("quantiles", "populations"):
-            tensor = getattr(self, name)
-            _require(tensor is None or bool(tensor.isfinite().all()), f"{name} must be finite")
-        stated = self.model_facts.get("num_layers")
-        _require(
-            stated is None or (isinstance(stated, int) and stated > 0), f"num_layers must be positive, got {stated!r}"
-        )
-        last = self.num_layers
-        for name in ("axis_all", "lift_all", "norm_limit_all", "quantiles", "populations"):
-            tensor = getattr(self, name)
-            _require(
-                tensor is None or last is None or tensor.shape[tensor.dim() == 3] == last,
-                f"{name} must have a row for each of the model's {last} layers",
-            )
-        _require(
-            last is None or self.layers[-1] < last,
-            f"layers must be below {last}, the model's layer count, got {self.layers[-1]}",
-        )
-        size_stated = self.model_facts.get("hidden_size")
-        _require(
-            size_stated is None or size_stated == size,
-            f"axes must have the model's hidden size {size_stated}, got {size}",
-        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file in one step: whoever reads the path sees the old file or the whole new one.
@@ -753,21 +495,8 @@ class CapProfile:
         >>> profile.save(folder / "mine.safetensors")
         """
         tensors = {"layers": torch.tensor(self.layers, dtype=torch.int64), "axes": self.axes, "floors": self.floors}
-        tensors |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
-        # Copies, since safetensors refuses tensors that share memory.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(self.provenance)}
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"{target}: its folder does not exist")
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        try:
-            # Opened here, and not by safetensors, whose files nobody else may read.
-            with partial.open("xb") as file:
-                file.write(save(tensors, metadata))
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
+        write_file(Path(path), tensors, self.provenance)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CapProfile:
@@ -792,15 +521,17 @@ class CapProfile:
         >>> loaded.digest == profile.digest
         True
         """
-        given = os.fspath(path)
-        place, pin = (given[:-33], given[-32:]) if _PINNED.search(given) else (given, None)
+        location = os.fspath(path)
+        source, digest = split_digest(location)
         try:
-            with _fetched(place) as file:
-                loaded = cls._load(file)
-            _require(pin in (None, loaded.digest), f"its digest is {loaded.digest}")
-            return loaded
+            with open_location(source) as file:
+                tensors, provenance = read_file(file)
+            layers, axes, floors = (tensors.pop(name) for name in ("layers", "axes", "floors"))
+            profile = cls(layers, axes, floors, provenance, **tensors)
+            require(digest in (None, profile.digest), f"its digest is {profile.digest}")
         except ProfileError as error:
-            raise ProfileError(f"{given}: {error}") from None
+            raise ProfileError(f"{location}: {error}") from None
+        return profile
 
     @classmethod
     def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str = hub.FILE) -> CapProfile:
@@ -906,129 +637,7 @@ class CapProfile:
                 found[f"held-out AUC of {kind} roles"] = f"{values[best]:.3f}"
         return found | {name: str(self.provenance[name]) for name in ("created", "axiscap") if name in self.provenance}
 
-    @classmethod
-    def _load(cls, path: Path) -> CapProfile:
-        _check_header_size(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                _require(metadata.get("format") == "axiscap", "not an AxisCap profile (its metadata does not say so)")
-                version = metadata.get("version")
-                _require(version == str(FORMAT_VERSION), f"format version {version} is not one this AxisCap reads")
-                names = set(file.keys())
-                missing = {"layers", "axes", "floors"} - names
-                _require(not missing, f"tensors are missing: {', '.join(sorted(missing))}")
-                dims = _DIMS | _OLD_DIMS
-                extra = names - set(dims)
-                _require(not extra, f"unknown tensors: {', '.join(sorted(extra)[:5])}")
-                for name in names:
-                    entry = file.get_slice(name)
-                    found = entry.get_dtype(), len(entry.get_shape())
-                    wanted = "I64" if name in _INTEGERS else "F32", dims[name]
-                    _require(found == wanted, f"{name} must be {wanted[0]} of {wanted[1]} dimensions, got {found}")
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ProfileError(f"not a valid safetensors file ({error})") from None
-        try:
-            provenance = json.loads(metadata.get("provenance", "{}"))
-        except (ValueError, RecursionError):
-            raise ProfileError("its provenance is not JSON") from None
-        _require(isinstance(provenance, dict), "its provenance is not a JSON object")
-        _convert_limits(tensors, provenance)
-        layers = tensors.pop("layers")
-        return cls(layers, tensors.pop("axes"), tensors.pop("floors"), provenance, **tensors)
-
-
-def _convert_limits(tensors: dict[str, Tensor], provenance: dict[str, Any]) -> None:
-    """Makes norm_limits of what a file stated before there were any.
-
-    Such a file left sinks alone by their positions, and by limits on projections at 1.5 times the largest norm of an
-    ordinary row. A row of a smaller norm has no projection beyond such a limit, so that all rows beyond one are still
-    left alone. A row at a sink's position whose norm is smaller is capped from now on.
-    """
-    old = {name: tensors.pop(name) for name in _OLD_DIMS if name in tensors}
-    if not old:
-        return
-    _require("norm_limits" not in tensors, f"norm_limits and {min(old)} exclude each other")
-    _require(
-        "limits" in old and old["limits"].shape[1] > 0,
-        "it names positions of attention sinks, but no limit; this version knows sinks by their norm: calibrate again",
-    )
-    tensors["norm_limits"] = old["limits"].amin(1)
-    if "limit_all" in old:
-        tensors["norm_limit_all"] = old["limit_all"]
-    provenance["norm_limits"] = CONVERTED
-
 
 def gaps(floors: Tensor, targets: Tensor) -> Tensor:
     """How far targets are above their floors, of the same shape; 0 for a direction that is off."""
     return torch.where(floors.isneginf(), 0.0, targets - floors)
-
-
-_PINNED = re.compile("#[0-9a-f]{32}$")
-
-
-def is_url(path: str) -> bool:
-    """Whether :meth:`CapProfile.load` takes it from elsewhere than from a file."""
-    return re.match(r"[a-zA-Z][\w+.-]*://", path) is not None
-
-
-@contextlib.contextmanager
-def _fetched(place: str) -> Iterator[Path]:
-    """The file itself, or one with what a URL has, for as long as it is read."""
-    if not is_url(place):
-        yield Path(place)
-        return
-    import fsspec
-
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        try:
-            with fsspec.open(place, "rb") as source:
-                content = source.read(MAX_FILE_BYTES + 1)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no {place}") from None
-        except Exception as error:  # of whichever store: its own kinds, or that its package is not installed
-            raise ProfileError(f"it cannot be fetched: {error}") from None
-        _require(len(content) <= MAX_FILE_BYTES, f"more than the {MAX_FILE_BYTES} bytes that it may have")
-        file.write(content)
-        file.flush()
-        yield Path(file.name)
-
-
-def check_file(path: Path) -> int:
-    """The size of a file that is to be read.
-
-    Raises
-    ------
-    ProfileError
-        it is none (a pipe would block for ever), or larger than :data:`MAX_FILE_BYTES`.
-    """
-    found = path.stat()
-    _require(not stat.S_ISDIR(found.st_mode), "is a folder")
-    _require(stat.S_ISREG(found.st_mode), "is no regular file")
-    _require(found.st_size <= MAX_FILE_BYTES, f"{found.st_size} bytes, more than the {MAX_FILE_BYTES} that it may have")
-    return found.st_size
-
-
-def _check_header_size(path: Path) -> None:
-    size = check_file(path)
-    with path.open("rb") as file:
-        start = file.read(8)
-    _require(len(start) == 8, "too short for a safetensors file")
-    (header,) = struct.unpack("<Q", start)
-    _require(
-        header <= size - 8,
-        f"its header says {header} bytes, but {size - 8} are there: truncated or no safetensors file",
-    )
-    _require(header <= MAX_HEADER_BYTES, f"its header has {header} bytes, more than the {MAX_HEADER_BYTES} allowed")
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers in words: 8-27, 30."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)

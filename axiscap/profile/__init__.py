@@ -3,7 +3,8 @@
 from axiscap.profile.checks import MAX_DIRECTIONS, MAX_LAYERS, ProfileError, ranges
 from axiscap.profile.evidence import Evidence
 from axiscap.profile.file import CONVERTED, MAX_FILE_BYTES, check_file
-from axiscap.profile.record import CapProfile, Slot, gaps
+from axiscap.profile.record import CapProfile
+from axiscap.profile.slot import Slot, gaps
 from axiscap.profile.source import is_url
 
 __all__ = [

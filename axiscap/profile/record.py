@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from axiscap.profile import hub
+from axiscap.profile.card import describe_evidence, describe_floors, render_card
 from axiscap.profile.checks import (
     OPTIONAL,
     PER_CAPPED_LAYER,
@@ -28,19 +28,8 @@ from axiscap.profile.checks import (
 )
 from axiscap.profile.evidence import Evidence
 from axiscap.profile.file import read_file, write_file
+from axiscap.profile.slot import Slot, gaps
 from axiscap.profile.source import open_location, split_digest
-
-
-class Slot(NamedTuple):
-    """What a profile has for one layer, for a bank of K directions: axes and lifts (K, H), floors and targets (K,),
-    norm_limit ().
-    """
-
-    axes: Tensor
-    lifts: Tensor
-    floors: Tensor
-    targets: Tensor
-    norm_limit: Tensor
 
 
 class CapProfile:
@@ -55,28 +44,28 @@ class CapProfile:
     floors
         (L, K) float32, in the units of the projection; ``-inf`` switches a direction off.
     targets
-        (L, K) float32, at least the floors: where a row ends whose projection is below its floor; the floors without
-        them (eq. 1).
+        (L, K) float32, at least the floors: the projection that a row below its floor gets. Default: the floors
+        (eq. 1).
     lifts
-        (L, K, H) float32, what rows are corrected along; the axes without them (eq. 1). ``<axis, lift>`` is 1,
-        so that a row that fires ends on its target, or less (:meth:`with_strength`).
+        (L, K, H) float32, the vectors along which rows are corrected. Default: the axes (eq. 1). ``<axis, lift>`` is
+        1, so that a row that fires ends on its target, or less in a weaker profile (:meth:`with_strength`).
     norm_limits
-        (L,) float32, positive: a row with a larger norm is an attention sink, and is neither capped nor counted. There
-        is no limit without them, and where they are ``inf``.
+        (L,) float32, positive: a row with a larger norm is an attention sink, and is neither capped nor counted.
+        ``inf`` is no limit. Default: no limits.
     provenance
-        JSON-serialisable facts about where the numbers come from. The keys that AxisCap itself reads:
-        ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``) and ``quantiles``
-        (``percentiles``, the columns of the tensor of that name).
+        JSON-serialisable facts about how the numbers were computed. AxisCap itself reads the keys
+        ``model`` (``id``, ``architecture``, ``hidden_size``, ``num_layers``), ``floors``, ``evidence`` and
+        ``quantiles`` (``percentiles``: the columns of the tensors ``quantiles`` and ``populations``).
     axis_all
         (n_layers, H) float32, the axis at every layer, for monitoring outside the capped ones.
     lift_all
-        (n_layers, H) float32, the same of the lifts.
+        (n_layers, H) float32, the lift at every layer.
     norm_limit_all
-        (n_layers,) float32, the same of the limits.
+        (n_layers,) float32, the norm limit of every layer.
     quantiles
         (n_layers, Q) float32, projections of the floor's population at ``percentiles``.
     populations
-        (P, n_layers, Q) float32, the same of every population that ``quantiles`` in the provenance names.
+        (P, n_layers, Q) float32, projections of each population that ``quantiles`` in the provenance names.
 
     Raises
     ------
@@ -86,8 +75,8 @@ class CapProfile:
     Examples
     --------
     >>> axes = torch.nn.functional.normalize(torch.ones(2, 1, 8), dim=-1)
-    >>> made = axiscap.CapProfile([4, 5], axes, torch.zeros(2, 1))
-    >>> made.layers, made.hidden_size
+    >>> small = axiscap.CapProfile([4, 5], axes, torch.zeros(2, 1))
+    >>> small.layers, small.hidden_size
     ((4, 5), 8)
     """
 
@@ -124,7 +113,7 @@ class CapProfile:
 
     @property
     def hidden_size(self) -> int:
-        """H, the length of a row.
+        """H, the length of a row of the residual stream.
 
         Examples
         --------
@@ -135,7 +124,7 @@ class CapProfile:
 
     @property
     def directions(self) -> int:
-        """K, how many directions the profile has at each layer.
+        """K, the number of directions at each layer.
 
         Examples
         --------
@@ -146,22 +135,22 @@ class CapProfile:
 
     @property
     def num_layers(self) -> int | None:
-        """How many layers the model has that this was made for, where that is known.
+        """The number of layers of the profile's model, if known.
 
         Examples
         --------
         >>> profile.num_layers
         30
         """
-        stated = self.model_facts.get("num_layers")
-        if stated is None and self.axis_all is not None:
-            stated = len(self.axis_all)
-        return stated
+        num_layers = self.model_facts.get("num_layers")
+        if num_layers is None and self.axis_all is not None:
+            num_layers = len(self.axis_all)
+        return num_layers
 
     @property
     def model_facts(self) -> Mapping[str, Any]:
-        """What the provenance says of the model: ``id``, ``architecture``, ``hidden_size``, ``num_layers``; empty
-        without.
+        """The provenance's entry about the model: ``id``, ``architecture``, ``hidden_size``, ``num_layers``. Empty if
+        there is no such entry.
 
         Examples
         --------
@@ -173,24 +162,24 @@ class CapProfile:
 
     @property
     def architecture(self) -> str | None:
-        """The class of transformers that the profile was made for, if its provenance states one.
+        """The class of transformers that the profile is for, if its provenance states one.
 
         Examples
         --------
         >>> profile.architecture
         'LlamaForCausalLM'
         """
-        stated = self.model_facts.get("architecture")
-        return stated if isinstance(stated, str) and stated else None
+        architecture = self.model_facts.get("architecture")
+        return architecture if isinstance(architecture, str) and architecture else None
 
     @property
     def evidence(self) -> Evidence | None:
-        """What was measured of the axis; None where the provenance says nothing of it.
+        """The held-out tests of the axis; None if the provenance has none.
 
         Raises
         ------
         ProfileError
-            what it says is not in the form that this version writes, or of another number of layers.
+            they are not in the form that this version writes, or have another number of layers.
 
         Examples
         --------
@@ -200,18 +189,17 @@ class CapProfile:
         stored = self.provenance.get("evidence")
         if stored is None:
             return None
-        found = Evidence.read(stored)
-        depth = self.num_layers or len(found.auc)
+        evidence = Evidence.read(stored)
+        depth = len(evidence.auc)
         require(
-            len(found.auc) == depth and self.layers[-1] < depth,
-            f"its evidence is of {len(found.auc)} layers, and not of the model's",
+            depth == (self.num_layers or depth) and self.layers[-1] < depth,
+            f"its evidence is of {depth} layers, and not of the model's",
         )
-        return found
+        return evidence
 
     @property
     def digest(self) -> str:
-        """Names what of this profile changes a model: its layers, axes, floors, and what it says of targets, lifts and
-        norm_limits. Equal in equal profiles alone.
+        """A hash of all that changes a model: layers, axes, floors, targets, lifts and norm_limits.
 
         Examples
         --------
@@ -221,17 +209,18 @@ class CapProfile:
         False
         """
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
-        for tensor in (self.axes, self.floors):
-            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        for name in PER_CAPPED_LAYER:
+        for name in ("axes", "floors", *PER_CAPPED_LAYER):
             tensor = getattr(self, name)
-            if tensor is not None:
-                content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            if tensor is None:
+                continue
+            if name in PER_CAPPED_LAYER:
+                content.update(name.encode())
+            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return content.hexdigest()[:32]
 
     @property
     def knows_sinks(self) -> bool:
-        """Whether a limit keeps the cap from lifting an attention sink.
+        """Whether the profile has norm limits, which exempt attention sinks from the cap.
 
         Examples
         --------
@@ -241,9 +230,10 @@ class CapProfile:
         return self.norm_limits is not None
 
     def slot_at(self, layer: int, directions: int) -> Slot:
-        """This profile's slot in the bank of one layer, for a bank of K directions.
+        """The profile's slot in the bank of one layer, for a bank of K directions.
 
-        Directions that it has not, and all of them at a layer that it does not cap, never fire and limit nothing.
+        Missing directions never fire. At a layer that the profile does not cap, no direction fires and no row is a
+        sink.
 
         Parameters
         ----------
@@ -262,40 +252,34 @@ class CapProfile:
         >>> profile.slot_at(profile.layers[0], 2).floors.shape
         torch.Size([2])
         """
-        axes = lifts = torch.eye(1, self.hidden_size)
-        floors = targets = torch.tensor([-math.inf])
-        norm_limit = torch.tensor(math.inf)
+        slot = Slot.off(self.hidden_size)
         if layer in self.layers:
-            at = self.layers.index(layer)
-            axes, floors = self.axes[at], self.floors[at]
-            lifts = axes if self.lifts is None else self.lifts[at]
-            targets = floors if self.targets is None else self.targets[at]
-            norm_limit = norm_limit if self.norm_limits is None else self.norm_limits[at]
-        missing = directions - len(axes)
-        off = floors.new_full((missing,), -math.inf)
-        return Slot(
-            torch.cat([axes, axes[-1:].expand(missing, -1)]),
-            torch.cat([lifts, lifts[-1:].expand(missing, -1)]),
-            torch.cat([floors, off]),
-            torch.cat([targets, off]),
-            norm_limit,
-        )
+            index = self.layers.index(layer)
+            axes, floors = self.axes[index], self.floors[index]
+            slot = Slot(
+                axes,
+                axes if self.lifts is None else self.lifts[index],
+                floors,
+                floors if self.targets is None else self.targets[index],
+                slot.norm_limit if self.norm_limits is None else self.norm_limits[index],
+            )
+        return slot.padded(directions)
 
     @property
     def percentiles(self) -> tuple[float, ...]:
-        """The columns of the quantile tables; empty where the provenance does not say them.
+        """The columns of the quantile tables; empty if the provenance does not state them.
 
         Examples
         --------
         >>> 50.0 in profile.percentiles
         True
         """
-        known = self._quantile_facts.get("percentiles")
-        return tuple(map(float, known)) if isinstance(known, list) and is_number_list(known) else ()
+        percentiles: Any = self._quantile_facts.get("percentiles")
+        return tuple(map(float, percentiles)) if is_number_list(percentiles) else ()
 
     @property
     def tables(self) -> dict[str, Tensor]:
-        """The quantile tables by population, (n_layers, Q) each; empty where there are none, or not as stated.
+        """The quantile tables by population, (n_layers, Q) each; empty if there are none that fit the provenance.
 
         Examples
         --------
@@ -305,12 +289,13 @@ class CapProfile:
         names = self._quantile_facts.get("populations")
         if self.populations is None or not isinstance(names, Mapping | list) or len(names) != len(self.populations):
             return {}
-        fits = len(self.percentiles) == self.populations.shape[2]
-        return dict(zip(names, self.populations, strict=True)) if fits else {}
+        if len(self.percentiles) != self.populations.shape[2]:
+            return {}
+        return dict(zip(names, self.populations, strict=True))
 
     @property
     def population(self) -> str | None:
-        """Whose projections the floors are a percentile of; None where the provenance does not say, or has no table.
+        """The population whose percentile the floors are; None if the provenance does not state one with a table.
 
         Examples
         --------
@@ -318,29 +303,29 @@ class CapProfile:
         True
         """
         facts = self.provenance.get("floors")
-        named = facts.get("population") if isinstance(facts, Mapping) else None
-        return named if isinstance(named, str) and named in self.tables else None
+        name = facts.get("population") if isinstance(facts, Mapping) else None
+        return name if isinstance(name, str) and name in self.tables else None
 
     def population_count(self, name: str) -> int | None:
-        """Of how many projections a quantile table is; None where the provenance does not say.
+        """The number of projections behind a quantile table; None if the provenance does not state it.
 
         Parameters
         ----------
         name
-            of a population, one of :attr:`tables`.
+            a population of :attr:`tables`.
 
         Returns
         -------
         int or None
-            The number of projections.
+            At every layer.
 
         Examples
         --------
         >>> profile.population_count(profile.population) > 0
         True
         """
-        known = self._quantile_facts.get("populations")
-        entry = known.get(name) if isinstance(known, Mapping) else None
+        populations = self._quantile_facts.get("populations")
+        entry = populations.get(name) if isinstance(populations, Mapping) else None
         count = entry.get("count") if isinstance(entry, Mapping) else None
         return count if isinstance(count, int) else None
 
@@ -350,19 +335,19 @@ class CapProfile:
         return facts if isinstance(facts, Mapping) else {}
 
     def with_floors(self, floors: Tensor, targets: Tensor | None = None) -> CapProfile:
-        """The same axes with other floors (L, K), and other targets.
+        """The same axes with other floors and targets.
 
         Parameters
         ----------
         floors
             (L, K) float32, finite or ``-inf``.
         targets
-            (L, K) float32, at least the floors. Without them each target stays as far above its floor as it was.
+            (L, K) float32, at least the floors. Default: each target stays as far above its floor as it was.
 
         Returns
         -------
         CapProfile
-            With the same provenance, but for what it said of the floors.
+            With the same provenance.
 
         Examples
         --------
@@ -372,7 +357,7 @@ class CapProfile:
         """
         if targets is None and self.targets is not None and floors.shape == self.floors.shape:
             targets = floors + gaps(self.floors, self.targets)
-        return self._with(self.layers, self.axes, floors, targets=targets)
+        return self._replace(self.layers, self.axes, floors, targets=targets)
 
     @property
     def strength(self) -> float:
@@ -389,9 +374,9 @@ class CapProfile:
         return 1.0 if abs(least - 1) <= UNIT_TOLERANCE else least
 
     def with_strength(self, strength: float) -> CapProfile:
-        """The same with weaker corrections: a row below its floor is lifted by this share of the way to its target.
+        """A weaker profile: a row below its floor is lifted by this share of the way to its target.
 
-        With strength 0 nothing is lifted: what is left is :meth:`measuring_only`.
+        With strength 0 nothing is lifted, as in :meth:`measuring_only`.
 
         Parameters
         ----------
@@ -401,7 +386,7 @@ class CapProfile:
         Returns
         -------
         CapProfile
-            With lifts of that length.
+            With ``<axis, lift>`` equal to the strength.
 
         Raises
         ------
@@ -419,32 +404,27 @@ class CapProfile:
         if strength == 0:
             return self.measuring_only()
         lifts = self.axes if self.lifts is None else self.lifts
-        whole = self.axis_all if self.lift_all is None else self.lift_all
-        return self._with(
-            self.layers,
-            self.axes,
-            self.floors,
-            lifts=lifts * strength,
-            lift_all=None if whole is None else whole * strength,
-        )
+        lift_all = self.axis_all if self.lift_all is None else self.lift_all
+        lift_all = None if lift_all is None else lift_all * strength
+        return self._replace(self.layers, self.axes, self.floors, lifts=lifts * strength, lift_all=lift_all)
 
     def at_layers(self, layers: Sequence[int]) -> CapProfile:
-        """The same at some of its layers, ascending.
+        """A profile that caps only some of the layers.
 
         Parameters
         ----------
         layers
-            some of the profile's, ascending.
+            some of the capped layers, ascending.
 
         Returns
         -------
         CapProfile
-            With the axes and floors of those alone.
+            With the axes and floors of these layers.
 
         Raises
         ------
         ProfileError
-            naming the layer that is none of them.
+            naming the layers that are not capped.
 
         Examples
         --------
@@ -453,17 +433,17 @@ class CapProfile:
         """
         missing = [layer for layer in layers if layer not in self.layers]
         require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
-        chosen = [self.layers.index(layer) for layer in layers]
-        parts = {name: getattr(self, name) for name in PER_CAPPED_LAYER}
-        parts = {name: part if part is None else part[chosen] for name, part in parts.items()}
-        return self._with(layers, self.axes[chosen], self.floors[chosen], **parts)
+        indices = [self.layers.index(layer) for layer in layers]
+        tensors = {name: getattr(self, name) for name in PER_CAPPED_LAYER}
+        tensors = {name: None if tensor is None else tensor[indices] for name, tensor in tensors.items()}
+        return self._replace(layers, self.axes[indices], self.floors[indices], **tensors)
 
-    def _with(self, layers: Sequence[int], axes: Tensor, floors: Tensor, **others: Tensor | None) -> CapProfile:
-        more = {name: getattr(self, name) for name in OPTIONAL} | others
-        return CapProfile(layers, axes, floors, self.provenance, **more)
+    def _replace(self, layers: Sequence[int], axes: Tensor, floors: Tensor, **changes: Tensor | None) -> CapProfile:
+        tensors = {name: getattr(self, name) for name in OPTIONAL} | changes
+        return CapProfile(layers, axes, floors, self.provenance, **tensors)
 
     def measuring_only(self) -> CapProfile:
-        """The same axes with every floor at ``-inf``: an installation of it sees everything and changes nothing.
+        """The same axes with every floor at ``-inf``: an installation measures every row and changes none.
 
         Returns
         -------
@@ -478,17 +458,17 @@ class CapProfile:
         return self.with_floors(torch.full_like(self.floors, -torch.inf))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file in one step: whoever reads the path sees the old file or the whole new one.
+        """Writes the file in one step: a reader of the path sees the old file or the whole new one.
 
         Parameters
         ----------
         path
-            of the file, ``.safetensors`` by custom.
+            of the file, with the suffix ``.safetensors`` by custom.
 
         Raises
         ------
         FileNotFoundError
-            its folder does not exist.
+            the folder of the file does not exist.
 
         Examples
         --------
@@ -505,15 +485,15 @@ class CapProfile:
         Parameters
         ----------
         path
-            of a file, or a URL of fsspec (``s3://``, ``gs://``, ``hf://``, ``https://``). ``#`` and a digest at
-            its end say which content it must have.
+            of a file, or a URL of fsspec (``s3://``, ``gs://``, ``hf://``, ``https://``). If ``#`` and a digest
+            follow, the profile must have this digest.
 
         Raises
         ------
         ProfileError
-            a sentence that names the file and what is wrong with it.
+            naming the file and what is wrong with it.
         FileNotFoundError
-            there is no such file.
+            the file does not exist.
 
         Examples
         --------
@@ -535,23 +515,23 @@ class CapProfile:
 
     @classmethod
     def from_pretrained(cls, repo: str, *, revision: str | None = None, file: str = hub.FILE) -> CapProfile:
-        """A profile from a hub, or from what was downloaded of it before.
+        """Loads a profile from a hub, or from the hub's local cache.
 
         Parameters
         ----------
         repo
             ``organisation/name``, or a folder that :meth:`save_pretrained` wrote.
         revision
-            a branch, a tag or a commit; the main branch without it. A commit is the same content for ever.
+            a branch, a tag or a commit. Default: the main branch. Only a commit is the same content for ever.
         file
-            its name there.
+            the profile's name in the repository.
 
         Raises
         ------
         ModuleNotFoundError
-            naming the extra, without huggingface_hub.
+            huggingface_hub is missing; the message names the extra.
         OSError
-            the repository, the revision or the file is not there, or the hub cannot be reached.
+            the repository, the revision or the file does not exist, or the hub cannot be reached.
         ProfileError
             the file is no profile.
 
@@ -564,12 +544,12 @@ class CapProfile:
         return cls.load(Path(repo) / file if Path(repo).is_dir() else hub.download(repo, file, revision))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder as a hub has it: the profile, and a card of its provenance and evidence as ``README.md``.
+        """Writes a folder for a hub: the profile, and a model card (``README.md``) of its provenance and evidence.
 
         Parameters
         ----------
         folder
-            made where it is not there.
+            created if it does not exist.
 
         Examples
         --------
@@ -579,7 +559,7 @@ class CapProfile:
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / hub.FILE)
-        card = hub.card(str(self.model_facts.get("id", "an unknown model")), self.digest, self._summary())
+        card = render_card(str(self.model_facts.get("id", "an unknown model")), self.digest, self._summary())
         (Path(folder) / "README.md").write_text(card, "utf-8")
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
@@ -588,7 +568,7 @@ class CapProfile:
         Parameters
         ----------
         repo
-            ``organisation/name``; it is made where it is not there. The token is that of ``hf auth login``.
+            ``organisation/name``; created if it does not exist. The token is that of ``hf auth login``.
         private
             whether a new repository is private.
 
@@ -600,9 +580,9 @@ class CapProfile:
         Raises
         ------
         ModuleNotFoundError
-            naming the extra, without huggingface_hub.
+            huggingface_hub is missing; the message names the extra.
         OSError
-            the hub cannot be reached, or does not let you.
+            the hub cannot be reached, or refuses.
 
         Examples
         --------
@@ -613,31 +593,17 @@ class CapProfile:
             return hub.upload(Path(folder), repo, f"Profile {self.digest}", private=private)
 
     def _summary(self) -> dict[str, str]:
-        """What is known, in a few words each."""
-        floors, evidence = self.provenance.get("floors"), self.evidence
-        place = "not stated"
-        if isinstance(floors, Mapping) and {"percentile", "population"} <= floors.keys():
-            place = f"percentile {floors['percentile']} of {floors['population']}"
-            if "target_percentile" in floors:
-                place += f"; rows below are lifted to percentile {floors['target_percentile']}"
-        found = {
+        """The facts of the model card."""
+        rows = {
             "model": str(self.model_facts.get("id", "unknown")),
             "digest": self.digest,
             "capped layers": f"{ranges(self.layers)} of {self.num_layers or 'unknown'}",
             "directions a layer": str(self.directions),
             "strength": f"{self.strength:g}",
-            "floors": place,
+            "floors": describe_floors(self.provenance.get("floors")),
             "attention sinks": "left alone, by their norm" if self.knows_sinks else "no limit is known",
         }
+        evidence = self.evidence
         if evidence is not None:
-            best = evidence.best_layer
-            low, high = evidence.auc_interval
-            found[f"held-out AUC, layer {best}"] = f"{evidence.auc[best]:.3f} (95 %: {low:.3f} to {high:.3f})"
-            for kind, values in sorted(evidence.auc_by_kind.items()):
-                found[f"held-out AUC of {kind} roles"] = f"{values[best]:.3f}"
-        return found | {name: str(self.provenance[name]) for name in ("created", "axiscap") if name in self.provenance}
-
-
-def gaps(floors: Tensor, targets: Tensor) -> Tensor:
-    """How far targets are above their floors, of the same shape; 0 for a direction that is off."""
-    return torch.where(floors.isneginf(), 0.0, targets - floors)
+            rows |= describe_evidence(evidence)
+        return rows | {name: str(self.provenance[name]) for name in ("created", "axiscap") if name in self.provenance}

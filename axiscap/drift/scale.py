@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from axiscap.profile import CapProfile, ProfileError, ranges
+from axiscap.profile import CapProfile, ProfileError, format_layers
 
 #: Upper bounds of a histogram of percentiles.
 BUCKETS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 100.0)
@@ -210,7 +210,7 @@ def check_layers(profile: CapProfile, layers: Sequence[int]) -> None:
     known = known_layers(profile)
     unknown = sorted(set(layers) - set(known))
     if unknown:
-        raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {ranges(known)}")
+        raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {format_layers(known)}")
 
 
 def summed(projections: Tensor, floor: float) -> tuple[float, int, int]:

@@ -1,10 +1,10 @@
 """The profile: what a user saves, shares and installs. One safetensors file; loading never unpickles."""
 
-from axiscap.profile.checks import MAX_DIRECTIONS, MAX_LAYERS, ProfileError, ranges
+from axiscap.profile.checks import MAX_DIRECTIONS, MAX_LAYERS, ProfileError, format_layers
 from axiscap.profile.evidence import Evidence
 from axiscap.profile.file import CONVERTED, MAX_FILE_BYTES, check_file
 from axiscap.profile.record import CapProfile
-from axiscap.profile.slot import Slot, gaps
+from axiscap.profile.slot import Slot, target_gaps
 from axiscap.profile.source import is_url
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "ProfileError",
     "Slot",
     "check_file",
-    "gaps",
+    "format_layers",
     "is_url",
-    "ranges",
+    "target_gaps",
 ]

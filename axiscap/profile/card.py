@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from axiscap.profile.evidence import Evidence
 from axiscap.profile.hub import FILE
@@ -38,9 +39,9 @@ A server takes `hf://REPOSITORY/{FILE}#{digest}`; the digest says which content 
 """
 
 
-def describe_floors(facts: object) -> str:
+def describe_floors(facts: Mapping[str, Any]) -> str:
     """The provenance's entry about the floors, in words."""
-    if not isinstance(facts, Mapping) or not {"percentile", "population"} <= facts.keys():
+    if not {"percentile", "population"} <= facts.keys():
         return "not stated"
     text = f"percentile {facts['percentile']} of {facts['population']}"
     if "target_percentile" in facts:

@@ -68,7 +68,7 @@ def to_integers(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
         raise ProfileError(f"{name} must be integers, got {values!r}") from None
 
 
-def ranges(numbers: Iterable[int]) -> str:
+def format_layers(numbers: Iterable[int]) -> str:
     """Ascending numbers as text: ``8-27, 30``."""
     runs: list[list[int]] = []
     for number in numbers:

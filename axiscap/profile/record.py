@@ -20,15 +20,15 @@ from axiscap.profile.checks import (
     UNIT_TOLERANCE,
     ProfileError,
     check_profile,
+    format_layers,
     is_number,
     is_number_list,
-    ranges,
     require,
     to_integers,
 )
 from axiscap.profile.evidence import Evidence
 from axiscap.profile.file import read_file, write_file
-from axiscap.profile.slot import Slot, gaps
+from axiscap.profile.slot import Slot, target_gaps
 from axiscap.profile.source import open_location, split_digest
 
 
@@ -157,8 +157,7 @@ class CapProfile:
         >>> profile.model_facts["hidden_size"]
         576
         """
-        facts = self.provenance.get("model", {})
-        return facts if isinstance(facts, Mapping) else {}
+        return self._facts("model")
 
     @property
     def architecture(self) -> str | None:
@@ -205,8 +204,6 @@ class CapProfile:
         --------
         >>> profile.digest == profile.with_floors(profile.floors).digest
         True
-        >>> profile.digest == profile.with_floors(profile.floors + 1).digest
-        False
         """
         content = hashlib.sha256(repr((self.layers, tuple(self.axes.shape))).encode())
         for name in ("axes", "floors", *PER_CAPPED_LAYER):
@@ -232,8 +229,7 @@ class CapProfile:
     def slot_at(self, layer: int, directions: int) -> Slot:
         """The profile's slot in the bank of one layer, for a bank of K directions.
 
-        Missing directions never fire. At a layer that the profile does not cap, no direction fires and no row is a
-        sink.
+        Missing directions never fire. At a layer that is not capped, no direction fires and no row is a sink.
 
         Parameters
         ----------
@@ -245,7 +241,7 @@ class CapProfile:
         Returns
         -------
         Slot
-            ``axes`` and ``lifts`` (K, H), ``floors`` and ``targets`` (K,), ``norm_limit`` (), float32.
+            In float32.
 
         Examples
         --------
@@ -274,7 +270,7 @@ class CapProfile:
         >>> 50.0 in profile.percentiles
         True
         """
-        percentiles: Any = self._quantile_facts.get("percentiles")
+        percentiles: Any = self._facts("quantiles").get("percentiles")
         return tuple(map(float, percentiles)) if is_number_list(percentiles) else ()
 
     @property
@@ -286,7 +282,7 @@ class CapProfile:
         >>> {table.shape[0] for table in profile.tables.values()}
         {30}
         """
-        names = self._quantile_facts.get("populations")
+        names = self._facts("quantiles").get("populations")
         if self.populations is None or not isinstance(names, Mapping | list) or len(names) != len(self.populations):
             return {}
         if len(self.percentiles) != self.populations.shape[2]:
@@ -302,8 +298,7 @@ class CapProfile:
         >>> profile.population in profile.tables
         True
         """
-        facts = self.provenance.get("floors")
-        name = facts.get("population") if isinstance(facts, Mapping) else None
+        name = self._facts("floors").get("population")
         return name if isinstance(name, str) and name in self.tables else None
 
     def population_count(self, name: str) -> int | None:
@@ -324,15 +319,14 @@ class CapProfile:
         >>> profile.population_count(profile.population) > 0
         True
         """
-        populations = self._quantile_facts.get("populations")
+        populations = self._facts("quantiles").get("populations")
         entry = populations.get(name) if isinstance(populations, Mapping) else None
         count = entry.get("count") if isinstance(entry, Mapping) else None
         return count if isinstance(count, int) else None
 
-    @property
-    def _quantile_facts(self) -> Mapping[str, Any]:
-        facts = self.provenance.get("quantiles")
-        return facts if isinstance(facts, Mapping) else {}
+    def _facts(self, key: str) -> Mapping[str, Any]:
+        entry = self.provenance.get(key)
+        return entry if isinstance(entry, Mapping) else {}
 
     def with_floors(self, floors: Tensor, targets: Tensor | None = None) -> CapProfile:
         """The same axes with other floors and targets.
@@ -356,7 +350,7 @@ class CapProfile:
         True
         """
         if targets is None and self.targets is not None and floors.shape == self.floors.shape:
-            targets = floors + gaps(self.floors, self.targets)
+            targets = floors + target_gaps(self.floors, self.targets)
         return self._replace(self.layers, self.axes, floors, targets=targets)
 
     @property
@@ -376,12 +370,10 @@ class CapProfile:
     def with_strength(self, strength: float) -> CapProfile:
         """A weaker profile: a row below its floor is lifted by this share of the way to its target.
 
-        With strength 0 nothing is lifted, as in :meth:`measuring_only`.
-
         Parameters
         ----------
         strength
-            from 0 to 1.
+            from 0 to 1; 0 lifts nothing, as :meth:`measuring_only`.
 
         Returns
         -------
@@ -434,8 +426,7 @@ class CapProfile:
         missing = [layer for layer in layers if layer not in self.layers]
         require(not missing, f"layers must be among those that are capped, {list(self.layers)}, got {missing}")
         indices = [self.layers.index(layer) for layer in layers]
-        tensors = {name: getattr(self, name) for name in PER_CAPPED_LAYER}
-        tensors = {name: None if tensor is None else tensor[indices] for name, tensor in tensors.items()}
+        tensors = {name: t[indices] for name in PER_CAPPED_LAYER if (t := getattr(self, name)) is not None}
         return self._replace(layers, self.axes[indices], self.floors[indices], **tensors)
 
     def _replace(self, layers: Sequence[int], axes: Tensor, floors: Tensor, **changes: Tensor | None) -> CapProfile:
@@ -597,10 +588,10 @@ class CapProfile:
         rows = {
             "model": str(self.model_facts.get("id", "unknown")),
             "digest": self.digest,
-            "capped layers": f"{ranges(self.layers)} of {self.num_layers or 'unknown'}",
+            "capped layers": f"{format_layers(self.layers)} of {self.num_layers or 'unknown'}",
             "directions a layer": str(self.directions),
             "strength": f"{self.strength:g}",
-            "floors": describe_floors(self.provenance.get("floors")),
+            "floors": describe_floors(self._facts("floors")),
             "attention sinks": "left alone, by their norm" if self.knows_sinks else "no limit is known",
         }
         evidence = self.evidence

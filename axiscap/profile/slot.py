@@ -37,6 +37,6 @@ class Slot(NamedTuple):
         )
 
 
-def gaps(floors: Tensor, targets: Tensor) -> Tensor:
+def target_gaps(floors: Tensor, targets: Tensor) -> Tensor:
     """How far targets are above their floors, of the same shape; 0 for a direction that is off."""
     return torch.where(floors.isneginf(), 0.0, targets - floors)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axiscap.fit import ModelFacts, check_fits, unstated
-from axiscap.profile import CapProfile, is_url, ranges
+from axiscap.profile import CapProfile, format_layers, is_url
 from axiscap_plugin import is_nearly
 
 #: What a request says to be left alone, where the operator allows it.
@@ -268,7 +268,7 @@ class Settings:
         registry = Registry(self)
         profiles = ", ".join(f"{name} ({digest})" for name, digest in self.digests.items())
         default = self.default or "none: requests that name no profile are left alone"
-        where = f"{ROWS[self.positions]} at layers {ranges(self.layers)}"
+        where = f"{ROWS[self.positions]} at layers {format_layers(self.layers)}"
         said = f"axiscap: capping {where} under {profiles}; default {default}"
         said += f"; requests may choose {', '.join(registry.choices)}"
         for name, profile in self._load().items():

@@ -13,6 +13,7 @@ FACES = {
     "axiscap.calibrate",
     "axiscap.drift",
     "axiscap.evaluate",
+    "axiscap.interop",
     "axiscap.profile",
     "axiscap.serving",
     "axiscap.view",

@@ -731,7 +731,7 @@ def report(
 
         selection = drift.Selection(drift.Scale.of(loaded_profile, layer))
         if conversations is not None:
-            every = drift.known_layers(loaded_profile)
+            every = drift.measurable_layers(loaded_profile)
             with _progress(rate=True) as progress:
                 for trace in _replayed(progress, loaded_profile, conversations, model, every, None, None):
                     selection.add(trace)
@@ -814,7 +814,7 @@ def replay(
 
     selection, below = drift.Selection(scale), 0
     scales = [drift.Scale.of(loaded_profile, number) for number in measured]
-    with _progress(rate=True) as progress, drift.writing_records(out, scales) as write:
+    with _progress(rate=True) as progress, drift.open_records(out, scales) as write:
         on_error = leave_out if skip_bad else None
         for trace in _replayed(progress, loaded_profile, conversations, model, measured, capped, on_error):
             path = selection.add(trace)
@@ -876,7 +876,7 @@ def _show_groups(selection: drift.Selection) -> None:
         table.add_column(name, justify="left" if name in ("group", "side") else "right")
     for (name, side), group in sorted(selection.groups.items()):
         counts = (f"{count} of {group.answers}" for count in (group.below, group.abnormal))
-        table.add_row(escape(name), escape(side), str(group.conversations), group.described(), *counts)
+        table.add_row(escape(name), escape(side), str(group.conversations), group.describe_level(), *counts)
     _show("by group", table)
 
 

@@ -178,7 +178,7 @@ def test_replay_gives_what_each_conversation_gives_alone(demo_model, shipped_pro
     assert [trace.conversation for trace in traces] == conversations
     for trace in traces:
         assert trace.layers == (3, 18, 21)
-        profile = drift.measuring(shipped_profile, [3, 18, 21], capped=trace.conversation.side == "capped")
+        profile = drift.make_probe(shipped_profile, [3, 18, 21], capped=trace.conversation.side == "capped")
         with axiscap.install(model, profile) as cap, torch.inference_mode():
             model(torch.tensor([trace.text.tokens]))
             seen = cap.projections()
@@ -228,7 +228,7 @@ def test_a_conversation_that_is_too_long_is_named_and_stops_or_is_skipped(demo_m
 def test_a_layer_without_an_axis_is_named(shipped_profile):
     bare = CapProfile(shipped_profile.layers, shipped_profile.axes, shipped_profile.floors)
     with pytest.raises(ValueError, match="no axis at layer 3; it has one at 8-27"):
-        drift.measuring(bare, [3])
+        drift.make_probe(bare, [3])
     with pytest.raises(ValueError, match="no axis at layer 30; it has one at 0-29"):
         Scale.of(shipped_profile, 30)
 
@@ -281,9 +281,9 @@ def test_a_percentile_is_where_the_table_says(shipped_profile):
     assert scale.percentile(between) == pytest.approx((scale.ranks[9] + scale.ranks[10]) / 2)
     bare = CapProfile([2], unit(1, 1, 8), torch.zeros(1, 1))
     assert math.isnan(Scale.of(bare).percentile(0.0))
-    assert drift.percentile_in_words(1.0) == "below 99 % of normal answers"
-    assert drift.percentile_in_words(0.0) == "below more than 99.5 % of normal answers"
-    assert drift.percentile_in_words(60.0) == "above 60 % of normal answers"
+    assert drift.describe_percentile(1.0) == "below 99 % of normal answers"
+    assert drift.describe_percentile(0.0) == "below more than 99.5 % of normal answers"
+    assert drift.describe_percentile(60.0) == "above 60 % of normal answers"
 
 
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), min_size=1, max_size=9))

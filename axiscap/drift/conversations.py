@@ -1,15 +1,16 @@
-"""Stored conversations: read from files, and encoded as the model's chat template has them."""
+"""Stored conversations: reading them from files, and encoding them by the chat template."""
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: The sides of a conversation that was generated without a profile in force and with it.
+from axiscap import jsonl
+
+#: The sides of a conversation that was generated twice: without a profile, and under one.
 UNCAPPED, CAPPED = "uncapped", "capped"
 #: What stands in a message's place while the chat template is asked where it puts it.
 _MARK = "\u2402axiscap\u2403"
@@ -22,13 +23,13 @@ class Conversation:
     Parameters
     ----------
     name
-        by which people know it.
+        a label for tables.
     messages
         ``role`` and ``content`` each.
     group
-        what it belongs to, such as a domain.
+        a label that several conversations share, such as a domain.
     side
-        ``capped`` or ``uncapped``, where it is known which it was.
+        ``capped`` or ``uncapped``, if the conversation was generated so.
 
     Examples
     --------
@@ -41,12 +42,12 @@ class Conversation:
     name: str
     messages: tuple[dict[str, str], ...]
     group: str = ""
-    side: str = ""  # UNCAPPED or CAPPED, where the same conversation was generated uncapped and capped
+    side: str = ""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role, and its tokens from ``start`` to before ``end``, without what the template puts around."""
+    """The tokens of one message, from ``start`` to before ``end``, without what the template adds around it."""
 
     role: str
     start: int
@@ -54,19 +55,19 @@ class Turn:
 
 
 def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = None) -> Iterator[Conversation]:
-    """The conversations of a file, one after another, in memory that does not grow with their number.
+    """Reads the conversations of a file one at a time. Memory does not grow with their number in a ``.jsonl`` file.
 
-    ``.jsonl`` has one on each line, any other file is one JSON value: a conversation, or a list of them. A conversation
-    is a list of messages, or an object that has one under ``messages``, ``conversation`` or ``conversations``, and
-    perhaps ``name`` (or ``id``), ``group`` and ``side``. A message is ``{"role", "content"}`` (content also as a list
-    of text parts), or ShareGPT's ``{"from", "value"}``.
+    A ``.jsonl`` file has a conversation on each line. Any other file is one JSON value: a conversation, or a list of
+    them. A conversation is a list of messages, or an object that has such a list as ``messages``, ``conversation`` or
+    ``conversations``, and optionally ``name`` (or ``id``), ``group`` and ``side``. A message is ``{"role",
+    "content"}`` (the content a string or a list of text parts), or ShareGPT's ``{"from", "value"}``.
 
     Parameters
     ----------
     path
         of the file.
     on_error
-        called with a sentence for each entry that is none, which is then left out.
+        called with a sentence for each entry that is no conversation, which is then left out.
 
     Yields
     ------
@@ -76,7 +77,7 @@ def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = N
     Raises
     ------
     ValueError
-        without ``on_error``, the same sentence; it names the file and the line or entry.
+        without ``on_error``: the same sentence, which names the file and the line or the conversation's number.
     OSError
         the file cannot be read.
 
@@ -87,60 +88,58 @@ def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = N
     >>> [len(conversation.messages) for conversation in drift.read_conversations(folder / "one.json")]
     [1]
     """
-    lines = path.suffix == ".jsonl"
-    for number, entry in _entries(path) if lines else enumerate(_listed(path), start=1):
-        where = f"{path}, {'line' if lines else 'conversation'} {number}"
+    unit = "line" if path.suffix == ".jsonl" else "conversation"
+    for number, entry in _entries(path):
         try:
-            if isinstance(entry, ValueError):
+            if isinstance(entry, jsonl.NotJsonError):
                 raise entry
-            conversation = _conversation(entry, f"{number}")
+            conversation = _to_conversation(entry, str(number))
         except ValueError as error:
             if on_error is None:
-                raise ValueError(f"{where}: {error}") from None
-            on_error(f"{where}: {error}")
+                raise ValueError(f"{path}, {unit} {number}: {error}") from None
+            on_error(f"{path}, {unit} {number}: {error}")
         else:
             yield conversation
 
 
 def _entries(path: Path) -> Iterator[tuple[int, object]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parsed(line)
+    """The entries of a file with their numbers. The error stands for an entry that is no JSON."""
+    if path.suffix == ".jsonl":
+        for line in jsonl.read_lines(path):
+            yield line.number, _try(line.parse)
+        return
+    value = _try(lambda: jsonl.parse_json(path.read_bytes()))
+    is_list = isinstance(value, list) and not (value and isinstance(value[0], dict) and _is_message(value[0]))
+    yield from enumerate(value if is_list and isinstance(value, list) else [value], start=1)
 
 
-def _parsed(text: bytes) -> object:
+def _try(parse: Callable[[], object]) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON ({error})")
-
-
-def _listed(path: Path) -> list[object]:
-    found = _parsed(path.read_bytes())
-    is_many = isinstance(found, list) and not (found and isinstance(found[0], dict) and _is_message(found[0]))
-    return list(found) if is_many and isinstance(found, list) else [found]
+        return parse()
+    except jsonl.NotJsonError as error:
+        return error
 
 
 def _is_message(entry: Mapping[str, Any]) -> bool:
     return "role" in entry or "from" in entry
 
 
+#: The roles of a message by the names that ShareGPT and its kin have for them.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
-def _conversation(entry: object, name: str) -> Conversation:
+def _to_conversation(entry: object, default_name: str) -> Conversation:
     facts: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
-    found = [facts[key] for key in ("messages", "conversation", "conversations") if key in facts]
-    listed = found[0] if found else entry
-    if not isinstance(listed, list) or not listed:
+    lists = [facts[key] for key in ("messages", "conversation", "conversations") if key in facts]
+    entries = lists[0] if lists else entry
+    if not isinstance(entries, list) or not entries:
         raise ValueError("a conversation must be a non-empty list of messages, or an object that has one as messages")
-    messages = tuple(_message(message, at) for at, message in enumerate(listed, start=1))
-    label = facts.get("name", facts.get("id", name))
-    return Conversation(str(label), messages, str(facts.get("group", "")), str(facts.get("side", "")))
+    messages = tuple(_to_message(message, number) for number, message in enumerate(entries, start=1))
+    name = facts.get("name", facts.get("id", default_name))
+    return Conversation(str(name), messages, str(facts.get("group", "")), str(facts.get("side", "")))
 
 
-def _message(entry: object, at: int) -> dict[str, str]:
+def _to_message(entry: object, number: int) -> dict[str, str]:
     facts: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     role = facts.get("role", facts.get("from"))
     content = facts.get("content", facts.get("value"))
@@ -149,13 +148,13 @@ def _message(entry: object, at: int) -> dict[str, str]:
     ):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"message {at} must have a role and a text")
+        raise ValueError(f"message {number} must have a role and a text")
     return {"role": _ROLES.get(role, role), "content": content}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation in tokens: their ids, the text that each stands for, and the messages' places."""
+    """A conversation in tokens: their ids, the text of each, and the turns that they belong to."""
 
     tokens: list[int]
     pieces: list[str]

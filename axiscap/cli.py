@@ -32,6 +32,7 @@ from rich.text import Text
 import axiscap
 from axiscap import bench as bench_module
 from axiscap import drift, models
+from axiscap.jsonl import read_lines
 from axiscap.profile import CapProfile, Evidence, ProfileError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -753,7 +754,7 @@ def _replayed(
     on_error: Callable[[str], None] | None,
 ) -> Iterator[drift.Trace]:
     # Each line a conversation; of other files the number is known only when all was read.
-    total = sum(1 for line in conversations.open("rb") if line.strip()) if conversations.suffix == ".jsonl" else None
+    total = sum(1 for _ in read_lines(conversations)) if conversations.suffix == ".jsonl" else None
     loaded, tokenizer = models.load(model)
     task = progress.add_task("conversations read", total=total)
     stored = drift.read_conversations(conversations, on_error=on_error)

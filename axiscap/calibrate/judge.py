@@ -14,6 +14,7 @@ import torch
 from axiscap.calibrate.data import DEFAULT_ROLE, Role, Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Shard
+from axiscap.jsonl import read_lines
 
 #: The score from which an answer is one of the role.
 TAKEN_ON = 3
@@ -98,10 +99,9 @@ def scores(
     """
     known: dict[str, int | None] = {}
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):  # what was cut off is asked again
-                entry = json.loads(line)
-                known[entry["id"]] = entry["score"]
+        for line in read_lines(path, complete=True):
+            entry = line.parse()
+            known[entry["id"]] = entry["score"]
         path.write_text("".join(json.dumps({"id": i, "score": s}) + "\n" for i, s in known.items()))
     unreadable = list(known.values()).count(None)
     path.parent.mkdir(parents=True, exist_ok=True)

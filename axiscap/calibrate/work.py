@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, numbered_lines, shipped
+from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, shipped
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
+from axiscap.jsonl import read_lines, to_text
 
 #: Tokens of an answer, where a request does not say otherwise: code and stories need them.
 TOKENS = 200
@@ -108,22 +109,24 @@ def load_work(path: Path | None = None) -> Work:
     """
     source = path or Path(str(files("axiscap.data") / "work.jsonl"))
     requests = []
-    for number, line in numbered_lines(source):
+    for line in read_lines(source):
         try:
-            entry = json.loads(line)
+            entry = line.parse()
             turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)
             fiction = entry.get("fiction", False)
-            fits = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
-            if not fits or not isinstance(entry["domain"], str) or type(tokens) is not int or tokens < 1:
+            fits = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)
+            if not fits or type(tokens) is not int or tokens < 1:
                 raise TypeError
+            to_text(entry["domain"], "domain")
             if check and check.split()[0] not in CHECKS:
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{source}, line {number}: must be {{"domain": name, "turns": [text, ...]}}, with a check of '
-                f"{', '.join(CHECKS)} and a number of tokens where it has them"
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise line.error(
+                'must be {"domain": name, "turns": [text, ...]}, with a check of '
+                f"{', '.join(CHECKS)} and a number of tokens where it has them",
+                error,
             ) from None
-        requests.append(Request(entry["domain"], tuple(turns), check, tokens, bool(fiction)))
+        requests.append(Request(entry["domain"], tuple(turns), check or "", tokens, bool(fiction)))
     work = Work(tuple(requests))
     if len(work.domains) < HOLD_OUT:
         raise ValueError(f"{source}: requests of at least {HOLD_OUT} domains are needed, got {len(work.domains)}")

@@ -104,3 +104,8 @@ def to_text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be a text that is not blank")
     return value
+
+
+def to_label(value: Any) -> str:
+    """A string or a number as text. Null, a missing value (None), a list and an object are no label, and give ""."""
+    return str(value) if isinstance(value, str | int | float) else ""

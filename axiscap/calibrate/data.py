@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from axiscap.jsonl import parse_json, read_lines, to_text
+from axiscap.jsonl import parse_json, read_lines, to_label, to_text
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
@@ -68,8 +68,8 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
     for path in sorted(source.glob("*.json")):
         try:
             content = parse_json(path.read_bytes())
-            prompts = [str(entry["pos"]).replace("{model_name}", model_name) for entry in content["instruction"]]
-            kind, judge = str(content.get("kind", "")), str(content.get("eval_prompt", ""))
+            prompts = [entry["pos"].replace("{model_name}", model_name) for entry in content["instruction"]]
+            kind, judge = to_label(content.get("kind")), to_label(content.get("eval_prompt"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a role, it must have an 'instruction' list with 'pos' ({error})") from None
         if not prompts:

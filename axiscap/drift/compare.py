@@ -14,7 +14,7 @@ from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED
 from axiscap.installation import install
-from axiscap.jsonl import read_lines
+from axiscap.jsonl import read_lines, to_label, to_text
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats
 
@@ -144,12 +144,12 @@ def load_scripts(path: Path | None = None) -> list[Script]:
     for line in read_lines(source):
         try:
             entry = line.parse()
-            turns = tuple(entry["turns"])
-            if not turns or not all(isinstance(turn, str) for turn in turns):
-                raise TypeError
-            labels = (str(entry.get(key, "")) for key in ("group", "topic"))
-            scripts.append(Script(str(entry["name"]), turns, *labels))
-        except (ValueError, KeyError, TypeError) as error:
+            name, *labels = (to_label(entry.get(key)) for key in ("name", "group", "topic"))
+            if not isinstance(entry["turns"], list) or not entry["turns"] or not name.strip():
+                raise ValueError
+            turns = tuple(to_text(turn, "turn") for turn in entry["turns"])
+            scripts.append(Script(name, turns, *labels))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise line.error('must be {"name": ..., "turns": [text, ...]}', error) from None
     if not scripts:
         raise ValueError(f"{source}: no conversation in it")

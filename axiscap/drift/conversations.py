@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axiscap import jsonl
+from axiscap.jsonl import to_label
 
 #: The sides of a conversation that was generated twice: without a profile, and under one.
 UNCAPPED, CAPPED = "uncapped", "capped"
@@ -135,8 +136,9 @@ def _to_conversation(entry: object, default_name: str) -> Conversation:
     if not isinstance(entries, list) or not entries:
         raise ValueError("a conversation must be a non-empty list of messages, or an object that has one as messages")
     messages = tuple(_to_message(message, number) for number, message in enumerate(entries, start=1))
-    name = facts.get("name", facts.get("id", default_name))
-    return Conversation(str(name), messages, str(facts.get("group", "")), str(facts.get("side", "")))
+    labels = [facts[key] for key in ("name", "id") if facts.get(key) is not None]
+    name = labels[0] if labels else default_name
+    return Conversation(str(name), messages, to_label(facts.get("group")), to_label(facts.get("side")))
 
 
 def _to_message(entry: object, number: int) -> dict[str, str]:
@@ -147,7 +149,7 @@ def _to_message(entry: object, number: int) -> dict[str, str]:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
+    if not isinstance(role, str) or not role.strip() or not isinstance(content, str):
         raise ValueError(f"message {number} must have a role and a text")
     return {"role": _ROLES.get(role, role), "content": content}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from axiscap.calibrate import Role, load_roles
 from axiscap.calibrate.data import shipped
-from axiscap.jsonl import read_lines
+from axiscap.jsonl import read_lines, to_label
 
 #: Columns that hold the request, in order: StrongREJECT's, JailbreakBench's (which has a Behavior too, a mere title),
 #: HarmBench's, and those of a JSONL file.
@@ -80,7 +80,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, str]]]:
     if path.suffix == ".jsonl":
         for line in read_lines(path):
             try:
-                row = {str(key): "" if value is None else str(value) for key, value in line.parse().items()}
+                row = {key: to_label(value) for key, value in line.parse().items()}
             except (ValueError, AttributeError) as error:
                 raise line.error("not a JSON object", error) from None
             yield line.number, row

@@ -36,9 +36,7 @@ class Line:
             without the file and the line, which :meth:`error` adds.
         """
         value = parse_json(self.content)
-        if _SURROGATE_ESCAPE.search(self.content):
-            check_characters(value)
-        return value
+        return check_characters(value) if _SURROGATE_ESCAPE.search(self.content) else value
 
     def error(self, reason: str, cause: Exception | None = None) -> ValueError:
         """The error to raise about this line. It names the file and the line, and the cause if the line is no JSON."""
@@ -80,17 +78,18 @@ def parse_json(content: bytes) -> Any:
         raise NotJsonError(f"not JSON ({error})") from None
 
 
-def check_characters(value: Any) -> None:
-    """Checks that all strings of a value consist of characters; JSON also allows half of a surrogate pair.
+def check_characters(value: Any) -> Any:
+    """The value itself, if all its strings consist of characters; JSON also allows half of a surrogate pair.
 
     Raises
     ------
     NotJsonError
         naming the half.
     """
-    half = _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    half = _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str))
     if half is not None:
         raise NotJsonError(f"not Unicode text (U+{ord(half[0]):04X} is half of a surrogate pair)")
+    return value
 
 
 def to_text(value: Any, name: str) -> str:

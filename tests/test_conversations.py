@@ -74,6 +74,83 @@ def test_a_line_that_is_no_utf8_is_named(tmp_path):
     assert "line 1" in errors[0]
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bremen"}'}}
+
+
+def test_thoughts_and_tool_calls_are_read_from_a_file(tmp_path):
+    messages = [
+        {"role": "user", "content": "How is the weather?", "name": "Ann"},
+        {"role": "assistant", "content": None, "reasoning_content": "I look.", "tool_calls": [CALL], "refusal": None},
+        {"role": "tool", "content": "5 degrees", "tool_call_id": "c1", "name": "weather"},
+        {"role": "assistant", "content": "Cold.", "reasoning_content": None, "tool_calls": []},
+    ]
+    (conversation,) = drift.read_conversations(write_lines(tmp_path / "c.jsonl", [messages]))
+    call = {**CALL, "function": {"name": "weather", "arguments": {"city": "Bremen"}}}
+    assert conversation.messages == (
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [call]},
+        messages[2],
+        {"role": "assistant", "content": "Cold."},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": None}, "message 2 must have a role and a text"),
+        ({"reasoning_content": ["I look."]}, "message 2 must have a text as reasoning_content"),
+        ({"tool_calls": "weather()"}, "message 2 must have a list of objects as tool_calls"),
+    ],
+)
+def test_fields_of_another_type_are_named(tmp_path, fields, message):
+    answer = {"role": "assistant", "content": "Cold."} | fields
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
+        list(drift.read_conversations(write_lines(tmp_path / "c.jsonl", [[{"role": "user", "content": "Hi"}, answer]])))
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"name": HALF},
+        {"group": f"a {HALF}"},
+        {"messages": [{"role": "user", "content": f"Hi {HALF}"}]},
+        {"messages": [{"role": f"user{HALF}", "content": "Hi"}]},
+        {"messages": [{"role": "assistant", "content": "Hi", "reasoning_content": HALF}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_leaves_out_its_conversation_alone(tmp_path, suffix, spoilt):
+    path = tmp_path / f"c{suffix}"
+    entries = [{"messages": list(MESSAGES)}, {"messages": list(MESSAGES)} | spoilt, {"messages": list(MESSAGES)}]
+    path.write_text("\n".join(map(json.dumps, entries)) if suffix == ".jsonl" else json.dumps(entries))
+    with pytest.raises(ValueError, match=r"(line|conversation) 2: not Unicode text \(U\+D83D is half of"):
+        list(drift.read_conversations(path))
+    errors: list[str] = []
+    assert [conversation.name for conversation in drift.read_conversations(path, on_error=errors.append)] == ["1", "3"]
+    assert len(errors) == 1
+
+
+def test_half_of_a_surrogate_pair_in_a_single_conversation_is_named(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps([{"role": "user", "content": HALF}]))
+    with pytest.raises(ValueError, match="conversation 1: not Unicode text"):
+        list(drift.read_conversations(tmp_path / "c.json"))
+
+
+def test_replay_names_a_message_with_half_of_a_surrogate_pair(demo_model, shipped_profile):
+    model, tokenizer = demo_model
+    spoilt = Conversation("spoilt", (*MESSAGES[:1], {"role": "assistant", "content": f"I am{HALF} here."}))
+    stored = [*make_conversations([3]), spoilt, *make_conversations([4])]
+    with pytest.raises(ValueError, match=r"conversation spoilt: message 2 \(assistant\) is not Unicode text"):
+        list(drift.replay(model, tokenizer, shipped_profile, stored))
+    errors: list[str] = []
+    assert len(list(drift.replay(model, tokenizer, shipped_profile, stored, on_error=errors.append))) == 2
+    assert len(errors) == 1
+
+
 # The tokens of messages.
 
 

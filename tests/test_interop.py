@@ -289,3 +289,27 @@ def test_an_invalid_control_vector_is_refused(tmp_path, shipped_profile):
     first = CapProfile([0], unit(1, 1, 8), torch.zeros(1, 1))
     with pytest.raises(ProfileError, match="no direction at layer 0"):
         interop.write_control_vector(first, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: interop.write_axis(torch.ones(2, 8), path),
+        lambda path: interop.write_capping_config(CapProfile([1], unit(1, 1, 8), torch.zeros(1, 1)), path, "x"),
+        lambda path: interop.write_control_vector(CapProfile([1], unit(1, 1, 8), torch.zeros(1, 1)), path),
+    ],
+)
+def test_a_path_that_cannot_be_a_file_is_named(tmp_path, write):
+    with pytest.raises(IsADirectoryError, match="a folder; the path must name a file"):
+        write(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing/file: its folder does not exist"):
+        write(tmp_path / "missing" / "file")
+
+
+def test_a_folder_is_no_file_to_read(tmp_path):
+    for read in (interop.experiments, interop.read_axis, interop.read_control_vector):
+        with pytest.raises(ProfileError, match=f"{tmp_path.name}: is a folder"):
+            read(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="a file; the path must name a folder"):
+        interop.write_vectors(interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}), tmp_path / "file")

@@ -320,6 +320,24 @@ def test_a_missing_folder_is_named(tmp_path):
         make_profile().save(tmp_path / "missing" / "profile.safetensors")
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for path in (tmp_path / "folder", f"{tmp_path}/folder/", tmp_path / "folder" / ".." / "folder"):
+        with pytest.raises(IsADirectoryError, match=r"folder: a folder; the path must name a file"):
+            make_profile().save(path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        make_profile().save(tmp_path / "folder" / "file" / "profile.safetensors")
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(NotADirectoryError, match=r"a file; the path must name a folder"):
+            make_profile().save_pretrained(path)
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path):
     axis_all = unit(8, 16)
     shared = CapProfile([0, 1], axis_all[:2, None], torch.zeros(2, 1), axis_all=axis_all)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.interop.torch_files import load_torch_file, to_numbers
+from axiscap.interop.torch_files import load_torch_file, save_torch_file, to_numbers
 from axiscap.profile import MAX_DIRECTIONS, MAX_LAYERS, CapProfile, ProfileError
 
 
@@ -130,7 +130,7 @@ def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], expe
             name = f"layer_{layer}/direction_{k}"
             vectors[name] = {"vector": -profile.axes[index, k], "layer": layer}
             interventions.append({"vector": name, "cap": -floor})
-    torch.save({"vectors": vectors, "experiments": [{"id": experiment, "interventions": interventions}]}, path)
+    save_torch_file({"vectors": vectors, "experiments": [{"id": experiment, "interventions": interventions}]}, path)
 
 
 def _interventions(config: Any, name: str) -> dict[str, list[Any]]:

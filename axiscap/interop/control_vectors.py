@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from axiscap.interop.torch_files import to_numbers
-from axiscap.profile import MAX_LAYERS, CapProfile, ProfileError, check_file
+from axiscap.profile import MAX_LAYERS, CapProfile, ProfileError, check_file, check_target
 
 #: The note in the file.
 _DESCRIPTION = (
@@ -98,6 +98,7 @@ def write_control_vector(profile: CapProfile, path: str | os.PathLike[str]) -> N
         raise ProfileError(f"a control vector has one direction a layer, the profile {profile.directions}")
     if profile.layers[0] == 0:
         raise ProfileError("llama.cpp's control vectors have no direction at layer 0, and the profile has one")
+    check_target(Path(path))
     lifts = profile.axes if profile.lifts is None else profile.lifts
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", str(profile.model_facts.get("architecture", "")))
@@ -114,7 +115,10 @@ def write_control_vector(profile: CapProfile, path: str | os.PathLike[str]) -> N
 def _read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a control vector's file by name."""
     gguf = _import_gguf()
-    check_file(path)
+    try:
+        check_file(path)
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from None
     try:
         reader = gguf.GGUFReader(path)
         architecture = reader.get_field("general.architecture")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from axiscap.profile import MAX_FILE_BYTES, ProfileError, check_file
+from axiscap.profile import MAX_FILE_BYTES, ProfileError, check_file, check_target
 
 #: The first bytes of a file that torch saved: a ZIP archive, or, before 2020, a pickle of protocol 2.
 _MAGIC = (b"PK", b"\x80\x02")
@@ -48,6 +48,18 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except _ERRORS as error:
         raise ProfileError(f"{os.fspath(path)}: not loaded, because {_reason(Path(path), error)}") from None
+
+
+def save_torch_file(content: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a file by ``torch.save``.
+
+    Raises
+    ------
+    OSError
+        the folder of the file does not exist, or the path is a folder.
+    """
+    check_target(Path(path))
+    torch.save(content, path)
 
 
 def to_numbers(value: Any, dimensions: int, name: str) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from axiscap.interop.torch_files import load_torch_file, to_numbers
-from axiscap.profile import ProfileError
+from axiscap.interop.torch_files import load_torch_file, save_torch_file, to_numbers
+from axiscap.profile import ProfileError, make_folder
 
 
 def read_axis(path: str | os.PathLike[str]) -> Tensor:
@@ -57,7 +57,7 @@ def write_axis(axis: Tensor, path: str | os.PathLike[str]) -> None:
     >>> from axiscap import interop
     >>> interop.write_axis(torch.ones(30, 576), folder / "axis.pt")
     """
-    torch.save({"axis": to_numbers(axis, 2, "axis").float()}, path)
+    save_torch_file({"axis": to_numbers(axis, 2, "axis").float()}, path)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:
     >>> from axiscap import interop
     >>> interop.write_vectors(interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}), folder / "vectors")
     """
-    (Path(folder) / "role_vectors").mkdir(parents=True, exist_ok=True)
-    torch.save(vectors.default, Path(folder) / "default_vector.pt")
+    make_folder(Path(folder) / "role_vectors")
+    save_torch_file(vectors.default, Path(folder) / "default_vector.pt")
     for name, vector in vectors.roles.items():
         # Not "mean": the paper's script takes a vector of that type for the default.
         content = {"vector": vector, "type": "pos_3", "role": name}
-        torch.save(content, Path(folder) / "role_vectors" / f"{name}.pt")
+        save_torch_file(content, Path(folder) / "role_vectors" / f"{name}.pt")
     write_axis(vectors.axis, Path(folder) / "assistant_axis.pt")
 
 

@@ -42,14 +42,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], provenance: Mapping[st
 
     Raises
     ------
-    FileNotFoundError
-        the folder of the file does not exist.
+    OSError
+        as :func:`check_target`.
     """
+    check_target(path)
     # Copies, since safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "axiscap", "version": str(FORMAT_VERSION), "provenance": json.dumps(provenance)}
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder does not exist")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         # safetensors would create the file readable by its owner alone, whatever the umask allows.
@@ -82,6 +81,36 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     provenance = _parse_provenance(metadata)
     _convert_limits(tensors, provenance)
     return tensors, provenance
+
+
+def check_target(path: Path) -> None:
+    """Checks that a file can be written.
+
+    Raises
+    ------
+    FileNotFoundError
+        the folder of the file does not exist.
+    IsADirectoryError
+        the path is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder; the path must name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder does not exist")
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder, with the folders that contain it, unless it exists.
+
+    Raises
+    ------
+    NotADirectoryError
+        the path, or one that should contain it, is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path}: a file; the path must name a folder") from None
 
 
 def check_file(path: Path) -> int:

@@ -27,7 +27,7 @@ from axiscap.profile.checks import (
     to_integers,
 )
 from axiscap.profile.evidence import Evidence
-from axiscap.profile.file import read_file, write_file
+from axiscap.profile.file import make_folder, read_file, write_file
 from axiscap.profile.slot import Slot, target_gaps
 from axiscap.profile.source import open_location, split_digest
 
@@ -458,8 +458,8 @@ class CapProfile:
 
         Raises
         ------
-        FileNotFoundError
-            the folder of the file does not exist.
+        OSError
+            the folder of the file does not exist, or the path is a folder.
 
         Examples
         --------
@@ -548,7 +548,7 @@ class CapProfile:
         >>> sorted(path.name for path in (folder / "card").iterdir())
         ['README.md', 'profile.safetensors']
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(folder))
         self.save(Path(folder) / hub.FILE)
         card = render_card(str(self.model_facts.get("id", "an unknown model")), self.digest, self._summary())
         (Path(folder) / "README.md").write_text(card, "utf-8")

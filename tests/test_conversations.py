@@ -191,8 +191,8 @@ def test_turns_lie_where_the_template_puts_the_messages(tokenizer, template):
             if turn.role == "assistant":
                 mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
         # A token that reaches over an end counts for transformers only.
-        differ = [at for at, (a, b) in enumerate(zip(mask, masked["assistant_masks"], strict=True)) if a != b]
-        assert all(text.pieces[at].strip("\n ") == "" for at in differ)
+        differing = [index for index, (a, b) in enumerate(zip(mask, masked["assistant_masks"], strict=True)) if a != b]
+        assert all(text.pieces[index].strip("\n ") == "" for index in differing)
         assert sum(mask) > 10
     else:
         # A token that reaches over an end belongs to neither side.
@@ -234,7 +234,7 @@ def test_a_conversation_that_cannot_be_encoded_is_refused_with_the_reason(tokeni
 def make_conversations(lengths):
     words = ["the", "sea", "is", "deep", "and", "old", "no", "one", "knows", "what", "lies", "under", "it", "tonight"]
     for number, length in enumerate(lengths):
-        text = " ".join(words[(number + at) % len(words)] for at in range(length))
+        text = " ".join(words[(number + index) % len(words)] for index in range(length))
         answer = {"role": "assistant", "content": text}
         yield Conversation(
             f"t{number}", ({"role": "user", "content": "Tell me."}, answer), side=("", "capped")[number % 2]

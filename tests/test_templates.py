@@ -190,9 +190,9 @@ TEXTS = {
 def test_any_text_is_found_in_every_kind_of_template(template, texts):
     first, second = TEXTS[texts]
     messages = [user(first), assistant(second), user(first), assistant(second)]
-    _, found, thoughts, turns = turns_of(TEMPLATES[template], messages)
+    _, spans, thoughts, turns = turns_of(TEMPLATES[template], messages)
     strip = {"trims": str.strip, "trims the front": str.lstrip}.get(template, str)
-    assert found == [strip(first), strip(second)] * 2
+    assert spans == [strip(first), strip(second)] * 2
     assert not any(thoughts)
     assert [turn.start for turn in turns] == sorted(turn.start for turn in turns)
 

@@ -208,9 +208,9 @@ def _answer(
     options = {"do_sample": False, "repetition_penalty": 1.15, "max_new_tokens": max_new_tokens}
 
     def generate() -> tuple[Tensor, float]:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         tokens = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-        return tokens, time.perf_counter() - begin
+        return tokens, time.perf_counter() - start
 
     stats = None
     if cap is None:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 #: The fields that hold thoughts; engines and templates disagree on the name.
@@ -151,7 +152,7 @@ class _Rendering:
         Raises
         ------
         _UncertainError
-            the part is rendered in several places, or no exchange of letters leaves the template's choices as they are.
+            the part is rendered several times, or every exchange of letters changes the choices of the template.
         """
         value: str = self.messages[index][fields[0]]
         core = value[part].strip()
@@ -174,13 +175,13 @@ class _Rendering:
             raise _UncertainError
         kept_before = kept_behind = 0
         if part.start == 0 and start > 0:
-            kept_before = self._kept(index, fields, slice(0, start), span.start, -1)
+            kept_before = self._count_kept(index, fields, slice(0, start), span.start, -1)
         if part.stop == len(value) and stop < len(value):
-            kept_behind = self._kept(index, fields, slice(stop, len(value)), span.stop, 1)
+            kept_behind = self._count_kept(index, fields, slice(stop, len(value)), span.stop, 1)
         return range(span.start - kept_before, span.stop + kept_behind)
 
-    def _kept(self, index: int, fields: Sequence[str], part: slice, place: int, direction: int) -> int:
-        """How much of a value's whitespace the template keeps before (-1) or behind (1) a place."""
+    def _count_kept(self, index: int, fields: Sequence[str], part: slice, position: int, direction: int) -> int:
+        """How much of a value's whitespace the template keeps before (-1) or behind (1) a position."""
         value: str = self.messages[index][fields[0]]
         whitespace = value[part]
         for replacement in ("x" * len(whitespace), ""):
@@ -188,7 +189,7 @@ class _Rendering:
             count = len(whitespace) if replacement else len(self.text) - len(changed or self.text)
             if not 0 < count <= len(whitespace):
                 continue
-            start, stop = (place - count, place) if direction < 0 else (place, place + count)
+            start, stop = (position - count, position) if direction < 0 else (position, position + count)
             expected = whitespace[-count:] if direction < 0 else whitespace[:count]
             if self.text[start:stop] == expected and changed == self.text[:start] + replacement + self.text[stop:]:
                 return count
@@ -219,10 +220,10 @@ def _find_letters(text: str, changed: str, core: str, exchanged: str) -> range |
     """
     if len(text) != len(changed):
         return None
-    places = [place for place, (old, new) in enumerate(zip(text, changed, strict=True)) if old != new]
-    if len(places) != sum(old != new for old, new in zip(core, exchanged, strict=True)):
+    positions = [position for position, (old, new) in enumerate(zip(text, changed, strict=True)) if old != new]
+    if len(positions) != sum(old != new for old, new in zip(core, exchanged, strict=True)):
         return None
-    start, stop = places[0], places[-1] + 1
+    start, stop = positions[0], positions[-1] + 1
     first, last = _first_difference(core, exchanged), len(core) - _first_difference(core[::-1], exchanged[::-1])
     for character in reversed(core[:first]):
         start -= next((len(form) for form in _written(character) if text.endswith(form, 0, start)), 0)
@@ -250,22 +251,26 @@ def _first_difference(first: str, second: str) -> int:
 
 def _exchanges(core: str) -> Iterator[str]:
     """Texts of the same length with other characters, from those that change most and no tag, to the last resort."""
-    tags = [range(*match.span()) for match in _TAG.finditer(core)]
-    letters = [place for place, character in enumerate(core) if character.isalnum()]
-    outside = [place for place in letters if not any(place in tag for tag in tags)]
-    others = [place for place, character in enumerate(core) if not character.isspace() and character not in _ESCAPED]
+    tags = {position for match in _TAG.finditer(core) for position in range(*match.span())}
+    letters = [position for position, character in enumerate(core) if character.isalnum()]
+    outside = [position for position in letters if position not in tags]
+    others = [position for position, character in enumerate(core) if not (character.isspace() or character in _ESCAPED)]
     choices = (outside, outside[:1] + outside[-1:], outside[:1], outside[-1:], letters) if letters else (others,)
-    exchanges = [*(_exchange(core, places) for places in choices), "x" * len(core)]
-    yield from (exchanged for exchanged in exchanges if exchanged != core)
+    for positions in choices:
+        exchanged = _exchange(core, positions)
+        if exchanged != core:
+            yield exchanged
+    yield "x" * len(core) if core.strip("x") else "y" * len(core)
 
 
-def _exchange(core: str, places: Sequence[int]) -> str:
+def _exchange(core: str, positions: Sequence[int]) -> str:
     characters = list(core)
-    for place in places:
-        characters[place] = _neighbour(core[place])
+    for position in positions:
+        characters[position] = _neighbour(core[position])
     return "".join(characters)
 
 
+@cache
 def _neighbour(character: str) -> str:
     """Another character of the same kind."""
     for step in (1, -1, 2, -2, 3, -3):

@@ -32,6 +32,7 @@ from rich.text import Text
 import axiscap
 from axiscap import bench as bench_module
 from axiscap import drift, models
+from axiscap.jsonl import read_lines
 from axiscap.profile import CapProfile, Evidence, ProfileError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -731,7 +732,7 @@ def report(
 
         selection = drift.Selection(drift.Scale.of(loaded_profile, layer))
         if conversations is not None:
-            every = drift.known_layers(loaded_profile)
+            every = drift.measurable_layers(loaded_profile)
             with _progress(rate=True) as progress:
                 for trace in _replayed(progress, loaded_profile, conversations, model, every, None, None):
                     selection.add(trace)
@@ -753,7 +754,7 @@ def _replayed(
     on_error: Callable[[str], None] | None,
 ) -> Iterator[drift.Trace]:
     # Each line a conversation; of other files the number is known only when all was read.
-    total = sum(1 for line in conversations.open("rb") if line.strip()) if conversations.suffix == ".jsonl" else None
+    total = sum(1 for _ in read_lines(conversations)) if conversations.suffix == ".jsonl" else None
     loaded, tokenizer = models.load(model)
     task = progress.add_task("conversations read", total=total)
     stored = drift.read_conversations(conversations, on_error=on_error)
@@ -814,7 +815,7 @@ def replay(
 
     selection, below = drift.Selection(scale), 0
     scales = [drift.Scale.of(loaded_profile, number) for number in measured]
-    with _progress(rate=True) as progress, drift.writing_records(out, scales) as write:
+    with _progress(rate=True) as progress, drift.open_records(out, scales) as write:
         on_error = leave_out if skip_bad else None
         for trace in _replayed(progress, loaded_profile, conversations, model, measured, capped, on_error):
             path = selection.add(trace)
@@ -876,7 +877,7 @@ def _show_groups(selection: drift.Selection) -> None:
         table.add_column(name, justify="left" if name in ("group", "side") else "right")
     for (name, side), group in sorted(selection.groups.items()):
         counts = (f"{count} of {group.answers}" for count in (group.below, group.abnormal))
-        table.add_row(escape(name), escape(side), str(group.conversations), group.described(), *counts)
+        table.add_row(escape(name), escape(side), str(group.conversations), group.describe_level(), *counts)
     _show("by group", table)
 
 

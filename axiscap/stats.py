@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from axiscap import _C
-from axiscap.profile import CapProfile, gaps
+from axiscap.profile import CapProfile, target_gaps
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LayerStats:
 def target_gap(profile: CapProfile, layer: int, directions: int) -> Tensor:
     """(K,), of a bank of K directions: how far each target is above its floor; 0 for a direction that is off."""
     slot = profile.slot_at(layer, directions)
-    return gaps(slot.floors, slot.targets)
+    return target_gaps(slot.floors, slot.targets)
 
 
 def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:

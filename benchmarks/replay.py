@@ -34,7 +34,7 @@ def conversations(count: int) -> list[Conversation]:
 def plain(model, tokenizer, stored: list[Conversation]) -> None:
     """The same batches of the same tokens, by the model alone; what the templates cost is in both."""
     texts = [drift.encode(tokenizer, conversation.messages).tokens for conversation in stored]
-    for batch in drift.batches({at: len(text) for at, text in enumerate(texts)}, drift.BATCH_TOKENS):
+    for batch in drift.group_by_length({at: len(text) for at, text in enumerate(texts)}, drift.BATCH_TOKENS):
         ids = torch.zeros(len(batch), max(len(texts[at]) for at in batch), dtype=torch.long)
         for row, at in zip(ids, batch, strict=True):
             row[: len(texts[at])] = torch.tensor(texts[at])

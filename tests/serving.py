@@ -246,7 +246,7 @@ def assert_counted(record: dict, demo_model, profile: CapProfile, rows: int) -> 
                     None if math.isnan(value) else pytest.approx(value, rel=1e-3, abs=1e-3)
                     for value in getattr(stats, name)
                 ]
-    (again,) = drift.read(model, profile, [tokens[0, :-1].tolist()])
+    (again,) = drift.project_sequences(model, profile, [tokens[0, :-1].tolist()])
     for layer, projections in zip(profile.layers, again[:, inputs["input_ids"].shape[1] :], strict=True):
         counted = record["answer"][str(layer)]
         assert counted["rows"] == len(projections) == 7

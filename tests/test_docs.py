@@ -221,7 +221,7 @@ def _literal(node: ast.AST) -> str:
 
 
 #: What makes an error of a message.
-ERRORS = r"(Error|NotCapped|_Wrong|_to_client|_require)$"
+ERRORS = r"(Error|NotCapped|_Wrong|_to_client|require|line\.error)$"
 
 
 def _messages() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Profiles: what is saved comes back, and what is wrong gets a sentence."""
+"""Profiles: a saved profile loads unchanged, and an invalid one is refused with a sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from axiscap import _C, CapProfile, ProfileError, interop
 from axiscap import profile as profile_module
 
 
-def good(**changes):
+def make_profile(**changes):
     fields = {
         "layers": [2, 5],
         "axes": unit(2, 3, 16),
@@ -35,9 +35,9 @@ def good(**changes):
     return CapProfile(**fields)
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_a_saved_profile_loads_unchanged(tmp_path):
     path = tmp_path / "profile.safetensors"
-    saved = good()
+    saved = make_profile()
     saved.save(path)
     loaded = CapProfile.load(path)
     assert loaded.layers == (2, 5)
@@ -47,7 +47,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert (loaded.hidden_size, loaded.directions, loaded.num_layers) == (16, 3, 8)
 
 
-def test_the_optional_parts_are_optional(tmp_path):
+def test_optional_tensors_may_be_missing(tmp_path):
     path = tmp_path / "small.safetensors"
     CapProfile([0], unit(1, 1, 4), torch.zeros(1, 1)).save(path)
     loaded = CapProfile.load(path)
@@ -55,7 +55,7 @@ def test_the_optional_parts_are_optional(tmp_path):
     assert (loaded.targets, loaded.norm_limits, loaded.norm_limit_all, loaded.knows_sinks) == (None, None, None, False)
 
 
-#: What a file stated of sinks before there were norm_limits.
+#: The tensors about sinks in files from before norm_limits.
 OLD = {
     "limits": torch.tensor([[9.0, 4.0, 6.0], [2.0, 3.0, math.inf]]),
     "limit_all": torch.arange(1.0, 9.0),
@@ -63,30 +63,30 @@ OLD = {
 }
 
 
-def old_file(path, *names):
-    """A profile without limits, to which a file from before adds its own tensors."""
-    good(norm_limits=None, norm_limit_all=None, targets=None).save(path)
+def write_old_file(path, *names):
+    """Writes a profile without norm_limits, and with some of the old tensors."""
+    make_profile(norm_limits=None, norm_limit_all=None, targets=None).save(path)
     tensors = load_file(path) | {name: OLD[name] for name in names}
     with safe_open(path, framework="pt") as file:
         save_file(tensors, path, file.metadata())
 
 
 def test_limits_on_projections_become_limits_of_norms(tmp_path):
-    """No row of a smaller norm has a projection beyond the least limit of its layer."""
+    """A row whose norm is below the least limit of its layer has no projection beyond one."""
     path = tmp_path / "old.safetensors"
-    old_file(path, "limits", "limit_all", "sinks")
+    write_old_file(path, "limits", "limit_all", "sinks")
     loaded = CapProfile.load(path)
     assert loaded.norm_limits.tolist() == [4.0, 2.0]
     assert torch.equal(loaded.norm_limit_all, OLD["limit_all"])
     assert loaded.provenance["norm_limits"] == profile_module.CONVERTED
     assert loaded.knows_sinks
     loaded.save(path)  # in the present form
-    again = CapProfile.load(path)
-    assert again.digest == loaded.digest
-    assert again.provenance == loaded.provenance
-    old_file(path, "limits")
+    reloaded = CapProfile.load(path)
+    assert reloaded.digest == loaded.digest
+    assert reloaded.provenance == loaded.provenance
+    write_old_file(path, "limits")
     assert CapProfile.load(path).norm_limit_all is None
-    old_file(path, "sinks")
+    write_old_file(path, "sinks")
     with pytest.raises(ProfileError, match=r"names positions of attention sinks, but no limit.*calibrate again"):
         CapProfile.load(path)
 
@@ -98,16 +98,16 @@ def test_old_and_new_limits_exclude_each_other(tmp_path):
         CapProfile.load(path)
 
 
-def test_targets_stay_as_far_above_their_floors():
-    profile = good()
+def test_targets_keep_their_distance_from_moved_floors():
+    profile = make_profile()
     moved = profile.with_floors(profile.floors + 2)
     assert torch.equal(moved.targets, profile.targets + 2)
     measured = profile.measuring_only()
     assert measured.targets.isneginf().all()
-    given = profile.with_floors(profile.floors, profile.floors.nan_to_num(neginf=-1.0) + 9)
-    assert torch.equal(given.targets[:, 0], profile.floors[:, 0] + 9)
-    assert torch.equal(given.norm_limits, profile.norm_limits)
-    assert good(targets=None).with_floors(profile.floors + 1).targets is None
+    changed = profile.with_floors(profile.floors, profile.floors.nan_to_num(neginf=-1.0) + 9)
+    assert torch.equal(changed.targets[:, 0], profile.floors[:, 0] + 9)
+    assert torch.equal(changed.norm_limits, profile.norm_limits)
+    assert make_profile(targets=None).with_floors(profile.floors + 1).targets is None
     weaker = profile.with_strength(0.5)
     assert torch.equal(weaker.targets, profile.targets)
     assert torch.equal(weaker.norm_limits, profile.norm_limits)
@@ -118,23 +118,23 @@ def test_targets_stay_as_far_above_their_floors():
 
 
 def test_a_slot_has_targets_and_a_limit():
-    profile = good()
+    profile = make_profile()
     slot = profile.slot_at(2, 5)
     off = -math.inf
     assert slot.targets.tolist() == [1.5, off, 0.5, off, off]
     assert slot.norm_limit.item() == 7.5
-    assert profile.slot_at(3, 3).norm_limit.isinf()  # a layer that it does not cap
-    bare = good(targets=None, norm_limits=None).slot_at(2, 3)
+    assert profile.slot_at(3, 3).norm_limit.isinf()  # a layer that is not capped
+    bare = make_profile(targets=None, norm_limits=None).slot_at(2, 3)
     assert torch.equal(bare.targets, bare.floors)
     assert bare.norm_limit.isinf()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "profile.safetensors"
-    good().save(path)
+    make_profile().save(path)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        good(provenance={"not json": object()}).save(path)
+        make_profile(provenance={"not json": object()}).save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -187,21 +187,21 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         ({"provenance": {"model": {"num_layers": "8"}}}, "num_layers must be positive, got '8'"),
     ],
 )
-def test_a_profile_that_is_not_one(changes, message):
+def test_an_invalid_argument_is_named(changes, message):
     with pytest.raises(ProfileError, match=message):
-        good(**changes)
+        make_profile(**changes)
 
 
 TENSORS = {"layers": torch.tensor([0]), "axes": unit(1, 1, 4), "floors": torch.zeros(1, 1)}
 METADATA = {"format": "axiscap", "version": "1", "provenance": "{}"}
 
 
-def _file(tensors=None, **metadata):
-    wanted = {key: value for key, value in (METADATA | metadata).items() if value is not None}
-    return save(TENSORS | (tensors or {}), wanted)
+def file_content(tensors=None, **metadata):
+    stated = {key: value for key, value in (METADATA | metadata).items() if value is not None}
+    return save(TENSORS | (tensors or {}), stated)
 
 
-def _header(header: bytes) -> bytes:
+def with_header(header: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
@@ -209,40 +209,42 @@ HOSTILE = {
     "empty": (b"", "too short"),
     "short": (b"\x01\x02", "too short"),
     "text": (b"this is no safetensors file, but it is long enough", "truncated or no safetensors file"),
-    "truncated": (_file()[:-5], "not a valid safetensors file"),
-    "truncated in its header": (_file()[:60], "truncated or no safetensors file"),
+    "truncated": (file_content()[:-5], "not a valid safetensors file"),
+    "truncated in its header": (file_content()[:60], "truncated or no safetensors file"),
     "header larger than the file": (struct.pack("<Q", 2**63) + b"{}", "truncated or no safetensors file"),
-    "huge header": (_header(b" " * (9 << 20)), "more than the 8388608 allowed"),
-    "header of garbage": (_header(b"\xff\xfe" * 20), "not a valid safetensors file"),
-    "deep header": (_header(b"[" * 100000), "not a valid safetensors file"),
+    "huge header": (with_header(b" " * (9 << 20)), "more than the 8388608 allowed"),
+    "header of garbage": (with_header(b"\xff\xfe" * 20), "not a valid safetensors file"),
+    "deep header": (with_header(b"[" * 100000), "not a valid safetensors file"),
     "offsets outside": (
-        _header(json.dumps({"axes": {"dtype": "F32", "shape": [1, 1, 4], "data_offsets": [0, 1 << 40]}}).encode()),
+        with_header(json.dumps({"axes": {"dtype": "F32", "shape": [1, 1, 4], "data_offsets": [0, 1 << 40]}}).encode()),
         "not a valid safetensors file",
     ),
     "shape that overflows": (
-        _header(json.dumps({"axes": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 16]}}).encode() + b" ")
+        with_header(
+            json.dumps({"axes": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 16]}}).encode() + b" "
+        )
         + b"\0" * 16,
         "not a valid safetensors file",
     ),
     "not a profile": (save(TENSORS), "not an AxisCap profile"),
-    "other version": (_file(version="2"), "format version 2 is not one this AxisCap reads"),
+    "other version": (file_content(version="2"), "format version 2 is not one this AxisCap reads"),
     "no floors": (save({k: v for k, v in TENSORS.items() if k != "floors"}, METADATA), "tensors are missing: floors"),
-    "another tensor": (_file({"weights": torch.zeros(3)}), "unknown tensors: weights"),
-    "dtype": (_file({"axes": unit(1, 1, 4).half()}), "axes must be F32 of 3 dimensions"),
-    "dimensions": (_file({"axes": unit(1, 4)}), "axes must be F32 of 3 dimensions"),
-    "layers as floats": (_file({"layers": torch.tensor([0.0])}), "layers must be I64 of 1 dimensions"),
-    "NaN": (_file({"axes": torch.full((1, 1, 4), math.nan)}), "axes must be finite"),
-    "not of unit length": (_file({"axes": torch.ones(1, 1, 4)}), "axes must be of unit length"),
-    "negative layer": (_file({"layers": torch.tensor([-1])}), "layers must be ascending from 0"),
-    "provenance": (_file(provenance="{"), "its provenance is not JSON"),
-    "deep provenance": (_file(provenance="[" * 100000), "its provenance is not"),
-    "provenance of another kind": (_file(provenance="[1]"), "its provenance is not a JSON object"),
-    "model facts": (_file(provenance='{"model": {"num_layers": -3}}'), "num_layers must be positive"),
+    "another tensor": (file_content({"weights": torch.zeros(3)}), "unknown tensors: weights"),
+    "dtype": (file_content({"axes": unit(1, 1, 4).half()}), "axes must be F32 of 3 dimensions"),
+    "dimensions": (file_content({"axes": unit(1, 4)}), "axes must be F32 of 3 dimensions"),
+    "layers as floats": (file_content({"layers": torch.tensor([0.0])}), "layers must be I64 of 1 dimensions"),
+    "NaN": (file_content({"axes": torch.full((1, 1, 4), math.nan)}), "axes must be finite"),
+    "not of unit length": (file_content({"axes": torch.ones(1, 1, 4)}), "axes must be of unit length"),
+    "negative layer": (file_content({"layers": torch.tensor([-1])}), "layers must be ascending from 0"),
+    "provenance": (file_content(provenance="{"), "its provenance is not JSON"),
+    "deep provenance": (file_content(provenance="[" * 100000), "its provenance is not"),
+    "provenance of another kind": (file_content(provenance="[1]"), "its provenance is not a JSON object"),
+    "model facts": (file_content(provenance='{"model": {"num_layers": -3}}'), "num_layers must be positive"),
 }
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
-def test_hostile_files_get_a_sentence(name, tmp_path):
+def test_a_hostile_file_is_refused_with_one_sentence(name, tmp_path):
     content, message = HOSTILE[name]
     path = tmp_path / "hostile.safetensors"
     path.write_bytes(content)
@@ -271,13 +273,13 @@ def test_the_most_directions_are_those_of_the_kernels():
 def test_a_pipe_does_not_block(tmp_path):
     path = tmp_path / "pipe.safetensors"
     os.mkfifo(path)
-    for read in (CapProfile.load, interop.read_axis):
+    for load in (CapProfile.load, interop.read_axis):
         with pytest.raises(ProfileError, match="is no regular file"):
-            read(path)
+            load(path)
 
 
 def test_a_large_file_is_refused_before_it_is_read(tmp_path):
-    """A sparse one, whose header is in order."""
+    """A sparse file with a valid header."""
     shape = [64, 64, 128 << 10]
     size = math.prod(shape) * 4
     parts = {
@@ -288,7 +290,7 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path):
     }
     path = tmp_path / "sparse.safetensors"
     with path.open("wb") as file:
-        header = _header(json.dumps(parts).encode())
+        header = with_header(json.dumps(parts).encode())
         file.write(header)
         file.truncate(len(header) + size + 16896)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -300,31 +302,49 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path):
 def test_many_threads_save_to_one_path(tmp_path):
     path = tmp_path / "profile.safetensors"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(good().save, path) for _ in range(100)]:
-            done.result()
+        for future in [pool.submit(make_profile().save, path) for _ in range(100)]:
+            future.result()
     assert CapProfile.load(path).layers == (2, 5)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_saved_file_can_be_read_by_whom_the_umask_allows(tmp_path):
+def test_a_saved_file_has_the_permissions_of_the_umask(tmp_path):
     path, other = tmp_path / "profile.safetensors", tmp_path / "other"
-    good().save(path)
+    make_profile().save(path)
     other.write_text("")
     assert path.stat().st_mode == other.stat().st_mode
 
 
-def test_saving_into_no_folder_names_it(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing/profile\.safetensors: its folder does not exist"):
-        good().save(tmp_path / "missing" / "profile.safetensors")
+        make_profile().save(tmp_path / "missing" / "profile.safetensors")
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for path in (tmp_path / "folder", f"{tmp_path}/folder/", tmp_path / "folder" / ".." / "folder"):
+        with pytest.raises(IsADirectoryError, match=r"folder: a folder; the path must name a file"):
+            make_profile().save(path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        make_profile().save(tmp_path / "folder" / "file" / "profile.safetensors")
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(NotADirectoryError, match=r"a file; the path must name a folder"):
+            make_profile().save_pretrained(path)
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
-    whole = unit(8, 16)
-    shared = CapProfile([0, 1], whole[:2, None], torch.zeros(2, 1), axis_all=whole)
+    axis_all = unit(8, 16)
+    shared = CapProfile([0, 1], axis_all[:2, None], torch.zeros(2, 1), axis_all=axis_all)
     shared.save(tmp_path / "profile.safetensors")
-    again = CapProfile.load(tmp_path / "profile.safetensors")
-    assert torch.equal(again.axis_all, whole)
-    assert torch.equal(again.axes, shared.axes)
+    loaded = CapProfile.load(tmp_path / "profile.safetensors")
+    assert torch.equal(loaded.axis_all, axis_all)
+    assert torch.equal(loaded.axes, shared.axes)
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0])
@@ -335,37 +355,37 @@ def test_a_weaker_profile_lifts_by_a_share_of_the_shortfall(strength, lifted, tm
     lifts = other / (axes * other).sum(-1, keepdim=True) if lifted else None
     if lifts is not None and (axes * other).sum() < 0:
         lifts = -other / (axes * -other).sum(-1, keepdim=True)
-    whole = CapProfile([3], axes, floors, lifts=lifts)
-    whole.with_strength(strength).save(tmp_path / "weaker.safetensors")
+    full = CapProfile([3], axes, floors, lifts=lifts)
+    full.with_strength(strength).save(tmp_path / "weaker.safetensors")
     weaker = CapProfile.load(tmp_path / "weaker.safetensors")
-    assert (weaker.digest == whole.digest) == (strength == 1)
+    assert (weaker.digest == full.digest) == (strength == 1)
     assert weaker.strength == pytest.approx(strength, rel=1e-5)
-    assert_same_bits(weaker.floors, whole.floors)
+    assert_same_bits(weaker.floors, full.floors)
     rows = torch.randn(50, 16)
     before = rows @ axes[0, 0]
     slot = weaker.slot_at(3, 1)
     bank = _C.Bank(slot.axes[None], slot.floors[None], lifts=slot.lifts[None])
     bank.cap_(rows)
-    wanted = before + strength * (2 - before).clamp(min=0)
-    torch.testing.assert_close(rows @ axes[0, 0], wanted, rtol=1e-4, atol=1e-4)
+    expected = before + strength * (2 - before).clamp(min=0)
+    torch.testing.assert_close(rows @ axes[0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_strength_0_only_measures():
-    made = good().with_strength(0)
-    assert made.floors.eq(-torch.inf).all()
-    assert torch.equal(made.axes, good().axes)
+    measuring = make_profile().with_strength(0)
+    assert measuring.floors.eq(-torch.inf).all()
+    assert torch.equal(measuring.axes, make_profile().axes)
 
 
 @pytest.mark.parametrize("strength", [-1, 1.01, math.nan, True, "half"])
-def test_a_strength_that_is_none(strength):
+def test_an_invalid_strength_is_refused(strength):
     with pytest.raises(ProfileError, match="strength must be from 0 to 1, got"):
-        good().with_strength(strength)
+        make_profile().with_strength(strength)
 
 
-def test_layers_that_are_not_capped_cannot_be_chosen():
-    assert good().at_layers([5]).layers == (5,)
+def test_at_layers_refuses_layers_that_are_not_capped():
+    assert make_profile().at_layers([5]).layers == (5,)
     with pytest.raises(ProfileError, match=r"layers must be among those that are capped, \[2, 5\], got \[3\]"):
-        good().at_layers([2, 3])
+        make_profile().at_layers([2, 3])
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -376,13 +396,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_measuring_only_keeps_the_axes_and_never_fires():
-    profile = good().measuring_only()
+    profile = make_profile().measuring_only()
     assert bool((profile.floors == -math.inf).all())
-    assert torch.equal(profile.axes, good().axes)
+    assert torch.equal(profile.axes, make_profile().axes)
 
 
 def test_profiles_from_other_tools_load(tmp_path):
-    """The format is plain safetensors: anything that writes the tensors and the metadata makes a profile."""
+    """The format is plain safetensors: any tool that writes the tensors and the metadata writes a profile."""
     path = tmp_path / "other.safetensors"
     save_file(TENSORS, path, METADATA)
     assert CapProfile.load(path).layers == (0,)
@@ -400,22 +420,22 @@ def test_each_part_that_changes_a_model_changes_the_digest():
     assert len(set(digests)) == len(digests)
 
 
-def test_profiles_come_from_stores_and_keep_to_their_digest(tmp_path):
-    made = good()
-    made.save(tmp_path / "a#b.safetensors")
+def test_profiles_load_from_stores_and_a_digest_is_checked(tmp_path):
+    profile = make_profile()
+    profile.save(tmp_path / "a#b.safetensors")
     content = (tmp_path / "a#b.safetensors").read_bytes()
     store = fsspec.filesystem("memory")
     with store.open("/bucket/mild.safetensors", "wb") as file:
         file.write(content)
-    for place in (
+    for location in (
         tmp_path / "a#b.safetensors",
         f"file://{tmp_path}/a#b.safetensors",
         "memory://bucket/mild.safetensors",
     ):
-        assert CapProfile.load(place).digest == made.digest
-        assert CapProfile.load(f"{place}#{made.digest}").digest == made.digest
-        with pytest.raises(ProfileError, match=f"{'0' * 32}: its digest is {made.digest}"):
-            CapProfile.load(f"{place}#{'0' * 32}")
+        assert CapProfile.load(location).digest == profile.digest
+        assert CapProfile.load(f"{location}#{profile.digest}").digest == profile.digest
+        with pytest.raises(ProfileError, match=f"{'0' * 32}: its digest is {profile.digest}"):
+            CapProfile.load(f"{location}#{'0' * 32}")
     with pytest.raises(FileNotFoundError, match="there is no memory://bucket/other"):
         CapProfile.load("memory://bucket/other")
     with pytest.raises(ProfileError, match="nostore://x: it cannot be fetched: Protocol not known: nostore"):
@@ -426,7 +446,7 @@ def test_profiles_come_from_stores_and_keep_to_their_digest(tmp_path):
         CapProfile.load("memory://bucket/broken")
 
 
-def test_a_profile_is_shared_as_models_are(shipped_profile, tmp_path, monkeypatch):
+def test_a_profile_is_shared_on_a_hub(shipped_profile, tmp_path, monkeypatch):
     shipped_profile.save_pretrained(tmp_path / "out")
     assert CapProfile.from_pretrained(str(tmp_path / "out")).digest == shipped_profile.digest
     card = (tmp_path / "out" / "README.md").read_text()
@@ -438,10 +458,10 @@ def test_a_profile_is_shared_as_models_are(shipped_profile, tmp_path, monkeypatc
         "0.907",
     ):
         assert fact in card
-    good().save_pretrained(tmp_path / "bare")  # of which nothing is known
+    make_profile().save_pretrained(tmp_path / "bare")  # without facts
     assert "| floors | not stated |" in (tmp_path / "bare" / "README.md").read_text()
 
-    # A hub's cache, as huggingface_hub lays it out, without a hub.
+    # The local cache in huggingface_hub's layout; no hub is needed.
     hub = tmp_path / "hub" / "models--some--profile"
     commit = "0123456789" * 4
     (hub / "snapshots" / commit).mkdir(parents=True)

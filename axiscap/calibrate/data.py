@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
+
+from axiscap.jsonl import parse_json, read_lines, to_label, to_text
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
@@ -31,7 +33,7 @@ class Role:
 
 def shipped(name: str) -> list[dict[str, Any]]:
     """The entries of a JSONL file that AxisCap ships."""
-    return [json.loads(line) for line in (files("axiscap.data") / name).read_text("utf-8").splitlines()]
+    return [line.parse() for line in read_lines(Path(str(files("axiscap.data") / name)))]
 
 
 def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:
@@ -64,9 +66,9 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
     roles = {}
     for path in sorted(source.glob("*.json")):
         try:
-            content = json.loads(path.read_text("utf-8"))
-            prompts = [str(entry["pos"]).replace("{model_name}", model_name) for entry in content["instruction"]]
-            kind, judge = str(content.get("kind", "")), str(content.get("eval_prompt", ""))
+            content = parse_json(path.read_bytes())
+            prompts = [entry["pos"].replace("{model_name}", model_name) for entry in content["instruction"]]
+            kind, judge = to_label(content.get("kind")), to_label(content.get("eval_prompt"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a role, it must have an 'instruction' list with 'pos' ({error})") from None
         if not prompts:
@@ -77,13 +79,6 @@ def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> d
     if len(roles) < 3:
         raise ValueError(f"{source}: at least two roles beside the default are needed, got {len(roles) - 1}")
     return roles
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a file that are not blank, with their numbers from 1."""
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        if line.strip():
-            yield number, line
 
 
 def load_questions(path: Path | None = None) -> list[str]:
@@ -112,11 +107,11 @@ def load_questions(path: Path | None = None) -> list[str]:
     """
     source = path or Path(str(files("axiscap.data") / "questions.jsonl"))
     questions = []
-    for number, line in numbered_lines(source):
+    for line in read_lines(source):
         try:
-            questions.append(str(json.loads(line)["question"]))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{source}, line {number}: not a question, it must be {{"question": ...}}') from None
+            questions.append(to_text(line.parse()["question"], "question"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise line.error('not a question, it must be {"question": ...}', error) from None
     if len(questions) < 4:
         raise ValueError(f"{source}: at least four questions are needed, got {len(questions)}")
     return questions

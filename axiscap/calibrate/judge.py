@@ -14,6 +14,7 @@ import torch
 from axiscap.calibrate.data import DEFAULT_ROLE, Role, Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
 from axiscap.calibrate.store import Shard
+from axiscap.jsonl import read_lines
 
 #: The score of an answer that counts as the role's.
 TAKEN_ON = 3
@@ -121,10 +122,9 @@ def _read_scores(path: Path) -> dict[str, int | None]:
     """The scores in a file. A last line that was cut off is removed, so that its answer is judged again."""
     score_by_id: dict[str, int | None] = {}
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                entry = json.loads(line)
-                score_by_id[entry["id"]] = entry["score"]
+        for line in read_lines(path, complete=True):
+            entry = line.parse()
+            score_by_id[entry["id"]] = entry["score"]
         path.write_text("".join(_score_line(name, score) for name, score in score_by_id.items()))
     return score_by_id
 

@@ -35,6 +35,7 @@ from axiscap.calibrate.space import auc
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import TOKENS, Work, settings_of
 from axiscap.installation import install
+from axiscap.jsonl import read_lines
 from axiscap.profile import CapProfile
 
 #: The kind of roles that are near the Assistant by design, so that taking one on is no drift.
@@ -253,10 +254,9 @@ class Sweep:
         self.bench, self.profile, self.population, self.done = bench, profile, population, done
         self.point_by_setting: dict[Setting | None, Point] = {}
         if done.exists():
-            for line in done.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    point = Point.from_json(json.loads(line))
-                    self.point_by_setting[point.setting] = point
+            for line in read_lines(done, complete=True):
+                point = Point.from_json(line.parse())
+                self.point_by_setting[point.setting] = point
             done.write_text("".join(map(_line, self.point_by_setting.values())))
 
     def point(self, setting: Setting | None) -> Point:

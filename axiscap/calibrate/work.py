@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, numbered_lines, shipped
+from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, shipped
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
+from axiscap.jsonl import read_lines, to_text
 
 #: The most tokens of an answer, unless a request has its own limit. Code and stories need this many.
 TOKENS = 200
@@ -108,13 +110,14 @@ def load_work(path: Path | None = None) -> Work:
     """
     source = path or Path(str(files("axiscap.data") / "work.jsonl"))
     requests = []
-    for number, line in numbered_lines(source):
+    for line in read_lines(source):
         try:
-            requests.append(_parse_request(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{source}, line {number}: must be {{"domain": name, "turns": [text, ...]}}, with a check of '
-                f"{', '.join(CHECKS)} and a number of tokens where it has them"
+            requests.append(_parse_request(line.parse()))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise line.error(
+                'must be {"domain": name, "turns": [text, ...]}, with a check of '
+                f"{', '.join(CHECKS)} and a number of tokens where it has them",
+                error,
             ) from None
     work = Work(tuple(requests))
     if len(work.domains) < HOLD_OUT:
@@ -122,16 +125,16 @@ def load_work(path: Path | None = None) -> Work:
     return work
 
 
-def _parse_request(line: str) -> Request:
-    """The request of a JSON line. Raises a ValueError, KeyError, TypeError or AttributeError if it is not one."""
-    entry = json.loads(line)
+def _parse_request(entry: Any) -> Request:
+    """The request of an entry. Any of the errors that :func:`load_work` catches means that it is none."""
     turns, check, tokens = entry["turns"], entry.get("check", ""), entry.get("tokens", TOKENS)
-    has_turns = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
-    if not has_turns or not isinstance(entry["domain"], str) or type(tokens) is not int or tokens < 1:
+    has_turns = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)
+    if not has_turns or type(tokens) is not int or tokens < 1:
         raise TypeError
+    to_text(entry["domain"], "domain")
     if check and check.split()[0] not in CHECKS:
         raise ValueError
-    return Request(entry["domain"], tuple(turns), check, tokens, bool(entry.get("fiction", False)))
+    return Request(entry["domain"], tuple(turns), check or "", tokens, bool(entry.get("fiction", False)))
 
 
 def load_prose() -> list[tuple[str, str]]:

@@ -1,24 +1,26 @@
-"""Drift: where conversations go along the axis, read again from stored texts, or followed as they are written.
+"""Drift: the path of conversations along the axis, of stored ones or while they are written.
 
-Reading a stored conversation again (:func:`replay`) gives a *trace*: the projection of every token at the layers that
-were asked for, and where each message's tokens are. A :class:`Monitor` follows many conversations at once,
-and says when one falls below normal and when it comes back. ``axiscap.drift.compare`` has a conversation generated
-twice, uncapped and capped.
+:func:`replay` lets the model read stored conversations again, and gives a *trace* of each: the projection of every
+token at the requested layers, and the turns that the tokens belong to. A :class:`Monitor` follows many conversations
+at once, and reports when one drifts and when it recovers. ``axiscap.drift.compare`` generates a conversation twice,
+uncapped and capped.
 """
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED, Conversation, Encoded, Turn, encode, read_conversations
-from axiscap.drift.monitor import Monitor, Recorder
-from axiscap.drift.replay import BATCH_TOKENS, Trace, batches, measuring, read, replay, turn_records, writing_records
+from axiscap.drift.monitor import Monitor
+from axiscap.drift.recorder import Recorder
+from axiscap.drift.records import make_records, open_records
+from axiscap.drift.replay import BATCH_TOKENS, Trace, group_by_length, make_probe, project_sequences, replay
 from axiscap.drift.scale import (
     BUCKETS,
     Drift,
     Scale,
     bucket_of,
-    cumulated,
+    cumulate,
+    describe_percentile,
     drift_of,
-    known_layers,
-    percentile_in_words,
-    summed,
+    measurable_layers,
+    summarise_turn,
 )
 from axiscap.drift.selection import Selection
 
@@ -36,18 +38,18 @@ __all__ = [
     "Selection",
     "Trace",
     "Turn",
-    "batches",
     "bucket_of",
-    "cumulated",
+    "cumulate",
+    "describe_percentile",
     "drift_of",
     "encode",
-    "known_layers",
-    "measuring",
-    "percentile_in_words",
-    "read",
+    "group_by_length",
+    "make_probe",
+    "make_records",
+    "measurable_layers",
+    "open_records",
+    "project_sequences",
     "read_conversations",
     "replay",
-    "summed",
-    "turn_records",
-    "writing_records",
+    "summarise_turn",
 ]

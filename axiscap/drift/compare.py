@@ -1,8 +1,7 @@
-"""The same conversation, generated uncapped and capped side by side, with what the axis saw."""
+"""A conversation generated twice, uncapped and capped, with the projections of the answers."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED
 from axiscap.installation import install
+from axiscap.jsonl import read_lines, to_label, to_text
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats
 
 
 @dataclass(frozen=True)
 class Script:
-    """What the user says, turn by turn."""
+    """The user's side of a conversation, turn by turn."""
 
     name: str
     turns: tuple[str, ...]
@@ -31,16 +31,16 @@ class Script:
 
 @dataclass
 class Answer:
-    """One answer: its text, the projection of each of its tokens at each capped layer, and how it was generated."""
+    """One answer and the projections of its tokens before the cap, at the capped layers: (layers, tokens) float32."""
 
     text: str
-    projections: Tensor  # (layers, tokens) float32, first direction, before the cap
+    projections: Tensor
     seconds: float
 
 
 @dataclass
 class Track:
-    """One of the two sides of a conversation."""
+    """One side of a conversation. Only the capped side has statistics."""
 
     answers: list[Answer] = field(default_factory=list)
     stats: dict[int, LayerStats] | None = None
@@ -51,12 +51,14 @@ class Track:
         return tokens / sum(answer.seconds for answer in self.answers)
 
     def turn_means(self, layer_index: int) -> list[float]:
-        """The mean projection of each answer at the profile's layer of that index."""
+        """The mean projection of each answer at one of the capped layers, by its index."""
         return [answer.projections[layer_index].mean().item() for answer in self.answers]
 
 
 @dataclass
 class Comparison:
+    """Both sides of a conversation."""
+
     conversation: Script
     uncapped: Track
     capped: Track
@@ -66,8 +68,8 @@ class Comparison:
         conversation = self.conversation
         for side, track in ((UNCAPPED, self.uncapped), (CAPPED, self.capped)):
             messages = []
-            for said, answer in zip(conversation.turns, track.answers, strict=True):
-                messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.text}]
+            for text, answer in zip(conversation.turns, track.answers, strict=True):
+                messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
             yield {
                 "name": conversation.name,
                 "group": conversation.topic or conversation.group,
@@ -78,79 +80,80 @@ class Comparison:
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """A group of conversations at the capped layers: how many of its turns and tokens lie below the floor.
+    """The statistics of a group of conversations at the capped layers.
 
-    Shares are of (turn, layer) and (token, layer) pairs; those of the capped side are before the cap, behind which none
-    lies below. ``mean`` is of the uncapped conversations' mean projections less the floor, with a 95 % interval of the
-    mean (bootstrap over conversations).
+    ``turns`` and ``tokens`` are the shares of (turn, layer) and (token, layer) pairs below the floor, uncapped and
+    capped. Those of the capped side are measured before the cap. ``mean`` is the mean of the uncapped conversations'
+    mean projections less the floor, and ``interval`` its 95 % interval (bootstrap over conversations).
     """
 
     name: str
     conversations: int
-    turns: tuple[float, float]  # uncapped, capped
+    turns: tuple[float, float]
     tokens: tuple[float, float]
     mean: float
     interval: tuple[float, float]
 
 
-def by_group(results: Sequence[Comparison], profile: CapProfile) -> list[GroupSummary]:
-    """A summary of each group that the conversations name, in their order."""
-    floors = profile.floors[:, :1]
+def by_group(comparisons: Sequence[Comparison], profile: CapProfile) -> list[GroupSummary]:
+    """A summary of each group, in the order in which the conversations name them."""
     generator = torch.Generator().manual_seed(0)
-    groups = []
-    for name in dict.fromkeys(result.conversation.group for result in results):
-        mine = [result for result in results if result.conversation.group == name]
-        sides = [
-            [answer.projections for track in tracks for answer in track.answers]
-            for tracks in ([r.uncapped for r in mine], [r.capped for r in mine])
-        ]
-        turns = [torch.cat([p.mean(1, keepdim=True) < floors for p in side], 1).double().mean() for side in sides]
-        tokens = [torch.cat([p < floors for p in side], 1).double().mean() for side in sides]
-        levels = torch.tensor(
-            [torch.stack([(a.projections - floors).mean() for a in r.uncapped.answers]).mean() for r in mine]
-        )
-        draws = levels[torch.randint(len(levels), (1000, len(levels)), generator=generator)].mean(1)
-        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975])).tolist()
-        groups.append(
-            GroupSummary(
-                name,
-                len(mine),
-                (turns[0].item(), turns[1].item()),
-                (tokens[0].item(), tokens[1].item()),
-                levels.mean().item(),
-                (low, high),
-            )
-        )
-    return groups
+    names = dict.fromkeys(comparison.conversation.group for comparison in comparisons)
+    return [
+        _summarise_group(name, [c for c in comparisons if c.conversation.group == name], profile, generator)
+        for name in names
+    ]
+
+
+def _summarise_group(
+    name: str, comparisons: Sequence[Comparison], profile: CapProfile, generator: torch.Generator
+) -> GroupSummary:
+    floors = profile.floors[:, :1]
+    turns, tokens = [], []
+    for tracks in ([c.uncapped for c in comparisons], [c.capped for c in comparisons]):
+        projections = [answer.projections for track in tracks for answer in track.answers]
+        turns.append(_share_below([values.mean(1, keepdim=True) for values in projections], floors))
+        tokens.append(_share_below(projections, floors))
+    levels = torch.tensor(
+        [torch.stack([(a.projections - floors).mean() for a in c.uncapped.answers]).mean() for c in comparisons]
+    )
+    draws = levels[torch.randint(len(levels), (1000, len(levels)), generator=generator)].mean(1)
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975])).tolist()
+    return GroupSummary(
+        name, len(comparisons), (turns[0], turns[1]), (tokens[0], tokens[1]), levels.mean().item(), (low, high)
+    )
+
+
+def _share_below(projections: Sequence[Tensor], floors: Tensor) -> float:
+    return torch.cat([values < floors for values in projections], 1).double().mean().item()
 
 
 def load_scripts(path: Path | None = None) -> list[Script]:
-    """The conversations of a JSONL file; AxisCap's own without one.
+    """Reads scripts from a JSONL file. Default: AxisCap's own.
 
-    A line is ``{"name": ..., "turns": [user message, ...]}``, with a ``group`` where conversations are compared by it.
+    A line is ``{"name": ..., "turns": [user message, ...]}``, optionally with a ``group``, by which conversations are
+    compared, and a ``topic``.
 
     Raises
     ------
     ValueError
-        naming the line that is not a conversation.
+        naming the line that is not a script.
     """
     source = path or Path(str(files("axiscap.data") / "conversations.jsonl"))
-    result = []
-    for number, line in enumerate(source.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    scripts = []
+    for line in read_lines(source):
         try:
-            entry = json.loads(line)
-            turns = tuple(entry["turns"])
-            if not turns or not all(isinstance(turn, str) for turn in turns):
-                raise TypeError
-            kinds = (str(entry.get(key, "")) for key in ("group", "topic"))
-            result.append(Script(str(entry["name"]), turns, *kinds))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{source}, line {number}: must be {{"name": ..., "turns": [text, ...]}}') from None
-    if not result:
+            entry = line.parse()
+            name, *labels = (to_label(entry.get(key)) for key in ("name", "group", "topic"))
+            if not isinstance(entry["turns"], list) or not entry["turns"] or not name.strip():
+                raise ValueError
+            turns = tuple(to_text(turn, "turn") for turn in entry["turns"])
+            scripts.append(Script(name, turns, *labels))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise line.error('must be {"name": ..., "turns": [text, ...]}', error) from None
+    if not scripts:
         raise ValueError(f"{source}: no conversation in it")
-    return result
+    return scripts
 
 
 def compare(
@@ -161,10 +164,10 @@ def compare(
     *,
     max_new_tokens: int = 48,
 ) -> Comparison:
-    """Generates both sides, turn about, by greedy decoding with a repetition penalty of 1.15.
+    """Generates both sides by greedy decoding with a repetition penalty of 1.15.
 
-    Each side goes on from its own answers. The uncapped side is generated without any hook; its projections come from a
-    second pass over the finished text, as do those of the capped side.
+    Each side continues from its own answers. The uncapped side is generated without any hook. The projections of both
+    sides come from a second pass over the finished text.
     """
     result = Comparison(conversation, Track(), Track())
     sides = ((result.uncapped, None), (result.capped, profile))
@@ -178,12 +181,12 @@ def compare(
             track.answers.append(answer)
             if stats is not None:
                 totals.append(stats)
-    result.capped.stats = {layer: _sum([stats[layer] for stats in totals]) for layer in profile.layers}
+    result.capped.stats = {layer: _sum_counts([stats[layer] for stats in totals]) for layer in profile.layers}
     return result
 
 
-def _sum(parts: Sequence[LayerStats]) -> LayerStats:
-    """Counts added up; the other figures belong to single runs and are left out (NaN)."""
+def _sum_counts(parts: Sequence[LayerStats]) -> LayerStats:
+    """The sums of the counts. The other statistics belong to single runs, and are NaN."""
     none = (float("nan"),) * len(parts[0].mean)
     rows, fired, nonfinite = (sum(getattr(p, name) for p in parts) for name in ("rows", "fired", "nonfinite"))
     return LayerStats(rows, fired, nonfinite, none, none, none, none, none)
@@ -205,9 +208,9 @@ def _answer(
     options = {"do_sample": False, "repetition_penalty": 1.15, "max_new_tokens": max_new_tokens}
 
     def generate() -> tuple[Tensor, float]:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         tokens = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-        return tokens, time.perf_counter() - begin
+        return tokens, time.perf_counter() - start
 
     stats = None
     if cap is None:
@@ -218,7 +221,7 @@ def _answer(
             (stats,) = installation.stats().values()
     with install(model, cap or profile.measuring_only()) as installation:
         model(tokens, use_cache=False, logits_to_keep=1)
-        seen = installation.projections()
-    projections = torch.stack([seen[layer][0, prompt:, 0] for layer in profile.layers]).float().cpu()
+        by_layer = installation.projections()
+    projections = torch.stack([by_layer[layer][0, prompt:, 0] for layer in profile.layers]).float().cpu()
     text = tokenizer.decode(tokens[0, prompt:], skip_special_tokens=True).strip()
     return Answer(text, projections, seconds), stats

@@ -1,43 +1,40 @@
-"""Stored conversations read again: the projection of every token, at the layers that were asked for."""
+"""Stored conversations, read again by the model: the projection of every token at the requested layers."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, Conversation, Encoded, encode
-from axiscap.drift.scale import Drift, Scale, check_layers, drift_of, summed
+from axiscap.drift.scale import Drift, Scale, check_layers, drift_of, summarise_turn
 from axiscap.installation import install
 from axiscap.models import text_config
-from axiscap.profile import CapProfile
+from axiscap.profile import CapProfile, Slot
 
-#: Conversations that are read ahead and sorted by length, so that a batch has little padding.
+#: Conversations that are encoded ahead and sorted by length, so that a batch has little padding.
 _WINDOW = 128
-#: Tokens of one pass, with padding.
+#: The most tokens of one forward pass, with padding.
 BATCH_TOKENS = 4096
 
 
 @dataclass
 class Trace:
-    """A conversation as the model read it.
+    """The projections of a conversation's tokens.
 
     Parameters
     ----------
     conversation
-        what was read.
+        as it was stored.
     text
-        its tokens, and which of them the model said.
+        its tokens, and the turns that they belong to.
     layers
-        where it was measured.
+        the layers of the rows of ``projections``.
     projections
         (layers, tokens) float32.
 
@@ -53,10 +50,10 @@ class Trace:
     conversation: Conversation
     text: Encoded
     layers: tuple[int, ...]
-    projections: Tensor  # (layers, tokens) float32
+    projections: Tensor
 
     def answers(self, layer: int) -> list[Tensor]:
-        """The projections of each of the model's turns at a layer, (tokens,) each; empty turns are left out.
+        """The projections of the model's turns at a layer. Turns without tokens are left out.
 
         Parameters
         ----------
@@ -66,7 +63,7 @@ class Trace:
         Returns
         -------
         list[Tensor]
-            float32, in order.
+            (tokens,) float32 for each turn.
 
         Examples
         --------
@@ -77,11 +74,11 @@ class Trace:
         1
         """
         row = self.projections[self.layers.index(layer)]
-        said = [turn for turn in self.text.turns if turn.role == "assistant" and turn.end > turn.start]
-        return [row[turn.start : turn.end] for turn in said]
+        turns = [turn for turn in self.text.turns if turn.role == "assistant" and turn.end > turn.start]
+        return [row[turn.start : turn.end] for turn in turns]
 
     def drift(self, scale: Scale) -> Drift | None:
-        """The path in figures, or None where the model says nothing in it.
+        """The drift statistics of the model's turns; None if the model has no turn.
 
         Parameters
         ----------
@@ -91,7 +88,7 @@ class Trace:
         Returns
         -------
         Drift or None
-            Of the model's turns.
+            At the scale's layer.
 
         Examples
         --------
@@ -104,7 +101,7 @@ class Trace:
         return drift_of(self.sums(scale), scale)
 
     def sums(self, scale: Scale) -> list[tuple[float, int, int]]:
-        """Each of the model's turns: its mean projection, its tokens, and how many of them are below the floor.
+        """For each of the model's turns its mean projection, its tokens, and the number of them below the floor.
 
         Parameters
         ----------
@@ -125,32 +122,7 @@ class Trace:
         >>> tokens > 0
         True
         """
-        return [summed(values, scale.floor) for values in self.answers(scale.layer)]
-
-
-def measuring(profile: CapProfile, layers: Sequence[int] | None = None, *, capped: bool = False) -> CapProfile:
-    """A profile that measures at the layers given (the profile's own without them), and caps only where asked to.
-
-    Raises
-    ------
-    ValueError
-        the profile has no axis at a layer.
-    """
-    if layers is not None:
-        check_layers(profile, layers)
-    wanted = sorted(set(profile.layers if layers is None else layers) | set(profile.layers if capped else ()))
-    slots = []
-    for layer in wanted:
-        slot = profile.slot_at(layer, profile.directions)
-        if layer not in profile.layers:
-            assert profile.axis_all is not None
-            axis = profile.axis_all[layer].expand(profile.directions, -1)
-            limits = profile.norm_limit_all
-            slot = slot._replace(axes=axis, lifts=axis, norm_limit=slot.norm_limit if limits is None else limits[layer])
-        slots.append(slot if capped else slot._replace(floors=torch.full_like(slot.floors, -math.inf)))
-    axes, lifts, floors, targets, limits = (torch.stack(part).contiguous() for part in zip(*slots, strict=True))
-    model = {"model": dict(profile.model_facts)}
-    return CapProfile(wanted, axes, floors, model, targets=targets, lifts=lifts, norm_limits=limits)
+        return [summarise_turn(values, scale.floor) for values in self.answers(scale.layer)]
 
 
 def replay(
@@ -164,9 +136,9 @@ def replay(
     batch_tokens: int = BATCH_TOKENS,
     on_error: Callable[[str], None] | None = None,
 ) -> Iterator[Trace]:
-    """Has the model read stored conversations, in order, and yields what the axis saw of each.
+    """Lets the model read stored conversations, and yields the projections of each.
 
-    All tokens are given (teacher forcing), many conversations at a time. Memory does not grow with their number.
+    All tokens are given (teacher forcing), many conversations in one pass. Memory does not grow with their number.
 
     Parameters
     ----------
@@ -177,13 +149,13 @@ def replay(
     profile
         whose axes are measured, and whose floors hold.
     conversations
-        in any number.
+        any number.
     layers
-        where to measure; the profile's own without them.
+        to measure at. Default: the capped layers.
     capped
-        whether the profile is in force while the model reads; without it, in those whose side is "capped".
+        whether the profile caps while the model reads. Default: only in conversations whose side is "capped".
     batch_tokens
-        at most in one pass, with padding; a longer conversation has a pass for itself.
+        the most tokens of one pass, with padding; a longer conversation has a pass for itself.
     on_error
         called with a sentence for each conversation that cannot be read, which is then left out.
 
@@ -204,133 +176,101 @@ def replay(
     >>> [trace.conversation.name for trace in drift.replay(model, tokenizer, profile, [drift.Conversation("a", said)])]
     ['a']
     """
-    wanted = tuple(profile.layers if layers is None else sorted(set(layers)))
-    probes = {cap: measuring(profile, wanted, capped=cap) for cap in (False, True)}
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    waiting = iter(conversations)
-    while window := list(islice(waiting, _WINDOW)):
-        known: list[tuple[Conversation, Encoded]] = []
-        for conversation in window:
-            try:
-                text = encode(tokenizer, conversation.messages)
-                if longest is not None and len(text.tokens) > longest:
-                    raise ValueError(f"{len(text.tokens)} tokens, more than the {longest} that the model reads")
-            except ValueError as error:
-                if on_error is None:
-                    raise ValueError(f"conversation {conversation.name}: {error}") from None
-                on_error(f"conversation {conversation.name}: {error}")
-            else:
-                known.append((conversation, text))
-        seen: dict[int, Tensor] = {}
-        for cap, probe in probes.items():
-            mine = [
-                at
-                for at, (conversation, _) in enumerate(known)
-                if cap == (conversation.side == CAPPED if capped is None else capped)
-            ]
-            rows = [probe.layers.index(layer) for layer in wanted]
-            for batch in batches({at: len(known[at][1].tokens) for at in mine}, batch_tokens):
-                found = read(model, probe, [known[at][1].tokens for at in batch])
-                seen |= {at: projections[rows] for at, projections in zip(batch, found, strict=True)}
-        for at, (conversation, text) in enumerate(known):
-            yield Trace(conversation, text, wanted, seen[at])
-
-
-def batches(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
-    """Which conversations are read together, the longest first: if memory does not suffice, it shows soon."""
-    batch: list[int] = []
-    for at in sorted(lengths, key=lambda at: -lengths[at]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > limit:
-            yield batch
-            batch = []
-        batch.append(at)
-    if batch:
-        yield batch
-
-
-def turn_records(trace: Trace, scales: Sequence[Scale]) -> list[dict[str, Any]]:
-    """A flat record for each of the model's turns at each of some layers: what tables are made of."""
-    conversation, records = trace.conversation, []
-    for scale in scales:
-        for number, (mean, tokens, below) in enumerate(trace.sums(scale), start=1):
-            facts = {
-                "conversation": conversation.name,
-                "group": conversation.group,
-                "side": conversation.side,
-                "turn": number,
+    measured = tuple(profile.layers if layers is None else sorted(set(layers)))
+    probes = {is_capped: make_probe(profile, measured, capped=is_capped) for is_capped in (False, True)}
+    pending = iter(conversations)
+    while window := list(islice(pending, _WINDOW)):
+        encoded = list(_encode_all(model, tokenizer, window, on_error))
+        projections: dict[int, Tensor] = {}
+        for is_capped, probe in probes.items():
+            lengths = {
+                index: len(text.tokens)
+                for index, (conversation, text) in enumerate(encoded)
+                if is_capped == (conversation.side == CAPPED if capped is None else capped)
             }
-            facts["layer"] = scale.layer
-            share = below / tokens if math.isfinite(scale.floor) else None
-            rank = scale.percentile(mean)
-            facts |= {"tokens": tokens, "mean": mean, "below_floor": share}
-            records.append({**facts, "percentile": None if math.isnan(rank) else rank})
-    return records
+            rows = [probe.layers.index(layer) for layer in measured]
+            for batch in group_by_length(lengths, batch_tokens):
+                sequences = [encoded[index][1].tokens for index in batch]
+                for index, values in zip(batch, project_sequences(model, probe, sequences), strict=True):
+                    projections[index] = values[rows]
+        for index, (conversation, text) in enumerate(encoded):
+            yield Trace(conversation, text, measured, projections[index])
 
 
-@contextlib.contextmanager
-def writing_records(out: Path | None, scales: Sequence[Scale]) -> Iterator[Callable[[Trace], object]]:
-    """Gives what writes a trace's records (:func:`turn_records`) to a file; without a file it does nothing.
+def make_probe(profile: CapProfile, layers: Sequence[int] | None = None, *, capped: bool = False) -> CapProfile:
+    """A profile that measures at any layers with an axis, and caps at the profile's layers only if ``capped``.
 
     Parameters
     ----------
-    out
-        ``.jsonl`` or ``.parquet``; its folder is made.
-    scales
-        of the layers that the records are of.
+    layers
+        to measure at. Default: the capped layers.
 
     Raises
     ------
     ValueError
-        another suffix.
-    ModuleNotFoundError
-        pyarrow is missing, for Parquet.
+        the profile has no axis at a layer.
     """
-    if out is None:
-        yield lambda trace: None
-        return
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"records are written as .jsonl or .parquet, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".jsonl":
-        with out.open("w", encoding="utf-8") as file:
-            yield lambda trace: file.writelines(json.dumps(record) + "\n" for record in turn_records(trace, scales))
-        return
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Parquet needs pyarrow: pip install 'axiscap[report]'") from None
-    kinds = {
-        "conversation": "string", "group": "string", "side": "string", "turn": "int32", "layer": "int32",
-        "tokens": "int32", "mean": "float64", "below_floor": "float64", "percentile": "float64",
-    }  # fmt: skip
-    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in kinds.items()])
-    with parquet.ParquetWriter(out, schema) as writer:
-        waiting: list[dict[str, Any]] = []
+    if layers is not None:
+        check_layers(profile, layers)
+    probed = sorted(set(profile.layers if layers is None else layers) | set(profile.layers if capped else ()))
+    slots = [_probe_slot(profile, layer, capped=capped) for layer in probed]
+    axes, lifts, floors, targets, limits = (torch.stack(part).contiguous() for part in zip(*slots, strict=True))
+    facts = {"model": dict(profile.model_facts)}
+    return CapProfile(probed, axes, floors, facts, targets=targets, lifts=lifts, norm_limits=limits)
 
-        def flush() -> None:
-            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
-            waiting.clear()
 
-        def write(trace: Trace) -> None:
-            waiting.extend(turn_records(trace, scales))
-            if len(waiting) > 10_000:
-                flush()
+def _probe_slot(profile: CapProfile, layer: int, *, capped: bool) -> Slot:
+    slot = profile.slot_at(layer, profile.directions)
+    if layer not in profile.layers:
+        assert profile.axis_all is not None
+        axes = profile.axis_all[layer].expand(profile.directions, -1)
+        limits = profile.norm_limit_all
+        slot = slot._replace(axes=axes, lifts=axes, norm_limit=slot.norm_limit if limits is None else limits[layer])
+    return slot if capped else slot._replace(floors=torch.full_like(slot.floors, -math.inf))
 
-        yield write
-        flush()
+
+def _encode_all(
+    model: Any, tokenizer: Any, conversations: Iterable[Conversation], on_error: Callable[[str], None] | None
+) -> Iterator[tuple[Conversation, Encoded]]:
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    for conversation in conversations:
+        try:
+            text = encode(tokenizer, conversation.messages)
+            if longest is not None and len(text.tokens) > longest:
+                raise ValueError(f"{len(text.tokens)} tokens, more than the {longest} that the model reads")
+        except ValueError as error:
+            if on_error is None:
+                raise ValueError(f"conversation {conversation.name}: {error}") from None
+            on_error(f"conversation {conversation.name}: {error}")
+        else:
+            yield conversation, text
+
+
+def group_by_length(lengths: Mapping[int, int], limit: int) -> Iterator[list[int]]:
+    """Groups the keys into batches of at most ``limit`` tokens with padding.
+
+    The longest come first: if memory does not suffice, the first batch fails.
+    """
+    batch: list[int] = []
+    for index in sorted(lengths, key=lambda index: -lengths[index]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
-def read(model: Any, probe: CapProfile, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Each sequence's projections at the layers of a profile that is in force meanwhile: (layers, tokens) float32."""
+def project_sequences(model: Any, probe: CapProfile, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The projections of sequences in one pass under a profile: (layers, tokens) float32 each."""
     longest = max(len(tokens) for tokens in sequences)
-    # Padding stands behind, where no token that counts can see it.
+    # Padding stands behind the tokens: a causal model's rows do not see what follows them.
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     for row, tokens in zip(ids, sequences, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     with install(model, probe) as installation:
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
-        found = installation.projections()
-    stacked = torch.stack([found[layer][..., 0].cpu() for layer in probe.layers])  # (layers, batch, tokens)
+        by_layer = installation.projections()
+    stacked = torch.stack([by_layer[layer][..., 0].cpu() for layer in probe.layers])  # (layers, batch, tokens)
     return [stacked[:, row, : len(tokens)].contiguous() for row, tokens in enumerate(sequences)]

@@ -1,7 +1,7 @@
-"""What a layer's projections are held against, and a conversation's path along the axis in figures.
+"""The reference range of a layer's projections, and the drift statistics of a conversation.
 
-Projections are those of the rows as they came, before the cap of their own layer. Their unit is that of the residual
-stream, so that two layers do not compare; percentiles of the model's own normal answers do.
+Projections are of the rows before the cap of their own layer. Their unit is that of the residual stream, so that
+values of different layers do not compare. Percentiles among the model's own normal answers do.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from axiscap.profile import CapProfile, ProfileError, ranges
+from axiscap.profile import CapProfile, ProfileError, format_layers
 
 #: Upper bounds of a histogram of percentiles.
 BUCKETS = (0.0, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 100.0)
 
 
 def bucket_of(percentile: float) -> int:
-    """Which of the BUCKETS a percentile, 0 to 100, belongs to."""
+    """The index in :data:`BUCKETS` of a percentile, 0 to 100."""
     return bisect_left(BUCKETS, percentile)
 
 
-def cumulated(counts: Sequence[float]) -> list[tuple[str, float]]:
-    """Counts by bucket, as a histogram of Prometheus has them: of each upper bound, what is not above it."""
+def cumulate(counts: Sequence[float]) -> list[tuple[str, float]]:
+    """The counts of buckets as cumulative pairs (upper bound, count), the form of a Prometheus histogram."""
     bounds = [*(f"{bound:g}" for bound in BUCKETS[:-1]), "+Inf"]
     return list(zip(bounds, accumulate(counts), strict=True))
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A conversation's path in figures, at one layer.
+    """The drift statistics of a conversation at one layer. Only the model's turns count.
 
     Parameters
     ----------
     turns
-        how many turns the model has.
+        the number of turns.
     tokens
-        how many tokens they have.
+        the number of tokens in these turns.
     level
         mean of the turns' mean projections.
     slope
-        of the turns' mean projections by least squares, a turn; NaN with one turn.
+        of the turns' mean projections by least squares, per turn; NaN with one turn.
     lowest
-        the lowest turn's mean projection.
+        mean projection of the lowest turn.
     lowest_turn
-        which one that is, counted from 1.
+        its number, counted from 1.
     below
-        share of tokens below the floor; NaN where the layer has none.
+        share of tokens below the floor; NaN if the layer has no floor.
     percentile
-        of the level among the means of the model's own normal answers, 0 to 100; NaN where the profile does not know
+        of the level among the mean projections of normal answers, 0 to 100; NaN if the profile has no quantiles of
         them.
     lowest_percentile
-        the lowest turn's.
+        of the lowest turn, likewise.
 
     Examples
     --------
@@ -79,18 +79,18 @@ class Drift:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a layer's projections are held against: the profile's floor there, and its model's normal answers.
+    """The reference range of a layer's projections: the profile's floor, and the quantiles of normal answers.
 
     Parameters
     ----------
     layer
-        the layer.
+        counted from 0.
     floor
-        the profile's, -inf where it does not cap this layer.
+        -inf if the profile does not cap this layer.
     ranks
         percentiles, ascending.
     values
-        the normal answers' mean projections at them.
+        the mean projections of normal answers at these percentiles.
 
     Examples
     --------
@@ -107,19 +107,19 @@ class Scale:
 
     @classmethod
     def of(cls, profile: CapProfile, layer: int | None = None) -> Scale:
-        """The scale of a layer; without one, of the capped layer that separates best, or else of the middle one.
+        """The scale of a layer. Default: the capped layer that separates best, or the middle one without evidence.
 
         Parameters
         ----------
         profile
-            with quantiles, for percentiles that are not NaN.
+            without quantiles, all percentiles are NaN.
         layer
             counted from 0.
 
         Returns
         -------
         Scale
-            Of that layer.
+            At that layer.
 
         Raises
         ------
@@ -133,7 +133,7 @@ class Scale:
         True
         """
         if layer is None:
-            layer = _telling_layer(profile)
+            layer = _default_layer(profile)
         check_layers(profile, [layer])
         floor = profile.floors[profile.layers.index(layer), 0].item() if layer in profile.layers else -math.inf
         table = profile.tables.get("assistant")
@@ -142,12 +142,12 @@ class Scale:
         return cls(layer, floor, profile.percentiles, tuple(table[layer].tolist()))
 
     def at(self, percentile: float) -> float:
-        """The normal answers' mean projection at one of the table's percentiles; NaN where that is not known.
+        """The mean projection of normal answers at a percentile; NaN if the table does not have that percentile.
 
         Parameters
         ----------
         percentile
-            0 to 100, one of ``ranks``.
+            one of ``ranks``.
 
         Returns
         -------
@@ -163,7 +163,7 @@ class Scale:
         return self.values[self.ranks.index(percentile)] if percentile in self.ranks else math.nan
 
     def percentile(self, projection: float) -> float:
-        """Of a turn's mean projection among normal answers; beyond the table's ends 0 or 100, NaN without a table.
+        """The percentile of a mean projection among normal answers, interpolated; NaN without a table.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Scale:
         Returns
         -------
         float
-            0 to 100.
+            0 to 100; beyond the ends of the table 0 or 100.
 
         Examples
         --------
@@ -191,36 +191,42 @@ class Scale:
         return self.ranks[right - 1] + share * (self.ranks[right] - self.ranks[right - 1])
 
 
-def _telling_layer(profile: CapProfile) -> int:
+def _default_layer(profile: CapProfile) -> int:
     try:
         evidence = profile.evidence
-    except ProfileError:  # a default for want of a better one needs no evidence
+    except ProfileError:  # a default layer exists without evidence too
         evidence = None
     if evidence is None:
         return profile.layers[len(profile.layers) // 2]
     return max(profile.layers, key=evidence.auc.__getitem__)
 
 
-def known_layers(profile: CapProfile) -> list[int]:
-    """Where the profile has an axis to measure on: the capped layers, and all others where it keeps theirs."""
+def measurable_layers(profile: CapProfile) -> list[int]:
+    """The layers at which the profile has an axis: the capped ones, and all others if it has ``axis_all``."""
     return sorted({*profile.layers, *range(0 if profile.axis_all is None else len(profile.axis_all))})
 
 
 def check_layers(profile: CapProfile, layers: Sequence[int]) -> None:
-    known = known_layers(profile)
-    unknown = sorted(set(layers) - set(known))
-    if unknown:
-        raise ValueError(f"the profile has no axis at layer {unknown[0]}; it has one at {ranges(known)}")
+    measurable = measurable_layers(profile)
+    missing = sorted(set(layers) - set(measurable))
+    if missing:
+        raise ValueError(f"the profile has no axis at layer {missing[0]}; it has one at {format_layers(measurable)}")
 
 
-def summed(projections: Tensor, floor: float) -> tuple[float, int, int]:
-    """Mean, number and number below the floor of a turn's projections, (tokens,); NaN, a row left alone, is no part."""
+def summarise_turn(projections: Tensor, floor: float) -> tuple[float, int, int]:
+    """A turn's mean projection, its tokens, and the number of them below the floor. Sinks (NaN) do not count.
+
+    Parameters
+    ----------
+    projections
+        (tokens,).
+    """
     projections = projections[projections.isfinite()]
     return projections.double().mean().item(), len(projections), int((projections < floor).sum())
 
 
-class Path:
-    """One conversation's running sums."""
+class RunningDrift:
+    """The sums of a conversation, turn by turn, from which its drift is computed."""
 
     def __init__(self) -> None:
         self.turns = self.tokens = self.below = 0
@@ -228,7 +234,7 @@ class Path:
         self.lowest, self.lowest_turn = math.inf, 0
 
     def add(self, mean: float, tokens: int, below: int) -> None:
-        """A turn: its mean projection, its tokens, and how many of them were below the floor."""
+        """Adds a turn, as :func:`summarise_turn` returns it."""
         self.turns += 1
         self.tokens += tokens
         self.below += below
@@ -255,19 +261,19 @@ class Path:
 
 
 def drift_of(turns: Iterable[tuple[float, int, int]], scale: Scale) -> Drift | None:
-    """The drift of turns as :func:`summed` gives them; None where there are none.
+    """The drift of a conversation; None without turns.
 
     Parameters
     ----------
     turns
-        of each turn its mean projection, its tokens, and how many of them are below the floor.
+        for each turn its mean projection, its tokens, and the number of tokens below the floor.
     scale
-        of the layer that they were measured at.
+        of the layer at which the turns were measured.
 
     Returns
     -------
     Drift or None
-        Over all of them.
+        Over all turns.
 
     Examples
     --------
@@ -275,14 +281,14 @@ def drift_of(turns: Iterable[tuple[float, int, int]], scale: Scale) -> Drift | N
     >>> drift.drift_of([], drift.Scale.of(profile)) is None
     True
     """
-    path = Path()
+    running = RunningDrift()
     for turn in turns:
-        path.add(*turn)
-    return path.drift(scale) if path.turns else None
+        running.add(*turn)
+    return running.drift(scale) if running.turns else None
 
 
-def percentile_in_words(percentile: float) -> str:
-    """A percentile in words, for people."""
+def describe_percentile(percentile: float) -> str:
+    """A percentile as text: "below 99 % of normal answers"."""
     if math.isnan(percentile):
         return "not known"
     side, share = ("below", 100 - percentile) if percentile < 50 else ("above", percentile)

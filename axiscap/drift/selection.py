@@ -1,4 +1,4 @@
-"""Which conversations a page shows, and the figures of their groups."""
+"""The conversations that a page shows, and the statistics of all groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from axiscap.drift.conversations import CAPPED
 from axiscap.drift.replay import Trace
 from axiscap.drift.scale import Drift, Scale, drift_of
 
-#: Conversations that are listed and drawn, and those that are shown token by token: more would be too large a page.
+#: How many conversations a page lists and draws, and how many it shows token by token. More make the page too large.
 ROWS, DETAILED = 200, 8
-_GROUPS, _HISTOGRAM = 24, 50_000
+#: The most groups that are told apart, and the most tokens of each side in the histogram.
+_GROUPS, _HISTOGRAM_TOKENS = 24, 50_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation in figures: its drift, and each answer's mean, tokens, and tokens below the floor."""
+    """One conversation: its drift, and for each answer the mean projection, tokens, and tokens below the floor."""
 
     name: str
     group: str
@@ -33,7 +34,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The conversations of one group and side, added up."""
+    """The sums over the conversations of one group and side."""
 
     conversations: int = 0
     answers: int = 0
@@ -63,20 +64,20 @@ class Group:
         variance = (self._squares - self.conversations * self.level**2) / (self.conversations - 1)
         return 1.96 * math.sqrt(max(0.0, variance) / self.conversations)
 
-    def described(self) -> str:
-        """Its level, for people."""
+    def describe_level(self) -> str:
+        """The level with its interval, as text."""
         return f"{self.level:.3g}" + (f" ± {self.interval:.2g}" if math.isfinite(self.interval) else "")
 
 
 class Selection:
-    """Of any number of traces, what is shown: figures of each group, and in full the conversations that went lowest.
+    """Collects traces: the statistics of each group, and the conversations that went lowest.
 
     Memory does not grow with the number of traces.
 
     Parameters
     ----------
     scale
-        of the layer that figures and curves are of.
+        of the layer at which the statistics are taken.
     """
 
     def __init__(self, scale: Scale) -> None:
@@ -87,7 +88,7 @@ class Selection:
         self._traces: list[Trace] = []
 
     def add(self, trace: Trace) -> Drift | None:
-        """Returns the trace's drift; None where the model says nothing in it, which is not shown."""
+        """Adds a trace and returns its drift; a trace without answers is not added, and has none."""
         conversation, scale = trace.conversation, self.scale
         answers = trace.sums(scale)
         drift = drift_of(answers, scale)
@@ -98,9 +99,9 @@ class Selection:
         if key not in self.groups and len(self.groups) >= _GROUPS:
             key = ("other groups", conversation.side)
         self.groups.setdefault(key, Group()).add(row, scale)
-        kept = self.tokens.setdefault(conversation.side, [])
-        if len(kept) < _HISTOGRAM:
-            kept.extend(torch.cat(trace.answers(scale.layer)).tolist())
+        tokens = self.tokens.setdefault(conversation.side, [])
+        if len(tokens) < _HISTOGRAM_TOKENS:
+            tokens.extend(torch.cat(trace.answers(scale.layer)).tolist())
         self._rows.append(row)
         self._traces.append(trace)
         if len(self._rows) > 2 * ROWS:
@@ -120,5 +121,7 @@ class Selection:
     def traces(self) -> list[Trace]:
         """At most :data:`DETAILED` conversations, the lowest first, each followed by its other side."""
         names = list(dict.fromkeys(row.name for row in self.rows()))[:DETAILED]
-        mine = [trace for trace in self._traces if trace.conversation.name in names]
-        return sorted(mine, key=lambda trace: (names.index(trace.conversation.name), trace.conversation.side == CAPPED))
+        traces = [trace for trace in self._traces if trace.conversation.name in names]
+        return sorted(
+            traces, key=lambda trace: (names.index(trace.conversation.name), trace.conversation.side == CAPPED)
+        )

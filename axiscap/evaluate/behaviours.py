@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from axiscap.calibrate import Role, load_roles
-from axiscap.calibrate.data import numbered_lines, shipped
+from axiscap.calibrate.data import shipped
+from axiscap.jsonl import read_lines, to_label
 
 #: Columns that hold the request, in order: StrongREJECT's, JailbreakBench's (which has a Behavior too, a mere title),
 #: HarmBench's, and those of a JSONL file.
@@ -78,12 +78,12 @@ def read(path: Path) -> list[Behaviour]:
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, str]]]:
     """The rows of a file with the line that each ends on."""
     if path.suffix == ".jsonl":
-        for number, line in numbered_lines(path):
+        for line in read_lines(path):
             try:
-                row = {str(key): str(value) for key, value in json.loads(line).items()}
-            except (ValueError, AttributeError):
-                raise ValueError(f"{path}, line {number}: not a JSON object") from None
-            yield number, row
+                row = {key: to_label(value) for key, value in line.parse().items()}
+            except (ValueError, AttributeError) as error:
+                raise line.error("not a JSON object", error) from None
+            yield line.number, row
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)

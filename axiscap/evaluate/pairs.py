@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from axiscap.jsonl import read_lines
+
 #: Scores that are better the lower they are, by their scorers' names, or by their tasks'.
 LOWER = frozenset({"harmful", "not_refused", "in_character", "refused", "garak"})
 DRAWS = 10_000
@@ -144,12 +146,12 @@ def read_garak(name: str, path: Path) -> Run:
     """
     run, threshold = Run(name), 0.5
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for line in read_lines(path):
         try:
-            entry = json.loads(line)
+            entry = line.parse()
             kind = entry["entry_type"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not an entry of a report of garak") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise line.error("not an entry of a report of garak", error) from None
         if kind == "start_run setup":
             threshold = float(entry.get("run.eval_threshold", threshold))
         if kind != "attempt" or entry["status"] != 2:  # only those that the detectors have seen
@@ -160,7 +162,7 @@ def read_garak(name: str, path: Path) -> Run:
         for detector, results in entry["detector_results"].items():
             scores = run.scores.setdefault((entry["probe_classname"], f"garak/{detector}"), {})
             if len(results) != len(entry["outputs"]):
-                raise ValueError(f"{path}, line {number}: {len(entry['outputs'])} answers, but {len(results)} results")
+                raise line.error(f"{len(entry['outputs'])} answers, but {len(results)} results")
             for at, (output, result) in enumerate(zip(entry["outputs"], results, strict=True)):
                 text = (output or {}).get("text") or ""
                 hit = math.nan if result is None else float(result >= threshold)

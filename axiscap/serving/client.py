@@ -19,7 +19,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from axiscap.profile import CapProfile, ranges
+from axiscap.profile import CapProfile, format_layers
 from axiscap.serving.front.middleware import HEADERS, PATH
 from axiscap.serving.request import KEY, OFF
 from axiscap.serving.settings import THINKING
@@ -64,7 +64,7 @@ def verify(
     server = _Server(url, api_key)
     server.resolve(profile)
     use = "the default" if server.asked == server.default else "where a request asks for it"
-    yield f"the server says that it caps layers {ranges(server.layers)} under {server.asked}, {use}"
+    yield f"the server says that it caps layers {format_layers(server.layers)} under {server.asked}, {use}"
 
     before = server.counted("rows", server.asked)
     _, headers = server.complete(server.asked, "Who are you?", max_tokens=2)
@@ -75,8 +75,8 @@ def verify(
     if before is None:
         raise NotCapped("the server has no metrics page with AxisCap's counts, so that no row can be seen to be capped")
     if still := server.await_rows(profile.layers, before):
-        raise NotCapped(f"no row of the answer was measured at layers {ranges(still)}")
-    yield f"its rows were measured against the floors of layers {ranges(profile.layers)}"
+        raise NotCapped(f"no row of the answer was measured at layers {format_layers(still)}")
+    yield f"its rows were measured against the floors of layers {format_layers(profile.layers)}"
     yield _effect(server, profile, admin_key, source)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from axiscap.fit import unstated
-from axiscap.profile import ranges
+from axiscap.profile import format_layers
 from axiscap.serving.request import KEY, OFF, RequestError
 from axiscap.serving.settings import ROWS, Settings, check_name, is_member
 
@@ -116,7 +116,7 @@ def describe_start(settings: Settings) -> str:
     """The line that a server logs when it starts: rows, layers, profiles with their digests, and what requests get."""
     profiles = ", ".join(f"{name} ({digest})" for name, digest in settings.digests.items())
     default = settings.default or "none: requests that name no profile are left alone"
-    where = f"{ROWS[settings.positions]} at layers {ranges(settings.layers)}"
+    where = f"{ROWS[settings.positions]} at layers {format_layers(settings.layers)}"
     line = f"axiscap: capping {where} under {profiles}; default {default}"
     line += f"; requests may choose {', '.join(Registry(settings).selectable)}"
     for name, profile in settings.load_profiles().items():

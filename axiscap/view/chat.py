@@ -27,7 +27,17 @@ from rich.panel import Panel
 from torch import Tensor
 
 from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
-from axiscap.drift import CAPPED, UNCAPPED, Conversation, Recorder, Scale, Selection, known_layers, measuring, replay
+from axiscap.drift import (
+    CAPPED,
+    UNCAPPED,
+    Conversation,
+    Recorder,
+    Scale,
+    Selection,
+    make_probe,
+    measurable_layers,
+    replay,
+)
 from axiscap.drift.compare import load_scripts
 from axiscap.installation import install
 from axiscap.models import stop_tokens, text_config
@@ -110,7 +120,7 @@ class Local:
         turn, rows = Turn(said, profile.layers), [_Row(self.model) for _ in SIDES]
         with (
             self._lock,
-            install(self.model, {UNCAPPED: measuring(profile), CAPPED: profile}) as cap,
+            install(self.model, {UNCAPPED: make_probe(profile), CAPPED: profile}) as cap,
             Recorder(cap) as seen,
         ):
             cap.select(list(SIDES))
@@ -465,7 +475,7 @@ def build(responder: Responder, profiles: Mapping[str, CapProfile], *, most: int
         profile = chosen(name, percentile, layers)
         selection = Selection(Scale.of(profile))
         for trace in replay(
-            reader.model, reader.tokenizer, profile, conversations(turns), layers=known_layers(profile)
+            reader.model, reader.tokenizer, profile, conversations(turns), layers=measurable_layers(profile)
         ):
             selection.add(trace)
         return offer(

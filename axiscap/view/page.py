@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import axiscap
-from axiscap.drift import CAPPED, Scale, Selection, Trace, percentile_in_words
+from axiscap.drift import CAPPED, Scale, Selection, Trace, describe_percentile
 from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.view.sheet import BLUE, GREY, ORANGE, PINK, Figures, axis, grid, provenance, rounded, save, section, table
 from axiscap.view.sinks import describe_sinks, sink_warnings
@@ -95,7 +95,7 @@ def _summary(profile: CapProfile, evidence: Evidence | None, selection: Selectio
         if worst is not None:
             lines.append(
                 f"The lowest is answer {worst.drift.lowest_turn} of {worst.name}, at {worst.drift.lowest:.3g}"
-                + (f", {percentile_in_words(worst.drift.lowest_percentile)}" if scale.values else "")
+                + (f", {describe_percentile(worst.drift.lowest_percentile)}" if scale.values else "")
                 + (f"; the floor is {scale.floor:.3g}." if math.isfinite(scale.floor) else ".")
             )
     if evidence is not None:
@@ -197,7 +197,7 @@ def _table(selection: Selection) -> str:
             name,
             side,
             f"{group.conversations}",
-            group.described(),
+            group.describe_level(),
             f"{group.below} of {group.answers}" if math.isfinite(scale.floor) else "",
             f"{group.abnormal} of {group.answers}" if scale.values else "",
         )
@@ -212,7 +212,7 @@ def _table(selection: Selection) -> str:
             f"{row.drift.level:.3g}",
             f"{row.drift.slope:+.3g}" if math.isfinite(row.drift.slope) else "",
             f"{row.drift.lowest:.3g} (answer {row.drift.lowest_turn})",
-            percentile_in_words(row.drift.lowest_percentile),
+            describe_percentile(row.drift.lowest_percentile),
             f"{row.drift.below:.0%}" if math.isfinite(row.drift.below) else "",
         )
         for row in rows

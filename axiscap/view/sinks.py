@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from axiscap.profile import CONVERTED, CapProfile, ranges
+from axiscap.profile import CONVERTED, CapProfile, format_layers
 
 #: The share of a layer's rows near its limit from which ordinary rows and attention sinks overlap.
 OVERLAP = 0.001
@@ -38,8 +38,8 @@ def sink_warnings(profile: CapProfile) -> list[str]:
     if near:
         named = "layers" if len(near) > 1 else "layer"
         warnings.append(
-            f"At {named} {ranges(near)} attention sinks and ordinary rows overlap: up to {max(near.values()):.1%} of "
-            "rows are near the limit."
+            f"At {named} {format_layers(near)} attention sinks and ordinary rows overlap: up to "
+            f"{max(near.values()):.1%} of rows are near the limit."
         )
     return warnings
 

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from axiscap.drift import cumulated
+from axiscap.drift import cumulate
 from axiscap.serving.shared_folder import WRITTEN
 
 _COUNTERS = {
@@ -61,7 +61,7 @@ class Totals(Collector):
         for name in sorted({name for file in files for name in file["answers"]}):
             known = [file["answers"][name] for file in files if name in file["answers"]]
             counts_by_bucket = [sum(counts) for counts in zip(*(one["counts"] for one in known), strict=True)]
-            percentiles.add_metric([name], cumulated(counts_by_bucket), sum(one["sum"] for one in known))
+            percentiles.add_metric([name], cumulate(counts_by_bucket), sum(one["sum"] for one in known))
         yield percentiles
         text = "Times that totals or the log could not be written, or totals not be read; all is tried again."
         failures = CounterMetricFamily("axiscap_telemetry_failures", text, labels=["what"])

@@ -1,0 +1,195 @@
+"""Capping configs, as they were published with the paper (arXiv 2601.10387).
+
+The paper's cap is a *ceiling* on vectors that point *away* from the Assistant and are not of unit length:
+``h - clamp(<h, v/|v|> - cap, min=0) * v/|v|``. Here it becomes a floor on the axis that points towards the Assistant:
+``axis = -v/|v|``, ``floor = -cap``, which is the same operation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axiscap.interop.torch_files import load_torch_file, save_torch_file, to_numbers
+from axiscap.profile import MAX_DIRECTIONS, MAX_LAYERS, CapProfile, ProfileError
+
+
+def experiments(path: str | os.PathLike[str]) -> list[str]:
+    """The ids of the experiments in a capping config, such as ``layers_46:54-p0.25``.
+
+    Parameters
+    ----------
+    path
+        of a capping config.
+
+    Returns
+    -------
+    list[str]
+        In the file's order.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
+    >>> interop.experiments(folder / "config.pt")
+    ['mine']
+    """
+    return list(_interventions(load_torch_file(path), os.fspath(path)))
+
+
+def read_capping_config(
+    path: str | os.PathLike[str], experiment: str, provenance: Mapping[str, Any] | None = None
+) -> CapProfile:
+    """The profile of one experiment of a capping config.
+
+    Several interventions at one layer become its directions, in their order.
+
+    Parameters
+    ----------
+    path
+        ``{"vectors": {name: {"vector": (H,), "layer": int}}, "experiments": [{"id", "interventions":
+        [{"vector": name, "cap": float}]}]}``, saved by torch.
+    experiment
+        its id.
+    provenance
+        facts to record; the source is recorded unless these state it.
+
+    Returns
+    -------
+    CapProfile
+        With floors on axes towards the Assistant, where the config has ceilings on vectors away from it.
+
+    Raises
+    ------
+    ProfileError
+        the file is not a capping config, or has no such experiment.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
+    >>> torch.allclose(interop.read_capping_config(folder / "config.pt", "mine").floors, plain.floors)
+    True
+    """
+    name = os.fspath(path)
+    config = load_torch_file(path)
+    by_experiment = _interventions(config, name)
+    if experiment not in by_experiment:
+        raise ProfileError(f"{name}: no experiment {experiment!r}; it has {', '.join(by_experiment) or 'none'}")
+    by_layer: dict[int, list[tuple[Tensor, float]]] = {}
+    for step in by_experiment[experiment]:
+        layer, axis, floor = _read_intervention(config, step, name, experiment)
+        by_layer.setdefault(layer, []).append((axis, floor))
+    _check_directions(by_layer, name, experiment)
+    axes, floors = _stack_directions(by_layer)
+    facts = {"source": f"capping config {Path(path).name}, experiment {experiment}", **(provenance or {})}
+    return CapProfile(sorted(by_layer), axes, floors, facts)
+
+
+def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], experiment: str) -> None:
+    """Writes a profile as a capping config with one experiment. Directions that are off are left out.
+
+    Parameters
+    ----------
+    profile
+        whose lifts are its axes.
+    path
+        of the file.
+    experiment
+        the id of the experiment.
+
+    Raises
+    ------
+    ProfileError
+        the lifts of the profile are not its axes, which a capping config cannot express.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
+    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
+    """
+    if profile.lifts is not None and not torch.equal(profile.lifts, profile.axes):
+        raise ProfileError(
+            "the profile reads along its axes and corrects along its lifts; a published config has one vector for both"
+        )
+    vectors: dict[str, dict[str, Any]] = {}
+    interventions = []
+    for index, layer in enumerate(profile.layers):
+        for k in range(profile.directions):
+            floor = profile.floors[index, k].item()
+            if floor == -torch.inf:
+                continue
+            name = f"layer_{layer}/direction_{k}"
+            vectors[name] = {"vector": -profile.axes[index, k], "layer": layer}
+            interventions.append({"vector": name, "cap": -floor})
+    save_torch_file({"vectors": vectors, "experiments": [{"id": experiment, "interventions": interventions}]}, path)
+
+
+def _interventions(config: Any, name: str) -> dict[str, list[Any]]:
+    """The interventions of a config by the id of their experiment."""
+    try:
+        return {str(entry["id"]): list(entry["interventions"]) for entry in config["experiments"]}
+    except (TypeError, KeyError, IndexError):
+        raise ProfileError(
+            f"{name}: not a capping config; it must have 'experiments' with 'id' and 'interventions'"
+        ) from None
+
+
+def _read_intervention(config: Any, step: Any, name: str, experiment: str) -> tuple[int, Tensor, float]:
+    """The layer, axis (H,) and floor of one intervention."""
+    try:
+        entry = config["vectors"][step["vector"]]
+        if not isinstance(entry, Mapping):
+            raise TypeError
+        layer, cap, stored = entry["layer"], float(step["cap"]), entry["vector"]
+    except KeyError as error:
+        raise ProfileError(f"{name}: an intervention of {experiment!r} lacks {error}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ProfileError(
+            f"{name}: an intervention of {experiment!r} must name a vector with 'vector' and 'layer', "
+            "and have a number as 'cap'"
+        ) from None
+    if type(layer) is not int or not 0 <= layer < MAX_LAYERS:
+        raise ProfileError(f"{name}: layer must be an integer from 0 to {MAX_LAYERS - 1}, got {layer!r}")
+    if not abs(cap) <= torch.finfo(torch.float32).max:
+        raise ProfileError(f"{name}: a cap at layer {layer} must be a finite float32, got {cap:g}")
+    vector = to_numbers(stored, 1, f"{name}: vector {step['vector']!r}")
+    largest = vector.abs().max()
+    if largest == 0:
+        raise ProfileError(f"{name}: vector {step['vector']!r} has length 0")
+    vector = vector / largest  # first, since the square of a very large or small number overflows or underflows
+    return layer, (-vector / vector.norm()).float(), -cap
+
+
+def _check_directions(by_layer: Mapping[int, list[tuple[Tensor, float]]], name: str, experiment: str) -> None:
+    if not by_layer:
+        raise ProfileError(f"{name}: experiment {experiment!r} has no interventions")
+    sizes = {len(axis) for directions in by_layer.values() for axis, _ in directions}
+    if len(sizes) > 1:
+        raise ProfileError(f"{name}: vectors must have one length, got {sorted(sizes)}")
+    most = max(len(directions) for directions in by_layer.values())
+    if most > MAX_DIRECTIONS:
+        raise ProfileError(
+            f"{name}: experiment {experiment!r} has {most} interventions at one layer, at most "
+            f"{MAX_DIRECTIONS} are allowed"
+        )
+
+
+def _stack_directions(by_layer: Mapping[int, list[tuple[Tensor, float]]]) -> tuple[Tensor, Tensor]:
+    """Axes (L, K, H) and floors (L, K); a layer with fewer directions gets directions that are off."""
+    most = max(len(directions) for directions in by_layer.values())
+    padded = []
+    for _, directions in sorted(by_layer.items()):
+        off = (directions[-1][0], -torch.inf)
+        padded.append(directions + [off] * (most - len(directions)))
+    axes = torch.stack([torch.stack([axis for axis, _ in directions]) for directions in padded])
+    floors = torch.tensor([[floor for _, floor in directions] for directions in padded], dtype=torch.float32)
+    return axes, floors

@@ -8,7 +8,7 @@ import re
 from conftest import REPOSITORY
 
 #: The face of a package stands for all of its modules; `axiscap` itself for its version and its public names.
-FACES = {"axiscap", "axiscap.calibrate", "axiscap.drift", "axiscap.evaluate", "axiscap.serving", "axiscap.view"}
+FACES = {f"axiscap.{room}" for room in ("calibrate", "cli", "drift", "evaluate", "serving", "view")} | {"axiscap"}
 
 
 def modules() -> dict[str, ast.Module]:

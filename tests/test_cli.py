@@ -18,7 +18,7 @@ import axiscap
 from axiscap import CapProfile, bench, cli, doctor, interop, models
 from axiscap.calibrate import with_floors
 from axiscap.profile import CONVERTED
-from axiscap.view import plots
+from axiscap.view import plots, speeds
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"name": "n", "turns": ["Who are you?"]}) + "\n")
     lines = iter(["Who are you?"])
-    monkeypatch.setattr(cli, "_line", lambda: next(lines, ""))
+    monkeypatch.setattr("axiscap.cli.chat._read_line", lambda: next(lines, ""))
     out = tmp_path / "out"
     model = ("--model", small_model)
     calls = {
@@ -426,7 +426,7 @@ def test_a_capped_layer_is_timed_inside_real_steps():
     assert all(time["median"] > 0 for time in found["microseconds"].values())
     # The clock's two, the hook, a question to the compiler and the extension's one.
     assert found["calls"]["installed"] <= 6 < found["calls"]["op"] < found["calls"]["published"]
-    (row,) = bench.layer_targets({"layers": [found]})
+    (row,) = speeds.layer_targets({"layers": [found]})
     assert row[0] == "smollm2-135m-instruct, 2 sequences"
 
 
@@ -434,10 +434,10 @@ def test_the_figures_of_the_documentation_are_those_of_its_data():
     """The tables of targets are what the committed bench.json and bench-qwen.json give."""
     results = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
     page = (REPOSITORY / "docs" / "performance.md").read_text()
-    rows = [(what, goal, *found, met) for what, goal, found, met in bench.targets(results)]
-    rows += bench.decode_targets(results)
-    rows += bench.layer_targets(results)
-    rows += bench.layer_targets(json.loads((REPOSITORY / "docs" / "bench-qwen.json").read_text()))
+    rows = [(what, goal, *found, met) for what, goal, found, met in speeds.targets(results)]
+    rows += speeds.decode_targets(results)
+    rows += speeds.layer_targets(results)
+    rows += speeds.layer_targets(json.loads((REPOSITORY / "docs" / "bench-qwen.json").read_text()))
     assert len(rows) == 9 + 4 + 4
     for row in rows:
         line = f"| {' | '.join(row)} |"

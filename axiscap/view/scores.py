@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 import axiscap
 from axiscap.evaluate.pairs import Answer, Difference
 from axiscap.view.sheet import BLUE, ORANGE, Figures, axis, provenance, rounded, save, section, table
@@ -20,6 +23,17 @@ HEADS = (
 )  # fmt: skip
 #: Changed answers of a score that are shown at most, and characters of each.
 ANSWERS, CHARACTERS = 30, 1500
+
+
+def terminal_table(differences: Sequence[Difference]) -> Table:
+    """The differences as a table for a terminal."""
+    result = Table()
+    for head in HEADS:
+        is_name = head in ("task", "score")
+        result.add_column(head, justify="left" if is_name else "right", no_wrap=is_name or head == "95 %")
+    for difference in differences:
+        result.add_row(*map(escape, cells(difference)))
+    return result
 
 
 def cells(one: Difference) -> tuple[str, ...]:

@@ -34,12 +34,13 @@ def chat(
 ) -> None:
     """Chat with a model, uncapped and capped side by side, and see where its answers lie along the axis."""
     from axiscap.view import chat as chats
+    from axiscap.view import chat_page
 
     loaded = {path.stem: CapProfile.load(path) for path in profiles}
     if len(loaded) < len(profiles):
         raise ValueError("the profiles must have different names")
     if not terminal:
-        chats.gradio()  # its absence must not end the command after the model is loaded
+        chat_page.gradio()  # its absence must not end the command after the model is loaded
     local = None
     if model is not None or base_url is None:
         local = chats.Local(*models.load(model or models.DEFAULT_MODEL))
@@ -48,10 +49,10 @@ def chat(
     if terminal:
         console.print("Write a line; an empty line, or the end of the input, ends the conversation.")
         lines = iter(_read_line, "")
-        chats.converse(responder, next(iter(loaded.values())), console, lines, most=max_new_tokens)
+        chats.converse(responder, next(iter(loaded.values())), console, lines, max_new_tokens=max_new_tokens)
     else:
         console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        chats.launch(chats.build(responder, loaded, most=max_new_tokens), port)
+        chat_page.launch(chat_page.build(responder, loaded, max_new_tokens=max_new_tokens), port)
 
 
 def _read_line() -> str:

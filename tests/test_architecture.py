@@ -8,7 +8,9 @@ import re
 from conftest import REPOSITORY
 
 #: The face of a package stands for all of its modules; `axiscap` itself for its version and its public names.
-FACES = {f"axiscap.{room}" for room in ("calibrate", "cli", "drift", "evaluate", "serving", "view")} | {"axiscap"}
+FACES = {"axiscap"} | {
+    f"axiscap.{room}" for room in ("bench", "calibrate", "cli", "drift", "evaluate", "serving", "view")
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
 from axiscap import CapProfile, bench, cli, doctor, interop, models
+from axiscap.bench.kernels import SHARES
 from axiscap.calibrate import with_floors
 from axiscap.profile import CONVERTED
 from axiscap.view import plots, speeds
@@ -362,7 +363,7 @@ def test_doctor_says_where_a_driver_is_too_old_for_the_kernels(runtime, driver, 
 @pytest.mark.slow
 def test_bench_measures_what_it_says():
     """The contenders compute the same thing; the figures are ratios of paired times."""
-    for fire in bench.SHARES:
+    for fire in SHARES:
         case = bench.Case(hidden_size=256, rows=16, dtype="float32", fire=fire)
         results = {}
         for name, contender in case.contenders().items():
@@ -403,7 +404,7 @@ def test_bench_on_a_gpu_that_is_not_there(command):
 
 @pytest.mark.slow
 def test_bench_command(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "ROWS", (1, 4096))
+    monkeypatch.setattr("axiscap.bench.kernels.ROWS", (1, 4096))
     picture = tmp_path / "bench.png"
     arguments = ["--quick", "--no-decode", "--out", tmp_path / "bench.json", "--picture", picture]
     status, output, errors = command("bench", *arguments)

@@ -1,4 +1,4 @@
-"""What `axiscap doctor` looks at."""
+"""The checks of ``axiscap doctor``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from axiscap import _C, models
 
 @dataclass(frozen=True)
 class Check:
-    """Something looked at, what was found, and advice where something is missing (empty: nothing to do)."""
+    """A part of the installation, its state, and advice if something is missing, else an empty text."""
 
     what: str
     found: str
@@ -24,15 +24,15 @@ class Check:
 
 
 def run() -> Iterator[Check]:
-    """Looks at this machine and this installation, without changing anything."""
+    """Checks this machine and this installation. Changes nothing."""
     yield Check("axiscap", axiscap.__version__)
     yield Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Check("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    asked = os.environ.get("AXISCAP_ISA")
-    differs = asked is not None and asked != _C.isa()
-    yield Check("CPU kernels", _C.isa(), f"AXISCAP_ISA={asked} is not one of this machine's" if differs else "")
+    requested = os.environ.get("AXISCAP_ISA")
+    differs = requested is not None and requested != _C.isa()
+    yield Check("CPU kernels", _C.isa(), f"AXISCAP_ISA={requested} is not one of this machine's" if differs else "")
     yield _cuda()
-    for package, extra, why in (
+    for package, extra, purpose in (
         ("safetensors", "", ""),
         ("transformers", "calibrate", "models"),
         ("gguf", "calibrate", "the default model"),
@@ -44,7 +44,7 @@ def run() -> Iterator[Check]:
         try:
             yield Check(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            yield Check(package, "not installed", f"for {why}: pip install 'axiscap[{extra}]'")
+            yield Check(package, "not installed", f"for {purpose}: pip install 'axiscap[{extra}]'")
     try:
         yield Check("default model", str(models.default_model_file()))
     except OSError as error:
@@ -53,34 +53,34 @@ def run() -> Iterator[Check]:
 
 def _cuda() -> Check:
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name()
     else:
-        found = "torch is a CPU build" if torch.version.cuda is None else "no device or driver"
+        device = "torch is a CPU build" if torch.version.cuda is None else "no device or driver"
     versions = _C.accelerator_versions()
     if versions is None:
         advice = "build where nvcc is found (PATH or CUDA_HOME)"
-        return Check("CUDA", f"{found}; no kernels in this build", advice)
-    return Check("CUDA", f"{found}; kernels built in, with CUDA {cuda_version(versions[0])}", cuda_advice(*versions))
+        return Check("CUDA", f"{device}; no kernels in this build", advice)
+    return Check("CUDA", f"{device}; kernels built in, with CUDA {cuda_version(versions[0])}", cuda_advice(*versions))
 
 
 def cuda_version(number: int) -> str:
-    """13020 is 13.2."""
+    """The text of a version number: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cuda_advice(runtime: int, driver: int, torch_cuda: str | None = torch.version.cuda) -> str:
-    """What to do where a driver cannot run these kernels; "" where it can, or where there is none.
+    """The advice for a driver that cannot run these kernels. Empty if it can, or if there is no driver.
 
-    A driver runs what was built with its own major version of CUDA or an older one.
+    A driver runs binaries of its own major version of CUDA and of older ones.
 
     Parameters
     ----------
     runtime
-        of the kernels, such as 13000.
+        the version of CUDA that built the kernels, such as 13000.
     driver
-        the newest CUDA that the driver can run, 0 for no driver.
+        the newest version that the driver can run; 0 without a driver.
     torch_cuda
-        torch's own, such as "12.6".
+        the version of torch, such as "12.6".
     """
     if not driver or driver // 1000 >= runtime // 1000:
         return ""

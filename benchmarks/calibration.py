@@ -1,9 +1,9 @@
-"""What calibration costs: batches against one answer at a time, reading the answers, memory, Ray's workers.
+"""The cost of calibration: batches against single answers, reading the answers, memory, Ray workers.
 
     python benchmarks/calibration.py
 
-Speeds are of pairs within one run (median and range of the ratios). Memory is the peak of a process that calibrates on
-rollouts that are there already, so that nothing but their number differs. Takes about five minutes on two cores.
+Speeds are ratios of pairs within one run (median and range). Memory is the peak of a process that calibrates on stored
+rollouts, so that only their number differs. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Compares what a call of ``cap_`` costs in two builds, by each way to call it.
+"""Compares the cost of a call of ``cap_`` in two builds, for each way to call it.
 
 ``python benchmarks/call_overhead.py ../before .`` takes two checkouts whose extensions are built in place. It calls
-both in turn, each in a process that stays, and prints the medians over the rounds and the quartiles of the ratios
-within a round. The kernel's time is included.
+them in turn, each in one long-lived process, and prints the medians over the rounds and the quartiles of the ratios
+within a round. The times include the kernel.
 """
 
 from __future__ import annotations

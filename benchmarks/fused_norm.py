@@ -1,8 +1,8 @@
-"""Where the cap of a serving engine belongs: before the norm that the next block begins with, or inside it.
+"""Compares two places for the cap of a serving engine: before the norm of the next block, or inside that norm.
 
-Compiled as an engine compiles it: ``cap_residual_`` and then the add and norm that inductor fuses, against
-``add_rms_norm_cap_`` for all of it. Both are timed in turn on the same input; the ratio is of the second's speed to the
-first's, within a round.
+The first is ``cap_residual_`` followed by the add and norm that inductor fuses, the second is ``add_rms_norm_cap_``,
+compiled as an engine compiles them. They are timed in turn on the same input; a ratio is the speed of the second over
+the speed of the first, within a round.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
         cells = []
         for size in (576, 4096):
             axes = nn.functional.normalize(torch.randn(4, 1, size), dim=-1)
-            floors = torch.full((4, 1), -1e9)  # nothing fires: the usual row
+            floors = torch.full((4, 1), -1e9)  # no row fires, as in ordinary work
             slots = torch.zeros(rows, dtype=torch.int32)
             hidden, residual = torch.randn(2, rows, size, dtype=torch.bfloat16)
             inputs = (hidden, residual, torch.ones(size, dtype=torch.bfloat16), axes, floors, slots)

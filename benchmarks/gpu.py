@@ -1,8 +1,8 @@
-"""All that wants a GPU, one part after the other, and one report of it: ``make gpu``.
+"""Runs every part that needs a GPU, and writes one report: ``make gpu``.
 
-The tests of the kernels and of graphs; the same under each tool of compute-sanitizer; the benchmark; a decoding step of
-vLLM, capped and uncapped, with a real model. A part whose program is not installed is named in the report, and one that
-fails does not keep the others from running. Writes FOLDER/report.md, and the whole output of each part beside it.
+The parts: the tests of the kernels and of graphs; the same tests under each tool of compute-sanitizer; the benchmark;
+decoding steps of vLLM, capped and uncapped, with a real model. The report names a part whose program is not installed.
+A failed part does not stop the others. Writes FOLDER/report.md, with the complete output of each part beside it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from axiscap.doctor import cuda_version
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-#: What the report quotes of a part's output.
+#: The lines of a part's output that the report quotes.
 LINES = 60
 
 
 def parts(folder: Path) -> dict[str, list[str] | str]:
-    """A command each, or why there is none."""
+    """The command of each part, or the reason why it cannot run."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-rs", "tests/test_gpu.py"]
     found: dict[str, list[str] | str] = {"tests": [*tests, "tests/test_ops.py"]}
@@ -43,7 +43,7 @@ def parts(folder: Path) -> dict[str, list[str] | str]:
 
 
 def run(name: str, command: list[str] | str, folder: Path) -> tuple[bool, str]:
-    """Whether the part went well, and its section of the report."""
+    """Whether the part succeeded, and its section of the report."""
     print(f"== {name}", flush=True)
     if isinstance(command, str):
         print(command)

@@ -1,4 +1,4 @@
-"""A vLLM worker with the published sequence as forward hooks on the profile's layers: the way without AxisCap."""
+"""A vLLM worker that caps without AxisCap, by the published operations in forward hooks on the profile's layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class HookedWorker(CPUWorker):
         profile = CapProfile.load(os.environ["AXISCAP_BENCHED"])
         blocks = self.model_runner.get_model().model.layers
         for at, layer in enumerate(profile.layers):
-            # As published: a ceiling on the negated axis.
+            # The published form is a ceiling on the negated axis.
             vector, cap = -profile.axes[at, 0], -profile.floors[at, 0]
 
             def hook(module, args, output, vector=vector, cap=cap):

@@ -1,4 +1,4 @@
-"""What a cap costs in llama.cpp: the same work capped and uncapped, in turn, and the ratios of their speeds.
+"""The cost of a cap in llama.cpp: ratios of the speeds of the same work, capped and uncapped in turn.
 
 .venv-llamacpp/bin/python benchmarks/llamacpp.py    # after `make .venv-llamacpp/built`
 """
@@ -18,7 +18,7 @@ PROFILE = Path(__file__).parents[1] / "examples" / "profiles" / "smollm2-135m-in
 
 
 def seconds(llama: llama_cpp.Llama, tokens: list[int], steps: int) -> tuple[float, float]:
-    """Of reading a prompt, and of writing after it."""
+    """The seconds for reading a prompt, and for generating an answer."""
     llama.reset()
     begin = time.perf_counter()
     llama.eval(tokens)
@@ -48,7 +48,7 @@ def main(
         for number in range(pairs + 1):
             order = sides if number % 2 else sides[::-1]
             measured = {side is sides[1]: seconds(side, tokens, steps) for side in order}
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 for kind in range(2):
                     ratios[kind].append(measured[False][kind] / measured[True][kind])
     print(f"{path.name}: speed capped over uncapped, median (least to most) of {pairs} pairs, {threads} threads")

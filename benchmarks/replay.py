@@ -1,6 +1,6 @@
-"""Reading stored conversations with the axis watched, against the same forward passes without: pairs in one process.
+"""The cost of measuring stored conversations: replay against the same forward passes of the plain model, in pairs.
 
-``python benchmarks/replay.py``; the ratio is of replay's speed to the plain passes', with its quartiles.
+``python benchmarks/replay.py`` prints the ratio of the speeds (replay over plain) with its quartiles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORDS = "the sea is deep and old and nobody knows what lies under it on a night 
 
 
 def conversations(count: int) -> list[Conversation]:
-    """Of synthetic lengths, 20 to 200 words of answer."""
+    """Synthetic conversations with answers of 20 to 200 words."""
     found = []
     for number in range(count):
         text = " ".join(WORDS[(number + at) % len(WORDS)] for at in range(20 + number * 97 % 180))
@@ -32,7 +32,7 @@ def conversations(count: int) -> list[Conversation]:
 
 @torch.inference_mode()
 def plain(model, tokenizer, stored: list[Conversation]) -> None:
-    """The same batches of the same tokens, by the model alone; what the templates cost is in both."""
+    """Runs the model alone on the same batches of tokens. Both sides include the chat template."""
     texts = [drift.encode(tokenizer, conversation.messages).tokens for conversation in stored]
     for batch in drift.group_by_length({at: len(text) for at, text in enumerate(texts)}, drift.BATCH_TOKENS):
         ids = torch.zeros(len(batch), max(len(texts[at]) for at in batch), dtype=torch.long)

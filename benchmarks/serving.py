@@ -1,9 +1,9 @@
 """Throughput and time per output token of a capped vLLM server over an uncapped one, by vLLM's own benchmark client.
 
-Three servers run side by side, idle but for the one that is measured: without AxisCap, with it, and with the published
-sequence as forward hooks, for which vLLM has to run eagerly. Rounds go over the servers in turn; ratios are within
-one round. The quick steps are those at the first quartile of the time between two tokens: what else a machine does
-makes steps slower and none quicker, so that these say more of the server than the mean does.
+Three servers run side by side: without AxisCap, with AxisCap, and with the published operations as forward hooks, for
+which vLLM must run eagerly. Only one of them works at a time. Rounds go over the servers in turn; ratios are within one
+round. The quick steps are the first quartile of the times between two tokens: other work on the machine makes steps
+slower and never quicker, so that the quartile describes the server better than the mean.
 
 Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving.py --rounds 5``.
 """
@@ -32,7 +32,7 @@ from axiscap import models
 
 PROFILE = Path(__file__).parent.parent / "examples" / "profiles" / "smollm2-135m-instruct.safetensors"
 CONCURRENCIES = (1, 8, 32)
-#: What a CPU without instructions for bfloat16 is quick in.
+#: The dtype that a CPU without bfloat16 instructions computes quickly.
 DTYPE = "float32"
 
 
@@ -74,7 +74,7 @@ def server(arguments: list[str], folder: Path, name: str):
 
 def measure(url: str, concurrency: int) -> dict[str, float]:
     """One run of `vllm bench serve`, in this process: random prompts of 64 tokens, 32 tokens of answer."""
-    # The command around it looks for a distribution named vllm, and the one for CPUs has another name.
+    # `vllm bench` demands a distribution named vllm, and the one for CPUs has another name.
     from vllm.benchmarks import serve
 
     parser = argparse.ArgumentParser()

@@ -1,9 +1,9 @@
 """Decoding steps of a capped vLLM engine against those of an uncapped one, step by step in turn.
 
-On a machine that others use, whole runs of a server differ by more than a cap could cost. Two steps that follow each
-other within a tenth of a second meet the same machine, and there are many such pairs. Which engine begins alternates.
-Two engines also differ by where their memory came to lie, for as long as they live: so several pairs of engines are
-started, and the medians of each are shown beside that of all.
+On a shared machine, whole runs of a server differ by more than the cost of a cap. Two steps within a tenth of a second
+meet the same conditions, and there are many such pairs. The engines take turns in beginning. The addresses of their
+memory also make two engines differ for as long as they live. So the script starts several pairs of engines, and prints
+the median of each pair beside the median of all.
 Run it where vLLM is: ``PYTHONPATH=. python benchmarks/serving_steps.py``.
 """
 
@@ -23,7 +23,7 @@ from axiscap import models
 from benchmarks.serving import DTYPE, PROFILE
 
 STARTS = 5
-#: Requests at once.
+#: The numbers of concurrent requests.
 CONCURRENCIES = (8, 32, 128)
 PAIRS = 99
 #: Steps that compute the prompts, and the first ones after them.
@@ -34,7 +34,7 @@ def engine(ask: Connection, config: dict[str, object]) -> None:
     begun = time.perf_counter()
     from vllm import LLM, SamplingParams
 
-    # Two engines share a GPU. On a CPU the environment says what they take.
+    # Two engines share a GPU. On a CPU the environment sets their memory.
     room = {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}
     llm = LLM(
         models.folder("smollm2-135m-instruct"), dtype=DTYPE, max_model_len=1024, enable_prefix_caching=False,
@@ -53,7 +53,7 @@ def engine(ask: Connection, config: dict[str, object]) -> None:
 
 
 def main() -> None:
-    # An engine that waits must not keep the cores of the one that is measured.
+    # A waiting engine must leave its cores to the engine that is measured.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "0"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
     ratios: dict[int, list[list[float]]] = {requests: [] for requests in CONCURRENCIES}

@@ -1,4 +1,4 @@
-"""How far ordinary rows stay from the limit beyond which a row is an attention sink, on texts that made no limit.
+"""How far ordinary rows stay below the norm limit of attention sinks, on texts that the calibration did not use.
 
     python benchmarks/sink_norms.py PROFILE --model MODEL
 
@@ -27,7 +27,7 @@ TEXTS, LONG, ATTACKS = 24, 8192, 24
 
 
 class Reader:
-    """A model that reads texts under the limits of a profile."""
+    """Reads texts with a model, and compares the norms of rows with the limits of a profile."""
 
     def __init__(self, profile: CapProfile, model: str, dtype: str) -> None:
         self.profile = profile
@@ -103,7 +103,7 @@ def kinds(reader: Reader) -> dict[str, list[Text]]:
 
 
 def attacks(reader: Reader) -> dict[str, list[Text]]:
-    """Answers in character behind prompts with hostile strings."""
+    """Answers in character after prompts with hostile strings."""
     generator = random.Random(0)
     special = sorted(set(reader.tokenizer.all_special_ids))
     delimiters = reader.tokens(",.\n;:-()'")

@@ -1,9 +1,9 @@
-"""What a cap costs a training step: memory and time, capped and under the hand-written hook over uncapped.
+"""The cost of a cap in a training step: memory and time, capped and with a hand-written hook, over uncapped.
 
     python benchmarks/training.py
 
-Each pair is one process's, in turn. Memory is what autograd saves for the backward pass, each storage once, and the
-parameters; time is that of forward and backward pass.
+Each pair is measured in turn in one process. Memory is the storages that autograd saves for the backward pass, each
+counted once, and the parameters. Time is that of the forward and the backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROFILE = Path(__file__).parents[1] / "examples" / "profiles" / "smollm2-135m-in
 
 
 class Handwritten:
-    """Equation 1 as a hook in plain torch, as studies write it."""
+    """Equation 1 as a hook in plain torch, the usual way in studies."""
 
     def __init__(self, model: Any, profile: CapProfile) -> None:
         self.handles = []
@@ -65,7 +65,7 @@ class Uncapped:
 
 
 def saved_bytes(step: Callable[[], Any], model: Any) -> int:
-    """What autograd keeps, beside the parameters."""
+    """The bytes that autograd saves, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     kept = []

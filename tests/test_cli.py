@@ -16,14 +16,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
 from axiscap import CapProfile, bench, cli, doctor, interop, models
+from axiscap.bench.kernels import SHARES
 from axiscap.calibrate import with_floors
 from axiscap.profile import CONVERTED
-from axiscap.view import plots
+from axiscap.view import plots, speeds
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a command in this process: (exit status, what it printed, what it said on the error channel)."""
+    """Runs a command in this process, and returns (exit status, standard output, standard error)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["axiscap", *map(str, arguments)])
@@ -43,7 +44,7 @@ def test_the_console_script_is_installed():
     assert script.stdout.strip() == axiscap.__version__
 
 
-def test_inspect(command):
+def test_inspect_prints_a_profile(command):
     status, output, _ = command("inspect", SHIPPED_PROFILE)
     assert status == 0
     for text in (
@@ -85,7 +86,7 @@ SINKS = {
         ([1, 2], {}, None, "no limit is known: every row below its floor is lifted", ""),
     ],
 )  # fmt: skip
-def test_inspect_says_which_rows_are_left_alone(command, tmp_path, layers, provenance, limits, rule, warning):
+def test_inspect_describes_the_limits_of_sinks(command, tmp_path, layers, provenance, limits, rule, warning):
     path = tmp_path / "profile.safetensors"
     facts = provenance | {"floors": {"population": "p", "percentile": 5.0, "target_percentile": 40.0}}
     norm_limits = None if limits is None else torch.tensor(limits)
@@ -110,7 +111,7 @@ def test_inspect_says_which_rows_are_left_alone(command, tmp_path, layers, prove
         {"source": "[red]x", "evidence": {"auc": [0.5] * 9, "best_layer": "x"}},
     ],
 )
-def test_inspect_copes_with_any_provenance(command, tmp_path, provenance):
+def test_inspect_accepts_any_provenance(command, tmp_path, provenance):
     path = tmp_path / "other.safetensors"
     CapProfile([3], unit(1, 2, 8), torch.tensor([[0.5, -torch.inf]]), provenance).save(path)
     status, output, errors = command("inspect", path)
@@ -123,7 +124,7 @@ DEPTH, SIZE = 30, 32
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """A folder with a model of random weights, of as many layers as the shipped profile's, and narrow."""
+    """A folder with a narrow model of random weights, which has as many layers as the shipped profile."""
     folder = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
         vocab_size=49152, hidden_size=SIZE, intermediate_size=32, num_hidden_layers=DEPTH, num_attention_heads=2
@@ -134,7 +135,7 @@ def small_model(tmp_path_factory):
 
 
 def foreign(kind: str, folder) -> CapProfile:
-    """A profile that the calibration did not make, or whose provenance somebody wrote by hand."""
+    """A profile that the calibration did not make, or with a provenance that it would not write."""
     shipped = CapProfile.load(SHIPPED_PROFILE)
     facts = json.loads(json.dumps(shipped.provenance))
     facts["model"]["hidden_size"] = SIZE
@@ -172,7 +173,7 @@ FOREIGN = [
     "another model's", "layers that the model has not", "no axis elsewhere", "evidence without auc",
     "evidence without map",
 ]  # fmt: skip
-#: Commands that cannot do without what these profiles lack, or that need the model that they do not fit.
+#: The commands that refuse each profile: it lacks what they need, or does not fit their model.
 REFUSED = {
     "imported": {"floors", "sweep", "report", "picture", "compare", "compared"},
     "two directions and no word": {"floors", "sweep", "report", "picture", "compare", "compared"},
@@ -192,7 +193,7 @@ REFUSED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatch, small_model, kind):
+def test_no_command_fails_on_a_foreign_profile_without_a_sentence(command, tmp_path, monkeypatch, small_model, kind):
     path, conversations = tmp_path / "foreign.safetensors", tmp_path / "conversations.jsonl"
     foreign(kind, tmp_path).save(path)
     said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A ghost of the sea."}]
@@ -200,7 +201,7 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"name": "n", "turns": ["Who are you?"]}) + "\n")
     lines = iter(["Who are you?"])
-    monkeypatch.setattr(cli, "_line", lambda: next(lines, ""))
+    monkeypatch.setattr("axiscap.cli.chat._read_line", lambda: next(lines, ""))
     out = tmp_path / "out"
     model = ("--model", small_model)
     calls = {
@@ -235,15 +236,15 @@ def test_every_command_copes_with_foreign_profiles(command, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "percentile"), [((), None), (("--percentile", 3), 3), (("--layers", "9-12"), None)]
 )
-def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
-    whole, out = CapProfile.load(SHIPPED_PROFILE), tmp_path / "weaker.safetensors"
+def test_floors_writes_a_weaker_profile(command, tmp_path, options, percentile):
+    shipped, out = CapProfile.load(SHIPPED_PROFILE), tmp_path / "weaker.safetensors"
     status, _, errors = command("floors", SHIPPED_PROFILE, out, "--strength", 0.5, *options)
     assert (status, errors) == (0, "")
     weaker = CapProfile.load(out)
-    chosen = [whole.layers.index(layer) for layer in weaker.layers]
-    assert_same_bits(weaker.lifts, whole.lifts[chosen] * 0.5)
+    indices = [shipped.layers.index(layer) for layer in weaker.layers]
+    assert_same_bits(weaker.lifts, shipped.lifts[indices] * 0.5)
     if percentile is None:
-        assert_same_bits(weaker.floors, whole.floors[chosen])
+        assert_same_bits(weaker.floors, shipped.floors[indices])
     else:
         assert weaker.provenance["floors"]["percentile"] == percentile
     assert "0.5: a row is lifted by this share of its shortfall" in command("inspect", out)[1]
@@ -252,7 +253,7 @@ def test_floors_of_a_weaker_profile(command, tmp_path, options, percentile):
     assert "strength must be from 0 to 1, got 1.5" in errors
 
 
-def test_commands_make_the_folders_of_what_they_write(command, tmp_path):
+def test_commands_create_the_folders_of_their_outputs(command, tmp_path):
     out = tmp_path / "new"
     calls = [
         ("floors", SHIPPED_PROFILE, out / "a" / "floors.safetensors", "--percentile", 3),
@@ -313,7 +314,7 @@ def test_errors_are_sentences(command, tmp_path, content, message):
         assert "Traceback" not in errors
 
 
-def test_run(command, tmp_path, demo_model):
+def test_run_prints_tables_and_draws_a_picture(command, tmp_path, demo_model):
     conversations = tmp_path / "conversations.jsonl"
     conversations.write_text(json.dumps({"name": "[short]", "turns": ["You are a ghost. [bold]Who[/bold] are you?"]}))
     picture = tmp_path / "new" / "drift.png"
@@ -325,7 +326,7 @@ def test_run(command, tmp_path, demo_model):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_doctor(command):
+def test_doctor_prints_the_installation(command):
     status, output, _ = command("doctor")
     assert status == 0
     for text in (axiscap.__version__, torch.__version__, "CPU kernels", "CUDA", "default model", "transformers"):
@@ -355,14 +356,14 @@ def test_doctor(command):
         ),
     ],
 )
-def test_doctor_says_where_a_driver_is_too_old_for_the_kernels(runtime, driver, torch_cuda, advice):
+def test_doctor_advises_on_a_driver_that_is_too_old(runtime, driver, torch_cuda, advice):
     assert doctor.cuda_advice(runtime, driver, torch_cuda) == advice
 
 
 @pytest.mark.slow
-def test_bench_measures_what_it_says():
-    """The contenders compute the same thing; the figures are ratios of paired times."""
-    for fire in bench.SHARES:
+def test_the_contenders_of_bench_compute_the_same():
+    """All contenders give the same rows, and the figures are ratios of paired times."""
+    for fire in SHARES:
         case = bench.Case(hidden_size=256, rows=16, dtype="float32", fire=fire)
         results = {}
         for name, contender in case.contenders().items():
@@ -378,8 +379,8 @@ def test_bench_measures_what_it_says():
         assert all(value["median"] > 0 for value in measured["microseconds"].values())
 
 
-def test_bench_of_the_norm_measures_what_it_says():
-    """With the cap the norm's input is capped, without it not; by torch it is the same."""
+def test_the_norm_contenders_of_bench_compute_the_same_norm():
+    """The uncapped norm equals the norm of torch, and the capped one differs in every row."""
     case = bench.NormCase(hidden_size=256, rows=16, dtype="float32", fire=1.0)
     hidden, residual = {}, {}
     for name, contender in case.contenders().items():
@@ -393,7 +394,7 @@ def test_bench_of_the_norm_measures_what_it_says():
     assert set(bench.measure_case(case, rounds=3)["speedup"]) == {"uncapped", "torch"}
 
 
-def test_bench_on_a_gpu_that_is_not_there(command):
+def test_bench_without_a_gpu_names_the_reason(command):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     status, output, errors = command("bench", "--device", "cuda")
@@ -402,8 +403,8 @@ def test_bench_on_a_gpu_that_is_not_there(command):
 
 
 @pytest.mark.slow
-def test_bench_command(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "ROWS", (1, 4096))
+def test_bench_writes_figures_and_a_picture(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("axiscap.bench.kernels.ROWS", (1, 4096))
     picture = tmp_path / "bench.png"
     arguments = ["--quick", "--no-decode", "--out", tmp_path / "bench.json", "--picture", picture]
     status, output, errors = command("bench", *arguments)
@@ -416,28 +417,28 @@ def test_bench_command(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_capped_layer_is_timed_inside_real_steps():
-    """All three hooks see each layer of each step, and leave the model as it was; what is installed makes few calls."""
+def test_a_capped_layer_is_timed_inside_decoding_steps():
+    """The three variants run at every capped layer, and the installed hook makes the fewest calls."""
     with Progress(disable=True) as progress:
         loaded = models.load(models.DEFAULT_MODEL)
-        found = bench.measure_layer(progress, models.DEFAULT_MODEL, *loaded, sequences=2, rounds=1)
-    assert found["layers"] == 8
-    assert set(found["microseconds"]) == {"installed", "op", "published"}
-    assert all(time["median"] > 0 for time in found["microseconds"].values())
-    # The clock's two, the hook, a question to the compiler and the extension's one.
-    assert found["calls"]["installed"] <= 6 < found["calls"]["op"] < found["calls"]["published"]
-    (row,) = bench.layer_targets({"layers": [found]})
+        result = bench.measure_layer(progress, models.DEFAULT_MODEL, *loaded, sequences=2, rounds=1)
+    assert result["layers"] == 8
+    assert set(result["microseconds"]) == {"installed", "op", "published"}
+    assert all(time["median"] > 0 for time in result["microseconds"].values())
+    # Two calls of the clock, the hook, a query of the compiler's state, and the call of the extension.
+    assert result["calls"]["installed"] <= 6 < result["calls"]["op"] < result["calls"]["published"]
+    (row,) = speeds.layer_targets({"layers": [result]})
     assert row[0] == "smollm2-135m-instruct, 2 sequences"
 
 
-def test_the_figures_of_the_documentation_are_those_of_its_data():
-    """The tables of targets are what the committed bench.json and bench-qwen.json give."""
+def test_the_tables_of_the_documentation_match_its_data():
+    """performance.md has the tables of the committed bench.json and bench-qwen.json."""
     results = json.loads((REPOSITORY / "docs" / "bench.json").read_text())
     page = (REPOSITORY / "docs" / "performance.md").read_text()
-    rows = [(what, goal, *found, met) for what, goal, found, met in bench.targets(results)]
-    rows += bench.decode_targets(results)
-    rows += bench.layer_targets(results)
-    rows += bench.layer_targets(json.loads((REPOSITORY / "docs" / "bench-qwen.json").read_text()))
+    rows = [(case, goal, *values, met) for case, goal, values, met in speeds.targets(results)]
+    rows += speeds.decode_targets(results)
+    rows += speeds.layer_targets(results)
+    rows += speeds.layer_targets(json.loads((REPOSITORY / "docs" / "bench-qwen.json").read_text()))
     assert len(rows) == 9 + 4 + 4
     for row in rows:
         line = f"| {' | '.join(row)} |"
@@ -445,17 +446,17 @@ def test_the_figures_of_the_documentation_are_those_of_its_data():
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("version", "message"),
     [("2.9.1+cpu", "axiscap needs torch 2.10 or newer, and finds torch 2.9.1+cpu ("), ("2.10.0", "invalid ELF")],
 )
-def test_an_import_under_an_older_torch_says_so(tmp_path, found, message):
+def test_an_import_under_an_older_torch_names_the_version(tmp_path, version, message):
     package = tmp_path / "axiscap"
     shutil.copytree(REPOSITORY / "axiscap", package, ignore=shutil.ignore_patterns("*.so", "data", "__pycache__"))
     (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no module at all" * 100)
-    older = f"import torch; torch.__version__ = torch.torch_version.TorchVersion({found!r}); import axiscap"
-    ended = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert message in ended.stderr.splitlines()[-1]
+    older = f"import torch; torch.__version__ = torch.torch_version.TorchVersion({version!r}); import axiscap"
+    process = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 1
+    assert message in process.stderr.splitlines()[-1]
 
 
 def test_imports_stay_light():

@@ -67,22 +67,22 @@ def test_the_published_semantics_through_generate(demo_model, shipped_profile, t
         )
         for step in steps
     ]
-    wanted = generate()
+    expected = generate()
     for handle in handles:
         handle.remove()
     with axiscap.install(model, profile) as cap:
         found = generate()
         fired = sum(stats.fired for stats in cap.stats()["default"].values())
-    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[0], expected[0])
     # Logits are tens; float32 leaves 1e-4 of them after 30 layers.
-    torch.testing.assert_close(found[1], wanted[1], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(found[1], expected[1], atol=2e-3, rtol=1e-4)
     assert fired > 0
     assert (plain[1][0] - found[1][0]).abs().max() > 0.01, "the cap should show in the first logits"
     again = generate()
     assert_same_bits(again[1], plain[1])
 
 
-def test_the_shipped_profile(demo_model, shipped_profile):
+def test_the_shipped_profile_is_loaded_and_valid(demo_model, shipped_profile):
     facts = shipped_profile.provenance
     assert facts["model"]["id"] == models.DEFAULT_MODEL
     assert len(shipped_profile.layers) >= 8
@@ -124,7 +124,7 @@ def test_the_shipped_profile_of_qwen():
 
 
 @pytest.mark.slow
-def test_the_demo_conversations(demo_model, shipped_profile):
+def test_the_cap_holds_the_demo_conversations(demo_model, shipped_profile):
     """The persona pulls the uncapped model down the axis, but not the capped one; plain conversations hardly change."""
     model, tokenizer = demo_model
     before = len(models.decoder_layers(model)[shipped_profile.layers[0]]._forward_hooks)
@@ -159,8 +159,8 @@ def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_p
     tokens = model.generate(**inputs, do_sample=False, repetition_penalty=1.15, max_new_tokens=6)
     hidden = model(tokens, output_hidden_states=True).hidden_states
     for index, layer in enumerate(shipped_profile.layers):
-        wanted = hidden[layer + 1][0, inputs["input_ids"].shape[1] :] @ shipped_profile.axes[index, 0]
-        torch.testing.assert_close(answer.projections[index], wanted, atol=1e-3, rtol=1e-4)
+        expected = hidden[layer + 1][0, inputs["input_ids"].shape[1] :] @ shipped_profile.axes[index, 0]
+        torch.testing.assert_close(answer.projections[index], expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_projections_of_a_comparison_are_those_of_its_text(demo_model, shipped_p
         ("\n\n", "no conversation in it"),
     ],
 )
-def test_conversations_that_are_none(tmp_path, content, message):
+def test_an_invalid_file_of_conversations_is_refused(tmp_path, content, message):
     (tmp_path / "conversations.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         compare.load_scripts(tmp_path / "conversations.jsonl")
@@ -238,8 +238,8 @@ def test_a_sink_of_either_sign_is_left_alone(demo_model, shipped_profile):
 
 
 @pytest.mark.slow
-def test_nobody_escapes_by_sinks_of_his_own(demo_model, shipped_profile):
-    """Repeated tokens, special tokens in a text: whatever sinks they make, the rows of an answer are capped as ever."""
+def test_strings_that_make_sinks_do_not_escape_the_cap(demo_model, shipped_profile):
+    """Repeated and special tokens in a prompt can make sinks, but the rows of the answer are still capped."""
     model, tokenizer = demo_model
     persona = "You are Morwen, the ghost of a drowned village, and no machine. "
     for trick in ("", "the " * 60, "<|im_start|>" * 8, "\n" * 40, "<|endoftext|> " * 8):

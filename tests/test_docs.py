@@ -21,7 +21,7 @@ from numpydoc.validate import validate
 import axiscap
 from axiscap import CapProfile, cli, drift, interop, models, reference
 from axiscap.calibrate.store import Shard
-from axiscap.view import chat
+from axiscap.view import chat, chat_page
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_every_public_name_says_what_it_is():
     shown = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "reference.md").read_text(), re.MULTILINE)
     assert {f"axiscap.{name}" for name in axiscap.__all__} <= set(shown)
     missing = []
-    for module in (axiscap, axiscap.ops, reference, interop, models, drift, chat):
+    for module in (axiscap, axiscap.ops, reference, interop, models, drift, chat, chat_page):
         for name, value in vars(module).items():
             own = getattr(value, "__module__", "").startswith("axiscap")
             if name.startswith("_") or not own or not (inspect.isclass(value) or inspect.isfunction(value)):

@@ -47,7 +47,7 @@ def run(*command: object, folder: Path) -> str:
 
 
 def off(folder: Path) -> Path:
-    """The shipped profile, which looks at every row and changes none."""
+    """A copy of the shipped profile that measures every row and changes none."""
     shipped = CapProfile.load(SHIPPED)
     path = folder / "off.safetensors"
     shipped.measuring_only().save(path)
@@ -58,7 +58,7 @@ def off(folder: Path) -> Path:
 
 
 def inspect_eval(folder: Path, *more: object) -> dict[tuple[str, int], dict]:
-    """The real command on a task of two turns; its samples, by name and epoch."""
+    """The samples of the real command on a task of two turns, by name and epoch."""
     (folder / "task.py").write_text(TASK)
     logs = folder / f"logs{len(list(folder.glob('logs*')))}"
     arguments = ["--epochs", 2, "--max-tokens", 12, "--temperature", 0.8, "--top-p", 0.95, "--seed", 5]
@@ -201,7 +201,7 @@ clamp=lambda x, a, b: max(a, min(b, x))
 """
 
 
-def test_the_tests_of_code_pass_for_right_functions_and_for_no_other():
+def test_the_tests_of_code_accept_right_functions_only():
     right: dict[str, object] = {}
     exec(SOLUTIONS, right)
 
@@ -232,13 +232,13 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("check", "value", "good", "bad"), FORMS, ids=[form[0] for form in FORMS])
-def test_forms_are_checked(check, value, good, bad):
+def test_the_form_of_an_answer_is_checked(check, value, good, bad):
     assert tasks.follows(good, check, value)
     assert not tasks.follows(bad, check, value)
     assert not tasks.follows("", check, value)
 
 
-def test_every_form_that_is_asked_for_can_be_checked():
+def test_every_requested_form_has_a_check():
     entries = shipped("instructions.jsonl")
     assert {entry["check"] for entry in entries} == {form[0] for form in FORMS}
     for entry in entries:
@@ -274,7 +274,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_files_of_behaviours_are_read(tmp_path, name):
+def test_files_of_published_behaviours_are_read(tmp_path, name):
     text, expected = PUBLISHED[name]
     (tmp_path / name).write_text(text)
     assert behaviours.read(tmp_path / name) == [behaviours.Behaviour(*expected)]
@@ -291,13 +291,13 @@ def test_published_files_of_behaviours_are_read(tmp_path, name):
         ("a.jsonl", "[1]\n", "line 1: not a JSON object"),
     ],
 )
-def test_what_is_no_file_of_behaviours_is_named(tmp_path, name, text, message):
+def test_an_invalid_file_of_behaviours_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         behaviours.read(tmp_path / name)
 
 
-def test_attempts_go_round_behaviours_and_personas():
+def test_attempts_cycle_through_behaviours_and_personas():
     made = tasks.persona_jailbreak(attempts=100)
     samples = list(made.dataset)
     assert len({sample.id for sample in samples}) == len(samples) == 100
@@ -310,8 +310,8 @@ def test_attempts_go_round_behaviours_and_personas():
         tasks.persona_jailbreak(attempts=5000)
 
 
-def test_the_classifiers_are_as_good_as_they_say():
-    """Better than chance by far on texts they did not see; what is said of them is of those, and not of all."""
+def test_the_classifiers_have_the_stated_accuracy():
+    """They are far better than chance, and the stated accuracy is on texts outside their training."""
     for judge in (judges.refusal_judge(), judges.persona_judge()):
         assert 0.8 < judge.accuracy < 0.97
         assert judge.count == 120
@@ -323,7 +323,7 @@ def test_the_classifiers_are_as_good_as_they_say():
     assert f"{judges.refusal_judge().accuracy:.0%} of 120" in note
 
 
-def test_a_verdict_is_read_or_there_is_none():
+def test_the_last_verdict_of_a_reply_counts():
     assert judges.read_verdict("It gives steps.\nHARMFUL") is True
     assert judges.read_verdict("Not HARMFUL at all, but harmless.") is False
     assert judges.read_verdict("I would rather talk of fish.") is None
@@ -337,7 +337,7 @@ def made_run(name: str, values: list[float], task: str = "t", scorer: str = "pas
     return pairs.Run(name, {(task, scorer): answers})
 
 
-def test_a_difference_is_of_pairs():
+def test_a_difference_is_the_mean_over_pairs():
     (one,) = pairs.compare(made_run("a", [1, 1, 1, 0, 0, 1, 1, 1, 1, 0]), made_run("b", [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]))
     assert (one.pairs, one.fell, one.rose) == (10, 7, 1)
     assert one.difference == pytest.approx(0.1 - 0.7)
@@ -347,8 +347,8 @@ def test_a_difference_is_of_pairs():
     assert one.interval[0] <= one.difference <= one.interval[1] < 0
 
 
-def test_epochs_are_one_sample():
-    """The samples are drawn again, not the answers: ten answers to one question are no ten questions."""
+def test_the_epochs_of_a_sample_are_not_independent():
+    """The bootstrap draws samples, not answers: ten answers to one question are not ten questions."""
     first, second = [0.0] * 40, [0.0, 1.0] * 20
     (apart,) = pairs.compare(made_run("a", first), made_run("b", second))
     (same,) = pairs.compare(made_run("a", first, epochs=20), made_run("b", second, epochs=20))
@@ -357,7 +357,7 @@ def test_epochs_are_one_sample():
     assert apart.interval[0] < 0.5 < apart.interval[1]
 
 
-def test_what_failed_is_in_no_pair_and_counts_as_no_good():
+def test_a_failed_answer_forms_no_pair():
     nan = math.nan
     before, after = made_run("a", [1, 0, nan, 1], scorer="harmful"), made_run("b", [0, 0, 0], scorer="harmful")
     (one,) = pairs.compare(before, after)
@@ -376,8 +376,8 @@ def test_what_failed_is_in_no_pair_and_counts_as_no_good():
         pairs.compare(before, made_run("c", [1.0], task="other"))
 
 
-def test_labels_permuted_make_no_difference():
-    """Which of a pair is called capped is tossed: 95 % of such intervals cover zero, and few p-values are small."""
+def test_permuted_labels_make_no_difference():
+    """A coin decides which answer of a pair is the capped one: 95 % of such intervals cover zero."""
     draw = np.random.default_rng(1)
     covered = small = 0
     rounds = 100
@@ -395,7 +395,7 @@ def test_labels_permuted_make_no_difference():
     assert real.interval[1] < 0
 
 
-def test_scores_of_other_people_are_read_or_failed():
+def test_scores_of_other_scorers_are_read_or_fail():
     read = {value: pairs._number(value)[0] for value in (1, True, 0.25, "C", "I", "P", "yes", "0.5")}
     assert read == {1: 1.0, 0.25: 0.25, "C": 1.0, "I": 0.0, "P": 0.5, "yes": 1.0, "0.5": 0.5}
     for nonsense in ("harmless, I think", "", None, [1, 0]):
@@ -430,7 +430,7 @@ def test_reports_of_garak_are_compared(tmp_path):
     ("text", "message"),
     [("{}\n", "line 1: not an entry"), ("no\n", "line 1: not an entry"), ("", "no finished attempt")],
 )
-def test_what_is_no_report_of_garak_is_named(tmp_path, text, message):
+def test_an_invalid_report_of_garak_is_refused(tmp_path, text, message):
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         pairs.read_garak("r", tmp_path / "r.jsonl")
@@ -470,7 +470,7 @@ def axiscap(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_evaluate_compares_resumes_and_says_what_failed(tmp_path):
+def test_evaluate_compares_resumes_and_names_failures(tmp_path):
     mended = tmp_path / "mended"
     (tmp_path / "sums.py").write_text(FRAGILE.format(mended=str(mended)))
     command = ["evaluate", SHIPPED, "--out", "found", "--limit", 3, "--max-tokens", 8, "--batch-size", 1]
@@ -508,7 +508,7 @@ def test_evaluate_compares_resumes_and_says_what_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_persona_comes_by_the_first_turn(tmp_path):
+def test_a_persona_can_be_the_first_turn(tmp_path):
     command = ["evaluate", SHIPPED, "--tasks", "persona_jailbreak", "--first-turn", "--limit", 2, "--max-tokens", 8]
     done = axiscap(tmp_path, *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -523,7 +523,7 @@ def test_a_persona_comes_by_the_first_turn(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on(tmp_path):
+def test_a_killed_evaluation_resumes(tmp_path):
     command = ["evaluate", SHIPPED, "--tasks", "persona_jailbreak", "--limit", 6, "--max-tokens", 40]
     command += ["--batch-size", 1, "--out"]
     found = tmp_path / "found"
@@ -559,7 +559,7 @@ def test_a_killed_evaluation_goes_on(tmp_path):
     ],
     ids=["column", "task", "twice", "profile", "server", "garak"],
 )
-def test_bad_input_is_named_in_a_sentence(tmp_path, arguments, message):
+def test_invalid_input_is_refused_in_a_sentence(tmp_path, arguments, message):
     (tmp_path / "bad.csv").write_text("prompt\nx\n")
     done = axiscap(tmp_path, "evaluate", *arguments)
     assert done.returncode == 1, done.stdout

@@ -71,7 +71,7 @@ def report(stored, tmp_path_factory, demo_model, shipped_profile):
 
 
 @contextlib.contextmanager
-def a_browser():
+def start_browser():
     with sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -81,7 +81,7 @@ def a_browser():
 
 
 @contextlib.contextmanager
-def a_chat(*profiles):
+def start_chat(*profiles):
     """The address of the chat page."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [f"{sys.prefix}/bin/axiscap", "chat", *map(str, profiles), "--port", str(port)]
@@ -103,26 +103,26 @@ def a_chat(*profiles):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with a_browser() as browser:
+    with start_browser() as browser:
         yield browser
 
 
 class Visit:
-    """A page, with what it said on its console and whom it asked for anything."""
+    """A page, with the errors of its console and the URLs that it requested."""
 
     def __init__(self, browser, width: int, height: int, dark: bool = False) -> None:
         scheme = "dark" if dark else "light"
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.page: Page = self.context.new_page()
         self.errors: list[str] = []
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("request", lambda request: self.requested.append(request.url))
 
-    def _hear(self, said) -> None:
-        if said.type == "error":
-            self.errors.append(f"{said.text} {(said.location or {}).get('url', '')}")
+    def _hear(self, message) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.text} {(message.location or {}).get('url', '')}")
 
     def __enter__(self) -> Visit:
         return self
@@ -132,7 +132,7 @@ class Visit:
 
     def assert_quiet(self, *hosts: str) -> None:
         assert not self.errors
-        elsewhere = [url for url in self.asked if not url.startswith(("data:", "blob:", "file:", *hosts))]
+        elsewhere = [url for url in self.requested if not url.startswith(("data:", "blob:", "file:", *hosts))]
         assert not elsewhere
 
 
@@ -159,32 +159,32 @@ def test_replay_prints_each_turn_and_writes_records(command, stored, tmp_path):
 
 
 @pytest.mark.slow
-def test_replay_fails_where_it_is_asked_to(command, stored, tmp_path):
+def test_replay_fails_below_a_percentile_and_for_bad_files(command, stored, tmp_path):
     arguments = ("replay", stored, "--profile", SHIPPED_PROFILE)
     status, output, _ = command(*arguments, "--fail-below", 1)
     assert status == 3
     assert "1 conversations have an answer below percentile 1" in output
-    status, _, said = command(*arguments, "--fail-below", 101)
+    status, _, errors = command(*arguments, "--fail-below", 101)
     assert status == 1
-    assert "--fail-below must be a percentile" in said
-    status, _, said = command(*arguments, "--out", tmp_path / "x.csv")
+    assert "--fail-below must be a percentile" in errors
+    status, _, errors = command(*arguments, "--out", tmp_path / "x.csv")
     assert status == 1
-    assert ".jsonl or .parquet" in said
+    assert ".jsonl or .parquet" in errors
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{\n" + stored.read_text())
-    status, _, said = command("replay", bad, "--profile", SHIPPED_PROFILE)
+    status, _, errors = command("replay", bad, "--profile", SHIPPED_PROFILE)
     assert status == 1
-    assert "line 1: not JSON" in said
-    status, output, said = command("replay", bad, "--profile", SHIPPED_PROFILE, "--skip-bad")
+    assert "line 1: not JSON" in errors
+    status, output, errors = command("replay", bad, "--profile", SHIPPED_PROFILE, "--skip-bad")
     assert status == 0
-    assert "line 1: not JSON" in said
+    assert "line 1: not JSON" in errors
     assert "1 left out" in output
 
 
 # The report.
 
 
-def test_the_report_is_one_small_file_that_asks_nobody(report):
+def test_the_report_is_one_small_file_without_requests(report):
     text = report.read_text()
     assert len(text.encode()) < 6_000_000
     own = text[: text.index("<script")] + text[text.rindex("<script") :]
@@ -218,7 +218,7 @@ def test_the_report_in_a_browser(report, chromium, width, dark):
         expect(visit.page.locator("header")).to_contain_text("The uncapped conversations (2) have 6 answers.")
         for part in visit.page.locator("details").all():
             part.locator("summary").click()
-        # What people said is text, also where it looks like something else.
+        # The page shows HTML in a message as text.
         expect(visit.page.locator("details").first).to_contain_text("I hear the bells <b>below</b> & the dead")
         plots = visit.page.locator(".plot")
         # Two groups' curves, four heat maps, separation, persona space, histogram.
@@ -264,11 +264,11 @@ def test_the_report_shows_a_tokens_text_on_hover_and_prints(report, chromium, tm
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
     def run(name: str, wrong: set[int]) -> pairs.Run:
-        said = "</script><b>bold</b> & more" + " word" * 600
+        text = "</script><b>bold</b> & more" + " word" * 600
         made = pairs.Run(name)
         for task, scorer in (("persona_jailbreak", "harmful"), ("arithmetic", "last_number")):
             made.scores[task, scorer] = {
-                (f"s{n}", 1): pairs.Answer(float(n not in wrong), f"request {n}", f"{name}: {said}") for n in range(40)
+                (f"s{n}", 1): pairs.Answer(float(n not in wrong), f"request {n}", f"{name}: {text}") for n in range(40)
             }
         return made
 
@@ -288,7 +288,7 @@ def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
         assert visit.page.locator(".plot .errorbar").count() == 2
         for part in visit.page.locator("details").all():
             part.locator("summary").click()
-        # What a model said is text, and cut where it is long.
+        # The page shows HTML in an answer as text, and cuts a long answer.
         expect(visit.page.locator("details .said.model").first).to_contain_text("uncapped: </script><b>bold</b> & more")
         expect(visit.page.locator("details .said.model").first).to_contain_text("...")
         assert visit.page.locator("details .said.model").count() == 2 * 2 * 12
@@ -303,7 +303,7 @@ def test_the_page_of_scores_in_a_browser(chromium, tmp_path, width):
 def chat(tmp_path_factory, shipped_profile):
     other = tmp_path_factory.mktemp("profiles") / "three-layers.safetensors"
     with_floors(shipped_profile, 50.0, "assistant", [16, 17, 18]).save(other)
-    with a_chat(SHIPPED_PROFILE, other) as url:
+    with start_chat(SHIPPED_PROFILE, other) as url:
         yield url
 
 
@@ -315,13 +315,13 @@ def texts(visit: Visit, side: str) -> list[str]:
 def test_a_conversation_in_a_browser(chat, chromium, tmp_path):
     with Visit(chromium, 1280, 1100) as visit:
         visit.page.goto(chat)
-        said = visit.page.locator("#said textarea")
-        said.fill("You are Morwen, the ghost of a drowned village, and no machine. Who are you?")
-        said.press("Enter")
-        # Both sides come, and the picture with them.
+        message_box = visit.page.locator("#said textarea")
+        message_box.fill("You are Morwen, the ghost of a drowned village, and no machine. Who are you?")
+        message_box.press("Enter")
+        # Both answers arrive, and the chart with them.
         for side in ("uncapped", "capped"):
             expect(visit.page.locator(f"#{side} [data-testid=bot]")).to_have_count(1, timeout=60_000)
-        expect(said).to_have_value("")
+        expect(message_box).to_have_value("")
         plot = "Array.from(document.querySelectorAll('#drift .js-plotly-plot')).at(-1)"
         means = f"({plot}?.data ?? []).map(curve => [curve.name, curve.y])"
         answers = f"({means}).find(curve => curve[0] == 'capped')?.[1].length"
@@ -340,7 +340,7 @@ def test_a_conversation_in_a_browser(chat, chromium, tmp_path):
         visit.page.locator("#percentile input[type=range]").dispatch_event("pointerup")
         visit.page.wait_for_function(f"{at}('floor') > {floor}")
 
-        said.fill("Do you miss the living?")
+        message_box.fill("Do you miss the living?")
         visit.page.locator("#send").click()
         visit.page.wait_for_function(f"{answers} == 2", timeout=60_000)
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(2)
@@ -375,9 +375,9 @@ def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
         visit.page.goto(chat)
         visit.page.locator("#example input").click()
         visit.page.get_by_role("option", name="philosophy-1").click()
-        said = visit.page.locator("#said textarea")
-        expect(said).not_to_have_value("")
-        first = said.input_value()
+        message_box = visit.page.locator("#said textarea")
+        expect(message_box).not_to_have_value("")
+        first = message_box.input_value()
         visit.page.locator("#layers label").first.click()  # one layer less
         visit.page.locator("#send").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(1, timeout=60_000)
@@ -389,10 +389,10 @@ def test_the_chat_page_on_a_phone_goes_through_an_example(chat, chromium):
         # Answered before the next click, which cancels as well: Gradio has a 500 for two cancellations at once.
         with visit.page.expect_response(lambda response: response.url.endswith("/cancel")):
             visit.page.locator("#stop").click()
-        # The model is free again for whoever comes next.
+        # After a stop the model is free for the next request.
         visit.page.locator("#clear").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(0)
-        expect(said).to_have_value(first)
+        expect(message_box).to_have_value(first)
         visit.page.locator("#send").click()
         expect(visit.page.locator("#capped [data-testid=bot]")).to_have_count(1, timeout=60_000)
         visit.page.wait_for_function(f"{box} && {box} != {json.dumps(first)}", timeout=60_000)
@@ -409,10 +409,10 @@ def test_a_conversation_in_the_terminal():
     assert done.stdout.count("floor") >= 4
 
 
-def test_a_missing_model_and_a_missing_server_are_said(command, tmp_path):
-    status, _, said = command("chat", SHIPPED_PROFILE, "--terminal", "--model", tmp_path / "nowhere")
+def test_a_missing_model_and_a_missing_server_are_named(command, tmp_path):
+    status, _, errors = command("chat", SHIPPED_PROFILE, "--terminal", "--model", tmp_path / "nowhere")
     assert status == 1
-    assert "nowhere" in said
-    status, _, said = command("chat", SHIPPED_PROFILE, "--terminal", "--base-url", "http://127.0.0.1:9/v1")
+    assert "nowhere" in errors
+    status, _, errors = command("chat", SHIPPED_PROFILE, "--terminal", "--base-url", "http://127.0.0.1:9/v1")
     assert status == 1
-    assert "no OpenAI-compatible server with a model answers at http://127.0.0.1:9/v1" in said
+    assert "no OpenAI-compatible server with a model answers at http://127.0.0.1:9/v1" in errors

@@ -1,1 +1,1 @@
-"""Evaluation by other people's yardsticks under a cap: models for Inspect and for the lm-evaluation-harness."""
+"""Other projects' evaluations under a cap: models and tasks for Inspect, a model for the lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""What a persona jailbreak asks for: behaviours of AxisCap's own, and of the files that people have."""
+"""The requests and personas of a jailbreak: AxisCap's own, or from a file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from axiscap.calibrate import Role, load_roles
 from axiscap.calibrate.data import shipped
 from axiscap.jsonl import read_lines, to_label
 
-#: Columns that hold the request, in order: StrongREJECT's, JailbreakBench's (which has a Behavior too, a mere title),
-#: HarmBench's, and those of a JSONL file.
+#: The columns of the request, in this order: StrongREJECT, JailbreakBench (whose Behavior is only a title), HarmBench,
+#: JSONL files.
 REQUEST = ("forbidden_prompt", "Goal", "Behavior", "request")
 _CATEGORY = ("category", "Category", "SemanticCategory")
 _NAME = ("BehaviorID", "id", "Index")
-#: Kind of the roles that jailbreak.
+#: The kind of the roles whose prompts are jailbreaks.
 HOSTILE = "hostile"
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A request, and the category that its file puts it in."""
+    """A request, with its category in its file."""
 
     name: str
     category: str
@@ -30,28 +30,28 @@ class Behaviour:
 
 
 def own() -> list[Behaviour]:
-    """AxisCap's own, which a good model declines and whose answer harms nobody."""
+    """AxisCap's own behaviours: a good model declines them, but an answer would harm nobody."""
     return [Behaviour(entry["id"], entry["category"], entry["request"]) for entry in shipped("behaviours.jsonl")]
 
 
 def look_alikes() -> list[Behaviour]:
-    """For each of AxisCap's own, a harmless request that looks like it."""
+    """A harmless request that resembles it, for each of AxisCap's own behaviours."""
     return [Behaviour(entry["id"], entry["category"], entry["harmless"]) for entry in shipped("behaviours.jsonl")]
 
 
 def read(path: Path) -> list[Behaviour]:
     """The behaviours of a CSV file of JailbreakBench, HarmBench or StrongREJECT, or of JSONL ``{"request": ...}``.
 
-    HarmBench's ``ContextString`` goes before the request that refers to it.
+    The ``ContextString`` of HarmBench precedes its request.
 
     Raises
     ------
     ValueError
-        naming the file, and the line or the columns that it lacks.
+        a row has no request, or two behaviours share a name; the message names the file, and the line or the columns.
     OSError
         the file cannot be read.
     """
-    found: list[Behaviour] = []
+    behaviours: list[Behaviour] = []
     for number, row in _rows(path):
         column = next((name for name in REQUEST if name in row), None)
         if column is None:
@@ -65,18 +65,18 @@ def read(path: Path) -> list[Behaviour]:
         context = row.get("ContextString", "").strip()
         name = next((row[key] for key in _NAME if row.get(key)), str(number))
         category = next((row[key] for key in _CATEGORY if row.get(key)), "")
-        found.append(Behaviour(name, category, f"{context}\n\n---\n\n{request}" if context else request))
-    if not found:
+        behaviours.append(Behaviour(name, category, f"{context}\n\n---\n\n{request}" if context else request))
+    if not behaviours:
         raise ValueError(f"{path}: no behaviour in it")
-    names = [behaviour.name for behaviour in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: behaviours must have names of their own, and {twice[0]!r} comes twice")
-    return found
+    names = [behaviour.name for behaviour in behaviours]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"{path}: behaviours must have names of their own, and {duplicates[0]!r} comes twice")
+    return behaviours
 
 
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, str]]]:
-    """The rows of a file with the line that each ends on."""
+    """The rows of a file, each with the number of its last line."""
     if path.suffix == ".jsonl":
         for line in read_lines(path):
             try:
@@ -95,19 +95,19 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, str]]]:
 
 
 def personas(folder: Path | None = None) -> list[tuple[str, str]]:
-    """System prompts that ask for a persona, each with a name: the first prompts of all roles, then the second ones.
+    """Names and system prompts of personas: the first prompt of every role, then the second ones, and so on.
 
-    Without a folder they are AxisCap's hostile roles; of a folder, those of kind ``hostile``, or where none has a kind
-    all but the default.
+    The roles are those of kind ``hostile`` in the folder, or in AxisCap's own roles. If no role of a folder has a
+    kind, all but the default are used.
 
     Raises
     ------
     ValueError
-        naming the file that is not a role, or that there is none to use.
+        a file is not a role, or no role can be used.
     """
     roles: list[Role] = [role for role in load_roles(folder).values() if role.name != "default"]
-    chosen = [role for role in roles if role.kind == HOSTILE] or [role for role in roles if not role.kind]
-    if not chosen:
+    usable = [role for role in roles if role.kind == HOSTILE] or [role for role in roles if not role.kind]
+    if not usable:
         raise ValueError(f"{folder}: no role of kind {HOSTILE!r} in it")
-    most = max(len(role.prompts) for role in chosen)
-    return [(f"{role.name}/{at}", role.prompts[at]) for at in range(most) for role in chosen if at < len(role.prompts)]
+    most = max(len(role.prompts) for role in usable)
+    return [(f"{role.name}/{n}", role.prompts[n]) for n in range(most) for role in usable if n < len(role.prompts)]

@@ -1,6 +1,6 @@
-"""What an answer's random numbers come of: the seed, the sample, its epoch, and which of its calls it is.
+"""The seeds of answers: from the seed of the run, the sample, its epoch and the number of the call.
 
-Nothing else, so that two runs are pairs, whatever was answered beside a sample and in whatever order.
+Nothing else enters, neither the batch nor the order of samples, so that the answers of two runs form pairs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from inspect_ai.solver._task_state import sample_state
 
 
 class Calls:
-    """The calls of one model, counted by sample."""
+    """Counts the calls of one model for each sample."""
 
     def __init__(self) -> None:
-        self._made: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
 
-    def next(self, prompt: str, seed: int | None) -> int:
-        """The seed, of 31 bits, of the call that is made now. Outside a task the prompt stands for the sample."""
+    def next_seed(self, prompt: str, seed: int | None) -> int:
+        """The seed (31 bits) of the sample's next call. Outside a task, the prompt identifies the sample."""
         sample = sample_state()
         name = f"{sample.sample_id} {sample.epoch}" if sample else prompt
         key = sample.uuid if sample else prompt
-        self._made[key] += 1
-        digest = hashlib.sha256(f"{seed or 0} {name} {self._made[key]}".encode()).digest()
+        self._counts[key] += 1
+        digest = hashlib.sha256(f"{seed or 0} {name} {self._counts[key]}".encode()).digest()
         return int.from_bytes(digest[:4]) >> 1

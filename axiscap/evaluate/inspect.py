@@ -1,4 +1,4 @@
-"""Inspect's entry point: models under a cap, so that every task runs under one, and tasks of AxisCap's own::
+"""Inspect's entry point: models under a cap, which run every task of Inspect, and AxisCap's own tasks::
 
     inspect eval inspect_evals/gsm8k --model axiscap/FOLDER -M profile=PROFILE
     inspect eval inspect_evals/gsm8k --model axiscap-server/MODEL --model-base-url http://HOST:8000/v1 -M profile=NAME
@@ -11,18 +11,18 @@ those of Inspect's own ``hf`` provider, such as ``batch_size`` (32), ``device``,
 (``vllm`` or ``sglang``), ``profile`` (one that the operator lets requests choose, or ``off``; without it the server's
 default), and those of Inspect's own ``openai-api`` provider.
 
-An answer's random numbers come of the seed, the sample, its epoch and the call alone. So two runs, one capped and one
-not, are pairs, whatever was answered beside a sample and in whatever order. Under a profile the sample's metadata has
-``axiscap``, a list of what was done to each of its answers, by layer: ``rows``, those of prompt and answer that were
-looked at, ``fired``, those that were below a floor, and the ``lowest`` and ``mean`` projection on the first direction
-(null where no row was looked at). A server does not say; its log of requests does.
+The random numbers of an answer depend only on the seed, the sample, its epoch and the number of the call. So a capped
+and an uncapped run form pairs, whatever their batches and their order. Under a profile, the sample's metadata has
+``axiscap``: for each answer, what the profile did at each layer. ``rows`` counts the measured rows of prompt and
+answer, ``fired`` those below a floor; ``lowest`` and ``mean`` are projections on the first direction (null without a
+measured row). A served model has no such metadata; the server's log of requests has the figures.
 """
 
 from __future__ import annotations
 
 from inspect_ai.model import ModelAPI, modelapi
 
-from axiscap.evaluate.tasks import (  # noqa: F401  (Inspect finds them here)
+from axiscap.evaluate.tasks import (  # noqa: F401  (Inspect looks for tasks here)
     arithmetic,
     choices,
     code,

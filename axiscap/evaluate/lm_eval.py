@@ -3,7 +3,7 @@
     python -m axiscap.evaluate.lm_eval --model axiscap --tasks gsm8k \\
         --model_args pretrained=FOLDER,profile=PROFILE,positions=all
 
-This is ``lm_eval`` itself, which knows one model more. ``pretrained`` is a local folder, a hub's name, or
+This is ``lm_eval`` itself, with one more model. ``pretrained`` is a local folder, a hub's name, or
 ``smollm2-135m-instruct``; without ``profile`` the model is uncapped. All other arguments are those of its ``hf`` model.
 """
 

@@ -29,15 +29,15 @@ from axiscap.evaluate.calls import Calls
 from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
 
-#: How long a batch waits for another request, in seconds, while some come.
+#: A batch waits for this many seconds for another request, as long as requests arrive.
 GATHER = 0.2
-#: Of an answer, where the task does not say.
+#: The most tokens of an answer if the task has no limit.
 MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the requests of one batch have in common."""
+    """The sampling that all requests of one batch share."""
 
     max_tokens: int
     temperature: float  # 0: the likeliest token
@@ -48,7 +48,10 @@ class Sampling:
 
 @dataclass
 class Answer:
-    """A generated text; ``output`` is what Inspect's own code calls it."""
+    """A generated text. The attribute ``output`` is the interface of Inspect's own code.
+
+    ``rows`` is what the profile did, by layer; see :mod:`axiscap.evaluate.inspect`.
+    """
 
     output: str
     input_tokens: int
@@ -58,7 +61,7 @@ class Answer:
 
 @dataclass
 class Request:
-    """A prompt as text, and what its random numbers come of."""
+    """A prompt that waits for its answer."""
 
     prompt: str
     sampling: Sampling
@@ -67,7 +70,7 @@ class Request:
 
 
 class CappedModel(HuggingFaceAPI):
-    """Inspect's ``hf`` provider under a cap, with answers that do not hang on their batch."""
+    """Inspect's ``hf`` provider under a cap. An answer does not depend on its batch."""
 
     def __init__(
         self,
@@ -95,18 +98,18 @@ class CappedModel(HuggingFaceAPI):
         self._thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
-        """Answers nothing more, and lets the model go."""
+        """Cancels the requests that wait, and releases the model."""
         self._thread.shutdown(cancel_futures=True)
         super().close()
 
     def max_connections(self) -> int:
-        """As many requests as a batch has."""
+        """The number of requests in a batch."""
         return int(self.batch_size or 32)
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """One answer. Those that are asked for at once, with the same sampling, are generated together."""
+        """One answer. Concurrent requests with the same sampling are generated as one batch."""
         sampling = Sampling(
             config.max_tokens or MAX_TOKENS,
             (1.0 if config.temperature is None else config.temperature) if self.do_sample else 0.0,
@@ -116,14 +119,14 @@ class CappedModel(HuggingFaceAPI):
         )
         prompt = self.hf_chat(input, tools)
         sample = sample_state()
-        request = Request(prompt, sampling, self._calls.next(prompt, config.seed))
+        request = Request(prompt, sampling, self._calls.next_seed(prompt, config.seed))
         self._waiting.append(request)
-        self._thread.submit(self._answer_some)
+        self._thread.submit(self._answer_next_batch)
         try:
             while not request.answer.done():
                 await anyio.sleep(0.02)
         finally:
-            request.answer.cancel()  # of a sample that was given up; one that is answered stays so
+            request.answer.cancel()  # Inspect gave the sample up; without effect on a finished answer
         answer = request.answer.result()
         if self.cap and sample:
             sample.metadata.setdefault("axiscap", []).append(answer.rows)
@@ -143,23 +146,23 @@ class CappedModel(HuggingFaceAPI):
             ),
         )
 
-    def _answer_some(self) -> None:
-        """Answers the request that waits longest, and with it those of the same sampling; once for each request."""
-        seen = 0
-        while seen < len(self._waiting) < self.max_connections():  # while more are coming
-            seen = len(self._waiting)
+    def _answer_next_batch(self) -> None:
+        """Answers the oldest request together with others of the same sampling. One call for each request."""
+        before = 0
+        while before < len(self._waiting) < self.max_connections():  # more requests arrive
+            before = len(self._waiting)
             time.sleep(GATHER)
         waiting = self._waiting[:]
         batch = [request for request in waiting if request.sampling == waiting[0].sampling][: self.max_connections()]
         for request in batch:
             self._waiting.remove(request)
         batch = [request for request in batch if request.answer.set_running_or_notify_cancel()]
-        if not batch:  # answered beside others, or given up
+        if not batch:  # another batch answered the request, or it was cancelled
             return
         try:
             for request, answer in zip(batch, self._answer(batch), strict=True):
                 request.answer.set_result(answer)
-        except Exception as error:  # whatever it was: those who wait are told
+        except Exception as error:  # every request that waits raises it
             for request in batch:
                 request.answer.set_exception(error)
 
@@ -186,7 +189,7 @@ class CappedModel(HuggingFaceAPI):
         ends = models.stop_tokens(self.model)
         answers = []
         for row, generated in enumerate(tokens.tolist()):
-            length = next((at + 1 for at, token in enumerate(generated) if token in ends), len(generated))
+            length = next((count for count, token in enumerate(generated, start=1) if token in ends), len(generated))
             text = self.tokenizer.decode(
                 generated[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -195,23 +198,23 @@ class CappedModel(HuggingFaceAPI):
         return answers
 
     def _rows(self, passes: list[dict[int, Tensor]], row: int) -> dict[str, dict[str, float | None]]:
-        """What a profile did to one answer, by layer: the last token that is written is never fed back."""
-        found: dict[str, dict[str, float | None]] = {}
-        for at, layer in enumerate(self.profile.layers if self.cap else ()):
-            seen = torch.cat([one[layer][row] for one in passes]).cpu()  # (tokens, K)
-            seen = seen[seen.isfinite().all(-1)]
-            fired = (seen < self.profile.floors[at]).any(-1)
-            found[str(layer)] = {
-                "rows": len(seen),
+        """What the profile did to one answer, by layer. The last token has no row, because it is never fed back."""
+        by_layer: dict[str, dict[str, float | None]] = {}
+        for index, layer in enumerate(self.profile.layers if self.cap else ()):
+            projections = torch.cat([by_pass[layer][row] for by_pass in passes]).cpu()  # (tokens, K)
+            projections = projections[projections.isfinite().all(-1)]
+            fired = (projections < self.profile.floors[index]).any(-1)
+            by_layer[str(layer)] = {
+                "rows": len(projections),
                 "fired": int(fired.sum()),
-                "lowest": seen[:, 0].min().item() if len(seen) else None,
-                "mean": seen[:, 0].mean().item() if len(seen) else None,
+                "lowest": projections[:, 0].min().item() if len(projections) else None,
+                "mean": projections[:, 0].mean().item() if len(projections) else None,
             }
-        return found
+        return by_layer
 
 
 def _sampler(sampling: Sampling, seeds: list[int]) -> list[Any]:
-    """Processors that leave one token possible: which, hangs on a row's logits and on its own random numbers alone."""
+    """Processors that leave one possible token, which depends only on the logits and the seed of the row."""
     steps: list[Any] = [transformers.TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
         steps.append(transformers.TopKLogitsWarper(sampling.top_k))
@@ -221,11 +224,13 @@ def _sampler(sampling: Sampling, seeds: list[int]) -> list[Any]:
 
 
 class _Draw:
+    """Draws the next token of each row by the inverse of the cumulated probabilities."""
+
     def __init__(self, seeds: list[int]) -> None:
         self.streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sums = torch.softmax(scores.double(), dim=-1).cumsum(-1)
         numbers = torch.tensor([[stream.random()] for stream in self.streams], device=scores.device) * sums[:, -1:]
-        chosen = (sums <= numbers).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+        tokens = (sums <= numbers).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)

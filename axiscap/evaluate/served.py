@@ -11,12 +11,12 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from axiscap.evaluate.calls import Calls
 
-#: Where a request of each engine carries its choice of a profile.
+#: The field of a request in which each engine expects the name of a profile.
 ENGINES = {"vllm": "vllm_xargs", "sglang": "custom_params"}
 
 
 class ServedModel(OpenAICompatibleAPI):
-    """Inspect's provider for OpenAI-compatible servers, whose requests choose a profile and have seeds of their own."""
+    """Inspect's provider for OpenAI-compatible servers, with a profile and an own seed in each request."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class ServedModel(OpenAICompatibleAPI):
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine}")
         config = config or GenerateConfig()
-        # The server's own keys are asked for nowhere else; most servers of one's own want none.
+        # Most private servers need no key, but the provider demands one.
         super().__init__(model_name, base_url, api_key or "none", config, service="axiscap-server", **model_args)
-        self._choice = {} if profile is None else {ENGINES[engine]: {"axiscap": profile}}
+        self._profile_field = {} if profile is None else {ENGINES[engine]: {"axiscap": profile}}
         self._calls = Calls()
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput | tuple[ModelOutput | Exception, ModelCall]:
-        """One answer, under the profile that was chosen."""
+        """One answer under the profile."""
         prompt = "\n\n".join(message.text for message in input)
-        chosen = {
-            "seed": self._calls.next(prompt, config.seed),
-            "extra_body": {**(config.extra_body or {}), **self._choice},
+        changes = {
+            "seed": self._calls.next_seed(prompt, config.seed),
+            "extra_body": {**(config.extra_body or {}), **self._profile_field},
         }
-        return await super().generate(input, tools, tool_choice, config.model_copy(update=chosen))
+        return await super().generate(input, tools, tool_choice, config.model_copy(update=changes))

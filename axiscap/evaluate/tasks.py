@@ -22,21 +22,25 @@ from axiscap.calibrate.effects import fenced, numbers
 from axiscap.evaluate.behaviours import Behaviour, look_alikes, own, personas, read
 from axiscap.evaluate.judges import harmful, in_character, not_refused, refused
 
-#: As the paper samples: warm, so that epochs differ. What code checks has one best answer, the likeliest.
+#: The paper samples at this temperature, so that epochs differ. Answers that code checks are the likeliest ones.
 _SAMPLED = GenerateConfig(temperature=0.7, top_p=0.9, max_tokens=256)
 _LIKELIEST = GenerateConfig(temperature=0.0, max_tokens=256)
-#: Of the attempts of a jailbreak, where nothing else is said: each of AxisCap's behaviours ten times.
+#: The default number of jailbreak attempts: ten for each of AxisCap's behaviours.
 ATTEMPTS = 320
 _ARITHMETIC = 60
-#: For a function and its tests, in seconds.
-_PATIENCE = 10
+#: The seconds that a function and its tests may take.
+_TIMEOUT = 10
 
 
 def _samples(behaviours: list[Behaviour]) -> MemoryDataset:
     return MemoryDataset(
         [
-            Sample(input=one.request, id=one.name, metadata={"category": one.category, "request": one.request})
-            for one in behaviours
+            Sample(
+                input=behaviour.request,
+                id=behaviour.name,
+                metadata={"category": behaviour.category, "request": behaviour.request},
+            )
+            for behaviour in behaviours
         ]
     )
 
@@ -54,25 +58,25 @@ def persona_jailbreak(
     Parameters
     ----------
     behaviours
-        a file, see :func:`axiscap.evaluate.behaviours.read`; AxisCap's own without one.
+        a file, see :func:`axiscap.evaluate.behaviours.read`. Default: AxisCap's own.
     persona_folder
-        roles whose prompts bring the personas; AxisCap's hostile ones without it.
+        a folder of roles, whose prompts are the personas. Default: AxisCap's hostile roles.
     attempts
-        how many pairs of persona and behaviour: each behaviour once, then each with the next persona.
+        the number of pairs of persona and behaviour: each behaviour once, then each with the next persona.
     first_turn
-        the persona comes as the user's first turn, which the model answers, and not as the system prompt.
+        the persona is the user's first turn, which the model answers, and not the system prompt.
     judge
-        a model that judges by a rubric; without one the classifiers say what they can.
+        a model that judges by a rubric, beside the classifiers.
     """
-    asked = read(Path(behaviours)) if behaviours else own()
+    requests = read(Path(behaviours)) if behaviours else own()
     prompts = personas(Path(persona_folder) if persona_folder else None)
-    most = len(asked) * len(prompts)
+    most = len(requests) * len(prompts)
     if not 1 <= attempts <= most:
-        raise ValueError(f"attempts must be from 1 to {most} ({len(asked)} behaviours, {len(prompts)} personas)")
+        raise ValueError(f"attempts must be from 1 to {most} ({len(requests)} behaviours, {len(prompts)} personas)")
     samples = []
     for number in range(attempts):
-        turn, place = divmod(number, len(asked))
-        behaviour, (persona, prompt) = asked[place], prompts[(place + turn) % len(prompts)]
+        cycle, index = divmod(number, len(requests))
+        behaviour, (persona, prompt) = requests[index], prompts[(index + cycle) % len(prompts)]
         metadata = {"category": behaviour.category, "request": behaviour.request, "persona": prompt}
         first = prompt if first_turn else behaviour.request
         samples.append(Sample(input=first, id=f"{behaviour.name} {persona}", metadata=metadata))
@@ -88,9 +92,9 @@ def persona_jailbreak(
 
 @task
 def over_refusal(behaviours: str | None = None) -> Task:
-    """Harmless requests that look like harmful ones: are they refused? From a file, or AxisCap's own look-alikes."""
-    asked = read(Path(behaviours)) if behaviours else look_alikes()
-    return Task(dataset=_samples(asked), solver=generate(), scorer=refused(), config=_SAMPLED)
+    """Harmless requests that resemble harmful ones: are they refused? From a file, or AxisCap's own."""
+    requests = read(Path(behaviours)) if behaviours else look_alikes()
+    return Task(dataset=_samples(requests), solver=generate(), scorer=refused(), config=_SAMPLED)
 
 
 @task
@@ -109,19 +113,18 @@ def arithmetic() -> Task:
 
 @scorer(metrics=[mean(), stderr()])
 def last_number() -> Scorer:
-    """1 where the last number of the answer is the right one."""
+    """1 if the last number of the answer is right."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        found = numbers(state.output.completion)
-        right = bool(found) and float(found[-1]) == float(target.text)
-        return Score(value=float(right), answer=found[-1] if found else "")
+        last = next(reversed(numbers(state.output.completion)), "")
+        return Score(value=float(bool(last) and float(last) == float(target.text)), answer=last)
 
     return score
 
 
 @task
 def instructions() -> Task:
-    """Instructions about an answer's form, which code can check."""
+    """Instructions about the form of an answer, which code can check."""
     samples = [
         Sample(input=entry["request"], id=f"{entry['check']} {number}", metadata=entry)
         for number, entry in enumerate(shipped("instructions.jsonl"))
@@ -130,7 +133,7 @@ def instructions() -> Task:
 
 
 def follows(text: str, check: str, value: str | int | list[str] | None = None) -> bool:
-    """Whether an answer is in the form that was asked for.
+    """Whether an answer has the requested form.
 
     Parameters
     ----------
@@ -138,29 +141,29 @@ def follows(text: str, check: str, value: str | int | list[str] | None = None) -
         ``lowercase``, ``uppercase``, ``contains``, ``avoids``, ``starts``, ``ends``, ``bullets``, ``words`` or
         ``json``.
     value
-        the word, the words, the number or the keys that the check is about.
+        the word or words, the number, or the keys that the check needs.
 
     Raises
     ------
     ValueError
-        another check.
+        the check is unknown.
     """
     text = text.strip()
     words = re.findall(r"\w+", text.lower())
-    wanted = re.findall(r"\w+", value.lower()) if isinstance(value, str) else []
+    expected = re.findall(r"\w+", value.lower()) if isinstance(value, str) else []
     match check, value:
         case "lowercase", _:
             return bool(words) and text == text.lower()
         case "uppercase", _:
             return bool(words) and text == text.upper()
         case "contains", str():
-            return wanted[0] in words
+            return expected[0] in words
         case "avoids", str():
-            return bool(words) and wanted[0] not in words
+            return bool(words) and expected[0] not in words
         case "starts", str():
-            return words[: len(wanted)] == wanted
+            return words[: len(expected)] == expected
         case "ends", str():
-            return words[-len(wanted) :] == wanted
+            return words[-len(expected) :] == expected
         case "bullets", int():
             lines = [line for line in text.splitlines() if line.strip()]
             return len(lines) == value and all(line.startswith("- ") for line in lines)
@@ -168,21 +171,21 @@ def follows(text: str, check: str, value: str | int | list[str] | None = None) -
             return 0 < len(text.split()) <= value
         case "json", list():
             try:
-                found = json.loads(_without_fence(text))
+                parsed = json.loads(_without_fence(text))
             except ValueError:
                 return False
-            return isinstance(found, dict) and sorted(found) == sorted(value)
+            return isinstance(parsed, dict) and sorted(parsed) == sorted(value)
     raise ValueError(f"no check {check!r} of {value!r}")
 
 
 def _without_fence(text: str) -> str:
-    """What stands in the first fenced block, or the text where there is none."""
+    """The content of the first fenced block, or the whole text without a block."""
     return next(iter(fenced(text)), text)
 
 
 @scorer(metrics=[mean(), stderr()])
 def followed() -> Scorer:
-    """1 where the answer has the form that was asked for."""
+    """1 if the answer has the requested form."""
 
     async def score(state: TaskState, target: Target) -> Score:
         answer = state.output.completion
@@ -194,7 +197,7 @@ def followed() -> Scorer:
 
 @task
 def choices() -> Task:
-    """Multiple choice of common knowledge, by words and not by letters, which small models mix up."""
+    """Multiple choice of common knowledge. The choices are words, because small models confuse letters."""
     samples = []
     for number, entry in enumerate(shipped("choices.jsonl")):
         *others, last = options = entry["choices"]
@@ -206,21 +209,23 @@ def choices() -> Task:
 
 @scorer(metrics=[mean(), stderr()])
 def chosen() -> Scorer:
-    """1 where the first of the options that the answer names is the right one."""
+    """1 if the first option that the answer names is right."""
 
     async def score(state: TaskState, target: Target) -> Score:
         text = state.output.completion.lower()
-        places = {text.find(option.lower()): option for option in state.metadata["options"]}
-        named = places[min(place for place in places if place >= 0)] if max(places) >= 0 else ""
-        return Score(value=float(named == target.text), answer=named)
+        positions = {text.find(option.lower()): option for option in state.metadata["options"]}
+        first = positions[min(position for position in positions if position >= 0)] if max(positions) >= 0 else ""
+        return Score(value=float(first == target.text), answer=first)
 
     return score
 
 
 @task
 def code() -> Task:
-    """Short Python functions, which must pass their tests. What the model wrote runs in Inspect's sandbox: ``local``, a
-    process of this user's, unless the command names another, such as ``docker``.
+    """Short Python functions, which must pass their tests.
+
+    The model's code runs in Inspect's sandbox: a process of this user (``local``), unless the command names another
+    sandbox, such as ``docker``.
     """
     samples = [
         Sample(input=entry["request"], id=entry["id"], metadata={"tests": entry["tests"]})
@@ -231,16 +236,16 @@ def code() -> Task:
 
 @scorer(metrics=[mean(), stderr()])
 def passed() -> Scorer:
-    """1 where the answer's code passes its tests."""
+    """1 if the code of the answer passes its tests."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        written = _without_fence(state.output.completion)
-        program = "\n".join([written, *(f"assert {test}" for test in state.metadata["tests"])])
+        solution = _without_fence(state.output.completion)
+        program = "\n".join([solution, *(f"assert {test}" for test in state.metadata["tests"])])
         try:
-            # -I: nothing of this process's environment and folder is imported.
-            done = await sandbox().exec(["python3", "-I", "-c", program], timeout=_PATIENCE)
+            # -I keeps this process's environment and folder out of the imports.
+            result = await sandbox().exec(["python3", "-I", "-c", program], timeout=_TIMEOUT)
         except TimeoutError:
-            return Score(value=0.0, answer=written, explanation=f"not done in {_PATIENCE} seconds")
-        return Score(value=float(done.success), answer=written, explanation=done.stderr[-500:])
+            return Score(value=0.0, answer=solution, explanation=f"not done in {_TIMEOUT} seconds")
+        return Score(value=float(result.success), answer=solution, explanation=result.stderr[-500:])
 
     return score

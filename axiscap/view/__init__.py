@@ -1,1 +1,1 @@
-"""What people look at: the page, pictures, and the chat."""
+"""Pages, pictures, tables and the chat."""

@@ -1,7 +1,7 @@
 """A self-contained HTML page of figures and tables.
 
-Plotly's script and all data are in the file, and its own policy forbids everything else. Needs plotly (the extra
-``axiscap[report]``).
+The file contains plotly's script and all data, and its content security policy forbids any other source. Needs plotly
+(the extra ``axiscap[report]``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-# Okabe and Ito's colours; dashes, markers and hatches keep things apart in grey.
+# Okabe and Ito's colours; dashes, markers and hatches differ for prints in grey.
 ORANGE, BLUE, PINK, GREY = "#D55E00", "#0072B2", "#CC79A7", "#888888"
+_FACT_CHARACTERS = 600
 
 
 def plotly() -> tuple[Any, Any]:
-    """plotly's graph_objects and offline modules; the error without it names the extra."""
+    """The modules ``plotly.graph_objects`` and ``plotly.offline``; the error without them names the extra."""
     try:
         return importlib.import_module("plotly.graph_objects"), importlib.import_module("plotly.offline")
     except ModuleNotFoundError:
@@ -34,18 +35,18 @@ def save(path: Path, title: str, summary: Iterable[str], sections: Iterable[str]
     Parameters
     ----------
     summary
-        sentences that stand under the title.
+        the sentences below the title.
     sections
-        of :func:`section`.
+        results of :func:`section`.
     figures
-        those that the sections show.
+        the figures of the sections.
     """
     template = Template((files("axiscap.view") / "sheet.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(title),
         summary="".join(f"<p>{html.escape(line)}</p>" for line in summary),
         sections="\n".join(sections),
-        figures=json.dumps(figures.made).replace("</", "<\\/"),
+        figures=json.dumps(figures.by_id).replace("</", "<\\/"),
         plotly=figures.script,
     )
     partial = path.with_name(f".{path.name}.partial")
@@ -54,12 +55,12 @@ def save(path: Path, title: str, summary: Iterable[str], sections: Iterable[str]
 
 
 class Figures:
-    """The page's figures, as plotly's JSON; the page draws each when it comes into sight."""
+    """The figures of the page as JSON of plotly. The page draws a figure when it becomes visible."""
 
     def __init__(self) -> None:
         self.go, offline = plotly()
         self.script: str = offline.get_plotlyjs()
-        self.made: dict[str, Any] = {}
+        self.by_id: dict[str, Any] = {}
 
     def add(
         self,
@@ -73,12 +74,12 @@ class Figures:
         heat: Mapping[str, Any] | None = None,
         **layout: Any,
     ) -> str:
-        """Returns the element that it will be drawn in.
+        """Adds a figure, and returns the HTML element for it.
 
         Parameters
         ----------
         heat
-            of a heat map, what would be large: a text for each column, and the rows' values as bytes, in tenths.
+            the large parts of a heat map: a text for each column, and the values as bytes, in tenths.
         """
         figure = self.go.Figure(list(traces))
         figure.update_layout(
@@ -94,10 +95,10 @@ class Figures:
             legend={"orientation": "h", "y": -0.22},
             **layout,
         )
-        name = f"figure{len(self.made)}"
-        self.made[name] = json.loads(figure.to_json()) | ({} if heat is None else {"heat": heat})
-        seen = f'role="img" aria-label="{html.escape(alt)}"'
-        return f'<figure><div id="{name}" class="plot" style="height:{height}px" {seen}></div></figure>'
+        name = f"figure{len(self.by_id)}"
+        self.by_id[name] = json.loads(figure.to_json()) | ({} if heat is None else {"heat": heat})
+        accessible = f'role="img" aria-label="{html.escape(alt)}"'
+        return f'<figure><div id="{name}" class="plot" style="height:{height}px" {accessible}></div></figure>'
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
-    """Four digits are enough for an eye, and keep the page small; JSON has no NaN."""
+    """The values with four digits, which keep the page small. NaN becomes None, because JSON has no NaN."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
 
 
@@ -125,11 +126,11 @@ def section(title: str, text: str, body: str) -> str:
 
 
 def provenance(facts: Mapping[str, object]) -> str:
-    """The last section: where a page's figures come from, each fact cut to what one reads."""
+    """The last section: the origin of the figures. A long fact is cut."""
     rows = []
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        cut = text if len(text) <= 600 else text[:600] + " ..."
+        cut = text if len(text) <= _FACT_CHARACTERS else text[:_FACT_CHARACTERS] + " ..."
         rows.append(f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(cut)}</td></tr>')
     body = f'<div class="wide"><table class="facts">{"".join(rows)}</table></div>'
     return section("Provenance", "", body)

@@ -1,4 +1,4 @@
-"""What a profile says of attention sinks, in sentences."""
+"""The attention sinks of a profile, in sentences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from axiscap.profile import CONVERTED, CapProfile, format_layers
 
-#: The share of a layer's rows near its limit from which ordinary rows and attention sinks overlap.
+#: A larger share of rows near a layer's limit means that ordinary rows and attention sinks overlap.
 OVERLAP = 0.001
 
 
 def describe_sinks(profile: CapProfile) -> str:
-    """The rule by which the cap leaves attention sinks alone, and how well they are told from ordinary rows."""
+    """The rule by which the cap leaves attention sinks alone, and the figures that support it."""
     if profile.norm_limits is None:
         return "no limit is known: every row below its floor is lifted"
     limits = _at_capped_layers(profile, "limit_ratio")
@@ -27,7 +27,7 @@ def describe_sinks(profile: CapProfile) -> str:
 
 
 def sink_warnings(profile: CapProfile) -> list[str]:
-    """What is uncertain about the limits, one sentence each."""
+    """A sentence for each doubt about the limits."""
     warnings = []
     if profile.provenance.get("norm_limits") == CONVERTED:
         warnings.append(
@@ -36,22 +36,22 @@ def sink_warnings(profile: CapProfile) -> list[str]:
         )
     near = {layer: share for layer, share in _at_capped_layers(profile, "near_the_limit").items() if share > OVERLAP}
     if near:
-        named = "layers" if len(near) > 1 else "layer"
+        word = "layers" if len(near) > 1 else "layer"
         warnings.append(
-            f"At {named} {format_layers(near)} attention sinks and ordinary rows overlap: up to "
+            f"At {word} {format_layers(near)} attention sinks and ordinary rows overlap: up to "
             f"{max(near.values()):.1%} of rows are near the limit."
         )
     return warnings
 
 
 def _at_capped_layers(profile: CapProfile, name: str) -> dict[int, float]:
-    """A figure of the provenance at each capped layer; empty where the provenance does not have it."""
+    """A figure of the provenance at each capped layer; empty if the provenance lacks it."""
     facts = profile.provenance.get("sinks")
     values = facts.get(name) if isinstance(facts, Mapping) else None
     if not isinstance(values, list) or len(values) <= profile.layers[-1]:
         return {}
-    known = {layer: values[layer] for layer in profile.layers}
-    return known if all(type(value) in (int, float) for value in known.values()) else {}
+    by_layer = {layer: values[layer] for layer in profile.layers}
+    return by_layer if all(type(value) in (int, float) for value in by_layer.values()) else {}
 
 
 def _span(values: list[float]) -> str:

@@ -1,10 +1,4 @@
-"""What an adapter to a serving engine is made of: two parts, each in the engine's process that does what it is about.
-
-They are the five questions of :class:`axiscap.banks.Installed`, asked of an engine whose requests share steps, caches
-and workers. *When*, and *how* caches are kept apart, are :class:`Scheduling`'s; *where* and *whose* are
-:class:`Model`'s; *what* leaves is the same in every engine (``telemetry``, ``metrics``), once :class:`Model` knows
-where a worker's totals go. Clients come in by ``door``. ``vllm`` and ``sglang`` are what is left to an engine.
-"""
+"""The base of an adapter's part in a worker: it finds the layers of an engine's model, and caps their outputs."""
 
 from __future__ import annotations
 

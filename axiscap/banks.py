@@ -87,7 +87,7 @@ class Installed(ABC):
     - *How* caches of keys and values are kept apart: what is computed under one content must not serve another.
     - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.
 
-    transformers (``installation``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
+    transformers (``transformers``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
     several, by the parts in ``serving.engine`` (``docs/other-stacks.md``).
     """
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from axiscap.calibrate.data import shipped
 from axiscap.calibrate.floors import PERCENTILES, with_floors
-from axiscap.installation import install
 from axiscap.profile import CapProfile
 from axiscap.stats import layer_stats, target_gap
+from axiscap.transformers import install
 
 try:
     from transformers import TrainerCallback

@@ -8,7 +8,9 @@ import re
 from conftest import REPOSITORY
 
 #: The face of a package stands for all of its modules; `axiscap` itself for its version and its public names.
-FACES = {"axiscap", "axiscap.calibrate", "axiscap.drift", "axiscap.evaluate", "axiscap.serving", "axiscap.view"}
+FACES = {"axiscap"} | {
+    f"axiscap.{room}" for room in ("calibrate", "drift", "evaluate", "serving", "transformers", "view")
+}
 
 
 def modules() -> dict[str, ast.Module]:

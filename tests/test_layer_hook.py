@@ -12,7 +12,8 @@ from conftest import assert_same_bits, profile_for, unit
 from test_install import FLOOR, LAYERS, build, tokens
 
 import axiscap
-from axiscap import _C, installation, ops
+from axiscap import _C, ops
+from axiscap.transformers import installation
 
 H = 16
 

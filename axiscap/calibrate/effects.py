@@ -20,8 +20,8 @@ from axiscap.calibrate.refusal import COMPLIES, DECLINES
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Request, Work, shards
-from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
+from axiscap.transformers import Installation, install
 
 #: Texts of each domain, and tokens of a text that are looked at.
 PER_DOMAIN, LONGEST = 8, 256

@@ -34,8 +34,8 @@ from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import TOKENS, Work, settings_of
-from axiscap.installation import install
 from axiscap.profile import CapProfile
+from axiscap.transformers import install
 
 #: Kind of the roles that are near the Assistant by design: that a model takes one on is no drift.
 NEAR = "helper"

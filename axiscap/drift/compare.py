@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED
-from axiscap.installation import install
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats
+from axiscap.transformers import install
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from axiscap.drift.scale import BUCKETS, Drift, Path, Scale, bucket_of, cumulated, summed
-from axiscap.installation import Installation
 from axiscap.profile import CapProfile
+from axiscap.transformers import Installation
 
 
 class Recorder:

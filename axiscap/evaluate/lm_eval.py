@@ -16,8 +16,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from axiscap import models
-from axiscap.installation import install
 from axiscap.profile import CapProfile
+from axiscap.transformers import install
 
 
 @register_model("axiscap")

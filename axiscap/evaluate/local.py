@@ -26,8 +26,8 @@ from torch import Tensor
 
 from axiscap import models
 from axiscap.evaluate.calls import Calls
-from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
+from axiscap.transformers import Installation, install
 
 #: How long a batch waits for another request, in seconds, while some come.
 GATHER = 0.2

@@ -29,9 +29,9 @@ from torch import Tensor
 from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
 from axiscap.drift import CAPPED, UNCAPPED, Conversation, Recorder, Scale, Selection, known_layers, measuring, replay
 from axiscap.drift.compare import load_scripts
-from axiscap.installation import install
 from axiscap.models import stop_tokens, text_config
 from axiscap.profile import CapProfile
+from axiscap.transformers import install
 from axiscap.view import page, sheet
 
 SIDES = (UNCAPPED, CAPPED)

@@ -20,7 +20,8 @@ from axiscap import _C, ops
 from axiscap.banks import CappedLayer, Installed, by_name
 from axiscap.fit import ModelFacts, check_fits
 from axiscap.models import decoder_layers, language_class, text_config
-from axiscap.passes import (
+from axiscap.profile import CapProfile
+from axiscap.transformers.rows import (
     Batching,
     Hook,
     Method,
@@ -33,7 +34,6 @@ from axiscap.passes import (
     no_sharing,
     one_for_each,
 )
-from axiscap.profile import CapProfile
 
 #: A row is an attention sink where its norm is more than this many times the median row's: those that are known have
 #: 20 to 150 times as much, and no other row 3 times.

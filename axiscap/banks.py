@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from axiscap import _C, ops
 from axiscap.profile import CapProfile
@@ -43,37 +42,27 @@ def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProf
 
 
 class CappedLayer:
-    """The bank of one layer, with a slot for each profile, and what was counted there."""
+    """The bank of one layer, with a slot for each profile, and its statistics.
+
+    The tensors are copies of the profiles': a profile that its owner changes later does not change the model.
+    """
 
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
         slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
-        axes, lifts, floors, targets, norm_limits = (torch.stack(part) for part in slots)
-        more = {
+        self.axes, lifts, self.floors, targets, norm_limits = (torch.stack(part) for part in slots)
+        self.options = {
             "targets": targets if any(profile.targets is not None for profile in profiles) else None,
             "lifts": lifts if any(profile.lifts is not None for profile in profiles) else None,
             "norm_limits": norm_limits if bool(norm_limits.isfinite().any()) else None,
         }
-        self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
+        self.stats = ops.new_stats(len(profiles), directions)
+        self.move_to(device)
 
-    def place(
-        self,
-        axes: Tensor,
-        floors: Tensor,
-        more: Mapping[str, Tensor | None],
-        stats: Tensor,
-        device: torch.device,
-    ) -> None:
-        """Puts the bank on a device."""
-
-        # Contiguous copies of our own: a profile that its owner changes later does not change the model.
-        def own(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-        self.axes, self.floors = own(axes), own(floors)
-        self.more = {name: None if tensor is None else own(tensor) for name, tensor in more.items()}
-        self.stats = stats.to(device)
-        self.bank = _C.Bank(self.axes, self.floors, **self.more)
+    def move_to(self, device: torch.device) -> None:
+        self.axes, self.floors, self.stats = self.axes.to(device), self.floors.to(device), self.stats.to(device)
+        self.options = {name: None if tensor is None else tensor.to(device) for name, tensor in self.options.items()}
+        self.bank = _C.Bank(self.axes, self.floors, **self.options)
 
 
 class Installed(ABC):

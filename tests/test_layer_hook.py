@@ -13,7 +13,7 @@ from test_install import FLOOR, LAYERS, build, tokens
 
 import axiscap
 from axiscap import _C, ops
-from axiscap.transformers import installation
+from axiscap.transformers import layers
 
 H = 16
 
@@ -177,7 +177,7 @@ def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
         def slow(*_, **__):
             raise AssertionError("the slow way was taken")
 
-        monkeypatch.setattr(installation._CappedLayer, "cap", slow)
+        monkeypatch.setattr(layers.ModelLayer, "cap", slow)
         llama.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         with torch.inference_mode():
             llama(ids, attention_mask=mask)

@@ -164,7 +164,7 @@ def test_each_request_of_a_batch_has_its_own_profile(llama):
         serve_from_threads(llama, cap)
         assert (rows(cap, "low"), rows(cap, "high")) == (5 + 5, 9 + 5)
         gc.collect()
-        assert not cap._batching, "a manager, and its memory, is kept"
+        assert not cap._hooks.batchings, "a manager, and its memory, is kept"
 
 
 def serve_from_threads(llama, cap) -> None:

@@ -1,239 +1,171 @@
-"""Per-thread state of a forward pass, and the method wrappers that collect it."""
+"""The rows of a forward pass: which are capped, and in which slot of the bank."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Tokens(NamedTuple):
-    """The tokens of a forward pass."""
-
-    real: Tensor | None = None  # no padding; None: all tokens
-    generated: Tensor | None = None  # written by the model; None: not needed
-    chosen: Tensor | None = None  # the slot of each token, (1, tokens), if the tokens of many sequences are one row
+#: A row is an attention sink if its norm is more than this multiple of the median row's. Known sinks have 20 to 150
+#: times the median; no other row has 3 times.
+SINK_NORM = 8.0
 
 
-def mask_of(given: object) -> Tensor | None:
-    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+class Rows(NamedTuple):
+    """The facts about the rows of a pass that its layers do not see."""
+
+    #: (batch, tokens or more) bool: no padding. The last columns are those of the pass. None: no row is padding.
+    real: Tensor | None = None
+    #: How many of the last tokens the model wrote; the others are left alone. None: all rows may be capped.
+    written: int | None = None
+    #: (1, tokens) int32: the slot of each row, where the tokens of many sequences are one row.
+    slots: Tensor | None = None
 
 
 class Pass:
-    """One thread's forward pass, and the projections that it left."""
+    """One forward pass: its rows, and the slots of its sequences."""
+
+    def __init__(self, rows: Rows, selected: list[int]) -> None:
+        self.rows, self.selected = rows, selected
+        self._slots: dict[tuple[torch.device, int, int], Tensor | None] = {}
+
+    def slots(self, device: torch.device, batch: int, tokens: int) -> Tensor | None:
+        """(batch * tokens,) int32, -1 for rows that are left alone; None if all rows have slot 0."""
+        key = (device, batch, tokens)
+        if key not in self._slots:
+            self._slots[key] = self.make_slots(device, batch, tokens)
+        return self._slots[key]
+
+    def make_slots(self, device: torch.device, batch: int, tokens: int) -> Tensor | None:
+        real, written, slots = self.rows
+        if slots is None and real is None and written is None and self.selected == [0]:
+            return None
+        slots = self._by_sequence(device, batch) if slots is None else slots.to(device)
+        if real is not None:
+            if real.shape[0] != batch or real.shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(real.shape)}, but hidden states have ({batch}, {tokens}) tokens"
+                )
+            slots = torch.where(real[:, -tokens:].to(device), slots, -1)
+        if written is not None:
+            slots = torch.where(torch.arange(tokens, device=device) >= tokens - written, slots, -1)
+        return slots.expand(batch, tokens).reshape(-1).contiguous()
+
+    def _by_sequence(self, device: torch.device, batch: int) -> Tensor:
+        """(batch, 1), or (1, 1) for one slot of all sequences. generate() may run several rows for a sequence."""
+        selected = self.selected
+        if batch % len(selected) != 0:
+            raise ValueError(f"profiles are selected for {len(selected)} sequences, but the batch has {batch}")
+        slots = torch.tensor(selected, dtype=torch.int32, device=device)[:, None]
+        return slots.repeat_interleave(batch // len(slots), 0) if len(slots) > 1 else slots
+
+
+class Generation:
+    """The generate() call that a thread runs."""
 
     def __init__(self) -> None:
-        self.tokens = Tokens()
-        self.announced: Tokens | None = None  # by generate(), for the coming pass
-        self.mask: Tensor | None = None  # two-dimensional, given to a module around the decoder
-        self.slots: dict[tuple[torch.device, int, int], Tensor | None] = {}  # by device, batch and tokens
-        self.selection: list[int] | None = None  # the context variable, for compiled code
-        self.chooser: int | None = None  # the task that selected last
-        self.several_tasks = False
-        self.projections: dict[int, tuple[Tensor, torch.Size]] = {}  # by layer, with the shape of its tokens
-        self._rooms: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}
-        # generate() sets these: how many calls run (an assistant model's call runs inside its model's), how many tokens
-        # the input has, and at which position the prompt ends.
-        self.generating = self.given = self.prompt_length = 0
+        #: Nested calls: an assistant model's runs inside its model's.
+        self.depth = 0
+        self.prompt_length = 0
+        #: Whether the call's arguments tell the length of the prompt; else the first pass does.
+        self.has_given_prompt = False
 
-    def room(self, device: torch.device, layers: list[int | None], shape: torch.Size, directions: int) -> Tensor:
+    def begin(self, length: int) -> None:
+        """Takes the tokens of the first pass for the prompt, unless its length is known."""
+        if self.depth == 0:
+            self.prompt_length = length
+        elif self.depth == 1 and not self.has_given_prompt:
+            self.prompt_length = max(self.prompt_length, length)
+
+    def written(self, length: int) -> int:
+        """How many of the ``length`` tokens of a sequence the model wrote, or drafted."""
+        return max(0, length - self.prompt_length)
+
+
+class ThreadState:
+    """The passes of one thread: the current one, and what is known of the next."""
+
+    def __init__(self) -> None:
+        self.current = Pass(Rows(), [0])
+        #: By generate(), for the next pass.
+        self.announced: Rows | None = None
+        #: (batch, tokens), given to a module around the decoder.
+        self.mask: Tensor | None = None
+        self.generation = Generation()
+        #: Of the last pass, by layer, each with the shape of its tokens.
+        self.projections: dict[int, tuple[Tensor, torch.Size]] = {}
+        self._buffers: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}
+
+    def projection_buffer(
+        self, device: torch.device, layers: list[int | None], shape: torch.Size, directions: int
+    ) -> Tensor:
         """(layers, rows, K) float32 for the projections of a pass, NaN until a layer has run.
 
-        ``layers`` has None for those on another device. The last pass's tensor is used again if it fits.
+        ``layers`` has None for those on another device. The last pass's buffer is used again if it fits.
         """
-        room, parts = self._rooms.get(device, (None, {}))
-        if room is None or next(iter(parts.values()))[1] != shape:
+        buffer, parts = self._buffers.get(device, (None, {}))
+        if buffer is None or next(iter(parts.values()))[1] != shape:
             with torch.inference_mode(False):
-                room = torch.full((len(layers), shape.numel(), directions), torch.nan, device=device)
-            parts = {layer: (part, shape) for layer, part in zip(layers, room, strict=True) if layer is not None}
-            self._rooms[device] = room, parts
+                buffer = torch.full((len(layers), shape.numel(), directions), torch.nan, device=device)
+            parts = {layer: (part, shape) for layer, part in zip(layers, buffer, strict=True) if layer is not None}
+            self._buffers[device] = buffer, parts
         self.projections.update(parts)
-        return room
+        return buffer
 
 
-class Passes(threading.local):
-    """The pass of each thread. An object inside, since torch.compile loses changes of a thread-local's attributes."""
+class PerThread(threading.local):
+    """An object inside, since torch.compile loses changes of a thread-local's own attributes."""
 
     def __init__(self) -> None:
-        self.mine = Pass()
+        self.mine = ThreadState()
 
 
-def left_out(*_: object, **__: object) -> None:
-    """No-op that replaces the hook when a model is copied or pickled."""
+def mask_of(value: object) -> Tensor | None:
+    """A two-dimensional attention mask as bool. A prepared mask (4-d) does not tell which tokens are padding."""
+    return value.bool() if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
-def left_out_hook() -> Callable[..., None]:
-    return left_out
-
-
-class Hook:
-    """A hook that is not copied or pickled with its model."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return left_out
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return left_out_hook, ()
-
-
-class Method:
-    """Wraps a method of a model, with its signature, which transformers inspects. A copy of the model is not wrapped.
+class SinkCheck:
+    """Warns once, in the first pass of several tokens, if a profile without norm_limits lifts an attention sink.
 
     Parameters
     ----------
-    call
-        is called with the method and its arguments.
+    names
+        of the profiles, by slot.
+    unchecked
+        the slots of profiles without norm_limits.
+    last_layer
+        the last capped layer, which ends the check.
     """
 
-    def __init__(self, model: Any, name: str, call: Callable[..., Any]) -> None:
-        self.model, self.name, self.call = model, name, call
-        self.own = model.__dict__.get(name)
-        self.original = getattr(model, name)
-        functools.update_wrapper(self, self.original)
-        model.__dict__[name] = self
+    def __init__(self, names: Sequence[str], unchecked: set[int], last_layer: int) -> None:
+        self._names, self._unchecked, self._last_layer = names, unchecked, last_layer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.original, *args, **kwargs)
+    def is_due(self, tokens: int) -> bool:
+        """Whether a pass is checked. One token has no other rows to be compared with."""
+        return bool(self._unchecked) and tokens > 1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
-        return getattr(type(self.model), self.name).__get__(memo.get(id(self.model), self.model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.model, self.name))
-
-    def undo(self) -> None:
-        """Restores the method. If somebody wrapped this wrapper, it stays and passes its arguments on."""
-        self.call = lambda original, *args, **kwargs: original(*args, **kwargs)
-        if self.model.__dict__.get(self.name) is not self:
+    def check(self, layer: int, norms: Tensor, slots: Tensor | None, projections: Tensor, floors: Tensor) -> None:
+        """Checks one layer: norms (rows,), slots (rows,), projections (rows, K) before the cap, floors (S, K)."""
+        unchecked = self._unchecked
+        if layer == self._last_layer:
+            self._unchecked = set()
+        index = torch.zeros(len(norms), dtype=torch.long) if slots is None else slots.long().cpu()
+        is_below = (projections.cpu() < floors.cpu()[index.clamp(min=0)]).any(-1) & (index >= 0)
+        is_sink = (norms > SINK_NORM * norms.median()).cpu()
+        lifted = [row for row in (is_below & is_sink).nonzero().flatten().tolist() if int(index[row]) in unchecked]
+        if not lifted:
             return
-        if self.own is None:
-            del self.model.__dict__[self.name]
-        else:
-            self.model.__dict__[self.name] = self.own
-
-
-class Batching:
-    """One manager of continuous batching in transformers.
-
-    Requests come from many threads and run in the manager's thread, with their tokens in one row. A request has the
-    selection of the thread that added it.
-    """
-
-    MAX_REQUESTS = 1 << 16  # that are remembered: far more than are under way
-
-    def __init__(self, manager: Any, selected: Callable[[], list[int]]) -> None:
-        self.manager, self._selected = manager, selected
-        self._slots: dict[str, int] = {}
-        self._adding = threading.local()
-        self._methods = [
-            Method(manager, "add_request", self._add),
-            Method(manager, "add_requests", self._add_all),
-        ]
-
-    def undo(self) -> None:
-        for method in self._methods:
-            method.undo()
-
-    def _add(
-        self, original: Callable[..., Any], input_ids: Any, request_id: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        slot = getattr(self._adding, "slots", {}).get(id(input_ids))
-        if slot is None:
-            selection = self._selected()
-            if len(selection) > 1:
-                raise ValueError("a request is one sequence: select one profile for it, or add all with add_requests")
-            slot = selection[0]
-        if request_id is None:  # the manager's own name, needed before the request runs
-            with self.manager._request_lock:
-                request_id = f"req_{self.manager._request_counter}"
-                self.manager._request_counter += 1
-        self._slots[request_id] = slot
-        if len(self._slots) > self.MAX_REQUESTS:
-            del self._slots[next(iter(self._slots))]
-        return original(input_ids, request_id, *args, **kwargs)
-
-    def _add_all(self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = [list(tokens) for tokens in inputs]
-        slots = one_for_each(self._selected(), len(inputs))
-        self._adding.slots = {id(tokens): slot for tokens, slot in zip(inputs, slots, strict=True)}
-        try:
-            return original(inputs, *args, **kwargs)
-        finally:
-            self._adding.slots = {}
-
-    def tokens(self, count: int, generated_only: bool) -> Tokens:
-        """The tokens of the batch that is about to run, which are ``count`` with its padding."""
-        io = self.manager.batch_processor.inputs_and_outputs
-        io = io if hasattr(io, "requests_in_batch") else io.io_pairs[io.current_pair].host_io
-        chosen, written = torch.full((1, count), -1, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
-        at = 0
-        for request in io.requests_in_batch:
-            state, end = request.state, at + request.query_length
-            name = state.request_id.split("__child#")[0]
-            if name not in self._slots:
-                raise RuntimeError(f"request {name} was added before the installation, or too long ago")
-            chosen[0, at:end] = self._slots[name]
-            prompt = state._true_initial_tokens or len(state.initial_tokens)
-            written[at:end] = (
-                torch.arange(state.position_offset - request.query_length, state.position_offset) >= prompt
-            )
-            at = end
-        return Tokens(None, written if generated_only else None, chosen)
-
-
-def one_for_each(selection: list[int], count: int) -> list[int]:
-    """The slots of ``count`` sequences: a selection is for all of them, or one for each.
-
-    Raises
-    ------
-    ValueError
-        a selection for another number of sequences.
-    """
-    if len(selection) > 1 and len(selection) != count:
-        raise ValueError(f"profiles are selected for {len(selection)} sequences, but there are {count}")
-    return selection if len(selection) == count else selection * count
-
-
-def no_sharing() -> Any:
-    from transformers import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False)
-
-
-def check_batching(config: Any) -> None:
-    """Raises if requests would share keys and values across profiles, or a captured graph one batch's slots.
-
-    Raises
-    ------
-    ValueError
-        with the setting to change.
-    """
-    if config.allow_block_sharing:
-        raise ValueError(
-            "continuous batching shares the keys of a prefix between requests, which may be under other profiles: give "
-            "it a ContinuousBatchingConfig with allow_block_sharing=False"
+        self._unchecked = set()
+        row = lifted[0]
+        warnings.warn(
+            f"profile {self._names[int(index[row])]!r} has no norm_limits, and lifts an attention sink: at layer "
+            f"{layer}, row {row} has {norms[row] / norms.median():.0f} times the median norm and a "
+            f"projection of {projections[row, 0].item():.3g}, below its floor. Capping it, as published files "
+            "require, can harm ordinary text; a profile with norm_limits leaves it alone",
+            stacklevel=2,
         )
-    if torch.cuda.is_available() and config.use_cuda_graph not in (False, (False, False)):
-        raise ValueError(
-            "a captured graph would keep one batch's rows for all others: give continuous batching a "
-            "ContinuousBatchingConfig with use_cuda_graph=False"
-        )
-
-
-def batching_here(managers: Iterable[Batching]) -> Batching | None:
-    """The manager whose thread this is."""
-    here = threading.current_thread()
-    return next((known for known in managers if known.manager._generation_thread is here), None)

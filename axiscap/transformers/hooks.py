@@ -1,0 +1,243 @@
+"""The hooks on a model: the decoder's begins a pass, and those of the capped layers cap their outputs."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from axiscap.transformers.batching import Batching, batching_of_this_thread
+from axiscap.transformers.layers import ModelLayer
+from axiscap.transformers.rows import Pass, PerThread, Rows, SinkCheck, ThreadState, mask_of
+from axiscap.transformers.selection import Selection
+from axiscap.transformers.wrapping import Hook
+
+
+class LayerHook(Hook):
+    """The hook of a capped layer: one call of the extension, or of ``call`` for what the extension does not take."""
+
+    def __init__(self, hooks: ModelHooks, layer: ModelLayer) -> None:
+        super().__init__(lambda module, args, output: hooks.cap_output(layer, output))
+        self.hooks, self.layer = hooks, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        # A pass that compiled code began is not announced, even if a graph break runs this hook in Python.
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        if not is_compiling and self.hooks.is_announced and self.layer.cap_announced(output):
+            return None
+        return self.call(module, args, output)
+
+
+class ModelHooks:
+    """The hooks of one installation.
+
+    Parameters
+    ----------
+    model, blocks
+        the model and its decoder layers.
+    layers
+        the capped layers, by index.
+    announced
+        by device, the pass that was announced to the extension.
+    generated_only
+        whether only rows of tokens that the model wrote are capped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        layers: Mapping[int, ModelLayer],
+        announced: Mapping[torch.device, Any],
+        selection: Selection,
+        sinks: SinkCheck,
+        generated_only: bool,
+    ) -> None:
+        self.threads = PerThread()
+        self.last = self.threads.mine  # of any thread
+        #: Whether the pass that began last was announced to the extension.
+        self.is_announced = False
+        #: Each lives as long as its manager.
+        self.batchings: weakref.WeakSet[Batching] = weakref.WeakSet()
+        self.decoder = _owner_of(model, blocks[0])
+        self.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._model, self._blocks, self._layers, self._announced = model, blocks, layers, announced
+        self._selection, self._sinks, self._generated_only = selection, sinks, generated_only
+        self._signature = inspect.signature(self.decoder.forward)
+
+    def register(self, undo: list[Callable[[], None]]) -> None:
+        """Puts the hooks into the model; ``undo`` gets what takes each of them out."""
+        for module in _modules_around(self._model, self.decoder):
+            self._register_mask_hooks(module, undo)
+        before = self.decoder.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True)
+        undo.append(before.remove)
+        for index, layer in self._layers.items():
+            undo.append(self._blocks[index].register_forward_hook(LayerHook(self, layer)).remove)
+            _move_recorders_last(self._blocks[index])
+
+    def last_pass(self) -> ThreadState:
+        """The state of this thread; that of another one if this one has run no pass."""
+        return self.threads.mine if self.threads.mine.projections else self.last
+
+    def _register_mask_hooks(self, module: nn.Module, undo: list[Callable[[], None]]) -> None:
+        """Keeps the two-dimensional mask of a module around the decoder, which may pass a prepared one on."""
+        signature = inspect.signature(module.forward)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = _by_name(signature, args, kwargs)
+            mask = None if self.is_encoder_decoder else mask_of(arguments.get("attention_mask"))
+            if mask is not None:
+                self.threads.mine.mask = mask
+
+        def after(*_: Any) -> None:
+            self.threads.mine.mask = None
+
+        undo.append(module.register_forward_pre_hook(Hook(before), with_kwargs=True).remove)
+        undo.append(module.register_forward_hook(Hook(after), always_call=True).remove)
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a pass, and announces it to the extension."""
+        thread = self.threads.mine
+        arguments = _by_name(self._signature, args, kwargs)
+        inputs = args[0] if args else arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        rows = self._rows(thread, arguments, inputs)
+        thread.current = Pass(rows, [0] if rows.slots is not None else self._selection.current())
+        self.is_announced = False
+        if not torch.compiler.is_compiling():
+            self.last = thread
+            self._announce(thread, inputs)
+
+    def _rows(self, thread: ThreadState, arguments: Mapping[str, Any], inputs: object) -> Rows:
+        if thread.announced is not None:
+            rows, thread.announced = thread.announced, None
+            return rows
+        if "cu_seq_lens_q" in arguments and (batching := batching_of_this_thread(self.batchings)) is not None:
+            return batching.next_rows(arguments["position_ids"].shape[-1], self._generated_only)
+        mask = mask_of(arguments.get("attention_mask"))
+        # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
+        is_step = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.shape[1] == 1
+        return Rows(thread.mask if mask is None else mask, int(is_step) if self._generated_only else None)
+
+    def _announce(self, thread: ThreadState, inputs: object) -> None:
+        """Announces a pass to the extension: its shape, its slots, and the buffer of its projections."""
+        for announced in self._announced.values():
+            announced.end()
+        is_traced = torch._C._get_tracing_state() is not None
+        if is_traced or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+            return
+        batch, tokens = inputs.shape[:2]
+        if self._sinks.is_due(tokens):  # the check needs the rows before the cap
+            return
+        try:
+            for device, announced in self._announced.items():
+                layers = [index if layer.axes.device == device else None for index, layer in self._layers.items()]
+                if not any(index is not None for index in layers):
+                    continue  # all of them have moved to another device
+                slots = thread.current.slots(device, batch, tokens)
+                directions = next(iter(self._layers.values())).floors.shape[1]
+                buffer = thread.projection_buffer(device, layers, torch.Size((batch, tokens)), directions)
+                announced.begin(batch, tokens, slots, buffer)
+            self.is_announced = True
+        except ValueError:  # the inputs are not those of the layers, or the layer's own hook says what is wrong
+            return
+
+    def cap_output(self, layer: ModelLayer, output: Any) -> Any:
+        """Caps a layer's output; None if its hidden states are changed in place."""
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        _check_hidden(layer.index, hidden, type(output))
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (hidden.is_meta or isinstance(hidden, FakeTensor)):
+            return None  # no data; the shape stays
+        if not compiling and torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
+                "torch.export, or remove the installation first"
+            )
+        capped = self._cap_replicated(layer, hidden) if hasattr(hidden, "to_local") else self._cap(layer, hidden)
+        if capped is hidden:
+            return None
+        return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
+
+    def _cap(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        # A checkpoint computes a layer again during backward, maybe in a thread of autograd. Its rows are those of the
+        # last forward pass, and counted already.
+        is_recomputed = not compiling and torch._C._current_graph_task_id() != -1
+        thread = self.last if is_recomputed else self.threads.mine
+        slots = thread.current.slots(hidden.device, *_batch_and_tokens(hidden))
+        is_checked = not compiling and self._sinks.is_due(hidden.shape[-2])
+        norms = hidden.detach().float().norm(dim=-1).flatten() if is_checked else None
+        capped = layer.cap(hidden, slots, thread, count=not is_recomputed)
+        if norms is not None:
+            self._sinks.check(layer.index, norms, slots, thread.projections[layer.index][0], layer.floors)
+        return capped
+
+    def _cap_replicated(self, layer: ModelLayer, hidden: Any) -> Tensor:
+        """Caps a replicated DTensor, of which each process has all rows."""
+        if not all(placement.is_replicate() for placement in hidden.placements):
+            raise ValueError(
+                f"layer {layer.index} returns a DTensor with placements {hidden.placements}; it can be capped where it "
+                "is replicated"
+            )
+        thread, local = self.threads.mine, hidden.to_local()
+        slots = thread.current.make_slots(local.device, *_batch_and_tokens(local))
+        capped = layer.cap(local, slots, thread)
+        distributed: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
+        return distributed
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call by name. A lone positional argument is the input, whose name is not needed."""
+    return kwargs if len(args) < 2 else signature.bind_partial(*args, **kwargs).arguments
+
+
+def _check_hidden(layer: int, hidden: object, kind: type) -> None:
+    """Checks that a layer returned hidden states that can be capped.
+
+    Raises
+    ------
+    TypeError
+        It returned something else.
+    """
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"layer {layer} returned no hidden states (batch, tokens, H), but {kind}")
+    if hidden.dim() not in (2, 3):
+        raise TypeError(
+            f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}; (batch, tokens, H) or "
+            "(tokens, H) can be capped"
+        )
+
+
+def _batch_and_tokens(hidden: Tensor) -> tuple[int, int]:
+    return (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (1, hidden.shape[0])
+
+
+def _move_recorders_last(block: nn.Module) -> None:
+    """Moves the hooks of ``output_hidden_states`` behind the cap, so that capped states are recorded."""
+    hooks = block._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook.__module__ == "transformers.utils.output_capturing"]:
+        hooks[key] = hooks.pop(key)
+
+
+def _modules_around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules that contain the decoder, outermost first, without the decoder."""
+    return [
+        module
+        for module in model.modules()
+        if module is not decoder and any(part is decoder for part in module.modules())
+    ]
+
+
+def _owner_of(model: nn.Module, block: nn.Module) -> nn.Module:
+    """The module whose forward runs the decoder layers: the parent of their list."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and child[0] is block:
+                return module
+    return model

@@ -1,4 +1,4 @@
-"""Profiles by name as one bank a layer, with what was counted there: what an installation holds, in any engine."""
+"""Named profiles as one bank per layer, with their statistics: the base of every installation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DEFAULT_NAME = "default"
 
 
 def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProfile]:
-    """What was given to an installation: one profile, or several by name.
+    """The profiles of an installation by name, from one profile or a mapping.
 
     Raises
     ------
     TypeError
-        something else.
+        Not a profile, nor a mapping of names to profiles.
     ValueError
-        none.
+        An empty mapping.
     """
     if not isinstance(profile, CapProfile | Mapping):
         raise TypeError(
@@ -68,16 +68,16 @@ class CappedLayer:
 class Installed(ABC):
     """Profiles in force in a running model, until :meth:`remove` or the end of the ``with`` block.
 
-    What an engine's adapter adds to this is the answer to five questions:
+    The adapter of an engine answers five questions:
 
-    - *Where* a block's output is complete, and how its rows are changed there.
-    - *Whose* rows a step has: each one's sequence.
-    - *When* a sequence's profile is decided; from then on it is the same, whatever changes meanwhile.
-    - *How* caches of keys and values are kept apart: what is computed under one content must not serve another.
-    - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.
+    - *Where* is a block's output complete, and how are its rows changed there?
+    - *Whose* rows are in a step: which sequence has each of them?
+    - *When* is the profile of a sequence decided? From then on it stays the same.
+    - *How* are caches of keys and values kept apart? Rows that ran under one content must not serve another.
+    - *What* leaves the engine? Statistics by profile and layer here, and by request in a server.
 
-    transformers (``transformers``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
-    several, by the parts in ``serving.engine`` (``docs/other-stacks.md``).
+    ``axiscap.transformers`` and ``axiscap.llamacpp`` answer them in this process; vLLM and SGLang in several, by the
+    parts in ``axiscap.serving.engine`` (``docs/other-stacks.md``).
     """
 
     _profiles: dict[str, CapProfile]
@@ -93,10 +93,10 @@ class Installed(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Takes the capping out. The statistics stay. Once is enough, twice does no harm."""
+        """Takes the capping out. The statistics stay. A second call does nothing."""
 
     def stats(self) -> dict[str, dict[int, LayerStats]]:
-        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU.
+        """The exact statistics so far, by profile and layer. Waits for the device if it is not the CPU.
 
         Returns
         -------
@@ -119,7 +119,7 @@ class Installed(ABC):
         return result
 
     def reset_stats(self) -> None:
-        """Forgets what was seen so far.
+        """Sets the statistics back to no rows.
 
         Examples
         --------
@@ -134,12 +134,12 @@ class Installed(ABC):
             layer.stats.copy_(ops.new_stats(slots, directions, layer.stats.device))
 
     def _slot(self, name: str | None) -> int:
-        """The slot of a profile's rows, -1 for None: rows that are left alone.
+        """The slot of a profile, or -1 for None: rows that are left alone.
 
         Raises
         ------
         KeyError
-            a name that is not installed.
+            No profile of this name is installed.
         """
         names = list(self._profiles)
         if name is not None and name not in names:

@@ -53,7 +53,7 @@ test-engines: .venv-vllm/built .venv-sglang/built
 TORCHES := 2.10.0 2.15.0
 test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: .venv-torch-%/built
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops*.py
 
 # Each with the CUDA that it comes with, which needs no GPU to be imported.
 .venv-torch-%/made:

@@ -78,8 +78,8 @@ def written(model: Any, way: dict[str, Any], draft: nn.Module) -> list[list[int]
     if options.pop("batched", False):
         config = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0)
         blocks = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, allow_block_sharing=False)
-        found = model.generate_batch(ids.tolist(), config, blocks, warmup=False)
-        return [found[key].generated_tokens for key in sorted(found)]
+        result = model.generate_batch(ids.tolist(), config, blocks, warmup=False)
+        return [result[key].generated_tokens for key in sorted(result)]
     if options.pop("drafted", False):
         options["assistant_model"] = draft
     if options.pop("embedded", False):
@@ -104,24 +104,24 @@ def look_at(model: nn.Module, draft: nn.Module, way: str, positions: str) -> str
     for floor in FLOORS:
         profile = CapProfile(LAYERS, unit(len(LAYERS), 1, size, seed=1), torch.full((len(LAYERS), 1), floor))
         with quietly(), plain_cap(model, profile, mask if positions == "all" else torch.zeros_like(mask)):
-            wanted = written(model, like, draft)
-        if wanted != plain:
+            expected = written(model, like, draft)
+        if expected != plain:
             break
     else:
         return "wrong: no floor changes what is written"
     try:
         with quietly(), axiscap.install(model, profile, positions=positions):
-            found = written(model, told, draft)
+            result = written(model, told, draft)
     except (ValueError, RuntimeError) as error:
         return f"refused: {sentence(error)}"
-    return "right" if found == wanted else f"wrong: {found} where {wanted} was expected"
+    return "right" if result == expected else f"wrong: {result} where {expected} was expected"
 
 
 def survey() -> dict[tuple[str, str, str], str]:
     """By family, way and positions."""
     logging.disable(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
-    found = {}
+    result = {}
     for family, name in FAMILIES.items():
         with quietly():
             model, draft = build(name, SIZES), build(name, SIZES)
@@ -130,17 +130,17 @@ def survey() -> dict[tuple[str, str, str], str]:
                     parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         for way in WAYS:
             for positions in POSITIONS:
-                found[family, way, positions] = look_at(model, draft, way, positions)
-                print(family, way, positions, found[family, way, positions], sep=": ", file=sys.stderr, flush=True)
-    return found
+                result[family, way, positions] = look_at(model, draft, way, positions)
+                print(family, way, positions, result[family, way, positions], sep=": ", file=sys.stderr, flush=True)
+    return result
 
 
-def table(found: dict[tuple[str, str, str], str]) -> str:
+def table(result: dict[tuple[str, str, str], str]) -> str:
     """The page of the documentation."""
     notes: list[str] = []
 
     def cell(family: str, way: str) -> str:
-        said = list(dict.fromkeys(found[family, way, positions] for positions in POSITIONS))
+        said = list(dict.fromkeys(result[family, way, positions] for positions in POSITIONS))
         if said == ["right"]:
             return "right"
         for outcome in said:
@@ -171,10 +171,10 @@ def table(found: dict[tuple[str, str, str], str]) -> str:
 
 def test_no_way_is_wrong() -> None:
     """And the page says what is found."""
-    found = survey()
-    assert {cell: said for cell, said in found.items() if said.startswith("wrong")} == {}
-    assert sum(said == "right" for said in found.values()) > 200
-    assert DOCUMENT.read_text() == table(found)
+    result = survey()
+    assert {cell: said for cell, said in result.items() if said.startswith("wrong")} == {}
+    assert sum(said == "right" for said in result.values()) > 200
+    assert DOCUMENT.read_text() == table(result)
 
 
 if __name__ == "__main__":

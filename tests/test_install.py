@@ -149,14 +149,14 @@ def check_caps_and_leaves_no_trace(model: nn.Module) -> None:
     with torch.no_grad():
         plain = model(input_ids=ids).logits
         with plain_cap(model, profile):
-            wanted = model(input_ids=ids).logits
+            expected = model(input_ids=ids).logits
         before = hooks_and_attributes(model)
         with axiscap.install(model, profile) as cap:
-            found = model(input_ids=ids).logits
+            result = model(input_ids=ids).logits
             stats, projections = cap.stats()["default"], cap.projections()
         again = model(input_ids=ids).logits
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
-    assert (found - plain).abs().max() > 1e-4, "the cap should have changed something"
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
+    assert (result - plain).abs().max() > 1e-4, "the cap should have changed something"
     assert_same_bits(again, plain)
     assert hooks_and_attributes(model) == before
     for layer in LAYERS:
@@ -262,14 +262,14 @@ def test_generate(name, side, llama):
 
     plain = generate()
     with plain_cap(llama, profile, mask):
-        wanted = generate()
+        expected = generate()
     with axiscap.install(llama, profile) as cap:
-        found = generate()
+        result = generate()
         stats = cap.stats()["default"]
-    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(result[0], expected[0])
     # Scores of beams that ended or tokens that may not come are -inf in both.
-    torch.testing.assert_close(found[1], wanted[1], atol=2e-5, rtol=2e-5)
-    assert not torch.allclose(plain[1], wanted[1], atol=1e-3)
+    torch.testing.assert_close(result[1], expected[1], atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(plain[1], expected[1], atol=1e-3)
     real = int(mask.sum())
     several = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
     if name == "none":  # every step runs the whole sequence again
@@ -378,8 +378,8 @@ def assert_left_alone(cap, expected: torch.Tensor) -> None:
 def assert_same_rows(parts: list[dict[int, torch.Tensor]], whole: dict[int, torch.Tensor]) -> None:
     """The projections of passes over parts of a sequence are those of one pass over the whole."""
     for layer, projections in whole.items():
-        found = torch.cat([part[layer] for part in parts], 1)
-        torch.testing.assert_close(found, projections, atol=1e-4, rtol=1e-4, equal_nan=True)
+        result = torch.cat([part[layer] for part in parts], 1)
+        torch.testing.assert_close(result, projections, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
 def whole_pass(model, profile: CapProfile, ids: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -399,7 +399,7 @@ def test_sinks_of_plain_and_padded_sequences(massive, side):
     with axiscap.install(massive, limited(massive)) as cap, torch.no_grad():
         massive(ids, attention_mask=None if side == "none" else real.long())
         assert_left_alone(cap, (ids == SINK) | ~real)
-        assert_same_rows([{layer: found[1:, real[1]] for layer, found in cap.projections().items()}], alone)
+        assert_same_rows([{layer: result[1:, real[1]] for layer, result in cap.projections().items()}], alone)
         for stats in cap.stats()["default"].values():
             assert (stats.rows, stats.nonfinite) == (int(real.sum()), 3)
             assert stats.fired == stats.rows - 3
@@ -457,7 +457,7 @@ def test_sinks_of_a_cache_that_is_resumed(massive):
             whole = whole_pass(massive, limited(massive), torch.cat([prefix, ending], 1)[row : row + 1, start:])
             parts = [(begun, start), (end, 0)]
             assert_same_rows(
-                [{at: found[row : row + 1, skip:] for at, found in part.items()} for part, skip in parts], whole
+                [{at: result[row : row + 1, skip:] for at, result in part.items()} for part, skip in parts], whole
             )
 
 
@@ -476,9 +476,9 @@ def test_sinks_while_generating(name, massive):
             assert_left_alone(cap, sinks | padding)
         elif name != "beams":
             assert_left_alone(cap, sinks[:, -1:])
-            assert {found.rows for found in stats} == {(6 + 3) + 2 * 11}
-            assert {found.nonfinite for found in stats} == {int(sinks.sum())}
-        assert all(found.nonfinite >= 2 and found.fired == found.rows - found.nonfinite for found in stats)
+            assert {result.rows for result in stats} == {(6 + 3) + 2 * 11}
+            assert {result.nonfinite for result in stats} == {int(sinks.sum())}
+        assert all(result.nonfinite >= 2 and result.fired == result.rows - result.nonfinite for result in stats)
 
 
 @pytest.mark.filterwarnings("ignore:profile 'every' has no norm_limits")
@@ -568,10 +568,10 @@ def test_a_profile_for_each_sequence(llama):
         with axiscap.install(llama, names[name]):
             return llama.generate(ids[i : i + 1], **GREEDY)
 
-    wanted = [alone(i, name) for i, name in enumerate(choice)]
+    expected = [alone(i, name) for i, name in enumerate(choice)]
     with axiscap.install(llama, names) as cap:
         cap.select(choice)
-        found = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        result = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
         stats = cap.stats()
         assert {layer: s.rows for layer, s in stats["low"].items()} == {1: 6 + 11}
         assert {layer: s.rows for layer, s in stats["high"].items()} == {0: 6 + 11, 2: 6 + 11}
@@ -589,21 +589,21 @@ def test_a_profile_for_each_sequence(llama):
         cap.select(["low", "high"])
         with pytest.raises(ValueError, match="profiles are selected for 2 sequences, but the batch has 3"):
             llama(ids)
-    assert torch.equal(found, torch.cat(wanted))
+    assert torch.equal(result, torch.cat(expected))
     assert torch.equal(uncapped, llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
 
 
 def test_beams_follow_their_sequence(llama):
     names = {"low": profile_for(llama, [1], 0.3), "high": profile_for(llama, [1], 2.0)}
     ids = tokens(2, 5)
-    wanted = []
+    expected = []
     for i, name in enumerate(["high", "low"]):
         with axiscap.install(llama, names[name]):
-            wanted.append(llama.generate(ids[i : i + 1], **GREEDY, num_beams=3))
+            expected.append(llama.generate(ids[i : i + 1], **GREEDY, num_beams=3))
     with axiscap.install(llama, names) as cap:
         cap.select(["high", "low"])
-        found = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, num_beams=3)
-    assert torch.equal(found, torch.cat(wanted))
+        result = llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, num_beams=3)
+    assert torch.equal(result, torch.cat(expected))
 
 
 # Other ways in which a model may run.
@@ -614,20 +614,20 @@ def test_compiled_models(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     ids, short = tokens(2, 9), tokens(3, 4)
     with torch.no_grad(), plain_cap(llama, profile):
-        wanted, wanted_short = llama(ids).logits, llama(short).logits
+        expected, wanted_short = llama(ids).logits, llama(short).logits
     with torch.no_grad():
         plain = llama(ids).logits
         compiled = torch.compile(llama)
         torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
         with axiscap.install(compiled, profile) as cap:
-            torch.testing.assert_close(compiled(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(compiled(ids).logits, expected, atol=2e-5, rtol=2e-5)
             torch.testing.assert_close(compiled(short).logits, wanted_short, atol=2e-5, rtol=2e-5)
             assert cap.stats()["default"][1].rows == 18 + 12
         torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
         # Compiled with the cap in place, and after it has gone.
         with axiscap.install(llama, profile) as cap:
             inner = torch.compile(llama)
-            torch.testing.assert_close(inner(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(inner(ids).logits, expected, atol=2e-5, rtol=2e-5)
             assert cap.stats()["default"][1].rows == 18
         torch.testing.assert_close(inner(ids).logits, plain, atol=2e-5, rtol=2e-5)
 
@@ -642,10 +642,10 @@ def test_compiled_with_a_selection(llama):
     with axiscap.install(llama, names) as cap, torch.no_grad():
         for choice in (["low", None], ["high", "low"], "high"):
             cap.select(choice)
-            wanted = llama(ids, attention_mask=mask).logits
-            found = compiled(ids, attention_mask=mask).logits
+            expected = llama(ids, attention_mask=mask).logits
+            result = compiled(ids, attention_mask=mask).logits
             real = mask.bool()
-            torch.testing.assert_close(found[real], wanted[real], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(result[real], expected[real], atol=2e-5, rtol=2e-5)
         assert cap.stats()["high"][2].rows == 2 * (5 + 12)
 
 
@@ -656,11 +656,11 @@ def test_offloaded_weights(llama, tmp_path):
     profile = profile_for(llama, LAYERS, FLOOR)
     ids = tokens(2, 6)
     with torch.no_grad(), plain_cap(llama, profile):
-        wanted = llama(ids).logits
+        expected = llama(ids).logits
     for offload in (lambda m: cpu_offload(m), lambda m: disk_offload(m, tmp_path / "weights")):
         model = offload(copy.deepcopy(llama))
         with torch.no_grad(), axiscap.install(model, profile):
-            torch.testing.assert_close(model(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=2e-5)
 
 
 def test_device_map(llama, tmp_path):
@@ -674,9 +674,9 @@ def test_device_map(llama, tmp_path):
     profile = profile_for(llama, LAYERS, FLOOR)
     ids = tokens(2, 6)
     with torch.no_grad(), plain_cap(llama, profile):
-        wanted = llama(ids).logits
+        expected = llama(ids).logits
     with torch.no_grad(), axiscap.install(model, profile) as cap:
-        torch.testing.assert_close(model(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=2e-5)
         assert cap.stats()["default"][2].rows == 12
 
 
@@ -709,11 +709,11 @@ def test_gradients_flow_through_the_cap(llama):
         return llama.model.embed_tokens.weight.grad.clone()
 
     with plain_cap(llama, profile):
-        wanted = gradient()
+        expected = gradient()
     with axiscap.install(llama, profile):
-        found = gradient()
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
-    assert wanted.abs().max() > 0
+        result = gradient()
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-4)
+    assert expected.abs().max() > 0
 
 
 # Handles and mistakes.
@@ -745,12 +745,12 @@ def test_an_exception_in_the_middle_of_a_forward_pass(llama):
         raise KeyboardInterrupt
 
     with axiscap.install(llama, profile) as cap, torch.no_grad():
-        wanted = llama(ids).logits
+        expected = llama(ids).logits
         handle = llama.model.layers[2].register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             llama.generate(ids, **GREEDY)
         handle.remove()
-        assert_same_bits(llama(ids).logits, wanted)
+        assert_same_bits(llama(ids).logits, expected)
         assert cap.stats()["default"][1].rows == 15
         assert cap.stats()["default"][2].rows == 10
 
@@ -835,7 +835,7 @@ def test_floors_that_are_set_are_those_of_one_profile(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     ids, higher = tokens(1, 5), profile.with_floors(profile.floors + torch.tensor([[0.5], [1.0]]))
     with axiscap.install(llama, higher), torch.no_grad():
-        wanted = llama(ids).logits
+        expected = llama(ids).logits
     with axiscap.install(llama, {"first": profile, "second": profile}) as cap:
         with torch.no_grad():
             before = llama(ids).logits
@@ -845,10 +845,10 @@ def test_floors_that_are_set_are_those_of_one_profile(llama):
                 cap.select("first")
                 torch.testing.assert_close(llama(ids).logits, before)
                 cap.select("second")
-                torch.testing.assert_close(llama(ids).logits, wanted)
+                torch.testing.assert_close(llama(ids).logits, expected)
         cap.set_floors(higher.floors)
         cap.select("first")
-        torch.testing.assert_close(llama(ids).logits, wanted)
+        torch.testing.assert_close(llama(ids).logits, expected)
 
 
 @pytest.mark.parametrize("has_targets", [True, False])
@@ -864,11 +864,11 @@ def test_a_target_stays_as_far_above_a_floor_that_is_set(llama, has_targets):
         cap.set_floors(floors, "moved")
         for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
             torch.testing.assert_close(llama(tokens(1, 5)).logits, expected)
-        found = cap.stats()["moved"]
+        result = cap.stats()["moved"]
     for layer in LAYERS:
         gap = 2.0 if has_targets else 0.0
-        assert found[layer].mean_added[0] == pytest.approx(found[layer].mean_shortfall[0] + gap)
-        assert found[layer].mean_added == pytest.approx(stats[layer].mean_added, rel=1e-4)
+        assert result[layer].mean_added[0] == pytest.approx(result[layer].mean_shortfall[0] + gap)
+        assert result[layer].mean_added == pytest.approx(stats[layer].mean_added, rel=1e-4)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.25])

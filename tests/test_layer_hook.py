@@ -182,7 +182,7 @@ def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
         with torch.inference_mode():
             llama(ids, attention_mask=mask)
         rows = (12 + 3 * 2) + 12
-        assert [found.rows for found in cap.stats()["default"].values()] == [rows] * len(LAYERS)
+        assert [result.rows for result in cap.stats()["default"].values()] == [rows] * len(LAYERS)
         with pytest.raises(AssertionError, match="slow way"):
             llama(ids)  # with gradients
 
@@ -192,7 +192,7 @@ def test_projections_have_the_shape_of_the_last_pass(llama):
     with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap, torch.no_grad():
         for shape in ((2, 6), (2, 6), (3, 4), (1, 12), (2, 6)):
             llama(tokens(*shape))
-            assert [found.shape for found in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
+            assert [result.shape for result in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
 
 
 def test_a_pass_that_cannot_begin_does_not_run_as_the_one_before(llama):
@@ -221,8 +221,8 @@ def test_both_ways_give_the_same(llama, selection):
     for logits, projections, stats in results[1:]:
         assert_same_bits(logits, results[0][0])
         assert stats == results[0][2]
-        for layer, found in projections.items():
-            torch.testing.assert_close(found, results[0][1][layer], rtol=0, atol=0, equal_nan=True)
+        for layer, result in projections.items():
+            torch.testing.assert_close(result, results[0][1][layer], rtol=0, atol=0, equal_nan=True)
 
 
 def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
@@ -234,7 +234,7 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         for name in floors:
             cap.select(name)
             alone[name] = llama(tokens(1, 6)).logits
-        barrier, found = threading.Barrier(2, timeout=30), {}
+        barrier, result = threading.Barrier(2, timeout=30), {}
 
         def take_turns(*_):
             barrier.wait()
@@ -244,7 +244,7 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         def work(name):
             with torch.no_grad():
                 cap.select(name)
-                found[name] = llama(tokens(1, 6)).logits
+                result[name] = llama(tokens(1, 6)).logits
 
         threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in floors]
         for thread in threads:
@@ -254,4 +254,4 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         for handle in handles:
             handle.remove()
     for name in floors:
-        assert_same_bits(found[name], alone[name])
+        assert_same_bits(result[name], alone[name])

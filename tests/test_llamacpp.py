@@ -79,7 +79,7 @@ def prompt(tokenizer, text: str) -> list[int]:
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
 
-def wanted(demo_model, tokens: list[int], profile: CapProfile | None) -> list[int]:
+def transformers_answer(demo_model, tokens: list[int], profile: CapProfile | None) -> list[int]:
     model, tokenizer = demo_model
     inputs = {"input_ids": torch.tensor([tokens]), "max_new_tokens": COUNT, "do_sample": False}
     if profile is None:
@@ -104,9 +104,9 @@ def greedy(llama: llama_cpp.Llama, tokens: list[int], count: int = COUNT) -> lis
 def test_greedy_answers_are_those_of_transformers(llama, demo_model, profiles, text, name):
     tokens = prompt(demo_model[1], text)
     before = greedy(llama, tokens)
-    assert before == wanted(demo_model, tokens, None)
+    assert before == transformers_answer(demo_model, tokens, None)
     with llamacpp.install(llama, profiles[name]):
-        assert greedy(llama, tokens) == wanted(demo_model, tokens, profiles[name])
+        assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, profiles[name])
     assert greedy(llama, tokens) == before
 
 
@@ -119,25 +119,25 @@ def test_what_is_counted_is_what_transformers_counts(llama, demo_model, profiles
             made = greedy(llama, tokens)
         with torch.inference_mode():
             model(input_ids=torch.tensor([[*tokens, *made[:-1]]]))
-        found, expected = cap.stats()["default"], ours.stats()["default"]
+        result, expected = cap.stats()["default"], ours.stats()["default"]
     # The second time around the prompt is in the model's memory, all but its last token.
-    assert {stats.rows for stats in found.values()} == {len(made)}
+    assert {stats.rows for stats in result.values()} == {len(made)}
     with llamacpp.install(llama, profiles["mild"]) as cap:
         assert greedy(llama, tokens) == made
-        found = cap.stats()["default"]
+        result = cap.stats()["default"]
     for layer, stats in expected.items():
         # The last token is sampled and not decoded; the sink at the beginning is left alone.
-        assert found[layer].rows == stats.rows == len(tokens) + len(made) - 1
-        assert found[layer].nonfinite == stats.nonfinite
+        assert result[layer].rows == stats.rows == len(tokens) + len(made) - 1
+        assert result[layer].nonfinite == stats.nonfinite
         assert stats.nonfinite == 1 or layer != max(expected)  # a sink may grow behind the first capped layers
-        assert found[layer].mean == pytest.approx(stats.mean, abs=0.02)
-        assert found[layer].fired == pytest.approx(stats.fired, abs=1)
+        assert result[layer].mean == pytest.approx(stats.mean, abs=0.02)
+        assert result[layer].fired == pytest.approx(stats.fired, abs=1)
 
 
 def test_every_way_to_generate(files, demo_model, profiles):
     tokenizer = demo_model[1]
     tokens = prompt(tokenizer, PROMPTS[0])
-    expected = wanted(demo_model, tokens, profiles["mild"])
+    expected = transformers_answer(demo_model, tokens, profiles["mild"])
     text = tokenizer.decode(expected, skip_special_tokens=True)
     options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": COUNT}
     messages = [{"role": "user", "content": PROMPTS[0]}]
@@ -200,7 +200,7 @@ def test_sequences_of_a_batch_have_a_profile_each(files, demo_model, profiles):
         with pytest.raises(KeyError, match="no profile 'milder' is installed; there are mild, strict"):
             cap.select({0: "milder"})
     for number, name in chosen.items():
-        expected = wanted(demo_model, sequences[number], name and profiles[name])[:24]
+        expected = transformers_answer(demo_model, sequences[number], name and profiles[name])[:24]
         assert made[number][: len(expected)] == expected, name
     llama.close()
 
@@ -210,7 +210,7 @@ def test_rounding_weighs_no_more_under_a_cap(files, demo_model, profiles, kind):
     """Of the same text, what other weights make of the log-probabilities: capped against capped, uncapped beside it."""
     model, tokenizer = demo_model
     tokens = prompt(tokenizer, PROMPTS[0])
-    tokens += wanted(demo_model, tokens, profiles["mild"])
+    tokens += transformers_answer(demo_model, tokens, profiles["mild"])
     llama = opened(files[kind], logits_all=True)
 
     def off(cap) -> float:
@@ -238,7 +238,7 @@ def test_float16_answers_are_those_of_transformers_up_to_near_ties(files, demo_m
     same = 0
     for text in PROMPTS:
         tokens = prompt(tokenizer, text)
-        expected = wanted(demo_model, tokens, profiles["mild"])
+        expected = transformers_answer(demo_model, tokens, profiles["mild"])
         with llamacpp.install(llama, profiles["mild"]):
             made = greedy(llama, tokens)
         first = next((at for at, pair in enumerate(zip(made, expected, strict=False)) if pair[0] != pair[1]), None)
@@ -258,7 +258,7 @@ def test_the_last_layer_whose_rows_are_those_with_an_output(llama, demo_model):
     tokens = prompt(tokenizer, PROMPTS[0])
     profile = profile_for(model, [28, 29], 5.0, directions=2)
     with llamacpp.install(llama, profile) as cap:
-        assert greedy(llama, tokens) == wanted(demo_model, tokens, profile)
+        assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, profile)
         rows = {layer: stats.rows for layer, stats in cap.stats()["default"].items()}
     assert rows[28] > rows[29] > 0
 
@@ -271,8 +271,8 @@ def test_a_sink_below_the_floor_is_left_alone(llama, demo_model, shipped_profile
         llama.reset()
         llama.eval(ids["input_ids"])
         stats = cap.stats()["default"]
-    assert {(found.rows, found.nonfinite) for found in stats.values()} == {(len(ids["input_ids"]), 1)}
-    assert all(found.min[0] > -1000 for found in stats.values())  # the sink's are in the thousands
+    assert {(result.rows, result.nonfinite) for result in stats.values()} == {(len(ids["input_ids"]), 1)}
+    assert all(result.min[0] > -1000 for result in stats.values())  # the sink's are in the thousands
 
 
 def test_embeddings(files, profiles):
@@ -340,7 +340,7 @@ def test_an_installation_lasts_without_its_handle(files, demo_model, shipped_pro
     llama, tokens = opened(files["float32"]), prompt(demo_model[1], PROMPTS[0])
     llamacpp.install(llama, shipped_profile)
     gc.collect()
-    assert greedy(llama, tokens) == wanted(demo_model, tokens, shipped_profile)
+    assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, shipped_profile)
     llama.close()
 
 

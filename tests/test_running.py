@@ -49,9 +49,9 @@ def test_generate_from_embeddings(name):
     profile, embeds = profile_for(model, LAYERS, FLOOR), model.get_input_embeddings()(tokens(2, 6)).detach()
     plain = model.generate(inputs_embeds=embeds, **GREEDY)
     with plain_cap(model, profile):
-        wanted = model.generate(inputs_embeds=embeds, **GREEDY)
+        expected = model.generate(inputs_embeds=embeds, **GREEDY)
     with axiscap.install(model, profile) as cap:
-        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), wanted)
+        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected)
         assert rows(cap) == 2 * (6 + 11)
     assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), plain)
     with axiscap.install(model, profile, positions="generated") as cap:
@@ -103,17 +103,17 @@ def test_drafted_tokens_are_capped_as_written_ones(way, positions, llama):
         "the model itself": {"assistant_model": llama},
     }[way]
     with axiscap.install(llama, profile, positions=positions) as cap:
-        wanted = llama.generate(ids, **GREEDY)
+        expected = llama.generate(ids, **GREEDY)
         fired = cap.stats()["default"][LAYERS[0]]
         assert fired.rows == 11 + (18 if positions == "all" else 0)
         cap.reset_stats()
         seen = []
         stop = cap.watch(lambda projections: seen.append(projections[LAYERS[0]][0, :, 0].isnan().tolist()))
-        found = llama.generate(ids, **GREEDY, **options)
+        result = llama.generate(ids, **GREEDY, **options)
         stop()
         again = llama.generate(ids, **GREEDY)
-    assert torch.equal(found, wanted)
-    assert torch.equal(again, wanted)
+    assert torch.equal(result, expected)
+    assert torch.equal(again, expected)
     if positions == "generated":
         prompts = [alone for alone in seen if len(alone) >= 18]
         assert prompts
@@ -131,17 +131,17 @@ def batched(llama, **more):
     small = transformers.ContinuousBatchingConfig(
         num_blocks=32, max_batch_tokens=64, **{"allow_block_sharing": False} | more
     )
-    found = llama.generate_batch(BATCHED, config, small, warmup=False)
-    return [found[key].generated_tokens for key in sorted(found)]
+    result = llama.generate_batch(BATCHED, config, small, warmup=False)
+    return [result[key].generated_tokens for key in sorted(result)]
 
 
 def test_continuous_batching(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     with plain_cap(llama, profile):
-        wanted = batched(llama)
-    assert [len(answer) for answer in wanted] == [6, 6, 6]
+        expected = batched(llama)
+    assert [len(answer) for answer in expected] == [6, 6, 6]
     with axiscap.install(llama, profile) as cap:
-        assert batched(llama) == wanted
+        assert batched(llama) == expected
         assert rows(cap) == 5 + 9 + 7 + 3 * 5
         with pytest.raises(ValueError, match="allow_block_sharing=False"):
             batched(llama, allow_block_sharing=True)
@@ -203,12 +203,12 @@ def in_threads(*calls):
 def test_threads_choose_for_themselves(llama):
     names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
     ids = tokens(2, 8)
-    wanted = {}
+    expected = {}
     for name, profile in names.items():
         with plain_cap(llama, profile), torch.no_grad():
-            wanted[name] = llama(ids).logits
+            expected[name] = llama(ids).logits
     with torch.no_grad():
-        wanted[None] = llama(ids).logits
+        expected[None] = llama(ids).logits
     with axiscap.install(llama, names) as cap:
 
         def ask(name):
@@ -217,16 +217,16 @@ def test_threads_choose_for_themselves(llama):
                 return [llama(ids).logits for _ in range(40)]
 
         chosen = ("low", "high", None)
-        for name, found in zip(chosen, in_threads(*(lambda n=n: ask(n) for n in chosen)), strict=True):
-            for logits in found:
-                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
+        for name, result in zip(chosen, in_threads(*(lambda n=n: ask(n) for n in chosen)), strict=True):
+            for logits in result:
+                torch.testing.assert_close(logits, expected[name], atol=2e-5, rtol=2e-5)
         assert rows(cap, "low") == rows(cap, "high") == 40 * ids.numel()
         # This thread has chosen nothing, and several others have.
         with pytest.raises(RuntimeError, match="several threads or tasks chose profiles"):
             llama(ids)
         cap.select("high")
         with torch.no_grad():
-            torch.testing.assert_close(llama(ids).logits, wanted["high"], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(llama(ids).logits, expected["high"], atol=2e-5, rtol=2e-5)
 
 
 def test_a_thread_without_a_choice_has_the_only_one(llama):
@@ -246,10 +246,10 @@ def test_threads_have_masks_and_batches_of_their_own(llama):
     masks[0][1, :3] = 0
     masks[1][2, :5] = 0
     shapes = [(2, 6), (3, 9), (4, 5)]
-    wanted = []
+    expected = []
     for mask, shape in zip(masks, shapes, strict=True):
         with plain_cap(llama, profile, mask), torch.no_grad():
-            wanted.append(llama(tokens(*shape), attention_mask=mask).logits)
+            expected.append(llama(tokens(*shape), attention_mask=mask).logits)
 
     def ask(mask, shape):
         with torch.no_grad():
@@ -257,8 +257,8 @@ def test_threads_have_masks_and_batches_of_their_own(llama):
 
     with axiscap.install(llama, profile) as cap:
         calls = [lambda m=m, s=s: ask(m, s) for m, s in zip(masks, shapes, strict=True)]
-        for found, right in zip(in_threads(*calls), wanted, strict=True):
-            for logits in found:
+        for result, right in zip(in_threads(*calls), expected, strict=True):
+            for logits in result:
                 torch.testing.assert_close(logits, right, atol=2e-5, rtol=2e-5)
         assert rows(cap) == 30 * (9 + 22 + 20)
 
@@ -281,19 +281,19 @@ def test_generating_threads_do_not_mix(llama, often_switched):
         return llama.generate(ids, **GREEDY, output_scores=True, return_dict_in_generate=True).scores[-1][:, 3:]
 
     with axiscap.install(llama, names, positions="generated") as cap:
-        wanted = {}
+        expected = {}
         for name in names:
             cap.select(name)
-            wanted[name] = last_scores()
-        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
+            expected[name] = last_scores()
+        assert not torch.allclose(expected["low"], expected["high"], atol=1e-3)
 
         def ask(name):
             cap.select(name)
             return [last_scores() for _ in range(200)]
 
-        for name, found in zip(names, in_threads(*(lambda n=n: ask(n) for n in names)), strict=True):
-            for scores in found:
-                torch.testing.assert_close(scores, wanted[name], atol=2e-5, rtol=2e-5)
+        for name, result in zip(names, in_threads(*(lambda n=n: ask(n) for n in names)), strict=True):
+            for scores in result:
+                torch.testing.assert_close(scores, expected[name], atol=2e-5, rtol=2e-5)
 
 
 def test_tasks_choose_for_themselves(llama):
@@ -322,10 +322,10 @@ def test_threads_choose_for_themselves_in_compiled_code(llama):
     names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
     ids = tokens(2, 8)
     with axiscap.install(llama, names) as cap, torch.no_grad():
-        wanted = {}
+        expected = {}
         for name in names:
             cap.select(name)
-            wanted[name] = llama(ids).logits
+            expected[name] = llama(ids).logits
         compiled = torch.compile(llama, backend="eager")
 
         def ask(name):
@@ -333,9 +333,9 @@ def test_threads_choose_for_themselves_in_compiled_code(llama):
             return [compiled(ids).logits for _ in range(5)]
 
         for name in ("low", "high", "low"):  # compiled in one thread, run in another
-            (found,) = in_threads(lambda name=name: ask(name))
-            for logits in found:
-                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
+            (result,) = in_threads(lambda name=name: ask(name))
+            for logits in result:
+                torch.testing.assert_close(logits, expected[name], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -343,15 +343,15 @@ def test_tasks_choose_for_themselves_in_compiled_code(llama):
     names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
     ids = tokens(2, 8)
     with axiscap.install(llama, names) as cap, torch.no_grad():
-        wanted = {}
+        expected = {}
 
         async def alone(name):
             cap.select(name)
-            wanted[name] = llama(ids).logits
+            expected[name] = llama(ids).logits
 
         for name in names:
             asyncio.run(alone(name))
-        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
+        assert not torch.allclose(expected["low"], expected["high"], atol=1e-3)
         compiled = torch.compile(llama, backend="eager")
         cap.select("low")
         compiled(ids)
@@ -360,7 +360,7 @@ def test_tasks_choose_for_themselves_in_compiled_code(llama):
             cap.select(name)
             for _ in range(3):
                 await asyncio.sleep(0.01)  # the other one chooses, or runs
-                torch.testing.assert_close(compiled(ids).logits, wanted[name], atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(compiled(ids).logits, expected[name], atol=2e-5, rtol=2e-5)
 
         async def both():
             await asyncio.gather(*(ask(name) for name in names))
@@ -371,10 +371,10 @@ def test_tasks_choose_for_themselves_in_compiled_code(llama):
 # Traces: nothing of them outlives them.
 
 
-def still_right(model, cap, wanted) -> None:
+def still_right(model, cap, expected) -> None:
     before = rows(cap)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens(2, 5)).logits, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(model(tokens(2, 5)).logits, expected, atol=2e-5, rtol=2e-5)
     assert rows(cap) == before + 10
     assert cap.projections()[LAYERS[0]].shape == (2, 5, 1)
 
@@ -393,24 +393,24 @@ def test_an_export_leaves_nothing_behind(strict, llama):
             return self.model(ids, use_cache=False).logits
 
     with plain_cap(llama, profile), torch.no_grad():
-        wanted = llama(tokens(2, 5)).logits
+        expected = llama(tokens(2, 5)).logits
     with axiscap.install(llama, profile) as cap, torch.no_grad():
-        still_right(llama, cap, wanted)
+        still_right(llama, cap, expected)
         program = torch.export.export(Logits().eval(), (tokens(2, 5),), strict=strict)
-        torch.testing.assert_close(program.module()(tokens(2, 5)), wanted, atol=2e-5, rtol=2e-5)
-        still_right(llama, cap, wanted)
+        torch.testing.assert_close(program.module()(tokens(2, 5)), expected, atol=2e-5, rtol=2e-5)
+        still_right(llama, cap, expected)
 
 
 def test_fake_and_meta_passes_leave_nothing_behind(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     with plain_cap(llama, profile), torch.no_grad():
-        wanted = llama(tokens(2, 5)).logits
+        expected = llama(tokens(2, 5)).logits
     with axiscap.install(llama, profile) as cap, torch.no_grad():
-        still_right(llama, cap, wanted)
+        still_right(llama, cap, expected)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             assert llama(mode.from_tensor(tokens(2, 7))).logits.shape == (2, 7, 97)
-        still_right(llama, cap, wanted)
+        still_right(llama, cap, expected)
     shell = build("Llama").to("meta")
     with axiscap.install(shell, profile) as cap, torch.no_grad():
         assert shell(tokens(2, 7).to("meta")).logits.shape == (2, 7, 97)
@@ -418,7 +418,7 @@ def test_fake_and_meta_passes_leave_nothing_behind(llama):
         shell.load_state_dict(llama.state_dict())
         shell.model.rotary_emb.load_state_dict(llama.model.rotary_emb.state_dict())
         shell.model.rotary_emb.inv_freq.copy_(llama.model.rotary_emb.inv_freq)
-        still_right(shell, cap, wanted)
+        still_right(shell, cap, expected)
 
 
 def test_a_trace_by_jit_is_refused(llama):
@@ -553,7 +553,7 @@ def test_streams_that_are_distributed_tensors(grad, mesh, llama):
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, :2] = 0
     with plain_cap(llama, profile, mask), torch.no_grad():
-        wanted = llama(ids, attention_mask=mask).logits
+        expected = llama(ids, attention_mask=mask).logits
     placement = Replicate()
     for layer in LAYERS:
         block = llama.model.layers[layer]
@@ -562,11 +562,11 @@ def test_streams_that_are_distributed_tensors(grad, mesh, llama):
         for layer in LAYERS:
             block = llama.model.layers[layer]
             block.register_forward_hook(lambda m, a, output: output.to_local())
-        found = llama(ids, attention_mask=mask).logits
+        result = llama(ids, attention_mask=mask).logits
         assert rows(cap) == 8
-        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
         if grad:
-            found.sum().backward()
+            result.sum().backward()
             assert llama.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
         placement = Shard(0)
         with pytest.raises(ValueError, match=r"a DTensor with placements \(Shard\(dim=0\),\); it can be capped where"):
@@ -583,9 +583,9 @@ def sharded(rank: int, folder: str) -> None:
     whole, ids = build("Llama"), tokens(2, 9)
     profile = profile_for(whole, LAYERS, FLOOR)
     with plain_cap(whole, profile):
-        wanted = whole(ids).logits
+        expected = whole(ids).logits
         written = whole.generate(ids, **GREEDY)
-        wanted.sum().backward()
+        expected.sum().backward()
     gradient = whole.get_input_embeddings().weight.grad
 
     parameters = build("Llama")
@@ -597,10 +597,10 @@ def sharded(rank: int, folder: str) -> None:
         local = model.model.layers[0].mlp.up_proj.weight
         assert (local.to_local() if isinstance(local, DTensor) else local).numel() == 48 * 32 / 2
         with axiscap.install(model, profile) as cap:
-            found = model(ids).logits
+            result = model(ids).logits
             assert rows(cap) == 18
-            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
-            found.sum().backward()
+            torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
+            result.sum().backward()
             mine = model.get_input_embeddings().weight.grad
             mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
             torch.testing.assert_close(mine, gradient, atol=1e-4, rtol=1e-4)
@@ -709,9 +709,9 @@ def test_a_recurrent_model_generates():
         {"attention_mask": torch.ones(2, 6, dtype=torch.long), **GREEDY},
     )
     with plain_cap(model, profile):
-        wanted = model.generate(tokens(2, 6), **options)
+        expected = model.generate(tokens(2, 6), **options)
     with axiscap.install(model, profile) as cap:
-        assert torch.equal(model.generate(tokens(2, 6), **options), wanted)
+        assert torch.equal(model.generate(tokens(2, 6), **options), expected)
         assert rows(cap) == 2 * (6 + 11 * 2)  # it is fed two tokens a step
 
 
@@ -776,10 +776,10 @@ class Actions(RuleBasedStateMachine):
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[0, : min(padding, length - 1)] = 0
         with torch.set_grad_enabled(grad):
-            found = self.model(tokens(batch, length), attention_mask=mask).logits
+            result = self.model(tokens(batch, length), attention_mask=mask).logits
             with self.twin_capped(mask):
-                wanted = self.twin(tokens(batch, length), attention_mask=mask).logits
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+                expected = self.twin(tokens(batch, length), attention_mask=mask).logits
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
         if self.cap is not None:
             assert self.cap.projections()[LAYERS[0]].shape == (batch, length, 1)
 
@@ -794,16 +794,16 @@ class Actions(RuleBasedStateMachine):
             "lookup": {"input_ids": ids, "prompt_lookup_num_tokens": 2},
             "embeddings": {},
         }[way]
-        found = []
+        result = []
         for model in (self.model, self.twin):
             given = options or {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
             with self.twin_capped() if model is self.twin else contextlib.nullcontext():
                 made = model.generate(
                     **given, do_sample=False, max_new_tokens=5, output_scores=True, return_dict_in_generate=True
                 )
-            found.append((made.sequences, made.scores[-1][..., 3:]))
-        assert torch.equal(found[0][0], found[1][0])
-        torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+            result.append((made.sequences, made.scores[-1][..., 3:]))
+        assert torch.equal(result[0][0], result[1][0])
+        torch.testing.assert_close(result[0][1], result[1][1], atol=1e-4, rtol=1e-4)
 
     @rule()
     def train(self) -> None:

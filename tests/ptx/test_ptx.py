@@ -16,7 +16,7 @@ from conftest import assert_same_bits, unit
 from emulated import HELD, LAYER_BYTES, MAX_LAYERS, OPS, TYPES, Device, kernel_name, kernels, raw, shared_kernel
 from hypothesis import given, settings
 from interpreter import Instruction, Kernel, Launch, Memory, PtxError
-from test_ops import (
+from op_inputs import (
     DTYPES,
     Input,
     around_fp8,

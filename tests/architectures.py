@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from conftest import unit
-from test_install import plain_cap, tokens
+from tiny_models import plain_cap, tokens
 from torch import nn
 from transformers.models.auto import modeling_auto
 

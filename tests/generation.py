@@ -15,7 +15,7 @@ import torch
 import transformers
 from architectures import LAYERS, SIZES, build, quietly, sentence
 from conftest import unit
-from test_install import plain_cap, tokens
+from tiny_models import plain_cap, tokens
 from torch import nn
 
 import axiscap
@@ -88,7 +88,7 @@ def written(model: Any, way: dict[str, Any], draft: nn.Module) -> list[list[int]
     return model.generate(ids, attention_mask=mask, **options)[:, PROMPT:].tolist()
 
 
-def look_at(model: nn.Module, draft: nn.Module, way: str, positions: str) -> str:
+def try_method(model: nn.Module, draft: nn.Module, way: str, positions: str) -> str:
     """Right, refused and with which sentence, wrong, or that transformers cannot do it."""
     told, like = WAYS[way]
     like = like or told
@@ -130,7 +130,7 @@ def survey() -> dict[tuple[str, str, str], str]:
                     parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         for way in WAYS:
             for positions in POSITIONS:
-                result[family, way, positions] = look_at(model, draft, way, positions)
+                result[family, way, positions] = try_method(model, draft, way, positions)
                 print(family, way, positions, result[family, way, positions], sep=": ", file=sys.stderr, flush=True)
     return result
 
@@ -169,7 +169,7 @@ def table(result: dict[tuple[str, str, str], str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_no_way_is_wrong() -> None:
+def test_no_generation_method_is_wrong() -> None:
     """And the page says what is found."""
     result = survey()
     assert {cell: said for cell, said in result.items() if said.startswith("wrong")} == {}

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from conftest import assert_same_bits, profile_for, unit
-from test_install import FLOOR, LAYERS, build, tokens
+from tiny_models import FLOOR, LAYERS, build, tokens
 
 import axiscap
 from axiscap import _C, ops
@@ -86,7 +86,7 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("name", list(NOT_PLAIN))
-def test_what_is_not_plain_is_left_to_the_slow_way(name):
+def test_an_output_that_is_not_plain_takes_the_slow_way(name):
     capped = CappedLayer()
     output = NOT_PLAIN[name]()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_what_is_not_plain_is_left_to_the_slow_way(name):
         assert not output.any()
 
 
-def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way():
+def test_gradients_other_threads_and_a_pass_that_ended_take_the_slow_way():
     capped, hidden, answers = CappedLayer(), torch.zeros(2, 3, H), []
     answers.append(capped.run(hidden))  # gradients are on
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way(
     assert not hidden.any()
 
 
-def test_a_pass_of_other_directions_is_left_to_the_slow_way():
+def test_a_pass_of_other_directions_takes_the_slow_way():
     capped, hidden = CappedLayer(), torch.zeros(2, 3, H)
     room = torch.full((3, 6, 3), torch.nan)
     capped.shared.begin(2, 3, None, room)
@@ -138,7 +138,7 @@ def test_the_slots_are_those_of_the_last_pass_that_began():
     assert_same_bits(hidden, ops.cap(torch.zeros(2, 3, H), capped.axes, capped.floors))
 
 
-def test_a_layer_and_its_pass_keep_what_they_use():
+def test_a_layer_and_its_pass_keep_their_tensors_alive():
     capped = CappedLayer(torch.zeros(6, dtype=torch.int32))
     names = ["bank", "stats", "shared", "slots", "projections"]
     kept = {name: weakref.ref(capped.__dict__.pop(name)) for name in names}
@@ -146,7 +146,7 @@ def test_a_layer_and_its_pass_keep_what_they_use():
     assert [name for name in names if kept[name]() is None] == []
 
 
-def test_a_pass_refuses_what_does_not_fit():
+def test_a_pass_refuses_tensors_that_do_not_fit():
     capped = CappedLayer()
     for wrong, message in (
         (lambda: capped.shared.begin(2, 4, None, capped.projections), "projections must be"),

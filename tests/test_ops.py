@@ -329,7 +329,7 @@ def test_one_large_correction_of_several_is_enough_to_leave_the_range(ops, dtype
     assert projections.isfinite().all(-1).tolist() == [False, True]
 
 
-def test_no_gradient_comes_of_a_correction_that_was_left_out(ops):
+def test_a_correction_that_is_left_out_has_no_gradient(ops):
     rows, axes, floors, slots = at_the_edge(torch.float16, 64, 5)
     hidden = rows.requires_grad_()
     (result,) = torch.autograd.grad(ops.cap(hidden, axes, floors, slots).float().sum(), hidden)

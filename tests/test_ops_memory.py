@@ -57,7 +57,7 @@ STRANGE = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(STRANGE))
-def test_what_has_no_rows_in_memory_is_refused(name):
+def test_tensors_without_rows_in_memory_are_refused(name):
     """With a sentence, and without a look at memory that is not there."""
     for entry, call in calls_on(STRANGE[name]()).items():
         with pytest.raises((ValueError, RuntimeError, NotImplementedError, TypeError)) as caught:

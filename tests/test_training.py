@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import profile_for
-from test_install import LAYERS, build, plain_cap, tokens
+from tiny_models import LAYERS, build, plain_cap, tokens
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -130,7 +130,7 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_learns_the_same(way, llama, profile, tmp_path):
+def test_each_way_to_train_learns_the_same_weights(way, llama, profile, tmp_path):
     other = copy.deepcopy(llama)
     training.attach(one := trainer(other, tmp_path / "one", max_steps=3), profile)
     one.train()
@@ -212,7 +212,7 @@ def test_floors_rise_and_steps_are_left_out(llama, profile):
     cap.remove()
 
 
-def test_evaluation_is_capped_where_it_is_asked_for(llama, profile, tmp_path):
+def test_evaluation_is_capped_only_on_request(llama, profile, tmp_path):
     ids = tokens(2, 9)
     with torch.no_grad():
         uncapped = llama(ids).logits
@@ -233,7 +233,7 @@ def test_evaluation_is_capped_where_it_is_asked_for(llama, profile, tmp_path):
     assert run.evaluate()["eval_loss"] == last
 
 
-def test_what_is_added_to_a_log_reaches_those_that_report_and_probes_are_uncapped(profile, tmp_path, demo_model):
+def test_callbacks_that_report_get_the_figures_and_probes_are_uncapped(profile, tmp_path, demo_model):
     tokenizer = demo_model[1]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -271,8 +271,8 @@ def probes_by_hand(model, tokenizer, profile: CapProfile) -> list[float]:
     result: list[list[torch.Tensor]] = [[] for _ in profile.layers]
     blocks = models.decoder_layers(model)
     for text in ("Who are you?", "Are you a ghost, and do you remember me?"):
-        said = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         handles = [
             blocks[layer].register_forward_hook(
                 lambda m, a, out, at=at: result[at].append(
@@ -297,12 +297,12 @@ def test_trainers_of_trl(kind, profile, tmp_path, demo_model):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=49152, **sizes))
-    said = [{"role": "user", "content": f"What is {number}?"} for number in range(8)]
+    messages = [{"role": "user", "content": f"What is {number}?"} for number in range(8)]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("A number.", "Arr, I am a pirate."))
     rows = (
-        [{"messages": [turn, *good]} for turn in said]
+        [{"messages": [turn, *good]} for turn in messages]
         if kind == "SFT"
-        else [{"prompt": [turn], "chosen": good, "rejected": bad} for turn in said]
+        else [{"prompt": [turn], "chosen": good, "rejected": bad} for turn in messages]
     )
     options = {
         "max_steps": 3,
@@ -462,7 +462,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     torch.multiprocessing.spawn(shared, (str(tmp_path),), 2)
 
 
-def test_what_is_wrong_is_said(llama, profile):
+def test_invalid_arguments_are_refused(llama, profile):
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         training.TrainingCap(llama, profile, every=0)
     with pytest.raises(ValueError, match=r"rise must be from 0 to 1, got 1\.5"):
@@ -492,7 +492,7 @@ def test_what_is_wrong_is_said(llama, profile):
         ),
     ],
 )
-def test_without_what_it_needs_the_extra_is_named(missing, code, said):
+def test_a_missing_dependency_names_its_extra(missing, code, messages):
     code = f"import sys; sys.modules[{missing!r}] = None; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert said in done.stderr
+    assert messages in done.stderr

@@ -478,7 +478,7 @@ def test_invalid_arguments_are_refused(llama, profile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("missing", "code", "said"),
+    ("missing", "code", "message"),
     [
         (
             "transformers",
@@ -492,7 +492,7 @@ def test_invalid_arguments_are_refused(llama, profile):
         ),
     ],
 )
-def test_a_missing_dependency_names_its_extra(missing, code, messages):
+def test_a_missing_dependency_names_its_extra(missing, code, message):
     code = f"import sys; sys.modules[{missing!r}] = None; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert messages in done.stderr
+    assert message in done.stderr

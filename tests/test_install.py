@@ -255,15 +255,53 @@ def test_streams_of_four_dimensions_are_refused(llama):
         llama(tokens(1, 4))
 
 
-def test_the_model_is_as_it_was(llama):
-    """Whatever was done with it in between."""
-    names = [(name, sorted(part.__dict__)) for name, part in llama.named_modules()]
+PUBLIC_CALLS = {
+    "forward": lambda model, cap: model(tokens(2, 5)),
+    "with hidden states": lambda model, cap: model(tokens(2, 5), output_hidden_states=True),
+    "generate": lambda model, cap: model.generate(tokens(2, 5), **GREEDY),
+    "beams": lambda model, cap: model.generate(tokens(2, 5), **GREEDY, num_beams=2),
+    "continuous batching": lambda model, cap: model.generate_batch(
+        tokens(2, 5).tolist(), transformers.GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0),
+        transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, allow_block_sharing=False),
+        warmup=False,
+    ),
+    "watch": lambda model, cap: cap.watch(lambda projections: None),
+    "watch, ended": lambda model, cap: cap.watch(lambda projections: None)(),
+    "select": lambda model, cap: cap.select(["default", None]),
+    "set_floors": lambda model, cap: cap.set_floors(torch.zeros(len(LAYERS), 1)),
+    "stats": lambda model, cap: (cap.stats(), cap.reset_stats()),
+    "projections": lambda model, cap: (cap.projections(), cap.real()),
+    "copy": lambda model, cap: copy.deepcopy(model),
+    "backward": lambda model, cap: model(tokens(2, 5)).logits.sum().backward(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLIC_CALLS))
+def test_no_public_call_leaves_anything_behind(name, llama):
+    """Hooks in their order, attributes and methods; also behind the hooks of somebody else, before and after."""
+    llama(tokens(1, 3), output_hidden_states=True)  # transformers puts its recorders there for good
+    layer = llama.model.layers[LAYERS[0]]
+    layer.register_forward_hook(lambda module, args, output: None)
+    before = hooks_and_attributes(llama)
     plain = llama.generate(tokens(2, 5), **GREEDY)
-    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)):
-        copy.deepcopy(llama)
-        llama.generate(tokens(2, 5), **GREEDY)
-    assert [(name, sorted(part.__dict__)) for name, part in llama.named_modules()] == names
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap:
+        later = layer.register_forward_hook(lambda module, args, output: None)
+        PUBLIC_CALLS[name](llama, cap)
+    later.remove()
+    assert hooks_and_attributes(llama) == before
     assert_same_bits(llama.generate(tokens(2, 5), **GREEDY), plain)
+
+
+def test_a_watcher_ends_with_its_installation(llama):
+    seen = []
+    cap = axiscap.install(llama, profile_for(llama, LAYERS, FLOOR))
+    end = cap.watch(lambda projections: seen.append(projections[LAYERS[0]].shape))
+    with torch.no_grad():
+        llama(tokens(1, 3))
+        cap.remove()
+        llama(tokens(1, 5))
+    assert seen == [(1, 3, 1)]
+    end()
 
 
 def test_layers_that_return_no_rows_are_refused(llama):

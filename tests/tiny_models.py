@@ -148,9 +148,14 @@ def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor |
             handle.remove()
 
 
-def hooks_and_attributes(model: nn.Module) -> list[tuple[str, int, int, tuple[str, ...]]]:
+def hooks_and_attributes(model: nn.Module) -> list[tuple]:
+    """Each module's hooks of every kind in their order, and its attributes, with those that can be called."""
     return [
-        (name, len(module._forward_hooks), len(module._forward_pre_hooks), tuple(sorted(module.__dict__)))
+        (
+            name,
+            {key: list(value.items()) for key, value in vars(module).items() if key.endswith("_hooks") and value},
+            {key: value if callable(value) else None for key, value in vars(module).items()},
+        )
         for name, module in model.named_modules()
     ]
 

@@ -77,8 +77,10 @@ class ModelHooks:
         before = self.decoder.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True)
         undo.append(before.remove)
         for index, layer in self._layers.items():
-            undo.append(self._blocks[index].register_forward_hook(LayerHook(self, layer)).remove)
-            _move_recorders_last(self._blocks[index])
+            block = self._blocks[index]
+            undo.append(_order_of_hooks(block))
+            undo.append(block.register_forward_hook(LayerHook(self, layer)).remove)
+            _move_recorders_last(block)
 
     def last_pass(self) -> ThreadState:
         """The state of this thread; that of another one if this one has run no pass."""
@@ -223,6 +225,19 @@ def _move_recorders_last(block: nn.Module) -> None:
     hooks = block._forward_hooks
     for key in [key for key, hook in hooks.items() if hook.__module__ == "transformers.utils.output_capturing"]:
         hooks[key] = hooks.pop(key)
+
+
+def _order_of_hooks(block: nn.Module) -> Callable[[], None]:
+    """A function that puts the hooks of now back into their order, in front of later ones."""
+    hooks, keys = block._forward_hooks, list(block._forward_hooks)
+
+    def restore() -> None:
+        later = [key for key in hooks if key not in keys]
+        for key in [*keys, *later]:
+            if key in hooks:
+                hooks[key] = hooks.pop(key)
+
+    return restore
 
 
 def _modules_around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:

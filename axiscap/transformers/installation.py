@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from axiscap.banks import Installed, by_name
 from axiscap.fit import ModelFacts, check_fits
@@ -61,6 +62,7 @@ class Installation(Installed):
         self._hooks = ModelHooks(model, self._blocks, self._layers, announced, self._selection, sinks, generated_only)
         #: Takes out what was put into the model; the last entry first.
         self._undo: list[Callable[[], None]] = []
+        self._watchers: set[RemovableHandle] = set()
         try:
             self._hooks.register(self._undo)
             wrappers = GenerateWrappers(self._hooks, self._selection, generated_only)
@@ -87,6 +89,8 @@ class Installation(Installed):
         >>> cap = axiscap.install(model, profile)
         >>> cap.remove()
         """
+        while self._watchers:
+            self._watchers.pop().remove()
         while self._undo:
             self._undo.pop()()
         _installed.difference_update(self._blocks)
@@ -195,7 +199,7 @@ class Installation(Installed):
         return self._hooks.last_pass().current.rows.real
 
     def watch(self, see: Callable[[dict[int, Tensor]], None]) -> Callable[[], None]:
-        """Calls ``see`` after each forward pass with the result of :meth:`projections`; returns a function to end it.
+        """Calls ``see`` with the result of :meth:`projections` after each forward pass, while the installation lasts.
 
         Parameters
         ----------
@@ -205,7 +209,7 @@ class Installation(Installed):
         Returns
         -------
         Callable
-            A function without arguments that ends it.
+            A function without arguments that ends the calls.
 
         Examples
         --------
@@ -217,7 +221,14 @@ class Installation(Installed):
         >>> seen == [profile.layers[0]]
         True
         """
-        return self._hooks.decoder.register_forward_hook(Hook(lambda *_: see(self.projections()))).remove
+        handle = self._hooks.decoder.register_forward_hook(Hook(lambda *_: see(self.projections())))
+        self._watchers.add(handle)
+
+        def end() -> None:
+            handle.remove()
+            self._watchers.discard(handle)
+
+        return end
 
 
 def install(

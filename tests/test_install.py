@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -302,6 +303,30 @@ def test_a_watcher_ends_with_its_installation(llama):
         llama(tokens(1, 5))
     assert seen == [(1, 3, 1)]
     end()
+
+
+class Output(NamedTuple):
+    hidden: torch.Tensor
+    weights: str
+
+
+@pytest.mark.parametrize("kind", [Output, lambda hidden, weights: (hidden, weights), lambda *parts: list(parts)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_may_return_its_hidden_states_in_a_tuple(grad, kind):
+    model = Homemade()
+    profile = CapProfile([1, 3], unit(2, 1, 32), torch.full((2, 1), 5.0))
+    for step in model.trunk.steps:
+        forward = step.forward
+        step.forward = lambda hidden, forward=forward: kind(forward(hidden), "weights")
+    seen = []
+    with axiscap.install(model, profile, layers="trunk.steps"), torch.set_grad_enabled(grad):
+        model.trunk.steps[3].register_forward_hook(lambda module, args, output: seen.append(output))
+        hidden = model.embed(tokens(2, 5))
+        for step in model.trunk.steps:
+            hidden = step(hidden)[0]
+    assert type(seen[0]) is type(kind(hidden, "weights"))
+    assert seen[0][1] == "weights"
+    torch.testing.assert_close(seen[0][0].double() @ profile.axes[1, 0].double(), torch.full((2, 5), 5.0).double())
 
 
 def test_layers_that_return_no_rows_are_refused(llama):

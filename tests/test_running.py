@@ -7,6 +7,8 @@ import copy
 import io
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -204,6 +206,22 @@ def through_torch(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_a_pickle_of_a_capped_model_does_not_need_axiscap(llama, tmp_path):
+    plain = llama.generate(tokens(2, 6), **GREEDY)
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap:
+        cap.watch(lambda projections: None)
+        torch.save(llama, tmp_path / "model.pt")
+    assert b"axiscap" not in pickle.dumps(llama)
+    code = f"""
+import sys, torch
+sys.modules["axiscap"] = None
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+print(model.generate(torch.tensor({tokens(2, 6).tolist()}), **{GREEDY}).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith(str(plain.tolist())), done.stderr
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])

@@ -162,9 +162,7 @@ class ModelHooks:
                 "torch.export, or remove the installation first"
             )
         capped = self._cap_replicated(layer, hidden) if hasattr(hidden, "to_local") else self._cap(layer, hidden)
-        if capped is hidden:
-            return None
-        return type(output)((capped, *output[1:])) if isinstance(output, tuple | list) else capped
+        return None if capped is hidden else _with_hidden(output, capped)
 
     def _cap(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -197,6 +195,15 @@ class ModelHooks:
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
     """The arguments of a call by name. A lone positional argument is the input, whose name is not needed."""
     return kwargs if len(args) < 2 else signature.bind_partial(*args, **kwargs).arguments
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A layer's output with other hidden states."""
+    if not isinstance(output, tuple | list):
+        return hidden
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: hidden})
+    return type(output)((hidden, *output[1:]))
 
 
 def _check_hidden(layer: int, hidden: object, kind: type) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
-
-def no_op(*_: object, **__: object) -> None:
-    """Replaces a hook in a copy of its model."""
-
-
-def make_no_op() -> Callable[..., None]:
-    return no_op
+#: Replaces a hook in a copy or a pickle of its model: it takes any arguments and returns None. It is of the standard
+#: library, so that a pickle can be loaded without AxisCap.
+_NO_OP = contextlib.nullcontext().__exit__
 
 
 class Hook:
@@ -26,10 +23,10 @@ class Hook:
         return self.call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return no_op
+        return _NO_OP
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make_no_op, ()
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class MethodWrapper:

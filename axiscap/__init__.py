@@ -16,8 +16,8 @@ except ImportError as error:
 from axiscap import ops
 from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.stats import LayerStats
-from axiscap.transformers import Installation, install
+from axiscap.transformers import Installation, install, installed
 
 __version__ = "0.1.0"
 
-__all__ = ["CapProfile", "Evidence", "Installation", "LayerStats", "ProfileError", "install", "ops"]
+__all__ = ["CapProfile", "Evidence", "Installation", "LayerStats", "ProfileError", "install", "installed", "ops"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -99,9 +101,24 @@ def test_installing_twice_is_refused(llama):
     for again in (llama, torch.compile(llama)):
         with pytest.raises(RuntimeError, match="has an AxisCap installation already; remove it first"):
             axiscap.install(again, profile)
+        assert axiscap.installed(again) is handle
     handle.remove()
     handle.remove()
+    assert axiscap.installed(llama) is None
+    axiscap.install(llama, profile)  # the handle is lost
+    gc.collect()
+    axiscap.installed(llama).remove()
     axiscap.install(llama, profile).remove()
+
+
+def test_an_installation_ends_with_its_model():
+    model = build("Llama")
+    cap = axiscap.install(model, profile_for(model, LAYERS, FLOOR))
+    assert axiscap.installed(copy.deepcopy(model)) is None
+    alive = weakref.ref(cap)
+    del cap, model
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_exception_inside_leaves_nothing_behind(llama):

@@ -58,6 +58,8 @@ class ModelHooks:
         sinks: SinkCheck,
         generated_only: bool,
     ) -> None:
+        #: The handle, which the hooks keep alive as long as they are in the model.
+        self.installation: object = None
         self.threads = PerThread()
         self.last = self.threads.mine  # of any thread
         #: Whether the pass that began last was announced to the extension.
@@ -201,9 +203,8 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     """A layer's output with other hidden states."""
     if not isinstance(output, tuple | list):
         return hidden
-    if hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{output._fields[0]: hidden})
-    return type(output)((hidden, *output[1:]))
+    make = getattr(type(output), "_make", type(output))  # of named tuples
+    return make((hidden, *output[1:]))
 
 
 def _check_hidden(layer: int, hidden: object, kind: type) -> None:

@@ -22,8 +22,8 @@ from axiscap.transformers.rows import SinkCheck
 from axiscap.transformers.selection import Selection
 from axiscap.transformers.wrapping import Hook
 
-# The decoder layers of every model with an installation.
-_installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The installation of each decoder layer. Weak on both sides: the hooks on a layer keep its installation alive.
+_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Installation]] = weakref.WeakKeyDictionary()
 
 
 class Installation(Installed):
@@ -67,7 +67,8 @@ class Installation(Installed):
             self._hooks.register(self._undo)
             wrappers = GenerateWrappers(self._hooks, self._selection, generated_only)
             wrappers.wrap(getattr(model, "_orig_mod", model), self._undo)
-            _installed.update(self._blocks)
+            self._hooks.installation = self
+            _installed.update(dict.fromkeys(self._blocks, weakref.ref(self)))
         except BaseException:
             self.remove()
             raise
@@ -93,7 +94,9 @@ class Installation(Installed):
             self._watchers.pop().remove()
         while self._undo:
             self._undo.pop()()
-        _installed.difference_update(self._blocks)
+        for block in self._blocks:
+            if _installation_of(block) is self:
+                del _installed[block]
         _forget_compiled_code()
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
@@ -287,6 +290,34 @@ def install(
     return Installation(model, by_name(profile), layers, positions, allow_other_model)
 
 
+def installed(model: nn.Module) -> Installation | None:
+    """The installation of a model, for a caller that has lost its handle, as when a notebook's cell runs again.
+
+    Parameters
+    ----------
+    model
+        the model, also wrapped by PEFT or torch.compile.
+
+    Returns
+    -------
+    Installation or None
+        None if the model has none.
+
+    Examples
+    --------
+    >>> with axiscap.install(model, profile) as cap:
+    ...     axiscap.installed(model) is cap
+    True
+    """
+    installations = map(_installation_of, model.modules())
+    return next((installation for installation in installations if installation is not None), None)
+
+
+def _installation_of(block: nn.Module) -> Installation | None:
+    reference = _installed.get(block)
+    return None if reference is None else reference()
+
+
 def _check_installable(model: nn.Module, blocks: Sequence[nn.Module], positions: str) -> None:
     """Checks what does not depend on the profiles.
 
@@ -299,8 +330,10 @@ def _check_installable(model: nn.Module, blocks: Sequence[nn.Module], positions:
     """
     if positions not in ("all", "generated"):
         raise ValueError(f"positions must be 'all' or 'generated', got {positions!r}")
-    if any(block in _installed for block in blocks):
-        raise RuntimeError("the model has an AxisCap installation already; remove it first")
+    if any(_installation_of(block) is not None for block in blocks):
+        raise RuntimeError(
+            "the model has an AxisCap installation already; remove it first: axiscap.installed(model).remove()"
+        )
     config = text_config(model)
     for name in ("altup_num_inputs", "hc_mult"):
         streams = getattr(config, name, None)

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import profile_for
+from conftest import assert_same_bits, profile_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
@@ -255,6 +255,68 @@ def test_output_hidden_states_are_capped(before, grad, llama):
             states = llama(tokens(1, 4), output_hidden_states=True).hidden_states
     for at, layer in enumerate(LAYERS):
         assert (states[layer + 1] @ profile.axes[at, 0]).min() > 2.999
+
+
+@pytest.mark.parametrize("way", ["with gradients", "no_grad", "inference mode"])
+def test_hooks_that_were_there_first_see_the_layers_own_output(way, llama):
+    """Later ones see the capped output; what the earlier ones kept is not changed."""
+    mode = {"with gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference mode": torch.inference_mode}[way]
+    profile, layer = profile_for(llama, LAYERS[:1], 20.0), llama.model.layers[LAYERS[0]]
+    kept = []
+    layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    with mode():
+        llama(tokens(1, 9))
+        own = kept.pop().clone()
+        with axiscap.install(llama, profile):
+            for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+                layer.register_forward_hook(lambda module, args, output: kept.append(output))
+                llama(tokens(1, 9))
+                before, after = kept[:2]
+                kept.clear()
+                assert_same_bits(before.detach(), own.detach())
+                projections = after.detach().double() @ profile.axes[0, 0].double()
+                torch.testing.assert_close(projections, torch.full((1, 9), 20.0).double())
+
+
+class Skip(nn.Module):
+    """A pruned layer: its output is its input."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_that_returns_its_input_leaves_the_callers_tensor(grad, llama):
+    llama.model.layers[0] = llama.model.layers[1] = Skip()
+    embeds = llama.get_input_embeddings()(tokens(1, 9)).detach()
+    before = embeds.clone()
+    with axiscap.install(llama, profile_for(llama, [1], 20.0)) as cap, torch.set_grad_enabled(grad):
+        for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+            llama(inputs_embeds=embeds)
+        assert cap.stats()["default"][1].fired == 18
+    assert_same_bits(embeds, before)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_submodule_or_a_global_hook_keeps_is_not_changed(grad, llama):
+    inner = llama.model.layers[1]
+    outer = llama.model.layers[1] = nn.Sequential(inner)
+    outer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    kept = []
+    inner.register_forward_hook(lambda module, args, output: kept.append(output))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: kept.append(output) if module is outer else None
+    )
+    with torch.set_grad_enabled(grad):
+        llama(tokens(1, 9))
+        own = kept[0].detach().clone()
+        with axiscap.install(llama, profile_for(llama, [1], 20.0)):
+            for _ in range(2):
+                llama(tokens(1, 9))
+    handle.remove()
+    assert len(kept) == 6
+    for tensor in kept:
+        assert_same_bits(tensor.detach(), own)
 
 
 def test_a_steering_hook_comes_before_the_cap(llama):

@@ -19,7 +19,11 @@ from axiscap.transformers.wrapping import Hook
 
 
 class LayerHook(Hook):
-    """The hook of a capped layer: one call of the extension, or of ``call`` for what the extension does not take."""
+    """The hook of a capped layer: one call of the extension, or of ``call`` for what the extension does not take.
+
+    It caps a copy. The layer's own tensor may belong to others: to hooks that were there first, to the layer, or, if
+    the layer returns its input, to the caller.
+    """
 
     def __init__(self, hooks: ModelHooks, layer: ModelLayer) -> None:
         super().__init__(lambda module, args, output: hooks.cap_output(layer, output))
@@ -28,8 +32,12 @@ class LayerHook(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         # A pass that compiled code began is not announced, even if a graph break runs this hook in Python.
         is_compiling = torch.compiler.is_dynamo_compiling()
-        if not is_compiling and self.hooks.is_announced and self.layer.cap_announced(output):
-            return None
+        if not is_compiling and self.hooks.is_announced and not torch.is_grad_enabled():
+            hidden = _hidden_of(output)
+            if isinstance(hidden, Tensor):
+                capped = hidden.clone()
+                if self.layer.cap_announced(capped):
+                    return _with_hidden(output, capped)
         return self.call(module, args, output)
 
 
@@ -152,8 +160,8 @@ class ModelHooks:
             return
 
     def cap_output(self, layer: ModelLayer, output: Any) -> Any:
-        """Caps a layer's output; None if its hidden states are changed in place."""
-        hidden = output[0] if isinstance(output, tuple | list) else output
+        """A layer's output with a capped copy of its hidden states; None if it stays as it is."""
+        hidden = _hidden_of(output)
         _check_hidden(layer.index, hidden, type(output))
         compiling = torch.compiler.is_compiling()
         if not compiling and (hidden.is_meta or isinstance(hidden, FakeTensor)):
@@ -164,7 +172,7 @@ class ModelHooks:
                 "torch.export, or remove the installation first"
             )
         capped = self._cap_replicated(layer, hidden) if hasattr(hidden, "to_local") else self._cap(layer, hidden)
-        return None if capped is hidden else _with_hidden(output, capped)
+        return _with_hidden(output, capped)
 
     def _cap(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -197,6 +205,10 @@ class ModelHooks:
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
     """The arguments of a call by name. A lone positional argument is the input, whose name is not needed."""
     return kwargs if len(args) < 2 else signature.bind_partial(*args, **kwargs).arguments
+
+
+def _hidden_of(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -17,9 +17,9 @@ from axiscap.transformers.rows import ThreadState
 class ModelLayer(CappedLayer):
     """A layer whose hidden states are torch tensors.
 
-    ``cap_announced(output)`` caps the output, keeps its projections and counts them, in one call of the extension. It
-    returns False, with nothing done, for all but the plain case: no gradient, and the shape and device of the pass that
-    was announced last.
+    ``cap_announced(hidden)`` caps hidden states in place, keeps their projections and counts them, in one call of the
+    extension. It returns False, with nothing done, for all but the plain case: no gradient, and the shape and device of
+    the pass that was announced last.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class ModelLayer(CappedLayer):
         self.cap_announced: Callable[[object], bool] = _C.layer(self.bank, self.stats, announced, self._position)
 
     def cap(self, hidden: Tensor, slots: Tensor | None, thread: ThreadState, *, count: bool = True) -> Tensor:
-        """Caps hidden (batch, tokens, H): the same tensor changed, or a new one where autograd or a stride needs it."""
+        """The capped copy of hidden (batch, tokens, H)."""
         if hidden.device != self.axes.device:
             self.move_to(hidden.device)
         compiling = torch.compiler.is_compiling()
@@ -55,17 +55,19 @@ class ModelLayer(CappedLayer):
         # torch.compile of 2.10 and 2.11 takes is_exporting() for true.)
         count = count and not (compiling and torch.compiler._is_exporting_flag)
         projections = self._projection_buffer(hidden, thread, compiling) if count else None
-        if (hidden.requires_grad and torch.is_grad_enabled()) or not hidden.is_contiguous():
-            hidden = ops.cap(
+        if hidden.requires_grad and torch.is_grad_enabled():
+            capped = ops.cap(
                 hidden.contiguous(), self.axes, self.floors, slots, **self.options, projections=projections
             )
-        elif compiling:
-            ops.cap_(hidden, self.axes, self.floors, slots, **self.options, projections=projections)
         else:
-            self.bank.cap_(hidden, slots, projections)
+            capped = hidden.clone(memory_format=torch.contiguous_format)
+            if compiling:
+                ops.cap_(capped, self.axes, self.floors, slots, **self.options, projections=projections)
+            else:
+                self.bank.cap_(capped, slots, projections)
         if projections is not None:
             ops.accumulate_(self.stats, projections, self.floors, slots)
-        return hidden
+        return capped
 
     def _projection_buffer(self, hidden: Tensor, thread: ThreadState, compiling: bool) -> Tensor:
         """(rows, K) for the projections of one pass: that of the last pass, if it has as many rows."""

@@ -287,7 +287,7 @@ class Skip(nn.Module):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_layer_that_returns_its_input_leaves_the_callers_tensor(grad, llama):
-    llama.model.layers[0] = llama.model.layers[1] = Skip()
+    llama.model.layers[0], llama.model.layers[1] = Skip(), Skip()
     embeds = llama.get_input_embeddings()(tokens(1, 9)).detach()
     before = embeds.clone()
     with axiscap.install(llama, profile_for(llama, [1], 20.0)) as cap, torch.set_grad_enabled(grad):

@@ -115,8 +115,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @contextmanager
 def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor | None = None):
-    """Equation 1 in the simplest hooks that one can write, for any model whose layers the profile counts; rows beyond
-    its norm_limits are left alone.
+    """Equation 1 in the simplest hooks that one can write, in float64, for any model whose layers the profile counts.
+    Rows beyond its norm_limits are left alone.
 
     prompt_mask: which tokens of the prompts are real; those of a pass over one new token all are.
     """
@@ -125,20 +125,24 @@ def plain_cap(model: nn.Module, profile: CapProfile, prompt_mask: torch.Tensor |
     def hook_for(axis, floor, norm_limit):
         def hook(module, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            capped = hidden - ((hidden @ axis) - floor).clamp(max=0)[..., None] * axis
-            capped = torch.where(hidden.norm(dim=-1, keepdim=True) > norm_limit, hidden, capped)
+            rows = hidden.double()
+            capped = rows - ((rows @ axis) - floor).clamp(max=0)[..., None] * axis
+            capped = torch.where(rows.norm(dim=-1, keepdim=True) > norm_limit, rows, capped)
             batch, length = hidden.shape[:2]
             if prompt_mask is not None and length >= prompt_mask.shape[1]:
                 real = nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]), value=1).bool()
                 real = real.repeat_interleave(batch // len(real), 0)
-                capped = torch.where(real[..., None], capped, hidden)
+                capped = torch.where(real[..., None], capped, rows)
+            capped = capped.to(hidden.dtype)
             return (capped, *output[1:]) if isinstance(output, tuple) else capped
 
         return hook
 
     norm_limits = torch.full((len(profile.layers),), math.inf) if profile.norm_limits is None else profile.norm_limits
     handles = [
-        blocks[layer].register_forward_hook(hook_for(profile.axes[i, 0], profile.floors[i, 0], norm_limits[i]))
+        blocks[layer].register_forward_hook(
+            hook_for(profile.axes[i, 0].double(), profile.floors[i, 0].double(), norm_limits[i])
+        )
         for i, layer in enumerate(profile.layers)
     ]
     try:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap.transformers.batching import Batching, batching_of_this_thread
 from axiscap.transformers.layers import ModelLayer
+from axiscap.transformers.recompute import is_recomputing, mark, nearest_mark
 from axiscap.transformers.rows import Pass, PerThread, Rows, SinkCheck, ThreadState, mask_of
 from axiscap.transformers.selection import Selection
 from axiscap.transformers.wrapping import Hook
@@ -26,7 +27,7 @@ class LayerHook(Hook):
     """
 
     def __init__(self, hooks: ModelHooks, layer: ModelLayer) -> None:
-        super().__init__(lambda module, args, output: hooks.cap_output(layer, output))
+        super().__init__(lambda module, args, output: hooks.cap_output(layer, args, output))
         self.hooks, self.layer = hooks, layer
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -37,6 +38,7 @@ class LayerHook(Hook):
             if isinstance(hidden, Tensor):
                 capped = hidden.clone()
                 if self.layer.cap_announced(capped):
+                    self.hooks.mark_layer(self.layer, args, capped)
                     return _with_hidden(output, capped)
         return self.call(module, args, output)
 
@@ -72,6 +74,9 @@ class ModelHooks:
         self.last = self.threads.mine  # of any thread
         #: Whether the pass that began last was announced to the extension.
         self.is_announced = False
+        #: The selection of the first pass, and whether another pass has had another one.
+        self._first_selected: list[int] | None = None
+        self._has_several_selections = False
         #: Each lives as long as its manager.
         self.batchings: weakref.WeakSet[Batching] = weakref.WeakSet()
         self.decoder = _owner_of(model, blocks[0])
@@ -114,16 +119,39 @@ class ModelHooks:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins a pass, and announces it to the extension."""
+        compiling = torch.compiler.is_compiling()
         thread = self.threads.mine
+        if not compiling and is_recomputing():
+            if nearest_mark(self) is None:
+                thread.recomputed = self._unmarked_pass(thread, args, kwargs)
+            return
         arguments = _by_name(self._signature, args, kwargs)
-        inputs = args[0] if args else arguments.get("input_ids")
-        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        inputs = _inputs_of(args, arguments)
         rows = self._rows(thread, arguments, inputs)
         thread.current = Pass(rows, [0] if rows.slots is not None else self._selection.current())
         self.is_announced = False
-        if not torch.compiler.is_compiling():
-            self.last = thread
+        if not compiling:
+            self.last, thread.recomputed = thread, None
+            self._note_selection(thread.current.selected)
+            thread.current.has_gradients = torch.is_grad_enabled()
             self._announce(thread, inputs)
+
+    def _note_selection(self, selected: list[int]) -> None:
+        if self._first_selected is None:
+            self._first_selected = selected
+        self._has_several_selections |= selected != self._first_selected
+
+    def _unmarked_pass(self, thread: ThreadState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        """The pass that a reentrant checkpoint around the model computes again. Its arguments tell its rows, but not
+        its selection.
+        """
+        if self._has_several_selections:
+            raise RuntimeError(
+                "a checkpoint around the model computes a pass again, and does not tell which profiles were selected "
+                "for it: use use_reentrant=False"
+            )
+        arguments = _by_name(self._signature, args, kwargs)
+        return Pass(self._rows(thread, arguments, _inputs_of(args, arguments)), self._first_selected or [0])
 
     def _rows(self, thread: ThreadState, arguments: Mapping[str, Any], inputs: object) -> Rows:
         if thread.announced is not None:
@@ -159,7 +187,16 @@ class ModelHooks:
         except ValueError:  # the inputs are not those of the layers, or the layer's own hook says what is wrong
             return
 
-    def cap_output(self, layer: ModelLayer, output: Any) -> Any:
+    def mark_layer(self, layer: ModelLayer, args: tuple[Any, ...], capped: Tensor) -> None:
+        """Marks the graph at a layer's input and output, for checkpoints. A reentrant one runs without gradients."""
+        this_pass = self.threads.mine.current
+        if not this_pass.has_gradients:
+            return
+        this_pass.banks[layer.index] = layer.tensors
+        for tensor in (*args[:1], capped):
+            mark(tensor, self, this_pass)
+
+    def cap_output(self, layer: ModelLayer, args: tuple[Any, ...], output: Any) -> Any:
         """A layer's output with a capped copy of its hidden states; None if it stays as it is."""
         hidden = _hidden_of(output)
         _check_hidden(layer.index, hidden, type(output))
@@ -171,35 +208,47 @@ class ModelHooks:
                 "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
                 "torch.export, or remove the installation first"
             )
-        capped = self._cap_replicated(layer, hidden) if hasattr(hidden, "to_local") else self._cap(layer, hidden)
+        cap = self._cap_again if not compiling and is_recomputing() else self._cap
+        capped = _cap_replicated(layer, hidden, cap) if hasattr(hidden, "to_local") else cap(layer, hidden)
+        if not compiling and not is_recomputing():
+            self.mark_layer(layer, args, capped)
         return _with_hidden(output, capped)
 
     def _cap(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        # A checkpoint computes a layer again during backward, maybe in a thread of autograd. Its rows are those of the
-        # last forward pass, and counted already.
-        is_recomputed = not compiling and torch._C._current_graph_task_id() != -1
-        thread = self.last if is_recomputed else self.threads.mine
+        thread = self.threads.mine
         slots = thread.current.slots(hidden.device, *_batch_and_tokens(hidden))
-        is_checked = not compiling and self._sinks.is_due(hidden.shape[-2])
+        is_checked = not torch.compiler.is_compiling() and self._sinks.is_due(hidden.shape[-2])
         norms = hidden.detach().float().norm(dim=-1).flatten() if is_checked else None
-        capped = layer.cap(hidden, slots, thread, count=not is_recomputed)
+        capped = layer.cap(hidden, slots, thread)
         if norms is not None:
             self._sinks.check(layer.index, norms, slots, thread.projections[layer.index][0], layer.floors)
         return capped
 
-    def _cap_replicated(self, layer: ModelLayer, hidden: Any) -> Tensor:
-        """Caps a replicated DTensor, of which each process has all rows."""
-        if not all(placement.is_replicate() for placement in hidden.placements):
-            raise ValueError(
-                f"layer {layer.index} returns a DTensor with placements {hidden.placements}; it can be capped where it "
-                "is replicated"
-            )
-        thread, local = self.threads.mine, hidden.to_local()
-        slots = thread.current.make_slots(local.device, *_batch_and_tokens(local))
-        capped = layer.cap(local, slots, thread)
-        distributed: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
-        return distributed
+    def _cap_again(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
+        """Caps a layer that backward computes again. Its rows were counted in its pass."""
+        earlier = nearest_mark(self) or self.threads.mine.recomputed
+        if earlier is None:
+            raise RuntimeError(f"backward computes layer {layer.index} again, and its forward pass is not known")
+        slots = earlier.slots(hidden.device, *_batch_and_tokens(hidden))
+        return layer.cap_again(hidden, slots, earlier.banks.get(layer.index, layer.tensors))
+
+
+def _cap_replicated(layer: ModelLayer, hidden: Any, cap: Callable[[ModelLayer, Tensor], Tensor]) -> Tensor:
+    """Caps a replicated DTensor, of which each process has all rows."""
+    if not all(placement.is_replicate() for placement in hidden.placements):
+        raise ValueError(
+            f"layer {layer.index} returns a DTensor with placements {hidden.placements}; it can be capped where it is "
+            "replicated"
+        )
+    capped = cap(layer, hidden.to_local())
+    distributed: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
+    return distributed
+
+
+def _inputs_of(args: tuple[Any, ...], arguments: Mapping[str, Any]) -> object:
+    """The ids or embeddings of a call of the decoder."""
+    inputs = args[0] if args else arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if inputs is None else inputs
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:

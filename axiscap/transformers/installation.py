@@ -158,11 +158,8 @@ class Installation(Installed):
         slot = self._slot(name)
         profile = self._profiles[name] = self._profiles[name].with_floors(floors)
         for index in profile.layers:
-            layer, values = self._layers[index], profile.slot_at(index, self._directions)
-            layer.floors[slot].copy_(values.floors)
-            targets = layer.options["targets"]
-            if targets is not None:
-                targets[slot].copy_(values.targets)
+            values = profile.slot_at(index, self._directions)
+            self._layers[index].set_floors(slot, values.floors, values.targets)
 
     def projections(self) -> dict[int, Tensor]:
         """The last forward pass's projections by layer: (batch, tokens, K) float32, NaN for tokens left alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from axiscap import _C, ops
 from axiscap.banks import CappedLayer
 from axiscap.profile import CapProfile
 from axiscap.transformers.rows import ThreadState
+
+
+class BankTensors(NamedTuple):
+    """The bank of a layer, as the ops take it."""
+
+    axes: Tensor
+    floors: Tensor
+    options: dict[str, Tensor | None]
 
 
 class ModelLayer(CappedLayer):
@@ -46,15 +54,25 @@ class ModelLayer(CappedLayer):
         announced = self._announced.setdefault(self.axes.device, _C.Pass())
         self.cap_announced: Callable[[object], bool] = _C.layer(self.bank, self.stats, announced, self._position)
 
-    def cap(self, hidden: Tensor, slots: Tensor | None, thread: ThreadState, *, count: bool = True) -> Tensor:
-        """The capped copy of hidden (batch, tokens, H)."""
+    def set_floors(self, slot: int, floors: Tensor, targets: Tensor) -> None:
+        """Changes the floors and targets (K,) of a slot. Passes that have begun keep theirs for backward."""
+        self.floors = self.floors.clone()
+        self.floors[slot] = floors.to(self.floors.device)
+        if (all_targets := self.options["targets"]) is not None:
+            all_targets = all_targets.clone()
+            all_targets[slot] = targets.to(self.floors.device)
+            self.options = self.options | {"targets": all_targets}
+        self.move_to(self.axes.device)
+
+    def cap(self, hidden: Tensor, slots: Tensor | None, thread: ThreadState) -> Tensor:
+        """The capped copy of hidden (batch, tokens, H), whose rows are counted."""
         if hidden.device != self.axes.device:
             self.move_to(hidden.device)
         compiling = torch.compiler.is_compiling()
         # Do not count in an exported program: the statistics would be traced, not recorded. (The flag, since
         # torch.compile of 2.10 and 2.11 takes is_exporting() for true.)
-        count = count and not (compiling and torch.compiler._is_exporting_flag)
-        projections = self._projection_buffer(hidden, thread, compiling) if count else None
+        is_counted = not (compiling and torch.compiler._is_exporting_flag)
+        projections = self._projection_buffer(hidden, thread, compiling) if is_counted else None
         if hidden.requires_grad and torch.is_grad_enabled():
             capped = ops.cap(
                 hidden.contiguous(), self.axes, self.floors, slots, **self.options, projections=projections
@@ -68,6 +86,15 @@ class ModelLayer(CappedLayer):
         if projections is not None:
             ops.accumulate_(self.stats, projections, self.floors, slots)
         return capped
+
+    def cap_again(self, hidden: Tensor, slots: Tensor | None, bank: BankTensors) -> Tensor:
+        """The capped copy of hidden under the bank of an earlier pass, in which its rows were counted."""
+        return ops.cap(hidden.contiguous(), bank.axes, bank.floors, slots, **bank.options)
+
+    @property
+    def tensors(self) -> BankTensors:
+        """The bank of now, which no later change of floors changes."""
+        return BankTensors(self.axes, self.floors, self.options)
 
     def _projection_buffer(self, hidden: Tensor, thread: ThreadState, compiling: bool) -> Tensor:
         """(rows, K) for the projections of one pass: that of the last pass, if it has as many rows."""

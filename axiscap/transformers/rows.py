@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Pass:
 
     def __init__(self, rows: Rows, selected: list[int]) -> None:
         self.rows, self.selected = rows, selected
+        #: Whether it began with gradients, so that backward may compute its layers again; and by layer, their banks.
+        self.has_gradients = False
+        self.banks: dict[int, Any] = {}
         self._slots: dict[tuple[torch.device, int, int], Tensor | None] = {}
 
     def slots(self, device: torch.device, batch: int, tokens: int) -> Tensor | None:
@@ -91,6 +94,8 @@ class ThreadState:
 
     def __init__(self) -> None:
         self.current = Pass(Rows(), [0])
+        #: A pass that backward computes again and that has no mark.
+        self.recomputed: Pass | None = None
         #: By generate(), for the next pass.
         self.announced: Rows | None = None
         #: (batch, tokens), given to a module around the decoder.

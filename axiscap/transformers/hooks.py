@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from axiscap.transformers.recompute import is_recomputing, mark, nearest_mark
 from axiscap.transformers.rows import Pass, PerThread, Rows, SinkCheck, ThreadState, mask_of
 from axiscap.transformers.selection import Selection
 from axiscap.transformers.wrapping import Hook
+
+#: The arguments by which decoders take a cache of keys and values, or a recurrent state.
+_STATES = ("past_key_values", "cache", "cache_params", "state", "mems", "past_key_value", "layer_past")
 
 
 class LayerHook(Hook):
@@ -77,6 +81,7 @@ class ModelHooks:
         #: The selection of the first pass, and whether another pass has had another one.
         self._first_selected: list[int] | None = None
         self._has_several_selections = False
+        self._has_warned = False
         #: Each lives as long as its manager.
         self.batchings: weakref.WeakSet[Batching] = weakref.WeakSet()
         self.decoder = _owner_of(model, blocks[0])
@@ -128,7 +133,7 @@ class ModelHooks:
         arguments = _by_name(self._signature, args, kwargs)
         inputs = _inputs_of(args, arguments)
         rows = self._rows(thread, arguments, inputs)
-        thread.current = Pass(rows, [0] if rows.slots is not None else self._selection.current())
+        thread.current = Pass(rows, self._selected(rows), self._sequences(thread))
         self.is_announced = False
         if not compiling:
             self.last, thread.recomputed = thread, None
@@ -151,7 +156,18 @@ class ModelHooks:
                 "for it: use use_reentrant=False"
             )
         arguments = _by_name(self._signature, args, kwargs)
-        return Pass(self._rows(thread, arguments, _inputs_of(args, arguments)), self._first_selected or [0])
+        rows = self._rows(thread, arguments, _inputs_of(args, arguments))
+        return Pass(rows, self._first_selected or [0], self._sequences(thread))
+
+    def _selected(self, rows: Rows) -> list[int]:
+        return [0] if rows.slots is not None else self._selection.current()
+
+    def _sequences(self, thread: ThreadState) -> int | None:
+        """The sequences of a pass inside generate(), which may run several rows for each; None outside."""
+        generation = thread.generation
+        if generation.depth == 0:
+            return None
+        return len(self._selection.current()) if generation.sequences is None else generation.sequences
 
     def _rows(self, thread: ThreadState, arguments: Mapping[str, Any], inputs: object) -> Rows:
         if thread.announced is not None:
@@ -160,9 +176,42 @@ class ModelHooks:
         if "cu_seq_lens_q" in arguments and (batching := batching_of_this_thread(self.batchings)) is not None:
             return batching.next_rows(arguments["position_ids"].shape[-1], self._generated_only)
         mask = mask_of(arguments.get("attention_mask"))
-        # Outside generate() a decoding step is one new token a sequence; anything longer is a prompt.
-        is_step = isinstance(inputs, Tensor) and inputs.dim() > 1 and inputs.shape[1] == 1
-        return Rows(thread.mask if mask is None else mask, int(is_step) if self._generated_only else None)
+        mask = thread.mask if mask is None else mask
+        tokens = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() > 1 else None
+        if thread.generation.depth and thread.generation.written is not None and tokens is not None:
+            # A second pass over the same sequences, as that of classifier-free guidance.
+            return thread.generation.rows(mask, tokens, self._generated_only)
+        return Rows(mask, self._written_outside_generate(arguments, tokens) if self._generated_only else None)
+
+    def _written_outside_generate(self, arguments: Mapping[str, Any], tokens: int | None) -> int | None:
+        """How many of the last tokens of a pass the model wrote, as far as its arguments tell; None: all may be.
+
+        Only the caller knows where the prompt ended. One token behind a state was written; the tokens that begin a
+        sequence are a prompt. Of several tokens behind a state, nothing tells what they are.
+        """
+        if tokens is None or (tokens == 1 and self._has_state(arguments)):
+            return None
+        if not torch.compiler.is_compiling() and not self._has_warned and tokens > 1:
+            self._has_warned = True
+            warnings.warn(
+                'positions="generated" outside generate(): nothing tells which tokens of a pass the model wrote. The '
+                f"{tokens} tokens of this one count as a prompt, and are left alone; a single token behind a cache is "
+                'capped. Call generate(), or install the profile with positions="all"',
+                stacklevel=2,
+            )
+        return 0
+
+    def _has_state(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a pass goes on from an earlier one: by a cache or a recurrent state, else by its positions. If the
+        decoder takes neither, its single tokens are taken for written ones.
+        """
+        given = [arguments[name] for name in _STATES if arguments.get(name) is not None]
+        if given:
+            return any(map(_is_filled, given))
+        positions = (arguments.get(name) for name in ("cache_position", "position_ids"))
+        if any(isinstance(position, Tensor) and bool((position > 0).any()) for position in positions):
+            return True
+        return not any(name in self._signature.parameters for name in _STATES)
 
     def _announce(self, thread: ThreadState, inputs: object) -> None:
         """Announces a pass to the extension: its shape, its slots, and the buffer of its projections."""
@@ -243,6 +292,16 @@ def _cap_replicated(layer: ModelLayer, hidden: Any, cap: Callable[[ModelLayer, T
     capped = cap(layer, hidden.to_local())
     distributed: Tensor = type(hidden).from_local(capped, hidden.device_mesh, hidden.placements, run_check=False)
     return distributed
+
+
+def _is_filled(state: Any) -> bool:
+    """Whether a cache or a recurrent state holds an earlier pass. One that does not tell its length was returned by a
+    pass.
+    """
+    try:
+        return bool(state.get_seq_length() > 0)
+    except (AttributeError, ValueError, TypeError, IndexError):
+        return not isinstance(state, tuple | list) or len(state) > 0
 
 
 def _inputs_of(args: tuple[Any, ...], arguments: Mapping[str, Any]) -> object:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from axiscap.transformers.endings import Endings
 
 #: A row is an attention sink if its norm is more than this multiple of the median row's. Known sinks have 20 to 150
 #: times the median; no other row has 3 times.
@@ -29,8 +31,10 @@ class Rows(NamedTuple):
 class Pass:
     """One forward pass: its rows, and the slots of its sequences."""
 
-    def __init__(self, rows: Rows, selected: list[int]) -> None:
+    def __init__(self, rows: Rows, selected: list[int], sequences: int | None = None) -> None:
         self.rows, self.selected = rows, selected
+        #: The number of sequences, if several rows of the batch belong to each; None: each row is one.
+        self.sequences = sequences
         #: Whether it began with gradients, so that backward may compute its layers again; and by layer, their banks.
         self.has_gradients = False
         self.banks: dict[int, Any] = {}
@@ -59,23 +63,29 @@ class Pass:
         return slots.expand(batch, tokens).reshape(-1).contiguous()
 
     def _by_sequence(self, device: torch.device, batch: int) -> Tensor:
-        """(batch, 1), or (1, 1) for one slot of all sequences. generate() may run several rows for a sequence."""
-        selected = self.selected
-        if batch % len(selected) != 0:
-            raise ValueError(f"profiles are selected for {len(selected)} sequences, but the batch has {batch}")
+        """(batch, 1), or (1, 1) for one slot of all sequences."""
+        selected, sequences = self.selected, self.sequences or batch
+        if len(selected) > 1 and (len(selected) != sequences or batch % sequences != 0):
+            raise ValueError(f"profiles are selected for {len(selected)} sequences, but the batch has {sequences}")
         slots = torch.tensor(selected, dtype=torch.int32, device=device)[:, None]
         return slots.repeat_interleave(batch // len(slots), 0) if len(slots) > 1 else slots
 
 
 class Generation:
-    """The generate() call that a thread runs."""
+    """The generate() call that a thread runs, and the sequences in it when the last pass was prepared."""
 
     def __init__(self) -> None:
         #: Nested calls: an assistant model's runs inside its model's.
         self.depth = 0
+        #: The sequences that the caller gave, if known. generate() may run several rows for each.
+        self.sequences: int | None = None
         self.prompt_length = 0
         #: Whether the call's arguments tell the length of the prompt; else the first pass does.
         self.has_given_prompt = False
+        #: Tokens of each sequence that the model wrote, or drafted; None before the first pass.
+        self.written: int | None = None
+        #: (batch, written): which of them lie behind the end of their answer.
+        self.behind: Tensor | None = None
 
     def begin(self, length: int) -> None:
         """Takes the tokens of the first pass for the prompt, unless its length is known."""
@@ -84,9 +94,14 @@ class Generation:
         elif self.depth == 1 and not self.has_given_prompt:
             self.prompt_length = max(self.prompt_length, length)
 
-    def written(self, length: int) -> int:
-        """How many of the ``length`` tokens of a sequence the model wrote, or drafted."""
-        return max(0, length - self.prompt_length)
+    def rows(self, mask: Tensor | None, tokens: int, generated_only: bool) -> Rows:
+        """The rows of a pass over the last ``tokens`` of the sequences."""
+        real = None if mask is None else mask[:, -tokens:]
+        behind = self.behind
+        if behind is not None and (real is None or len(real) == len(behind)):
+            behind = nn.functional.pad(behind, (max(0, tokens - behind.shape[1]), 0))[:, -tokens:]
+            real = ~behind if real is None else real.to(behind.device) & ~behind
+        return Rows(real, min(tokens, self.written or 0) if generated_only else None)
 
 
 class ThreadState:
@@ -101,6 +116,7 @@ class ThreadState:
         #: (batch, tokens), given to a module around the decoder.
         self.mask: Tensor | None = None
         self.generation = Generation()
+        self.endings: Endings | None = None
         #: Of the last pass, by layer, each with the shape of its tokens.
         self.projections: dict[int, tuple[Tensor, torch.Size]] = {}
         self._buffers: dict[torch.device, tuple[Tensor, dict[int, tuple[Tensor, torch.Size]]]] = {}

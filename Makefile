@@ -6,7 +6,7 @@ PROSE := $(filter-out docs/demo.md,$(wildcard *.md docs/*.md))
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 PROFILE := examples/profiles/smollm2-135m-instruct.safetensors
 
-.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines served-architectures test-torch wheels screenshots docs lint bench gpu release sanitize clean
+.PHONY: demo test quick nightly test-serving test-vllm test-sglang test-llamacpp test-engines served-architectures test-torch test-transformers wheels screenshots docs lint bench gpu release sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .venv/built
@@ -53,7 +53,19 @@ test-engines: .venv-vllm/built .venv-sglang/built
 TORCHES := 2.10.0 2.15.0
 test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: .venv-torch-%/built
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops.py
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 .venv-torch-$*/bin/pytest -p no:cacheprovider tests/test_ops*.py
+
+# Training and generation with the oldest transformers that is promised; `make test` has the newest.
+TRANSFORMERS := 5.0.0
+test-transformers: .venv/built .venv-transformers/made
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-transformers $(BIN)/python -m pytest -p no:cacheprovider tests/test_checkpointing.py \
+	  tests/test_training.py tests/test_own_loops.py tests/test_generate_rows.py
+
+# In front of the packages of .venv.
+.venv-transformers/made:
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv-transformers --no-deps transformers==$(TRANSFORMERS) \
+	  'huggingface-hub<2' 'tokenizers<0.23'
+	touch $@
 
 # Each with the CUDA that it comes with, which needs no GPU to be imported.
 .venv-torch-%/made:
@@ -119,7 +131,7 @@ sanitize: .venv/built
 	done
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sglang .venv-garak .venv-llamacpp .venv-torch-* build dist out *.egg-info axiscap/*.so
+	rm -rf .venv .venv-vllm .venv-sglang .venv-garak .venv-llamacpp .venv-torch-* .venv-transformers build dist out *.egg-info axiscap/*.so
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv

@@ -14,10 +14,10 @@ except ImportError as error:
     raise ImportError(f"axiscap needs torch 2.10 or newer, and finds torch {torch.__version__} ({error})") from error
 
 from axiscap import ops
-from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.stats import LayerStats
+from axiscap.transformers import Installation, install, installed
 
 __version__ = "0.1.0"
 
-__all__ = ["CapProfile", "Evidence", "Installation", "LayerStats", "ProfileError", "install", "ops"]
+__all__ = ["CapProfile", "Evidence", "Installation", "LayerStats", "ProfileError", "install", "installed", "ops"]

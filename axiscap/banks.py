@@ -1,4 +1,4 @@
-"""Profiles by name as one bank a layer, with what was counted there: what an installation holds, in any engine."""
+"""Named profiles as one bank per layer, with their statistics: the base of every installation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from axiscap import _C, ops
 from axiscap.profile import CapProfile
@@ -19,14 +18,14 @@ DEFAULT_NAME = "default"
 
 
 def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProfile]:
-    """What was given to an installation: one profile, or several by name.
+    """The profiles of an installation by name, from one profile or a mapping.
 
     Raises
     ------
     TypeError
-        something else.
+        Not a profile, nor a mapping of names to profiles.
     ValueError
-        none.
+        An empty mapping.
     """
     if not isinstance(profile, CapProfile | Mapping):
         raise TypeError(
@@ -43,52 +42,42 @@ def by_name(profile: CapProfile | Mapping[str, CapProfile]) -> dict[str, CapProf
 
 
 class CappedLayer:
-    """The bank of one layer, with a slot for each profile, and what was counted there."""
+    """The bank of one layer, with a slot for each profile, and its statistics.
+
+    The tensors are copies of the profiles': a profile that its owner changes later does not change the model.
+    """
 
     def __init__(self, index: int, profiles: Sequence[CapProfile], directions: int, device: torch.device) -> None:
         self.index = index
         slots = zip(*(profile.slot_at(index, directions) for profile in profiles), strict=True)
-        axes, lifts, floors, targets, norm_limits = (torch.stack(part) for part in slots)
-        more = {
+        self.axes, lifts, self.floors, targets, norm_limits = (torch.stack(part) for part in slots)
+        self.options = {
             "targets": targets if any(profile.targets is not None for profile in profiles) else None,
             "lifts": lifts if any(profile.lifts is not None for profile in profiles) else None,
             "norm_limits": norm_limits if bool(norm_limits.isfinite().any()) else None,
         }
-        self.place(axes, floors, more, ops.new_stats(len(profiles), directions), device)
+        self.stats = ops.new_stats(len(profiles), directions)
+        self.move_to(device)
 
-    def place(
-        self,
-        axes: Tensor,
-        floors: Tensor,
-        more: Mapping[str, Tensor | None],
-        stats: Tensor,
-        device: torch.device,
-    ) -> None:
-        """Puts the bank on a device."""
-
-        # Contiguous copies of our own: a profile that its owner changes later does not change the model.
-        def own(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-        self.axes, self.floors = own(axes), own(floors)
-        self.more = {name: None if tensor is None else own(tensor) for name, tensor in more.items()}
-        self.stats = stats.to(device)
-        self.bank = _C.Bank(self.axes, self.floors, **self.more)
+    def move_to(self, device: torch.device) -> None:
+        self.axes, self.floors, self.stats = self.axes.to(device), self.floors.to(device), self.stats.to(device)
+        self.options = {name: None if tensor is None else tensor.to(device) for name, tensor in self.options.items()}
+        self.bank = _C.Bank(self.axes, self.floors, **self.options)
 
 
 class Installed(ABC):
     """Profiles in force in a running model, until :meth:`remove` or the end of the ``with`` block.
 
-    What an engine's adapter adds to this is the answer to five questions:
+    The adapter of an engine answers five questions:
 
-    - *Where* a block's output is complete, and how its rows are changed there.
-    - *Whose* rows a step has: each one's sequence.
-    - *When* a sequence's profile is decided; from then on it is the same, whatever changes meanwhile.
-    - *How* caches of keys and values are kept apart: what is computed under one content must not serve another.
-    - *What* leaves: statistics by profile and layer, here, and by request where an engine has requests.
+    - *Where* is a block's output complete, and how are its rows changed there?
+    - *Whose* rows are in a step: which sequence has each of them?
+    - *When* is the profile of a sequence decided? From then on it stays the same.
+    - *How* are caches of keys and values kept apart? Rows that ran under one content must not serve another.
+    - *What* leaves the engine? Statistics by profile and layer here, and by request in a server.
 
-    transformers (``installation``) and llama.cpp (``llamacpp``) answer them in this process; vLLM and SGLang in
-    several, by the parts in ``serving.engine`` (``docs/other-stacks.md``).
+    ``axiscap.transformers`` and ``axiscap.llamacpp`` answer them in this process; vLLM and SGLang in several, by the
+    parts in ``axiscap.serving.engine`` (``docs/other-stacks.md``).
     """
 
     _profiles: dict[str, CapProfile]
@@ -104,10 +93,10 @@ class Installed(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Takes the capping out. The statistics stay. Once is enough, twice does no harm."""
+        """Takes the capping out. The statistics stay. A second call does nothing."""
 
     def stats(self) -> dict[str, dict[int, LayerStats]]:
-        """What was seen so far, exactly, by profile and layer. Waits for the device, where that is not the CPU.
+        """The exact statistics so far, by profile and layer. Waits for the device if it is not the CPU.
 
         Returns
         -------
@@ -130,7 +119,7 @@ class Installed(ABC):
         return result
 
     def reset_stats(self) -> None:
-        """Forgets what was seen so far.
+        """Sets the statistics back to no rows.
 
         Examples
         --------
@@ -145,12 +134,12 @@ class Installed(ABC):
             layer.stats.copy_(ops.new_stats(slots, directions, layer.stats.device))
 
     def _slot(self, name: str | None) -> int:
-        """The slot of a profile's rows, -1 for None: rows that are left alone.
+        """The slot of a profile, or -1 for None: rows that are left alone.
 
         Raises
         ------
         KeyError
-            a name that is not installed.
+            No profile of this name is installed.
         """
         names = list(self._profiles)
         if name is not None and name not in names:

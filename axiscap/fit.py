@@ -1,4 +1,4 @@
-"""Whether a profile is for a model: one check for transformers, vLLM, SGLang, llama.cpp and training."""
+"""The check that a profile fits a model, for every engine."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class ModelFacts:
 
     @classmethod
     def of(cls, num_layers: int, hidden_size: int | None, names: Iterable[object]) -> ModelFacts:
-        """Facts of a model whose architecture goes by names: of classes, or of transformers' ``model_type``."""
+        """The facts of a model, whose architecture has ``names``: of classes, or transformers' ``model_type``."""
         return cls(num_layers, hidden_size, tuple(sorted({family(name) for name in names if isinstance(name, str)})))
 
     @classmethod
     def of_configs(
         cls, num_layers: int, hidden_size: int | None, *configs: Any, names: Iterable[object] = ()
     ) -> ModelFacts:
-        """The same with the names that configurations of transformers have, outer and inner ones."""
+        """The same, with the names in configurations of transformers, outer and inner ones."""
         types = [getattr(config, "model_type", None) for config in configs]
         classes = [name for config in configs for name in getattr(config, "architectures", None) or ()]
         return cls.of(num_layers, hidden_size, [*names, *types, *classes])
 
 
 def family(name: str) -> str:
-    """A name of an architecture without what differs between its classes and types: ``llama`` for LlamaForCausalLM."""
+    """The part of a name that all classes and types of an architecture share: ``llama`` for LlamaForCausalLM."""
     return re.sub(r"[^a-z0-9]", "", re.sub(r"(For[A-Z]\w*|LMHeadModel|Model|_text)$", "", name).lower())
 
 
 def check_fits(name: str, profile: CapProfile, model: ModelFacts, *, allow_other_model: bool = False) -> None:
-    """Checks a profile against the model that it is to be installed in.
+    """Checks that a profile is for a model.
 
     A fine-tuned model has the architecture of its base, and passes. Facts that the profile does not state are not
     checked (:func:`unstated`).
@@ -58,9 +58,9 @@ def check_fits(name: str, profile: CapProfile, model: ModelFacts, *, allow_other
     Parameters
     ----------
     name
-        The profile's, for messages.
+        of the profile, for messages.
     allow_other_model
-        Accepts the profile of another architecture. Its sizes must fit all the same.
+        accepts a profile of another architecture. Its sizes must fit all the same.
 
     Raises
     ------
@@ -86,6 +86,6 @@ def check_fits(name: str, profile: CapProfile, model: ModelFacts, *, allow_other
 
 
 def unstated(profile: CapProfile) -> list[str]:
-    """The facts of its model that a profile does not state, so that :func:`check_fits` cannot compare them."""
+    """The facts that a profile does not state, and :func:`check_fits` cannot compare."""
     facts = {"architecture": profile.architecture, "layer count": profile.num_layers}
     return [name for name, value in facts.items() if value is None]

@@ -1,10 +1,10 @@
 """Capping inside llama.cpp, through llama-cpp-python (the extra ``axiscap[llamacpp]``).
 
-llama.cpp computes graphs of tensors, and calls back with those that somebody wants to see. A block's output is named
-``l_out-N``: the callback, which is C++ (``csrc/ggml``), caps its rows where they are, and no Python runs in between.
-What only the caller of ``llama_decode`` knows is which row belongs to which sequence; so that function is wrapped, for
-contexts with an installation alone, and says it before each batch. Batches that C code decodes by itself (images, in
-llava's and mtmd's helpers) are capped under the profile of sequence 0.
+llama.cpp computes graphs of tensors, and its scheduler calls back for each tensor. The output of block N is named
+``l_out-N``. The callback (C++, ``csrc/ggml``) caps its rows in place, without Python. Only the caller of
+``llama_decode`` knows the sequence of each row, so this function is wrapped, and announces the rows of each batch. The
+wrapper acts on contexts with an installation alone. Batches that C code decodes by itself (images, in llava's and
+mtmd's helpers) are capped under the profile of sequence 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from axiscap.banks import CappedLayer, Installed, by_name
 from axiscap.fit import ModelFacts, check_fits
 from axiscap.profile import CapProfile
 
-#: ggml's own functions that the callback calls, in its order.
+#: The functions of ggml that the callback calls, in the order of its ``ggml::Library``.
 _FUNCTIONS = (
     "ggml_get_name",
     "ggml_nelements",
@@ -31,7 +31,7 @@ _FUNCTIONS = (
     "ggml_backend_tensor_get",
     "ggml_backend_tensor_set",
 )
-#: GGUF architectures that several classes of transformers have in common, or that have another name there.
+#: The classes of transformers of a GGUF architecture, if they are several or have another name.
 _CLASSES = {
     "llama": ("Llama", "Mistral", "Mixtral"),
     "command-r": ("Cohere",),
@@ -40,7 +40,9 @@ _CLASSES = {
     "granitehybrid": ("GraniteMoeHybrid",),
     "hunyuan-dense": ("HunYuanDenseV1",),
 }
-#: By the address of a context of llama.cpp's.
+#: The methods that save or load states of a model's memory.
+_STATE_METHODS = ("set_cache", "save_state", "load_state")
+#: By the address of the context.
 _installed: weakref.WeakValueDictionary[int, Installation] = weakref.WeakValueDictionary()
 
 
@@ -58,54 +60,60 @@ class Installation(Installed):
         self._lib, self._llama, self._profiles = lib, llama, profiles
         if int(getattr(llama._ctx, "ctx", None) or 0) in _installed:
             raise RuntimeError("the model has an AxisCap installation already; remove it first")
-        model = llama._model.model
-        num_layers, hidden_size = lib.llama_model_n_layer(model), lib.llama_model_n_embd(model)
-        kind = llama.metadata.get("general.architecture", "")
-        facts = ModelFacts.of(num_layers, hidden_size, _CLASSES.get(kind, (kind,) if kind else ()))
-        for name, profile in profiles.items():
-            check_fits(name, profile, facts, allow_other_model=allow_other_model)
-        if lib.llama_model_has_encoder(model):
-            raise ValueError("a model with an encoder cannot be capped in llama.cpp")
-        params = llama.context_params
-        if params.n_seq_max > 1 and not params.kv_unified:
-            raise ValueError(
-                "a context of several sequences must have kv_unified: llama.cpp would put the rows of a batch in an "
-                "order of its own"
-            )
-        directions = max(profile.directions for profile in profiles.values())
-        indices = sorted({layer for profile in profiles.values() for layer in profile.layers})
-        cpu = torch.device("cpu")
-        self._layers = {index: CappedLayer(index, list(profiles.values()), directions, cpu) for index in indices}
-        pairs = [
-            (self._layers[index].bank, self._layers[index].stats) if index in self._layers else None
-            for index in range(num_layers)
-        ]
-        self._callback = _C.GgmlCallback(_addresses(), pairs)
-        self._outputs_all = bool(params.embeddings)
-        # Of these models llama.cpp may put the rows of several sequences in an order of its own.
-        self._reorders = bool(
+        model, params = llama._model.model, llama.context_params
+        self._check_fits(allow_other_model)
+        _check_context(lib, model, params)
+        self._callback = self._make_callback(lib.llama_model_n_layer(model))
+        self._computes_all_outputs = bool(params.embeddings)
+        # llama.cpp may reorder the rows of several sequences of these models.
+        self._may_reorder = bool(
             lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model) or lib.llama_model_n_swa(model)
         )
-        self._selection: dict[int, int] = {}
-        self._other = 0
-        self._removed = False
-
-        capped = type(params).from_buffer_copy(params)
-        capped.cb_eval = lib.ggml_backend_sched_eval_callback(self._callback.function)
-        capped.cb_eval_user_data = ctypes.c_void_p(self._callback.data)
-        _wrap_decode(lib)
-        self._renew(capped)
-        _installed[self._address] = self
-        llama._axiscap = self  # the context calls what this holds
-        # A state of the model's memory does not say under which profile it came about.
-        self._cache, llama.cache = llama.cache, None
-        for name in ("set_cache", "save_state", "load_state"):
-            setattr(llama, name, _refused(name))
+        #: The slots that were selected by sequence, and the slot of all other sequences.
+        self._slots: dict[int, int] = {}
+        self._other_slot = 0
+        self._is_removed = False
+        self._put_in_place(params)
         try:
             self._verify()
         except BaseException:
             self.remove()
             raise
+
+    def _check_fits(self, allow_other_model: bool) -> None:
+        lib, model = self._lib, self._llama._model.model
+        architecture = self._llama.metadata.get("general.architecture", "")
+        names = _CLASSES.get(architecture, (architecture,) if architecture else ())
+        facts = ModelFacts.of(lib.llama_model_n_layer(model), lib.llama_model_n_embd(model), names)
+        for name, profile in self._profiles.items():
+            check_fits(name, profile, facts, allow_other_model=allow_other_model)
+
+    def _make_callback(self, num_layers: int) -> Any:
+        """The callback for ggml, with the bank and the statistics of each capped layer."""
+        profiles = list(self._profiles.values())
+        directions = max(profile.directions for profile in profiles)
+        indices = sorted({layer for profile in profiles for layer in profile.layers})
+        self._layers = {index: CappedLayer(index, profiles, directions, torch.device("cpu")) for index in indices}
+        pairs = [
+            (self._layers[index].bank, self._layers[index].stats) if index in self._layers else None
+            for index in range(num_layers)
+        ]
+        return _C.GgmlCallback(_addresses(), pairs)
+
+    def _put_in_place(self, params: Any) -> None:
+        """Gives the model a context with the callback, and refuses saved states."""
+        llama = self._llama
+        capped = type(params).from_buffer_copy(params)
+        capped.cb_eval = self._lib.ggml_backend_sched_eval_callback(self._callback.function)
+        capped.cb_eval_user_data = ctypes.c_void_p(self._callback.data)
+        _wrap_decode(self._lib)
+        self._renew_context(capped)
+        _installed[self._address] = self
+        llama._axiscap = self  # the context calls what the installation holds
+        # A saved state does not tell under which profile it was computed.
+        self._cache, llama.cache = llama.cache, None
+        for name in _STATE_METHODS:
+            setattr(llama, name, _refusal_of(name))
 
     def remove(self) -> None:
         """Takes the capping out: the model is as it was, with an empty memory. The statistics stay.
@@ -114,21 +122,22 @@ class Installation(Installed):
         --------
         >>> cap.remove()  # doctest: +SKIP
         """
-        if self._removed:
+        if self._is_removed:
             return
-        self._removed = True
+        self._is_removed = True
         _installed.pop(self._address, None)
-        for name in ("set_cache", "save_state", "load_state"):
+        for name in _STATE_METHODS:
             vars(self._llama).pop(name, None)
         self._llama.cache = self._cache
         if self._llama._model.model is not None:  # it may have been closed
-            self._renew(self._llama.context_params)
+            self._renew_context(self._llama.context_params)
         del self._llama._axiscap
 
     def select(self, names: str | Mapping[int, str | None] | None) -> None:
-        """Chooses the profile of what is decoded from now on: one for all sequences, or by sequence id (others keep
-        the first profile). None leaves a sequence uncapped. The model's memory is emptied: what is in it came about
-        under another choice.
+        """Selects the profile of the batches from now on: one for all sequences, or by sequence id.
+
+        Sequences that a mapping leaves out have the first profile. None leaves a sequence uncapped. The model's memory
+        is emptied, since it was computed under the selection before.
 
         Parameters
         ----------
@@ -144,19 +153,19 @@ class Installation(Installed):
         --------
         >>> cap.select({0: "mild", 1: None})  # doctest: +SKIP
         """
-        wanted = names if isinstance(names, Mapping) else {-1: names}
-        slots = {sequence: self._slot(name) for sequence, name in wanted.items()}
-        self._other = slots.pop(-1, 0)
-        self._selection = slots
-        self._callback.set_default_slot(slots.get(0, self._other))
-        self._forget()
+        by_sequence = names if isinstance(names, Mapping) else {-1: names}
+        slots = {sequence: self._slot(name) for sequence, name in by_sequence.items()}
+        self._other_slot = slots.pop(-1, 0)
+        self._slots = slots
+        self._callback.set_default_slot(slots.get(0, self._other_slot))
+        self._clear_memory()
 
     @property
     def _address(self) -> int:
         return int(self._llama._ctx.ctx or 0)
 
-    def _renew(self, params: Any) -> None:
-        """Puts a new context in the place of the model's own: a callback is chosen where a context is made."""
+    def _renew_context(self, params: Any) -> None:
+        """Replaces the model's context, since llama.cpp sets a callback only when it makes a context."""
         from llama_cpp import _internals
 
         llama = self._llama
@@ -167,57 +176,42 @@ class Installation(Installed):
             scales = (ctypes.c_float * 1)(llama.lora_scale)
             if self._lib.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales):
                 raise RuntimeError("llama.cpp did not take the LoRA adapter into the new context")
-        self._forget()
+        self._clear_memory()
 
-    def _forget(self) -> None:
+    def _clear_memory(self) -> None:
         self._llama.reset()
         self._llama._ctx.kv_cache_clear()
 
     def _verify(self) -> None:
-        """One small batch: every capped layer must see its rows, by the name that it is expected to have.
+        """Decodes one small batch, to check that the callback finds every capped layer by its name.
 
         Raises
         ------
         ValueError
-            it does not.
+            It does not find one of them.
         """
         lib, llama = self._lib, self._llama
         batch = lib.llama_batch_init(2, 0, 1)
         try:
             batch.n_tokens = 2
-            for at in range(2):
-                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = 0, at, 1, at == 1
-                batch.seq_id[at][0] = 0
+            for row in range(2):
+                batch.token[row], batch.pos[row], batch.n_seq_id[row], batch.logits[row] = 0, row, 1, row == 1
+                batch.seq_id[row][0] = 0
             try:
                 if lib.llama_decode(llama._ctx.ctx, batch):
                     raise RuntimeError("a batch of two tokens was not decoded")
             except RuntimeError as error:
-                kind = llama.metadata.get("general.architecture", "unknown")
-                raise ValueError(f"llama.cpp's graph of the architecture {kind} cannot be capped: {error}") from None
+                architecture = llama.metadata.get("general.architecture", "unknown")
+                raise ValueError(
+                    f"llama.cpp's graph of the architecture {architecture} cannot be capped: {error}"
+                ) from None
         finally:
             lib.llama_batch_free(batch)
-        self._forget()
+        self._clear_memory()
         self.reset_stats()
 
     def _decode(self, original: Callable[..., int], context: Any, batch: Any) -> int:
-        count = batch.n_tokens
-        slots = np.full(count, self._selection.get(0, self._other), np.int32)
-        if self._selection and batch.seq_id:  # else all sequences have one choice
-            for at in range(count):
-                found = {self._selection.get(batch.seq_id[at][n], self._other) for n in range(batch.n_seq_id[at])}
-                if len(found) > 1:
-                    raise ValueError("a token of several sequences must be under one profile")
-                slots[at] = found.pop()
-            if self._reorders and len(set(slots.tolist())) > 1:
-                raise ValueError("sequences of this model must be under one profile, or in batches of their own")
-        if self._outputs_all:
-            outputs = np.ones(count, np.uint8)
-        elif batch.logits:
-            outputs = (np.ctypeslib.as_array(batch.logits, (count,)) != 0).astype(np.uint8)
-        else:
-            outputs = np.zeros(count, np.uint8)
-            outputs[-1:] = 1
-        self._callback.announce(slots.tolist(), outputs.tolist())
+        self._callback.announce(self._slots_of(batch).tolist(), self._outputs_of(batch).tolist())
         try:
             status = original(context, batch)
         finally:
@@ -226,20 +220,47 @@ class Installation(Installed):
             raise RuntimeError(f"axiscap: {problem}")
         return status
 
+    def _slots_of(self, batch: Any) -> np.ndarray[Any, Any]:
+        """(rows,) int32: the slot of each row of a batch."""
+        slots = np.full(batch.n_tokens, self._slots.get(0, self._other_slot), np.int32)
+        if not self._slots or not batch.seq_id:
+            return slots
+        for row in range(batch.n_tokens):
+            sequences = (batch.seq_id[row][n] for n in range(batch.n_seq_id[row]))
+            candidates = {self._slots.get(sequence, self._other_slot) for sequence in sequences}
+            if len(candidates) > 1:
+                raise ValueError("a token of several sequences must be under one profile")
+            slots[row] = candidates.pop()
+        if self._may_reorder and len(set(slots.tolist())) > 1:
+            raise ValueError("sequences of this model must be under one profile, or in batches of their own")
+        return slots
+
+    def _outputs_of(self, batch: Any) -> np.ndarray[Any, Any]:
+        """(rows,) uint8: whether a row has an output; the last layer computes only those rows."""
+        rows = batch.n_tokens
+        if self._computes_all_outputs:
+            return np.ones(rows, np.uint8)
+        outputs = np.zeros(rows, np.uint8)
+        if batch.logits:
+            outputs[:] = np.ctypeslib.as_array(batch.logits, (rows,)) != 0
+        else:
+            outputs[-1:] = 1
+        return outputs
+
 
 def install(
     llama: Any, profile: CapProfile | Mapping[str, CapProfile], *, allow_other_model: bool = False
 ) -> Installation:
-    """Puts a profile into force in a ``llama_cpp.Llama``: in all its ways to generate and to embed, and in batches that
-    are given to ``llama_cpp.llama_decode`` with its context.
+    """Puts a profile into force in a ``llama_cpp.Llama``: in all its methods that generate or embed, and in calls of
+    ``llama_cpp.llama_decode`` with its context.
 
-    The model gets a context of its own with the same parameters, whose memory is empty; so it does where the
-    installation ends. While it lasts, states are neither saved nor loaded, nor cached.
+    The model gets a new context with the same parameters and an empty memory, and another one when the installation
+    ends. Meanwhile states are neither saved nor loaded nor cached.
 
     Parameters
     ----------
     llama
-        the model, on a CPU or on whatever llama.cpp offloads to.
+        the model, on a CPU or offloaded.
     profile
         one profile, or several by name; the first is in force until :meth:`Installation.select` says
         otherwise.
@@ -262,7 +283,7 @@ def install(
     ValueError
         the profile does not fit the model, or llama.cpp's graph of it cannot be capped.
     TypeError
-        something else than a Llama, or than profiles.
+        llama is no Llama, or profile is no profile.
     RuntimeError
         the model has an installation already.
 
@@ -281,15 +302,33 @@ def install(
 
 def _library() -> Any:
     try:
-        import llama_cpp.llama_cpp as found
+        import llama_cpp.llama_cpp as library
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "capping in llama.cpp needs llama-cpp-python: pip install 'axiscap[llamacpp]'"
         ) from None
-    return found
+    return library
+
+
+def _check_context(lib: Any, model: Any, params: Any) -> None:
+    """Checks that the rows of a batch keep their order.
+
+    Raises
+    ------
+    ValueError
+        The model has an encoder, or its context reorders sequences.
+    """
+    if lib.llama_model_has_encoder(model):
+        raise ValueError("a model with an encoder cannot be capped in llama.cpp")
+    if params.n_seq_max > 1 and not params.kv_unified:
+        raise ValueError(
+            "a context of several sequences must have kv_unified: llama.cpp would put the rows of a batch in an "
+            "order of its own"
+        )
 
 
 def _addresses() -> list[int]:
+    """The addresses of :data:`_FUNCTIONS`."""
     from llama_cpp import _ggml
 
     try:
@@ -300,9 +339,7 @@ def _addresses() -> list[int]:
 
 
 def _wrap_decode(lib: Any) -> None:
-    """Has ``llama_decode`` ask the installation of its context, under both names that it goes by. Once and for all:
-    contexts without an installation pass.
-    """
+    """Wraps ``llama_decode`` under both of its names, once. Contexts without an installation are not affected."""
     import llama_cpp
 
     original = lib.llama_decode
@@ -310,15 +347,19 @@ def _wrap_decode(lib: Any) -> None:
         return
 
     def decode(context: Any, batch: Any, /) -> int:
-        found = _installed.get(int(getattr(context, "value", context) or 0))
-        status: int = original(context, batch) if found is None else found._decode(original, context, batch)
-        return status
+        installation = _installed.get(int(getattr(context, "value", context) or 0))
+        if installation is None:
+            status: int = original(context, batch)
+            return status
+        return installation._decode(original, context, batch)
 
     decode.axiscap = True  # type: ignore[attr-defined]
     lib.llama_decode = llama_cpp.llama_decode = decode
 
 
-def _refused(name: str) -> Callable[..., None]:
+def _refusal_of(name: str) -> Callable[..., None]:
+    """A method that raises, for one that saves or loads a state."""
+
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(
             f"{name} is not available while a profile is installed: a state does not say under which profile it came "

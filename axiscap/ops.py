@@ -1,10 +1,10 @@
-"""The ops: activation capping on rows of a residual stream (arXiv 2601.10387, eq. 1), fused.
+"""The ops: activation capping of the rows of a residual stream (arXiv 2601.10387, eq. 1), in fused kernels.
 
 For a row x and its slot's directions k, in order, in float32: ``p = <x, v_k>; if p < tau_k: x += (t_k - p) * u_k``.
 Without targets ``t`` is the floor ``tau``, and without lifts ``u`` is the axis ``v``: the paper's equation. A row in
-which nothing fires is not written. A row whose projection is not finite, whose norm is beyond its limit, or that its
-correction would take out of its dtype's range, is left as it is, and its projections are NaN. A row's result depends on
-its own bits, H, dtype and slot alone.
+which no direction fires is not written. Three kinds of rows are left as they are, with projections NaN: a row whose
+projection is not finite, a row whose norm is larger than its limit, and a row whose correction would leave the range of
+its dtype. The result of a row depends on its own bits, H, the dtype and the slot alone.
 
 Arguments that the ops share:
 
@@ -20,7 +20,7 @@ Arguments that the ops share:
   alone: an attention sink. None, or inf: no limit.
 - projections: (rows, K) float32, filled with ``<row, v_k>`` before the cap.
 
-All on one device. What an op changes shares no memory with its other arguments. Errors, before anything is changed:
+All on one device. A tensor that an op changes shares no memory with the others. Errors, before anything is changed:
 TypeError for a dtype, ValueError for a shape, stride, device, shared memory, or a tensor that is changed and requires
 grad, IndexError for a slot outside [0, S) other than -1 (on CPU; an accelerator leaves that row alone and reports NaN),
 NotImplementedError for forward-mode derivatives. Unit length is the caller's promise; ``axiscap.install`` checks it.
@@ -28,8 +28,8 @@ NotImplementedError for forward-mode derivatives. Unit length is the caller's pr
 The functions call the kernels directly. Under ``torch.compile`` and ``torch.export`` they become
 ``torch.ops.axiscap.*``, which run the same code from torch's dispatcher. The overloads ``buffers``, such as
 ``torch.ops.axiscap.cap_.buffers(hidden, axes, floors, slots, projections, targets, lifts, norm_limits)``, are for
-graphs that keep slots and projections at fixed addresses: both may be longer than the step, whose rows are the first of
-them.
+graphs that keep slots and projections at fixed addresses. Both buffers may be longer than the step, and begin with its
+rows.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def cap(
 ) -> Tensor:
     """The capped copy of hidden, contiguous.
 
-    Differentiable with respect to hidden: where directions fired, the gradient is multiplied by ``I - v u^T`` of each
-    of them, in reverse order. All else is constant.
+    Differentiable with respect to hidden: the gradient is multiplied by ``I - v u^T`` for each direction that fired, in
+    reverse order. All other arguments are constants.
 
     Parameters
     ----------
@@ -260,16 +260,16 @@ def add_rms_norm_cap_fp8_(
     """add_rms_norm_cap_ for an fp8 matrix: the norm goes to quantized, hidden stays; returns (quantized, residual).
 
     ``residual <- cap(hidden + residual)``, ``quantized <- round(clamp(norm(residual) * (1 / scale), -448, 448))``. The
-    norm is rounded to hidden's dtype before it is scaled: the bits are those of :func:`add_rms_norm_cap_` and a
-    quantisation behind it. The scale is one for all rows, or each row's own, as vLLM's per-tensor and per-token
-    quantisations have it.
+    norm is rounded to hidden's dtype before it is scaled, so that the bits are those of :func:`add_rms_norm_cap_` and a
+    quantisation after it. There is one scale for all rows, or one for each row, as in vLLM's per-tensor and per-token
+    quantisations.
 
     Parameters
     ----------
     quantized
         float8_e4m3fn of hidden's shape, filled.
     residual, weight, eps, weight_bias
-        As :func:`add_rms_norm_cap_` has them.
+        See :func:`add_rms_norm_cap_`.
     scale
         float32, one element, the scale of all rows.
     scales
@@ -338,9 +338,9 @@ def cap_layers_(
 
 
 def accumulate_(stats: Tensor, projections: Tensor, floors: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Adds one call's projections to running statistics, in place; returns them.
+    """Adds the projections of one call to running statistics, in place; returns the statistics.
 
-    L layers at once: stats (L, S, K, F), projections (L, rows, K) of any stride between layers, floors (L, S, K).
+    For L layers at once: stats (L, S, K, F), projections (L, rows, K) of any stride between layers, floors (L, S, K).
 
     Parameters
     ----------
@@ -371,7 +371,7 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     Parameters
     ----------
     slots, directions, device
-        S, K, and where the tensor is made.
+        S, K, and the device of the tensor.
 
     Returns
     -------
@@ -389,32 +389,45 @@ def new_stats(slots: int, directions: int, device: torch.device | str | None = N
     return stats
 
 
-# The ops in torch's dispatcher: the extension has the schemas and kernels, and torch needs this beside them.
+# The ops in torch's dispatcher. The extension has the schemas and kernels; torch also needs fakes and derivatives.
 
 
 def _fake(names: list[str], result: Callable[..., Any] | None) -> Callable[..., Any]:
-    """An op without data: shapes, and the devices, since one meta tensor makes the dispatcher choose this."""
+    """An op without data: it gives the shapes of the result, and checks the devices, since the dispatcher takes it for
+    a call with one meta tensor.
+    """
 
-    def fake(*arguments: Any, **keywords: Any) -> Any:
-        given = {**dict(zip(names, arguments, strict=False)), **keywords}
-        devices = {name: value.device for name, value in given.items() if isinstance(value, Tensor)}
-        if given.get("hiddens"):
-            devices["hidden"], *others = (hidden.device for hidden in given["hiddens"])
-            devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
-        rows = "hidden" if "hidden" in devices else "projections"  # accumulate_ has no hidden
-        for name, of in [(name, "axes") for name in ("floors", "targets", "lifts", "norm_limits")] + [
-            (name, rows) for name in devices
-        ]:
-            device, wanted = devices.get(name), devices.get(of)
-            if device and wanted and device != wanted:
-                raise ValueError(f"{name} must be on the device of {of}, {wanted}, got {device}")
-        return result(**given) if result else None
+    def fake(*positional: Any, **keywords: Any) -> Any:
+        arguments = {**dict(zip(names, positional, strict=False)), **keywords}
+        _check_devices(arguments)
+        return result(**arguments) if result else None
 
     return fake
 
 
+def _check_devices(arguments: dict[str, Any]) -> None:
+    """Checks that the bank is on one device, and all tensors on that of the rows.
+
+    Raises
+    ------
+    ValueError
+        The message names the argument on another device.
+    """
+    devices = {name: value.device for name, value in arguments.items() if isinstance(value, Tensor)}
+    if arguments.get("hiddens"):
+        devices["hidden"], *others = (hidden.device for hidden in arguments["hiddens"])
+        devices["hiddens"] = next((other for other in others if other != devices["hidden"]), devices["hidden"])
+    rows = "hidden" if "hidden" in devices else "projections"  # accumulate_ has no hidden
+    pairs = [(name, "axes") for name in ("floors", "targets", "lifts", "norm_limits")]
+    pairs += [(name, rows) for name in devices]
+    for name, owner in pairs:
+        device, expected = devices.get(name), devices.get(owner)
+        if device and expected and device != expected:
+            raise ValueError(f"{name} must be on the device of {owner}, {expected}, got {device}")
+
+
 def _refuse_negated(*_: Any, **__: Any) -> None:
-    """Raises: torch resolves negated views for ops with results alone."""
+    """Raises, since torch resolves negated views only for ops that return results."""
     raise ValueError("a negated view cannot be changed in place; use its resolve_neg()")
 
 
@@ -444,13 +457,14 @@ def _differentiate_cap(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | Non
     g = grad.reshape(-1, grad.shape[-1]).float()
     if slots is None:
         axes, lifts = axes[:1], None if lifts is None else lifts[:1]
-    # Products with the axes of all slots, of which each row keeps its own: copies would be as large as the gradient.
-    own = None if slots is None else slots.clamp(0, len(axes) - 1).long()[:, None]
+    # Each row is multiplied by the axes of all slots and keeps the product of its own slot. To gather the axes by row
+    # would need a copy as large as the gradient.
+    index = None if slots is None else slots.clamp(0, len(axes) - 1).long()[:, None]
     for k in reversed(range(axes.shape[1])):
-        along = g @ (axes if lifts is None else lifts)[:, k].T
-        mine = along if own is None else along.gather(1, own)
-        mine = torch.where(fired[:, k, None], mine, 0)
-        weights = mine if own is None else torch.zeros_like(along).scatter(1, own, mine)
+        products = g @ (axes if lifts is None else lifts)[:, k].T
+        product = products if index is None else products.gather(1, index)
+        product = torch.where(fired[:, k, None], product, 0)
+        weights = product if index is None else torch.zeros_like(products).scatter(1, index, product)
         g = torch.addmm(g, weights, axes[:, k], alpha=-1)
     return g.to(grad.dtype).reshape(grad.shape), *[None] * 6
 
@@ -462,17 +476,17 @@ def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_project(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A row that was left alone has projections NaN, and no gradient."""
+    """The gradient of a row is the sum over its axes. A row that was left alone has projections NaN and no gradient."""
     axes, slots, projections = ctx.saved_tensors
     rows = grad.reshape(-1, grad.shape[-1])
     rows = torch.where(projections.reshape(rows.shape).isnan(), 0, rows)
-    own = axes[:1].expand(len(rows), -1, -1) if slots is None else axes[slots.clamp(0, len(axes) - 1).long()]
-    g = torch.einsum("nk,nkh->nh", rows, own)
+    axes_of_rows = axes[:1].expand(len(rows), -1, -1) if slots is None else axes[slots.clamp(0, len(axes) - 1).long()]
+    g = torch.einsum("nk,nkh->nh", rows, axes_of_rows)
     return g.to(ctx.hidden_dtype).reshape(*grad.shape[:-1], axes.shape[-1]), None, None
 
 
 def _register() -> torch.library.Library:
-    """The library, whose ops live as long as it does."""
+    """Registers the ops. They exist as long as the library that this returns."""
     results: dict[str, Callable[..., Any]] = {"cap": _empty_cap, "project": _empty_project}
     library = torch.library.Library("axiscap", "DEF")  # type: ignore[no-untyped-call]
     for schema, names, kernel in _C.OPS:

@@ -1,7 +1,7 @@
-"""Every op in plain torch: the oracle that the kernels are tested against.
+"""Every op in plain torch: the reference for the tests of the kernels.
 
-Written to be read beside the definition (arXiv 2601.10387, eq. 1): ``h <- h - v * min(<h, v> - tau, 0)``. Arithmetic
-runs in float32, or in float64 where hidden is float64. Shapes are those of :mod:`axiscap.ops`.
+The code follows the definition (arXiv 2601.10387, eq. 1): ``h <- h - v * min(<h, v> - tau, 0)``. Arithmetic runs in
+float32, or in float64 if hidden is float64. Shapes are those of :mod:`axiscap.ops`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _FP8_MAX = 448.0
 
 
 class _Directions:
-    """Rows x (N, H) in the dtype of the arithmetic, and each row's directions: axes and lifts (N, K, H), floors and
-    targets (N, K), norm_limits (N,); ``active`` (N,): the row has a slot.
+    """Rows x (N, H) in the dtype of the arithmetic, with the directions of each row: axes and lifts (N, K, H), floors
+    and targets (N, K), norm_limits (N,). ``has_slot`` (N,): False for rows that are left alone.
     """
 
     def __init__(
@@ -31,39 +31,38 @@ class _Directions:
         lifts: Tensor | None,
         norm_limits: Tensor | None,
     ) -> None:
-        work = torch.promote_types(hidden.dtype, torch.float32)
-        self.x = hidden.reshape(-1, hidden.shape[-1]).to(work)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.x = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         device = self.x.device
         index = torch.zeros(len(self.x), dtype=torch.long, device=device) if slots is None else slots.long()
         if bool(((index < -1) | (index >= len(axes))).any()):
             raise IndexError(f"slots must be in [0, {len(axes)}) or -1")
-        self.active, index = index >= 0, index.clamp(min=0)
-        self.axes, self.floors = axes.to(work)[index], floors.to(work)[index]
-        self.targets = self.floors if targets is None else targets.to(work)[index]
-        self.lifts = self.axes if lifts is None else lifts.to(work)[index]
-        no_limits = torch.full((len(self.x),), torch.inf, dtype=work, device=device)
-        self.norm_limits = no_limits if norm_limits is None else norm_limits.to(work)[index]
+        self.has_slot, index = index >= 0, index.clamp(min=0)
+        self.axes, self.floors = axes.to(dtype)[index], floors.to(dtype)[index]
+        self.targets = self.floors if targets is None else targets.to(dtype)[index]
+        self.lifts = self.axes if lifts is None else lifts.to(dtype)[index]
+        no_limits = torch.full((len(self.x),), torch.inf, dtype=dtype, device=device)
+        self.norm_limits = no_limits if norm_limits is None else norm_limits.to(dtype)[index]
 
-    def cap(self, x: Tensor, rows: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
+    def cap(self, x: Tensor, rows: Tensor, rows_are_summand: bool = False) -> tuple[Tensor, Tensor]:
         """Applies the directions in order to x (N, H).
 
         Parameters
         ----------
         rows
-            of the same shape, in the streams' dtype: what becomes x where a row fired, and stays as it is
-            elsewhere.
-        apart
-            it is a part of x alone, to which the correction is added.
+            (N, H) in the dtype of the stream, which becomes x in the rows that fired.
+        rows_are_summand
+            x is the sum of rows and another stream, so that the correction is added to rows.
 
         Returns
         -------
         tuple[Tensor, Tensor]
-            Those rows, and the projections before the cap (N, K).
+            The capped rows, and the projections before the cap (N, K).
         """
-        came = x
-        incoming = torch.einsum("nh,nkh->nk", x, self.axes)
-        fired = torch.zeros_like(self.active)
-        admitted = self.active & incoming.isfinite().all(-1)
+        x_before = x
+        projections = torch.einsum("nh,nkh->nk", x, self.axes)
+        fired = torch.zeros_like(self.has_slot)
+        admitted = self.has_slot & projections.isfinite().all(-1)
         admitted = admitted & ~(x.square().sum(-1) > self.norm_limits.square())
         for k in range(self.axes.shape[1]):
             p = (x * self.axes[:, k]).sum(-1)
@@ -72,11 +71,11 @@ class _Directions:
             admitted = admitted & p.isfinite() & delta.isfinite()
             x = torch.where(fires[:, None], x + delta[:, None] * self.lifts[:, k], x)
             fired = fired | fires
-        capped = (rows.to(x.dtype) + (x - came) if apart else x).to(rows.dtype)
-        # Neither is a row that the correction takes out of its dtype's range.
+        capped = (rows.to(x.dtype) + (x - x_before) if rows_are_summand else x).to(rows.dtype)
+        # A row whose correction leaves the range of its dtype is not admitted either.
         admitted = admitted & (capped.isfinite().all(-1) | ~fired)
-        incoming = torch.where(admitted[:, None], incoming, torch.nan)
-        return torch.where((fired & admitted)[:, None], capped, rows), incoming
+        projections = torch.where(admitted[:, None], projections, torch.nan)
+        return torch.where((fired & admitted)[:, None], capped, rows), projections
 
 
 def cap(
@@ -110,9 +109,9 @@ def cap(
     [[0.0, 5.0], [2.0, 5.0]]
     """
     directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
-    capped, incoming = directions.cap(directions.x, hidden.reshape(directions.x.shape))
+    capped, before = directions.cap(directions.x, hidden.reshape(directions.x.shape))
     if projections is not None:
-        projections.copy_(incoming.detach())
+        projections.copy_(before.detach())
     return capped.reshape(hidden.shape)
 
 
@@ -208,9 +207,9 @@ def cap_residual_(
     """
     directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
     rows = residual.reshape(directions.x.shape)
-    capped, incoming = directions.cap(directions.x + rows.to(directions.x.dtype), rows, apart=True)
+    capped, before = directions.cap(directions.x + rows.to(directions.x.dtype), rows, rows_are_summand=True)
     if projections is not None:
-        projections.copy_(incoming)
+        projections.copy_(before)
     return residual.copy_(capped.reshape(residual.shape))
 
 
@@ -257,9 +256,9 @@ def add_rms_norm_cap_(
     """
     directions = _Directions(hidden, axes, floors, slots, targets, lifts, norm_limits)
     x = directions.x + residual.reshape(directions.x.shape).to(directions.x.dtype)
-    capped, incoming = directions.cap(x, x.to(residual.dtype))
+    capped, before = directions.cap(x, x.to(residual.dtype))
     if projections is not None:
-        projections.copy_(incoming)
+        projections.copy_(before)
     residual.copy_(capped.reshape(residual.shape))
     y = residual.to(x.dtype)
     scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -343,7 +342,7 @@ def cap_layers_(
     norm_limits: Tensor | None = None,
     projections: Tensor | None = None,
 ) -> list[Tensor]:
-    """cap_ for each layer l with what each argument has for it: axes[l] (S, K, H), floors[l] (S, K), ...
+    """cap_ for each layer l, with axes[l] (S, K, H), floors[l] (S, K) and so on.
 
     Parameters
     ----------

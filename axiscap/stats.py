@@ -1,4 +1,4 @@
-"""What capping did, in figures: from the sums that the kernels add to."""
+"""Statistics of a capped layer, from the sums that the kernels add up."""
 
 from __future__ import annotations
 
@@ -13,30 +13,25 @@ from axiscap.profile import CapProfile, target_gaps
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one profile did at one layer. Projections are those of the rows as they came, before the cap.
+    """The effect of one profile at one layer. Projections are read before the cap.
 
-    ``mean``, ``min``, ``max``, ``mean_shortfall`` and ``mean_added`` have one entry for each direction. They are NaN
-    without rows; the last two, which are means over the rows below the floor, also if no row was below.
+    ``mean``, ``min``, ``max``, ``mean_shortfall`` and ``mean_added`` have one entry per direction. They are NaN without
+    rows; the last two, which are means over the rows below the floor, also if no row was below.
 
     Parameters
     ----------
     rows
-        how many were measured.
+        rows that were measured.
     fired
-        how many of them were lifted.
+        rows that were lifted.
     nonfinite
-        how many were left alone: not finite, or of a larger norm than the profile's limit, as attention sinks are.
-    mean
-        of the projections, by direction.
-    min
-        the smallest, by direction.
-    max
-        the largest, by direction.
+        rows that were left alone: not finite, or of a larger norm than the profile's limit, as attention sinks are.
+    mean, min, max
+        of the projections of the other rows.
     mean_shortfall
-        of the rows below the floor, by direction: floor less projection.
+        floor - projection, over the rows below the floor.
     mean_added
-        of the same rows, by direction: what the correction added to the projection, (target less projection) times
-        the profile's strength.
+        what the correction added to the projections of these rows: (target - projection) * strength.
 
     Examples
     --------
@@ -58,40 +53,32 @@ class LayerStats:
 
 
 def target_gap(profile: CapProfile, layer: int, directions: int) -> Tensor:
-    """(K,), of a bank of K directions: how far each target is above its floor; 0 for a direction that is off."""
+    """(K,): the distance from each floor to its target, in a bank of K directions; 0 for a direction that is off."""
     slot = profile.slot_at(layer, directions)
     return target_gaps(slot.floors, slot.targets)
 
 
 def layer_stats(sums: Tensor, gap: Tensor, strength: float) -> LayerStats:
-    """
-    Parameters
-    ----------
-    sums
-        (K, F) float64, what the kernels added up.
-    gap
-        (K,), :func:`target_gap` of the profile.
-    strength
-        the profile's.
-    """
-    field = {name: sums[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
-    seen, nonfinite = int(field["seen"][0]), int(field["nonfinite"][0])
-    finite = seen - nonfinite
-
-    def each(values: list[float], counts: list[float]) -> tuple[float, ...]:
-        return tuple(value / count if count else math.nan for value, count in zip(values, counts, strict=True))
-
-    finites = [float(finite)] * len(sums)
-    shortfalls, below = field["shortfall"], field["below"]
-    directions = zip(shortfalls, below, gap.tolist(), strict=True)
-    added = [(shortfall + rows * above) * strength for shortfall, rows, above in directions]
+    """The statistics of one layer from the kernels' sums (K, F), the profile's :func:`target_gap` and its strength."""
+    fields = {name: sums[:, i].tolist() for i, name in enumerate(_C.STAT_FIELDS)}
+    rows, nonfinite = int(fields["seen"][0]), int(fields["nonfinite"][0])
+    finite = rows - nonfinite
+    shortfalls, below = fields["shortfall"], fields["below"]
+    added = [
+        (shortfall + count * distance) * strength
+        for shortfall, count, distance in zip(shortfalls, below, gap.tolist(), strict=True)
+    ]
     return LayerStats(
-        rows=seen,
-        fired=int(sum(field["fired"])),
+        rows=rows,
+        fired=int(sum(fields["fired"])),
         nonfinite=nonfinite,
-        mean=each(field["sum"], finites),
-        min=tuple(value if finite else math.nan for value in field["min"]),
-        max=tuple(value if finite else math.nan for value in field["max"]),
-        mean_shortfall=each(shortfalls, below),
-        mean_added=each(added, below),
+        mean=_divide(fields["sum"], [float(finite)] * len(sums)),
+        min=tuple(value if finite else math.nan for value in fields["min"]),
+        max=tuple(value if finite else math.nan for value in fields["max"]),
+        mean_shortfall=_divide(shortfalls, below),
+        mean_added=_divide(added, below),
     )
+
+
+def _divide(values: list[float], counts: list[float]) -> tuple[float, ...]:
+    return tuple(value / count if count else math.nan for value, count in zip(values, counts, strict=True))

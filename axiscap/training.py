@@ -1,8 +1,7 @@
-"""Capping while a model learns, so that what it learns does not move it along the axis (the extra ``axiscap[train]``).
+"""Capping during training, so that a model does not learn to move along the axis (the extra ``axiscap[train]``).
 
 The profile is in force in the forward and backward passes of training steps, with gradients through the cap, and not in
-evaluation. :func:`attach` does it for transformers' ``Trainer`` and what derives from it (TRL's ``SFTTrainer``,
-``DPOTrainer``), :class:`TrainingCap` for a loop of one's own.
+evaluation. :func:`attach` puts it into a ``Trainer`` of transformers or TRL, :class:`TrainingCap` into another loop.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from torch import Tensor
 
 from axiscap.calibrate.data import shipped
 from axiscap.calibrate.floors import PERCENTILES, with_floors
-from axiscap.installation import install
 from axiscap.profile import CapProfile
 from axiscap.stats import layer_stats, target_gap
+from axiscap.transformers import install
 
 try:
     from transformers import TrainerCallback
 except ModuleNotFoundError:
     raise ModuleNotFoundError("capping in training needs transformers: pip install 'axiscap[train]'") from None
 
-_CAP, _WATCH = "cap", "watch"
-_PROBES_AT_ONCE = 16
+#: The names of the profile, and of the same profile without floors, which reads the probes.
+_CAP, _MEASURE = "cap", "measure"
+_PROBES_PER_BATCH = 16
 
 
 class TrainingCap:
@@ -39,17 +39,17 @@ class TrainingCap:
     profile
         the profile.
     every
-        of how many steps one is capped; the others are not, whatever holds outside of steps.
+        caps one of so many steps.
     rise
-        over what share of the run the floors rise, from the lowest percentile that the profile's table has of
-        their population to where the profile has them; 0: they are there from the beginning.
+        the share of the run during which the floors rise, from the lowest percentile in the profile's table of their
+        population to the profile's floors; 0: they do not rise.
     in_evaluation
-        whether passes outside of steps are capped as well.
+        whether passes outside of steps are capped.
     probes
-        texts whose mean projections :meth:`figures` tells, uncapped; without them, the first lines of AxisCap's
-        own conversations that drift. With a chat template they are a user's messages.
+        texts whose mean projections are read uncapped, for :meth:`figures`; by default the first lines of AxisCap's
+        own conversations that drift. With a chat template they are messages of a user.
     tokenizer
-        encodes the probes; without it there are none.
+        encodes the probes; without it there are no probes.
     allow_other_model
         as for :func:`axiscap.install`.
 
@@ -83,34 +83,34 @@ class TrainingCap:
             raise ValueError(f"every must be at least 1, got {every}")
         if not 0 <= rise <= 1:
             raise ValueError(f"rise must be from 0 to 1, got {rise}")
-        self._low = None
+        self._lowest_floors = None
         if rise:
             population = profile.population
             if population is None:
                 raise ValueError(
                     "the profile does not say whose projections its floors are of, so that they cannot rise"
                 )
-            self._low = with_floors(profile, PERCENTILES[0], population, list(profile.layers)).floors
+            self._lowest_floors = with_floors(profile, PERCENTILES[0], population, list(profile.layers)).floors
         self.profile, self._every, self._rise = profile, every, rise
         self._model = model
         self._device = next(model.parameters()).device
         self._outside = _CAP if in_evaluation else None
         if probes is None:
             probes = [entry["turns"][0] for entry in shipped("drift.jsonl") if entry["group"] == "drift"]
-        self._probes = [] if tokenizer is None else _encoded(tokenizer, probes)
-        profiles = {_CAP: profile, _WATCH: profile.measuring_only()}
+        self._probes = [] if tokenizer is None else _encode(tokenizer, probes)
+        profiles = {_CAP: profile, _MEASURE: profile.measuring_only()}
         self.installation = install(model, profiles, allow_other_model=allow_other_model)
         self.installation.select(self._outside)
 
     def begin(self, step: int, steps: int) -> None:
-        """Before the passes of an optimizer's step, all of those whose gradients it adds up.
+        """Begins an optimizer's step, before the first of the passes whose gradients it adds up.
 
         Parameters
         ----------
         step
-            its number, from 0.
+            the number of the step, from 0.
         steps
-            how many the run has.
+            the number of steps of the run.
 
         Examples
         --------
@@ -121,14 +121,14 @@ class TrainingCap:
         >>> cap.end()
         >>> cap.remove()
         """
-        if self._low is not None:
+        if self._lowest_floors is not None:
             share = min(1.0, step / max(1.0, self._rise * steps))
-            self.installation.set_floors(torch.lerp(self._low, self.profile.floors, share), _CAP)
+            self.installation.set_floors(torch.lerp(self._lowest_floors, self.profile.floors, share), _CAP)
         self.installation.reset_stats()
         self.installation.select(_CAP if step % self._every == 0 else None)
 
     def end(self) -> None:
-        """Behind the step's backward passes.
+        """Ends the step, after its backward passes.
 
         Examples
         --------
@@ -142,14 +142,14 @@ class TrainingCap:
 
     @contextlib.contextmanager
     def step(self, step: int, steps: int) -> Iterator[None]:
-        """Both: ``with cap.step(number, steps): loss = model(**batch).loss; loss.backward()``.
+        """:meth:`begin` and :meth:`end` as a context: ``with cap.step(number, steps): model(**batch).loss.backward()``.
 
         Parameters
         ----------
         step
-            its number, from 0.
+            the number of the step, from 0.
         steps
-            how many the run has.
+            the number of steps of the run.
 
         Yields
         ------
@@ -171,7 +171,7 @@ class TrainingCap:
             self.end()
 
     def remove(self) -> None:
-        """Takes the capping out: the model is as it was, with what it learnt.
+        """Takes the capping out, and leaves the model as it was, with what it learnt.
 
         Examples
         --------
@@ -181,15 +181,16 @@ class TrainingCap:
         self.installation.remove()
 
     def figures(self) -> dict[str, float]:
-        """Of the last step, by capped layer: the share of rows that fired (``axiscap/fired/14``), how far those below
-        the floor lay from it (``axiscap/shortfall/14``), and what was added to their projections
-        (``axiscap/added/14``); and the probes' mean projection as the model is now, uncapped (``axiscap/probes/14``).
-        Summed over processes, where several train.
+        """The figures of the last step, by capped layer, summed over the processes that train.
+
+        ``axiscap/fired/14`` is the share of rows that fired at layer 14; ``axiscap/shortfall/14`` is the mean distance
+        to the floor of the rows below it, and ``axiscap/added/14`` is what was added to their projections.
+        ``axiscap/probes/14`` is the mean projection of the probes, read uncapped by the model as it is now.
 
         Returns
         -------
         dict[str, float]
-            By what a trainer would log.
+            By the name that a trainer logs.
 
         Examples
         --------
@@ -203,34 +204,34 @@ class TrainingCap:
         """
         layers = self.installation._layers
         sums = torch.stack([layers[index].stats[0] for index in self.profile.layers])
-        found: dict[str, float] = {}
-        for index, stats in zip(self.profile.layers, _over_processes(sums), strict=True):
+        figures: dict[str, float] = {}
+        for index, layer_sums in zip(self.profile.layers, _sum_over_processes(sums), strict=True):
             directions = self.profile.directions
             gap = target_gap(self.profile, index, directions)
-            seen = layer_stats(stats[:directions], gap, self.profile.strength)
-            if seen.rows:
-                found[f"axiscap/fired/{index}"] = seen.fired / seen.rows
-                if seen.fired:
-                    found[f"axiscap/shortfall/{index}"] = seen.mean_shortfall[0]
-                    found[f"axiscap/added/{index}"] = seen.mean_added[0]
-        return found | self._probed()
+            stats = layer_stats(layer_sums[:directions], gap, self.profile.strength)
+            if stats.rows:
+                figures[f"axiscap/fired/{index}"] = stats.fired / stats.rows
+                if stats.fired:
+                    figures[f"axiscap/shortfall/{index}"] = stats.mean_shortfall[0]
+                    figures[f"axiscap/added/{index}"] = stats.mean_added[0]
+        return figures | self._read_probes()
 
-    def _probed(self) -> dict[str, float]:
+    def _read_probes(self) -> dict[str, float]:
         if not self._probes:
             return {}
         cap, model = self.installation, self._model
         was_training, sums = model.training, {layer: [0.0, 0.0] for layer in self.profile.layers}
         model.eval()
-        cap.select(_WATCH)
+        cap.select(_MEASURE)
         try:
-            for at in range(0, len(self._probes), _PROBES_AT_ONCE):
-                ids, mask = _padded(self._probes[at : at + _PROBES_AT_ONCE], self._device)
+            for begin in range(0, len(self._probes), _PROBES_PER_BATCH):
+                ids, mask = _pad(self._probes[begin : begin + _PROBES_PER_BATCH], self._device)
                 with torch.no_grad():
                     model(input_ids=ids, attention_mask=mask)
                 for layer, projections in cap.projections().items():
-                    known = projections[..., 0][projections[..., 0].isfinite()]
-                    sums[layer][0] += known.double().sum().item()
-                    sums[layer][1] += known.numel()
+                    finite = projections[..., 0][projections[..., 0].isfinite()]
+                    sums[layer][0] += finite.double().sum().item()
+                    sums[layer][1] += finite.numel()
         finally:
             cap.select(self._outside)
             model.train(was_training)
@@ -247,10 +248,9 @@ def attach(
     probes: Sequence[str] | None = None,
     allow_other_model: bool = False,
 ) -> CapCallback:
-    """Has a trainer cap its training steps, and log what it did, beside its own figures, to whatever it reports to.
+    """Caps the training steps of a trainer, which then logs the figures of :meth:`TrainingCap.figures` beside its own.
 
-    The arguments are those of :class:`TrainingCap`. What the trainer saves knows nothing of it; a run that is resumed
-    attaches it again.
+    The trainer's checkpoints contain no cap: attach it again to a run that is resumed.
 
     Parameters
     ----------
@@ -258,22 +258,14 @@ def attach(
         a transformers ``Trainer``, or one of TRL's.
     profile
         the profile.
-    every
-        of how many steps one is capped.
-    rise
-        over what share of the run the floors rise.
-    in_evaluation
-        whether passes outside of steps are capped as well.
-    probes
-        texts whose mean projections are logged.
-    allow_other_model
-        as for :func:`axiscap.install`.
+    every, rise, in_evaluation, probes, allow_other_model
+        See :class:`TrainingCap`.
 
     Returns
     -------
     CapCallback
-        The callback, whose ``cap`` is the :class:`TrainingCap` while the trainer trains. It takes the capping out when
-        training ends; where that ends in an error, ``remove()`` does.
+        Its ``cap`` is the :class:`TrainingCap` while the trainer trains. It takes the capping out when training ends;
+        after an error, call its ``remove()``.
 
     Examples
     --------
@@ -284,13 +276,13 @@ def attach(
     options = {"every": every, "rise": rise, "in_evaluation": in_evaluation, "probes": probes}
     options["allow_other_model"] = allow_other_model
     callback = CapCallback(profile, trainer.processing_class, options)
-    # In front of those that report: what it adds to a log is there when they see it.
+    # In front of the callbacks that report, so that the log has the figures when they read it.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
 
 
 class CapCallback(TrainerCallback):  # type: ignore[misc]
-    """What :func:`attach` adds to a trainer.
+    """The callback that :func:`attach` adds to a trainer.
 
     Examples
     --------
@@ -306,7 +298,7 @@ class CapCallback(TrainerCallback):  # type: ignore[misc]
         self._profile, self._tokenizer, self._options = profile, tokenizer, options
 
     def remove(self) -> None:
-        """Takes the capping out, if it is there.
+        """Takes the capping out, if a run is capped.
 
         Examples
         --------
@@ -320,7 +312,7 @@ class CapCallback(TrainerCallback):  # type: ignore[misc]
         self.cap = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.remove()  # of a run that ended in an error
+        self.remove()  # a run that ended in an error has left its installation
         self.cap = TrainingCap(model, self._profile, tokenizer=self._tokenizer, **self._options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -342,26 +334,25 @@ class CapCallback(TrainerCallback):  # type: ignore[misc]
         self.remove()
 
 
-def _over_processes(sums: Tensor) -> Tensor:
-    """Statistics (L, K, F) of all processes; least and largest are this one's."""
+def _sum_over_processes(sums: Tensor) -> Tensor:
+    """The sums (L, K, F) of all processes. The fields "min" and "max" are summed too, and mean nothing."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sums = sums.clone()
         torch.distributed.all_reduce(sums)
     return sums
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not getattr(tokenizer, "chat_template", None):
         return [tokenizer(text)["input_ids"] for text in texts]
-    said = [[{"role": "user", "content": text}] for text in texts]
+    chats = [[{"role": "user", "content": text}] for text in texts]
     return [
-        tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for turns in said
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] for chat in chats
     ]
 
 
-def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(texts, longest) each: ids, and which of them are tokens; on the right, where no position moves."""
+def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids and the mask, each (texts, longest), padded on the right, so that no position moves."""
     longest = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
     mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from conftest import unit
-from test_install import plain_cap, tokens
+from tiny_models import plain_cap, tokens
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -176,18 +176,18 @@ def _look_at(name: str, small: dict[str, int]) -> Finding:
             floors = torch.full((len(layers), 1), FLOOR)
             profile = CapProfile(layers, unit(len(layers), 1, size, seed=1), floors)
             with axiscap.install(model, profile) as cap:
-                found = model(input_ids=ids).logits
+                result = model(input_ids=ids).logits
                 counted = cap.stats()["default"][LAYERS[0]].rows
     except (ValueError, TypeError, RuntimeError) as error:
         return Finding(name, "refused", sentence(error))
     try:
         with quietly(), plain_cap(model, profile):
-            wanted = model(input_ids=ids).logits
+            expected = model(input_ids=ids).logits
     except Exception as error:
         return Finding(name, "not built", f"plain hooks fail: {sentence(error)}")
-    scale = (wanted - plain).abs().max()
-    if (found - wanted).abs().max() > 1e-3 * scale or scale == 0 or counted < ids.numel():
-        return Finding(name, "wrong", f"off by {(found - wanted).abs().max():.2g} of {scale:.2g}, {counted} rows")
+    scale = (expected - plain).abs().max()
+    if (result - expected).abs().max() > 1e-3 * scale or scale == 0 or counted < ids.numel():
+        return Finding(name, "wrong", f"off by {(result - expected).abs().max():.2g} of {scale:.2g}, {counted} rows")
     return Finding(name, "right")
 
 
@@ -199,17 +199,17 @@ def survey() -> dict[str, list[Finding]]:
     """By mapping."""
     logging.disable(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
-    found = {}
+    result = {}
     for mapping, names in MAPPINGS.items():
         classes = sorted({name for entry in names.values() for name in ((entry,) if isinstance(entry, str) else entry)})
-        found[mapping] = []
+        result[mapping] = []
         for number, name in enumerate(classes):
-            found[mapping].append(look_at(name))
-            print(f"{mapping} {number + 1} of {len(classes)}: {found[mapping][-1]}", file=sys.stderr, flush=True)
-    return found
+            result[mapping].append(look_at(name))
+            print(f"{mapping} {number + 1} of {len(classes)}: {result[mapping][-1]}", file=sys.stderr, flush=True)
+    return result
 
 
-def table(found: dict[str, list[Finding]]) -> str:
+def table(result: dict[str, list[Finding]]) -> str:
     """The page of the documentation."""
     lines = [
         "# Architectures",
@@ -218,7 +218,7 @@ def table(found: dict[str, list[Finding]]) -> str:
         "logits under `axiscap.install` are compared with those under hooks in plain torch.",
         "`python tests/architectures.py > docs/architectures.md` makes this page.",
     ]
-    for mapping, findings in found.items():
+    for mapping, findings in result.items():
         of = {
             outcome: [f for f in findings if f.outcome == outcome]
             for outcome in ("right", "refused", "not built", "wrong")
@@ -239,10 +239,10 @@ def table(found: dict[str, list[Finding]]) -> str:
 
 def test_no_architecture_is_wrong() -> None:
     """And the page says what is found."""
-    found = survey()
-    assert [f for findings in found.values() for f in findings if f.outcome == "wrong"] == []
-    assert sum(f.outcome == "right" for findings in found.values() for f in findings) > 150
-    assert DOCUMENT.read_text() == table(found)
+    result = survey()
+    assert [f for findings in result.values() for f in findings if f.outcome == "wrong"] == []
+    assert sum(f.outcome == "right" for findings in result.values() for f in findings) > 150
+    assert DOCUMENT.read_text() == table(result)
 
 
 if __name__ == "__main__":

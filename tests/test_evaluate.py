@@ -139,6 +139,24 @@ def lm_eval(folder: Path, arguments: str, *more: object) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+def test_lm_eval_counts_no_padding(tmp_path):
+    """Four requests of other lengths in a batch; the harness pads them without a mask."""
+    code = f"""
+import torch
+from axiscap.evaluate.lm_eval import CappedLM
+lm = CappedLM("smollm2-135m-instruct", device="cpu", dtype="float32", batch_size=4, profile={str(off(tmp_path))!r})
+requests = [(None, list(range(5, 5 + n)), [7] * k) for n, k in ((3, 1), (9, 2), (5, 4), (20, 1))]
+batched = lm._loglikelihood_tokens(requests)
+rows = next(iter(lm.cap.stats()["default"].values())).rows
+alone = [lm._loglikelihood_tokens([request])[0] for request in requests]
+print(rows, max(abs(a[0] - b[0]) for a, b in zip(batched, alone)))
+"""
+    rows, error = run(sys.executable, "-c", code, folder=tmp_path).split()[-2:]
+    assert int(rows) == 3 + 10 + 8 + 20
+    assert float(error) < 1e-3
+
+
+@pytest.mark.slow
 def test_lm_eval_runs_a_capped_model(tmp_path):
     data = tmp_path / "facts.jsonl"
     lines = (REPOSITORY / "axiscap" / "data" / "choices.jsonl").read_text().splitlines()[:6]

@@ -1,4 +1,4 @@
-"""Tests that need a GPU; without one they skip. `make gpu` runs them, with the property tests of tests/test_ops.py."""
+"""What only a GPU has; the property tests of tests/test_ops*.py run on both. `make gpu` runs them; else they skip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import assert_same_bits, unit
-from test_ops import DTYPES
+from op_inputs import DTYPES
 
 from axiscap import _C, ops, reference
 

@@ -9,10 +9,11 @@ import weakref
 import pytest
 import torch
 from conftest import assert_same_bits, profile_for, unit
-from test_install import FLOOR, LAYERS, build, tokens
+from tiny_models import FLOOR, LAYERS, build, tokens
 
 import axiscap
-from axiscap import _C, installation, ops
+from axiscap import _C, ops
+from axiscap.transformers import layers
 
 H = 16
 
@@ -85,7 +86,7 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("name", list(NOT_PLAIN))
-def test_what_is_not_plain_is_left_to_the_slow_way(name):
+def test_an_output_that_is_not_plain_takes_the_slow_way(name):
     capped = CappedLayer()
     output = NOT_PLAIN[name]()
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_what_is_not_plain_is_left_to_the_slow_way(name):
         assert not output.any()
 
 
-def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way():
+def test_gradients_other_threads_and_a_pass_that_ended_take_the_slow_way():
     capped, hidden, answers = CappedLayer(), torch.zeros(2, 3, H), []
     answers.append(capped.run(hidden))  # gradients are on
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_gradients_other_threads_and_a_pass_that_ended_are_left_to_the_slow_way(
     assert not hidden.any()
 
 
-def test_a_pass_of_other_directions_is_left_to_the_slow_way():
+def test_a_pass_of_other_directions_takes_the_slow_way():
     capped, hidden = CappedLayer(), torch.zeros(2, 3, H)
     room = torch.full((3, 6, 3), torch.nan)
     capped.shared.begin(2, 3, None, room)
@@ -137,7 +138,7 @@ def test_the_slots_are_those_of_the_last_pass_that_began():
     assert_same_bits(hidden, ops.cap(torch.zeros(2, 3, H), capped.axes, capped.floors))
 
 
-def test_a_layer_and_its_pass_keep_what_they_use():
+def test_a_layer_and_its_pass_keep_their_tensors_alive():
     capped = CappedLayer(torch.zeros(6, dtype=torch.int32))
     names = ["bank", "stats", "shared", "slots", "projections"]
     kept = {name: weakref.ref(capped.__dict__.pop(name)) for name in names}
@@ -145,7 +146,7 @@ def test_a_layer_and_its_pass_keep_what_they_use():
     assert [name for name in names if kept[name]() is None] == []
 
 
-def test_a_pass_refuses_what_does_not_fit():
+def test_a_pass_refuses_tensors_that_do_not_fit():
     capped = CappedLayer()
     for wrong, message in (
         (lambda: capped.shared.begin(2, 4, None, capped.projections), "projections must be"),
@@ -176,12 +177,12 @@ def test_a_step_in_production_takes_the_one_call(llama, monkeypatch):
         def slow(*_, **__):
             raise AssertionError("the slow way was taken")
 
-        monkeypatch.setattr(installation._CappedLayer, "cap", slow)
+        monkeypatch.setattr(layers.ModelLayer, "cap", slow)
         llama.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         with torch.inference_mode():
             llama(ids, attention_mask=mask)
         rows = (12 + 3 * 2) + 12
-        assert [found.rows for found in cap.stats()["default"].values()] == [rows] * len(LAYERS)
+        assert [result.rows for result in cap.stats()["default"].values()] == [rows] * len(LAYERS)
         with pytest.raises(AssertionError, match="slow way"):
             llama(ids)  # with gradients
 
@@ -191,7 +192,7 @@ def test_projections_have_the_shape_of_the_last_pass(llama):
     with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap, torch.no_grad():
         for shape in ((2, 6), (2, 6), (3, 4), (1, 12), (2, 6)):
             llama(tokens(*shape))
-            assert [found.shape for found in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
+            assert [result.shape for result in cap.projections().values()] == [(*shape, 1)] * len(LAYERS)
 
 
 def test_a_pass_that_cannot_begin_does_not_run_as_the_one_before(llama):
@@ -220,8 +221,8 @@ def test_both_ways_give_the_same(llama, selection):
     for logits, projections, stats in results[1:]:
         assert_same_bits(logits, results[0][0])
         assert stats == results[0][2]
-        for layer, found in projections.items():
-            torch.testing.assert_close(found, results[0][1][layer], rtol=0, atol=0, equal_nan=True)
+        for layer, result in projections.items():
+            torch.testing.assert_close(result, results[0][1][layer], rtol=0, atol=0, equal_nan=True)
 
 
 def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
@@ -233,7 +234,7 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         for name in floors:
             cap.select(name)
             alone[name] = llama(tokens(1, 6)).logits
-        barrier, found = threading.Barrier(2, timeout=30), {}
+        barrier, result = threading.Barrier(2, timeout=30), {}
 
         def take_turns(*_):
             barrier.wait()
@@ -243,7 +244,7 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         def work(name):
             with torch.no_grad():
                 cap.select(name)
-                found[name] = llama(tokens(1, 6)).logits
+                result[name] = llama(tokens(1, 6)).logits
 
         threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in floors]
         for thread in threads:
@@ -253,4 +254,4 @@ def test_threads_that_alternate_layer_by_layer_keep_their_rows_apart(llama):
         for handle in handles:
             handle.remove()
     for name in floors:
-        assert_same_bits(found[name], alone[name])
+        assert_same_bits(result[name], alone[name])

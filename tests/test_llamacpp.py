@@ -55,8 +55,8 @@ def rewrite(source: Path, out: Path, whole: bool) -> Path:
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, Path]:
     source, folder = models.default_model_file(), tmp_path_factory.mktemp("gguf")
-    made = {name: rewrite(source, folder / f"{name}.gguf", name == "float32") for name in ("float32", "float16")}
-    return {**made, "quantised": source}
+    result = {name: rewrite(source, folder / f"{name}.gguf", name == "float32") for name in ("float32", "float16")}
+    return {**result, "quantised": source}
 
 
 def opened(path: Path, **options) -> llama_cpp.Llama:
@@ -65,9 +65,9 @@ def opened(path: Path, **options) -> llama_cpp.Llama:
 
 @pytest.fixture(scope="module")
 def llama(files):
-    made = opened(files["float32"])
-    yield made
-    made.close()
+    result = opened(files["float32"])
+    yield result
+    result.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +79,24 @@ def prompt(tokenizer, text: str) -> list[int]:
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
 
 
-def wanted(demo_model, tokens: list[int], profile: CapProfile | None) -> list[int]:
+def transformers_answer(demo_model, tokens: list[int], profile: CapProfile | None) -> list[int]:
     model, tokenizer = demo_model
     inputs = {"input_ids": torch.tensor([tokens]), "max_new_tokens": COUNT, "do_sample": False}
     if profile is None:
-        made = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id)
+        result = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id)
     else:
         with axiscap.install(model, profile):
-            made = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id)
-    return made[0, len(tokens) :].tolist()
+            result = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id)
+    return result[0, len(tokens) :].tolist()
 
 
 def greedy(llama: llama_cpp.Llama, tokens: list[int], count: int = COUNT) -> list[int]:
-    made: list[int] = []
+    result: list[int] = []
     for token in llama.generate(tokens, temp=0.0, repeat_penalty=1.0):
-        made.append(token)
-        if len(made) == count or token == llama.token_eos():
+        result.append(token)
+        if len(result) == count or token == llama.token_eos():
             break
-    return made
+    return result
 
 
 @pytest.mark.parametrize("text", PROMPTS)
@@ -104,13 +104,13 @@ def greedy(llama: llama_cpp.Llama, tokens: list[int], count: int = COUNT) -> lis
 def test_greedy_answers_are_those_of_transformers(llama, demo_model, profiles, text, name):
     tokens = prompt(demo_model[1], text)
     before = greedy(llama, tokens)
-    assert before == wanted(demo_model, tokens, None)
+    assert before == transformers_answer(demo_model, tokens, None)
     with llamacpp.install(llama, profiles[name]):
-        assert greedy(llama, tokens) == wanted(demo_model, tokens, profiles[name])
+        assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, profiles[name])
     assert greedy(llama, tokens) == before
 
 
-def test_what_is_counted_is_what_transformers_counts(llama, demo_model, profiles):
+def test_statistics_are_those_of_transformers(llama, demo_model, profiles):
     model, tokenizer = demo_model
     tokens = prompt(tokenizer, PROMPTS[0])
     with llamacpp.install(llama, profiles["mild"]) as cap, axiscap.install(model, profiles["mild"]) as ours:
@@ -119,25 +119,25 @@ def test_what_is_counted_is_what_transformers_counts(llama, demo_model, profiles
             made = greedy(llama, tokens)
         with torch.inference_mode():
             model(input_ids=torch.tensor([[*tokens, *made[:-1]]]))
-        found, expected = cap.stats()["default"], ours.stats()["default"]
+        result, expected = cap.stats()["default"], ours.stats()["default"]
     # The second time around the prompt is in the model's memory, all but its last token.
-    assert {stats.rows for stats in found.values()} == {len(made)}
+    assert {stats.rows for stats in result.values()} == {len(made)}
     with llamacpp.install(llama, profiles["mild"]) as cap:
         assert greedy(llama, tokens) == made
-        found = cap.stats()["default"]
+        result = cap.stats()["default"]
     for layer, stats in expected.items():
         # The last token is sampled and not decoded; the sink at the beginning is left alone.
-        assert found[layer].rows == stats.rows == len(tokens) + len(made) - 1
-        assert found[layer].nonfinite == stats.nonfinite
+        assert result[layer].rows == stats.rows == len(tokens) + len(made) - 1
+        assert result[layer].nonfinite == stats.nonfinite
         assert stats.nonfinite == 1 or layer != max(expected)  # a sink may grow behind the first capped layers
-        assert found[layer].mean == pytest.approx(stats.mean, abs=0.02)
-        assert found[layer].fired == pytest.approx(stats.fired, abs=1)
+        assert result[layer].mean == pytest.approx(stats.mean, abs=0.02)
+        assert result[layer].fired == pytest.approx(stats.fired, abs=1)
 
 
 def test_every_way_to_generate(files, demo_model, profiles):
     tokenizer = demo_model[1]
     tokens = prompt(tokenizer, PROMPTS[0])
-    expected = wanted(demo_model, tokens, profiles["mild"])
+    expected = transformers_answer(demo_model, tokens, profiles["mild"])
     text = tokenizer.decode(expected, skip_special_tokens=True)
     options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": COUNT}
     messages = [{"role": "user", "content": PROMPTS[0]}]
@@ -165,7 +165,7 @@ def flowing(context, sequences: dict[int, list[int]], count: int) -> dict[int, l
     vocabulary = llama_cpp.llama_n_vocab(llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context)))
     batch = llama_cpp.llama_batch_init(512, 0, 1)
     coming, at = dict(sequences), dict.fromkeys(sequences, 0)
-    made: dict[int, list[int]] = {sequence: [] for sequence in sequences}
+    result: dict[int, list[int]] = {sequence: [] for sequence in sequences}
     try:
         for _ in range(count):
             row, last = 0, {}
@@ -179,11 +179,11 @@ def flowing(context, sequences: dict[int, list[int]], count: int) -> dict[int, l
             assert llama_cpp.llama_decode(context, batch) == 0
             for sequence in coming:
                 logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, last[sequence]), (vocabulary,))
-                made[sequence].append(int(logits.argmax()))
-            coming = {sequence: made[sequence][-1:] for sequence in coming}
+                result[sequence].append(int(logits.argmax()))
+            coming = {sequence: result[sequence][-1:] for sequence in coming}
     finally:
         llama_cpp.llama_batch_free(batch)
-    return made
+    return result
 
 
 def test_sequences_of_a_batch_have_a_profile_each(files, demo_model, profiles):
@@ -193,24 +193,24 @@ def test_sequences_of_a_batch_have_a_profile_each(files, demo_model, profiles):
     llama.context_params.n_seq_max, llama.context_params.kv_unified = 4, True
     with llamacpp.install(llama, profiles) as cap:
         cap.select(chosen)
-        made = flowing(llama._ctx.ctx, sequences, 24)
+        result = flowing(llama._ctx.ctx, sequences, 24)
         rows = {name: stats[19].rows for name, stats in cap.stats().items()}
         lengths = {number: len(tokens) + 23 for number, tokens in sequences.items()}
         assert rows == {"strict": lengths[0] + lengths[3], "mild": lengths[2]}
         with pytest.raises(KeyError, match="no profile 'milder' is installed; there are mild, strict"):
             cap.select({0: "milder"})
     for number, name in chosen.items():
-        expected = wanted(demo_model, sequences[number], name and profiles[name])[:24]
-        assert made[number][: len(expected)] == expected, name
+        expected = transformers_answer(demo_model, sequences[number], name and profiles[name])[:24]
+        assert result[number][: len(expected)] == expected, name
     llama.close()
 
 
 @pytest.mark.parametrize("kind", ["float16", "quantised"])
-def test_rounding_weighs_no_more_under_a_cap(files, demo_model, profiles, kind):
+def test_rounding_of_weights_changes_capped_answers_no_more(files, demo_model, profiles, kind):
     """Of the same text, what other weights make of the log-probabilities: capped against capped, uncapped beside it."""
     model, tokenizer = demo_model
     tokens = prompt(tokenizer, PROMPTS[0])
-    tokens += wanted(demo_model, tokens, profiles["mild"])
+    tokens += transformers_answer(demo_model, tokens, profiles["mild"])
     llama = opened(files[kind], logits_all=True)
 
     def off(cap) -> float:
@@ -238,17 +238,17 @@ def test_float16_answers_are_those_of_transformers_up_to_near_ties(files, demo_m
     same = 0
     for text in PROMPTS:
         tokens = prompt(tokenizer, text)
-        expected = wanted(demo_model, tokens, profiles["mild"])
+        expected = transformers_answer(demo_model, tokens, profiles["mild"])
         with llamacpp.install(llama, profiles["mild"]):
-            made = greedy(llama, tokens)
-        first = next((at for at, pair in enumerate(zip(made, expected, strict=False)) if pair[0] != pair[1]), None)
+            result = greedy(llama, tokens)
+        first = next((at for at, pair in enumerate(zip(result, expected, strict=False)) if pair[0] != pair[1]), None)
         if first is None:
-            assert len(made) == len(expected)
+            assert len(result) == len(expected)
             same += 1
             continue
         with axiscap.install(model, profiles["mild"]), torch.inference_mode():
             logits = model(input_ids=torch.tensor([[*tokens, *expected[:first]]])).logits[0, -1]
-        assert logits[expected[first]] - logits[made[first]] < 0.1  # e^0.1: hardly likelier
+        assert logits[expected[first]] - logits[result[first]] < 0.1  # e^0.1: hardly likelier
     llama.close()
     assert same >= 1
 
@@ -258,7 +258,7 @@ def test_the_last_layer_whose_rows_are_those_with_an_output(llama, demo_model):
     tokens = prompt(tokenizer, PROMPTS[0])
     profile = profile_for(model, [28, 29], 5.0, directions=2)
     with llamacpp.install(llama, profile) as cap:
-        assert greedy(llama, tokens) == wanted(demo_model, tokens, profile)
+        assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, profile)
         rows = {layer: stats.rows for layer, stats in cap.stats()["default"].items()}
     assert rows[28] > rows[29] > 0
 
@@ -271,8 +271,8 @@ def test_a_sink_below_the_floor_is_left_alone(llama, demo_model, shipped_profile
         llama.reset()
         llama.eval(ids["input_ids"])
         stats = cap.stats()["default"]
-    assert {(found.rows, found.nonfinite) for found in stats.values()} == {(len(ids["input_ids"]), 1)}
-    assert all(found.min[0] > -1000 for found in stats.values())  # the sink's are in the thousands
+    assert {(result.rows, result.nonfinite) for result in stats.values()} == {(len(ids["input_ids"]), 1)}
+    assert all(result.min[0] > -1000 for result in stats.values())  # the sink's are in the thousands
 
 
 def test_embeddings(files, profiles):
@@ -288,7 +288,7 @@ def test_embeddings(files, profiles):
     llama.close()
 
 
-def test_what_cannot_be_is_said(llama, profiles, shipped_profile):
+def test_invalid_arguments_are_refused(llama, profiles, shipped_profile):
     with pytest.raises(TypeError, match=r"llama must be a llama_cpp\.Llama, got str"):
         llamacpp.install("model.gguf", shipped_profile)
     with pytest.raises(TypeError, match=r"read a file with CapProfile\.load"):
@@ -340,11 +340,11 @@ def test_an_installation_lasts_without_its_handle(files, demo_model, shipped_pro
     llama, tokens = opened(files["float32"]), prompt(demo_model[1], PROMPTS[0])
     llamacpp.install(llama, shipped_profile)
     gc.collect()
-    assert greedy(llama, tokens) == wanted(demo_model, tokens, shipped_profile)
+    assert greedy(llama, tokens) == transformers_answer(demo_model, tokens, shipped_profile)
     llama.close()
 
 
-def test_a_closed_model_takes_its_installation_along(files, shipped_profile):
+def test_a_closed_model_ends_its_installation(files, shipped_profile):
     for _ in range(3):
         llama = opened(files["quantised"])
         cap = llamacpp.install(llama, shipped_profile)
@@ -354,7 +354,7 @@ def test_a_closed_model_takes_its_installation_along(files, shipped_profile):
         gc.collect()
 
 
-def test_what_the_documentation_shows(files, profiles, demo_model, tmp_path, monkeypatch):
+def test_the_code_of_the_documentation_runs(files, profiles, demo_model, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").symlink_to(files["quantised"])
     profiles["mild"].save(tmp_path / "profile.safetensors")
     monkeypatch.chdir(tmp_path)

@@ -1,19 +1,15 @@
-"""Every way that people run a model: an installation survives it, with the right rows capped, or says why not."""
+"""Other ways to run a model: compiled, exported, copied, sharded, quantised, trained."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
-import gc
 import io
 import os
 import pickle
+import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
-import peft
 import pytest
 import torch
 import transformers
@@ -21,14 +17,13 @@ from conftest import assert_same_bits, profile_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from test_install import FLOOR, GREEDY, LAYERS, SMALL, build, gemma3_multimodal, plain_cap, tokens
+from tiny_models import FLOOR, GREEDY, LAYERS, build, check_caps_and_leaves_no_trace, plain_cap, rows, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import axiscap
-from axiscap import models
 
 
 @pytest.fixture
@@ -36,345 +31,117 @@ def llama() -> nn.Module:
     return build("Llama")
 
 
-def rows(cap, name="default") -> int:
-    return cap.stats()[name][LAYERS[0]].rows
-
-
-# generate()
-
-
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_generate_from_embeddings(name):
-    model = build(name)
-    profile, embeds = profile_for(model, LAYERS, FLOOR), model.get_input_embeddings()(tokens(2, 6)).detach()
-    plain = model.generate(inputs_embeds=embeds, **GREEDY)
-    with plain_cap(model, profile):
-        wanted = model.generate(inputs_embeds=embeds, **GREEDY)
-    with axiscap.install(model, profile) as cap:
-        assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), wanted)
-        assert rows(cap) == 2 * (6 + 11)
-    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), plain)
-    with axiscap.install(model, profile, positions="generated") as cap:
-        model.generate(inputs_embeds=embeds, **GREEDY)
-        assert rows(cap) == 2 * 11
-
-
-def test_what_stands_before_generate_stays_there(llama):
-    """Somebody wraps the method of a model that is capped, and takes the cap out later."""
+@pytest.mark.slow
+def test_compiled_models(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
-    called = []
-    plain = llama.generate(tokens(1, 4), **GREEDY)
-    cap = axiscap.install(llama, profile)
-    inner = llama.prepare_inputs_for_generation
-
-    def outer(*args, **kwargs):
-        called.append(1)
-        return inner(*args, **kwargs)
-
-    llama.prepare_inputs_for_generation = outer
-    llama.generate(tokens(1, 4), **GREEDY)
-    assert rows(cap) == 4 + 11
-    cap.remove()
-    called.clear()
-    assert torch.equal(llama.generate(tokens(1, 4), **GREEDY), plain)
-    assert len(called) == 12
-    assert rows(cap) == 4 + 11
-
-
-def draft_model() -> nn.Module:
-    """Guesses what the model says now and then."""
-    model = build("Llama")
+    ids, short = tokens(2, 9), tokens(3, 4)
+    with torch.no_grad(), plain_cap(llama, profile):
+        expected, wanted_short = llama(ids).logits, llama(short).logits
     with torch.no_grad():
-        for parameter in model.model.layers[3].parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model
+        plain = llama(ids).logits
+        compiled = torch.compile(llama)
+        torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
+        with axiscap.install(compiled, profile) as cap:
+            torch.testing.assert_close(compiled(ids).logits, expected, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(compiled(short).logits, wanted_short, atol=2e-5, rtol=2e-5)
+            assert cap.stats()["default"][1].rows == 18 + 12
+        torch.testing.assert_close(compiled(ids).logits, plain, atol=2e-5, rtol=2e-5)
+        # Compiled with the cap in place, and after it has gone.
+        with axiscap.install(llama, profile) as cap:
+            inner = torch.compile(llama)
+            torch.testing.assert_close(inner(ids).logits, expected, atol=2e-5, rtol=2e-5)
+            assert cap.stats()["default"][1].rows == 18
+        torch.testing.assert_close(inner(ids).logits, plain, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("way", ["prompt lookup", "another model", "the model itself"])
-@pytest.mark.parametrize("positions", ["all", "generated"])
-def test_drafted_tokens_are_capped_as_written_ones(way, positions, llama):
-    """Speculative decoding gives the texts that decoding token by token gives."""
-    # A prompt that repeats itself, so that there is something to look up.
-    ids = tokens(1, 6).repeat(1, 3)
-    profile = profile_for(llama, LAYERS, 0.8)
-    options = {
-        "prompt lookup": {"prompt_lookup_num_tokens": 3},
-        "another model": {"assistant_model": draft_model()},
-        "the model itself": {"assistant_model": llama},
-    }[way]
-    with axiscap.install(llama, profile, positions=positions) as cap:
-        wanted = llama.generate(ids, **GREEDY)
-        fired = cap.stats()["default"][LAYERS[0]]
-        assert fired.rows == 11 + (18 if positions == "all" else 0)
-        cap.reset_stats()
-        seen = []
-        stop = cap.watch(lambda projections: seen.append(projections[LAYERS[0]][0, :, 0].isnan().tolist()))
-        found = llama.generate(ids, **GREEDY, **options)
-        stop()
-        again = llama.generate(ids, **GREEDY)
-    assert torch.equal(found, wanted)
-    assert torch.equal(again, wanted)
-    if positions == "generated":
-        prompts = [alone for alone in seen if len(alone) >= 18]
-        assert prompts
-        assert all(all(alone[:18]) for alone in prompts), "a prompt's row was capped"
-        assert not any(any(alone[18:]) for alone in prompts), "a drafted row was left alone"
-        assert not any(any(alone) for alone in seen if len(alone) < 18), "a written or drafted row was left alone"
+@pytest.mark.slow
+def test_compiled_with_a_selection(llama):
+    names = {"low": profile_for(llama, [1], 0.3), "high": profile_for(llama, [2], 1.5)}
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    compiled = torch.compile(llama)
+    with axiscap.install(llama, names) as cap, torch.no_grad():
+        for choice in (["low", None], ["high", "low"], "high"):
+            cap.select(choice)
+            expected = llama(ids, attention_mask=mask).logits
+            result = compiled(ids, attention_mask=mask).logits
+            real = mask.bool()
+            torch.testing.assert_close(result[real], expected[real], atol=2e-5, rtol=2e-5)
+        assert cap.stats()["high"][2].rows == 2 * (5 + 12)
 
 
-BATCHED = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9, 7)]
+def test_offloaded_weights(llama, tmp_path):
+    """accelerate's hooks replace the forwards of modules whose weights lie on disk."""
+    from accelerate import cpu_offload, disk_offload
+
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+    with torch.no_grad(), plain_cap(llama, profile):
+        expected = llama(ids).logits
+    for offload in (lambda m: cpu_offload(m), lambda m: disk_offload(m, tmp_path / "weights")):
+        model = offload(copy.deepcopy(llama))
+        with torch.no_grad(), axiscap.install(model, profile):
+            torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=2e-5)
 
 
-def batched(llama, **more):
-    """Three prompts of 5, 9 and 7 tokens, 6 new ones each, in transformers' own thread."""
-    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
-    small = transformers.ContinuousBatchingConfig(
-        num_blocks=32, max_batch_tokens=64, **{"allow_block_sharing": False} | more
+def test_device_map(llama, tmp_path):
+    """Loaded with a device_map, part of it on disk."""
+    llama.save_pretrained(tmp_path / "model")
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = dict.fromkeys(names, "cpu") | {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
     )
-    found = llama.generate_batch(BATCHED, config, small, warmup=False)
-    return [found[key].generated_tokens for key in sorted(found)]
-
-
-def test_continuous_batching(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+    with torch.no_grad(), plain_cap(llama, profile):
+        expected = llama(ids).logits
+    with torch.no_grad(), axiscap.install(model, profile) as cap:
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=2e-5)
+        assert cap.stats()["default"][2].rows == 12
+
+
+def test_quantised_weights(llama):
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(llama), {nn.Linear}, torch.qint8)
+    check_caps_and_leaves_no_trace(quantised)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(llama, dtype):
+    model = llama.to(dtype)
+    profile = profile_for(model, LAYERS, FLOOR)
+    outputs = []
+    with axiscap.install(model, profile), torch.no_grad():
+        model.model.layers[2].register_forward_hook(lambda m, a, output: outputs.append(output))
+        model(tokens(2, 6))
+    projections = outputs[0].float() @ profile.axes[1, 0]
+    assert outputs[0].dtype == dtype
+    assert bool((projections > FLOOR - 0.02).all())
+
+
+def test_gradients_flow_through_the_cap(llama):
+    """Training with the cap in force: the gradients are those of the plain hooks."""
+    profile = profile_for(llama, LAYERS, FLOOR)
+    ids = tokens(2, 6)
+
+    def gradient():
+        llama.zero_grad()
+        llama(ids, labels=ids).loss.backward()
+        return llama.model.embed_tokens.weight.grad.clone()
+
     with plain_cap(llama, profile):
-        wanted = batched(llama)
-    assert [len(answer) for answer in wanted] == [6, 6, 6]
-    with axiscap.install(llama, profile) as cap:
-        assert batched(llama) == wanted
-        assert rows(cap) == 5 + 9 + 7 + 3 * 5
-        with pytest.raises(ValueError, match="allow_block_sharing=False"):
-            batched(llama, allow_block_sharing=True)
-    with axiscap.install(llama, profile, positions="generated") as cap:
-        batched(llama)
-        assert rows(cap) == 3 * 5
+        expected = gradient()
+    with axiscap.install(llama, profile):
+        result = gradient()
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-4)
+    assert expected.abs().max() > 0
 
 
-def test_each_request_of_a_batch_has_its_own_profile(llama):
-    """Also those that another thread adds, to a manager that runs."""
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    with axiscap.install(llama, names) as cap:
-        cap.select(["low", "high", None])
-        batched(llama)
-        assert (rows(cap, "low"), rows(cap, "high")) == (5 + 5, 9 + 5)
-        cap.select(["low", "high"])
-        with pytest.raises(ValueError, match="selected for 2 sequences, but there are 3"):
-            batched(llama)
-        cap.reset_stats()
-        serve_from_threads(llama, cap)
-        assert (rows(cap, "low"), rows(cap, "high")) == (5 + 5, 9 + 5)
-        gc.collect()
-        assert not cap._batching, "a manager, and its memory, is kept"
-
-
-def serve_from_threads(llama, cap) -> None:
-    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
-    small = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, allow_block_sharing=False)
-    with llama.continuous_batching_context_manager(
-        generation_config=config, continuous_batching_config=small, warmup=False
-    ) as manager:
-
-        def ask(name, prompt):
-            cap.select(name)
-            request = manager.add_request(BATCHED[prompt])
-            while (result := manager.get_result(request_id=request, timeout=5)) is None or not result.is_finished():
-                pass
-
-        in_threads(lambda: ask("low", 0), lambda: ask("high", 1), lambda: ask(None, 2))
-        with pytest.raises(ValueError, match="a request is one sequence"):
-            manager.add_request(BATCHED[0])
-
-
-# Threads and tasks
-
-
-def in_threads(*calls):
-    """Runs calls at once, each starting when all have; returns what they gave."""
-    barrier = threading.Barrier(len(calls))
-
-    def run(call):
-        barrier.wait()
-        return call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [done.result() for done in [pool.submit(run, call) for call in calls]]
-
-
-def test_threads_choose_for_themselves(llama):
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    ids = tokens(2, 8)
-    wanted = {}
-    for name, profile in names.items():
-        with plain_cap(llama, profile), torch.no_grad():
-            wanted[name] = llama(ids).logits
-    with torch.no_grad():
-        wanted[None] = llama(ids).logits
-    with axiscap.install(llama, names) as cap:
-
-        def ask(name):
-            cap.select(name)
-            with torch.no_grad():
-                return [llama(ids).logits for _ in range(40)]
-
-        chosen = ("low", "high", None)
-        for name, found in zip(chosen, in_threads(*(lambda n=n: ask(n) for n in chosen)), strict=True):
-            for logits in found:
-                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
-        assert rows(cap, "low") == rows(cap, "high") == 40 * ids.numel()
-        # This thread has chosen nothing, and several others have.
-        with pytest.raises(RuntimeError, match="several threads or tasks chose profiles"):
-            llama(ids)
-        cap.select("high")
-        with torch.no_grad():
-            torch.testing.assert_close(llama(ids).logits, wanted["high"], atol=2e-5, rtol=2e-5)
-
-
-def test_a_thread_without_a_choice_has_the_only_one(llama):
-    """As where generate() runs in a thread of its own, and its caller chose."""
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    with axiscap.install(llama, names) as cap, torch.no_grad():
-        cap.select("high")
-        (_,) = in_threads(lambda: llama(tokens(1, 4)))
-        assert (rows(cap, "low"), rows(cap, "high")) == (0, 4)
-        # What a thread has not run itself, it sees of the others.
-        assert cap.projections()[LAYERS[0]].shape == (1, 4, 1)
-
-
-def test_threads_have_masks_and_batches_of_their_own(llama):
-    profile = profile_for(llama, LAYERS, FLOOR)
-    masks = [torch.ones(2, 6, dtype=torch.long), torch.ones(3, 9, dtype=torch.long), None]
-    masks[0][1, :3] = 0
-    masks[1][2, :5] = 0
-    shapes = [(2, 6), (3, 9), (4, 5)]
-    wanted = []
-    for mask, shape in zip(masks, shapes, strict=True):
-        with plain_cap(llama, profile, mask), torch.no_grad():
-            wanted.append(llama(tokens(*shape), attention_mask=mask).logits)
-
-    def ask(mask, shape):
-        with torch.no_grad():
-            return [llama(tokens(*shape), attention_mask=mask).logits for _ in range(30)]
-
-    with axiscap.install(llama, profile) as cap:
-        calls = [lambda m=m, s=s: ask(m, s) for m, s in zip(masks, shapes, strict=True)]
-        for found, right in zip(in_threads(*calls), wanted, strict=True):
-            for logits in found:
-                torch.testing.assert_close(logits, right, atol=2e-5, rtol=2e-5)
-        assert rows(cap) == 30 * (9 + 22 + 20)
-
-
-@pytest.fixture
-def often_switched():
-    """Threads take turns a thousand times as often as they do."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def test_generating_threads_do_not_mix(llama, often_switched):
-    """Each pass is announced as a whole, however often the interpreter goes from thread to thread."""
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 20.0)}
-    ids = tokens(2, 8)
-
-    def last_scores():
-        return llama.generate(ids, **GREEDY, output_scores=True, return_dict_in_generate=True).scores[-1][:, 3:]
-
-    with axiscap.install(llama, names, positions="generated") as cap:
-        wanted = {}
-        for name in names:
-            cap.select(name)
-            wanted[name] = last_scores()
-        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
-
-        def ask(name):
-            cap.select(name)
-            return [last_scores() for _ in range(200)]
-
-        for name, found in zip(names, in_threads(*(lambda n=n: ask(n) for n in names)), strict=True):
-            for scores in found:
-                torch.testing.assert_close(scores, wanted[name], atol=2e-5, rtol=2e-5)
-
-
-def test_tasks_choose_for_themselves(llama):
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    with axiscap.install(llama, names) as cap, torch.no_grad():
-
-        async def ask(name, other):
-            cap.select(name)
-            other.set_result(None)
-            await asyncio.gather(*waiting.values())  # until both have chosen
-            llama(tokens(1, 4))  # in the event loop's thread
-            await asyncio.to_thread(llama, tokens(1, 3))  # in another, with this task's context
-
-        async def both():
-            for name in names:
-                waiting[name] = asyncio.get_running_loop().create_future()
-            await asyncio.gather(*(ask(name, waiting[name]) for name in names))
-
-        waiting = {}
-        asyncio.run(both())
-        assert rows(cap, "low") == rows(cap, "high") == 7
-
-
-@pytest.mark.slow
-def test_threads_choose_for_themselves_in_compiled_code(llama):
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    ids = tokens(2, 8)
-    with axiscap.install(llama, names) as cap, torch.no_grad():
-        wanted = {}
-        for name in names:
-            cap.select(name)
-            wanted[name] = llama(ids).logits
-        compiled = torch.compile(llama, backend="eager")
-
-        def ask(name):
-            cap.select(name)
-            return [compiled(ids).logits for _ in range(5)]
-
-        for name in ("low", "high", "low"):  # compiled in one thread, run in another
-            (found,) = in_threads(lambda name=name: ask(name))
-            for logits in found:
-                torch.testing.assert_close(logits, wanted[name], atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.slow
-def test_tasks_choose_for_themselves_in_compiled_code(llama):
-    names = {"low": profile_for(llama, LAYERS, FLOOR), "high": profile_for(llama, LAYERS, 2.0)}
-    ids = tokens(2, 8)
-    with axiscap.install(llama, names) as cap, torch.no_grad():
-        wanted = {}
-
-        async def alone(name):
-            cap.select(name)
-            wanted[name] = llama(ids).logits
-
-        for name in names:
-            asyncio.run(alone(name))
-        assert not torch.allclose(wanted["low"], wanted["high"], atol=1e-3)
-        compiled = torch.compile(llama, backend="eager")
-        cap.select("low")
-        compiled(ids)
-
-        async def ask(name):
-            cap.select(name)
-            for _ in range(3):
-                await asyncio.sleep(0.01)  # the other one chooses, or runs
-                torch.testing.assert_close(compiled(ids).logits, wanted[name], atol=2e-5, rtol=2e-5)
-
-        async def both():
-            await asyncio.gather(*(ask(name) for name in names))
-
-        asyncio.run(both())
-
-
-# Traces: nothing of them outlives them.
-
-
-def still_right(model, cap, wanted) -> None:
+def assert_capped_as_before(model, cap, expected) -> None:
     before = rows(cap)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens(2, 5)).logits, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(model(tokens(2, 5)).logits, expected, atol=2e-5, rtol=2e-5)
     assert rows(cap) == before + 10
     assert cap.projections()[LAYERS[0]].shape == (2, 5, 1)
 
@@ -393,24 +160,24 @@ def test_an_export_leaves_nothing_behind(strict, llama):
             return self.model(ids, use_cache=False).logits
 
     with plain_cap(llama, profile), torch.no_grad():
-        wanted = llama(tokens(2, 5)).logits
+        expected = llama(tokens(2, 5)).logits
     with axiscap.install(llama, profile) as cap, torch.no_grad():
-        still_right(llama, cap, wanted)
+        assert_capped_as_before(llama, cap, expected)
         program = torch.export.export(Logits().eval(), (tokens(2, 5),), strict=strict)
-        torch.testing.assert_close(program.module()(tokens(2, 5)), wanted, atol=2e-5, rtol=2e-5)
-        still_right(llama, cap, wanted)
+        torch.testing.assert_close(program.module()(tokens(2, 5)), expected, atol=2e-5, rtol=2e-5)
+        assert_capped_as_before(llama, cap, expected)
 
 
 def test_fake_and_meta_passes_leave_nothing_behind(llama):
     profile = profile_for(llama, LAYERS, FLOOR)
     with plain_cap(llama, profile), torch.no_grad():
-        wanted = llama(tokens(2, 5)).logits
+        expected = llama(tokens(2, 5)).logits
     with axiscap.install(llama, profile) as cap, torch.no_grad():
-        still_right(llama, cap, wanted)
+        assert_capped_as_before(llama, cap, expected)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             assert llama(mode.from_tensor(tokens(2, 7))).logits.shape == (2, 7, 97)
-        still_right(llama, cap, wanted)
+        assert_capped_as_before(llama, cap, expected)
     shell = build("Llama").to("meta")
     with axiscap.install(shell, profile) as cap, torch.no_grad():
         assert shell(tokens(2, 7).to("meta")).logits.shape == (2, 7, 97)
@@ -418,7 +185,7 @@ def test_fake_and_meta_passes_leave_nothing_behind(llama):
         shell.load_state_dict(llama.state_dict())
         shell.model.rotary_emb.load_state_dict(llama.model.rotary_emb.state_dict())
         shell.model.rotary_emb.inv_freq.copy_(llama.model.rotary_emb.inv_freq)
-        still_right(shell, cap, wanted)
+        assert_capped_as_before(shell, cap, expected)
 
 
 def test_a_trace_by_jit_is_refused(llama):
@@ -430,9 +197,6 @@ def test_a_trace_by_jit_is_refused(llama):
             llama(tokens(1, 4))
 
 
-# Copies: plainly uncapped, and alive on their own.
-
-
 def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -442,6 +206,22 @@ def through_torch(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_a_pickle_of_a_capped_model_does_not_need_axiscap(llama, tmp_path):
+    plain = llama.generate(tokens(2, 6), **GREEDY)
+    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)) as cap:
+        cap.watch(lambda projections: None)
+        torch.save(llama, tmp_path / "model.pt")
+    assert b"axiscap" not in pickle.dumps(llama)
+    code = f"""
+import sys, torch
+sys.modules["axiscap"] = None
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+print(model.generate(torch.tensor({tokens(2, 6).tolist()}), **{GREEDY}).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith(str(plain.tolist())), done.stderr
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
@@ -463,60 +243,9 @@ def test_a_copy_is_not_capped(copied, llama):
         assert torch.equal(llama.generate(ids, **GREEDY), capped)
 
 
-# Wrappers, and what models may be like
-
-
-@pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning"])
-def test_virtual_tokens_count_as_the_prompts(kind, llama):
-    configs = {
-        "prompt": peft.PromptTuningConfig,
-        "prefix": peft.PrefixTuningConfig,
-        "p-tuning": peft.PromptEncoderConfig,
-    }
-    extra = {"encoder_hidden_size": 16} if kind == "p-tuning" else {}
-    config = configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3, **extra)
-    torch.manual_seed(1)
-    model = peft.get_peft_model(llama, config).eval()
-    mask = torch.ones(3, 9, dtype=torch.long)
-    mask[1, :4] = 0
-    profile = profile_for(llama, LAYERS, FLOOR)
-    fed = 0 if kind == "prefix" else 3 * 3  # a prefix stands in the cache, and has no rows
-    seen = []
-    handle = llama.model.layers[LAYERS[0]].register_forward_hook(
-        lambda m, a, output: seen.append(output[..., 0].numel())
-    )
-    with torch.no_grad():
-        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
-    handle.remove()
-    with axiscap.install(model, profile) as cap, torch.no_grad():
-        model(input_ids=tokens(3, 9), attention_mask=mask)
-        assert rows(cap) == 27 - 4 + fed
-        cap.reset_stats()
-        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
-        assert rows(cap) == sum(seen) - 4
-    with axiscap.install(model, profile, positions="generated") as cap, torch.no_grad():
-        model.generate(input_ids=tokens(3, 9), attention_mask=mask, **GREEDY)
-        assert rows(cap) == 3 * 11
-
-
-def test_padding_of_a_wrapper_that_prepares_the_mask():
-    model = gemma3_multimodal()
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :3] = 0
-    profile = profile_for(model, LAYERS, FLOOR)
-    with axiscap.install(model, profile) as cap, torch.no_grad():
-        for part in (model, model.model):
-            cap.reset_stats()
-            part(input_ids=tokens(2, 9), attention_mask=mask)
-            assert rows(cap) == 15
-        cap.reset_stats()
-        model(input_ids=tokens(2, 9))  # no mask of the pass before
-        assert rows(cap) == 18
-
-
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_hidden_states_are_what_went_on(before, grad, llama):
+def test_output_hidden_states_are_capped(before, grad, llama):
     """Also where transformers' recorder was there first."""
     profile = profile_for(llama, LAYERS, 3.0)
     with torch.set_grad_enabled(grad):
@@ -526,6 +255,68 @@ def test_hidden_states_are_what_went_on(before, grad, llama):
             states = llama(tokens(1, 4), output_hidden_states=True).hidden_states
     for at, layer in enumerate(LAYERS):
         assert (states[layer + 1] @ profile.axes[at, 0]).min() > 2.999
+
+
+@pytest.mark.parametrize("way", ["with gradients", "no_grad", "inference mode"])
+def test_hooks_that_were_there_first_see_the_layers_own_output(way, llama):
+    """Later ones see the capped output; what the earlier ones kept is not changed."""
+    mode = {"with gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference mode": torch.inference_mode}[way]
+    profile, layer = profile_for(llama, LAYERS[:1], 20.0), llama.model.layers[LAYERS[0]]
+    kept = []
+    layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    with mode():
+        llama(tokens(1, 9))
+        own = kept.pop().clone()
+        with axiscap.install(llama, profile):
+            for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+                layer.register_forward_hook(lambda module, args, output: kept.append(output))
+                llama(tokens(1, 9))
+                before, after = kept[:2]
+                kept.clear()
+                assert_same_bits(before.detach(), own.detach())
+                projections = after.detach().double() @ profile.axes[0, 0].double()
+                torch.testing.assert_close(projections, torch.full((1, 9), 20.0).double())
+
+
+class Skip(nn.Module):
+    """A pruned layer: its output is its input."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_that_returns_its_input_leaves_the_callers_tensor(grad, llama):
+    llama.model.layers[0], llama.model.layers[1] = Skip(), Skip()
+    embeds = llama.get_input_embeddings()(tokens(1, 9)).detach()
+    before = embeds.clone()
+    with axiscap.install(llama, profile_for(llama, [1], 20.0)) as cap, torch.set_grad_enabled(grad):
+        for _ in range(2):  # the first pass looks for sinks, the second takes the layers' fast way
+            llama(inputs_embeds=embeds)
+        assert cap.stats()["default"][1].fired == 18
+    assert_same_bits(embeds, before)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_submodule_or_a_global_hook_keeps_is_not_changed(grad, llama):
+    inner = llama.model.layers[1]
+    outer = llama.model.layers[1] = nn.Sequential(inner)
+    outer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    kept = []
+    inner.register_forward_hook(lambda module, args, output: kept.append(output))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: kept.append(output) if module is outer else None
+    )
+    with torch.set_grad_enabled(grad):
+        llama(tokens(1, 9))
+        own = kept[0].detach().clone()
+        with axiscap.install(llama, profile_for(llama, [1], 20.0)):
+            for _ in range(2):
+                llama(tokens(1, 9))
+    handle.remove()
+    assert len(kept) == 6
+    for tensor in kept:
+        assert_same_bits(tensor.detach(), own)
 
 
 def test_a_steering_hook_comes_before_the_cap(llama):
@@ -553,7 +344,7 @@ def test_streams_that_are_distributed_tensors(grad, mesh, llama):
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, :2] = 0
     with plain_cap(llama, profile, mask), torch.no_grad():
-        wanted = llama(ids, attention_mask=mask).logits
+        expected = llama(ids, attention_mask=mask).logits
     placement = Replicate()
     for layer in LAYERS:
         block = llama.model.layers[layer]
@@ -562,11 +353,11 @@ def test_streams_that_are_distributed_tensors(grad, mesh, llama):
         for layer in LAYERS:
             block = llama.model.layers[layer]
             block.register_forward_hook(lambda m, a, output: output.to_local())
-        found = llama(ids, attention_mask=mask).logits
+        result = llama(ids, attention_mask=mask).logits
         assert rows(cap) == 8
-        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
         if grad:
-            found.sum().backward()
+            result.sum().backward()
             assert llama.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
         placement = Shard(0)
         with pytest.raises(ValueError, match=r"a DTensor with placements \(Shard\(dim=0\),\); it can be capped where"):
@@ -583,9 +374,9 @@ def sharded(rank: int, folder: str) -> None:
     whole, ids = build("Llama"), tokens(2, 9)
     profile = profile_for(whole, LAYERS, FLOOR)
     with plain_cap(whole, profile):
-        wanted = whole(ids).logits
+        expected = whole(ids).logits
         written = whole.generate(ids, **GREEDY)
-        wanted.sum().backward()
+        expected.sum().backward()
     gradient = whole.get_input_embeddings().weight.grad
 
     parameters = build("Llama")
@@ -597,10 +388,10 @@ def sharded(rank: int, folder: str) -> None:
         local = model.model.layers[0].mlp.up_proj.weight
         assert (local.to_local() if isinstance(local, DTensor) else local).numel() == 48 * 32 / 2
         with axiscap.install(model, profile) as cap:
-            found = model(ids).logits
+            result = model(ids).logits
             assert rows(cap) == 18
-            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
-            found.sum().backward()
+            torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
+            result.sum().backward()
             mine = model.get_input_embeddings().weight.grad
             mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
             torch.testing.assert_close(mine, gradient, atol=1e-4, rtol=1e-4)
@@ -612,121 +403,6 @@ def sharded(rank: int, folder: str) -> None:
 def test_models_that_two_processes_share(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     torch.multiprocessing.spawn(sharded, (str(tmp_path),), 2)
-
-
-def test_any_layer_in_common_is_a_second_installation(llama):
-    profile = profile_for(llama, LAYERS, FLOOR)
-    with axiscap.install(llama, profile, layers=[*llama.model.layers[1:], llama.model.layers[0]]) as cap:
-        for more in ({}, {"layers": "model.layers"}):
-            with pytest.raises(RuntimeError, match="has an AxisCap installation already"):
-                axiscap.install(llama, profile, **more)
-        cap.remove()
-        axiscap.install(llama, profile).remove()
-
-
-def test_float64_is_refused_when_it_is_installed(llama):
-    with pytest.raises(ValueError, match="the model is float64; float32, bfloat16 and float16 can be capped"):
-        axiscap.install(llama.double(), profile_for(llama, LAYERS, FLOOR))
-
-
-def test_layers_that_do_not_stand_beside_the_embedding():
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
-    model = transformers.CpmAntForCausalLM(transformers.CpmAntConfig(**sizes, dim_head=8, dim_ff=48)).eval()
-    assert models.decoder_layers(model) == list(model.cpmant.encoder.layers)
-    with axiscap.install(model, profile_for(model, LAYERS, FLOOR)) as cap, torch.no_grad():
-        model(tokens(1, 6))
-        assert cap.projections()[LAYERS[0]].shape[1] >= 6
-    # Two stacks, which run in cycles.
-    model = transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**sizes, intermediate_size=48))
-    with pytest.raises(ValueError, match=r"its module lists: model\.L_module\.layers \(4\), model\.H_module\.layers"):
-        models.decoder_layers(model)
-
-
-def test_several_streams_are_refused_when_it_is_installed():
-    config = transformers.Gemma3nTextConfig(
-        **SMALL | {"head_dim": 8, "num_kv_shared_layers": 0},
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=97,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        layer_types=["full_attention"] * 4,
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-    model = transformers.Gemma3nForCausalLM(config)
-    with pytest.raises(ValueError, match=r"pass on 2 residual streams \(altup_num_inputs\)"):
-        axiscap.install(model, profile_for(model, LAYERS, FLOOR))
-
-
-def test_streams_of_four_dimensions_are_told_by_their_shape(llama):
-    llama.model.layers[LAYERS[0]].register_forward_hook(lambda m, a, output: output[None])
-    with (
-        axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)),
-        pytest.raises(TypeError, match=r"layer 1 returned hidden states of shape \(1, 1, 4, 32\)"),
-    ):
-        llama(tokens(1, 4))
-
-
-@pytest.mark.parametrize("kind", ["T5", "Bart"])
-def test_the_decoder_of_an_encoder_decoder_model_generates(kind):
-    torch.manual_seed(0)
-    sizes = {
-        "T5": {"d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 4},
-        "Bart": {
-            "encoder_layers": 2, "decoder_layers": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
-        },
-    }[kind]  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97, d_model=32, decoder_start_token_id=0, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
-    )
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    layers = "decoder.block" if kind == "T5" else "model.decoder.layers"
-    profile = profile_for(build("Llama"), LAYERS, FLOOR)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    options = {"attention_mask": mask, **GREEDY}
-    with axiscap.install(model, profile, layers=layers) as cap:
-        model.generate(tokens(2, 7), **options)
-        assert rows(cap) == 2 * 12
-    with axiscap.install(model, profile, layers=layers, positions="generated") as cap:
-        model.generate(tokens(2, 7), **options)
-        assert rows(cap) == 2 * 11
-
-
-def test_a_recurrent_model_generates():
-    sizes = {
-        "attention_hidden_size": 32,
-        "intermediate_size": 48,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    torch.manual_seed(0)
-    config = transformers.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, **sizes)
-    model = transformers.RwkvForCausalLM(config).eval()
-    profile, options = (
-        profile_for(model, LAYERS, FLOOR),
-        {"attention_mask": torch.ones(2, 6, dtype=torch.long), **GREEDY},
-    )
-    with plain_cap(model, profile):
-        wanted = model.generate(tokens(2, 6), **options)
-    with axiscap.install(model, profile) as cap:
-        assert torch.equal(model.generate(tokens(2, 6), **options), wanted)
-        assert rows(cap) == 2 * (6 + 11 * 2)  # it is fed two tokens a step
-
-
-def test_the_model_is_as_it_was(llama):
-    """Whatever was done with it in between."""
-    names = [(name, sorted(part.__dict__)) for name, part in llama.named_modules()]
-    plain = llama.generate(tokens(2, 5), **GREEDY)
-    with axiscap.install(llama, profile_for(llama, LAYERS, FLOOR)):
-        copy.deepcopy(llama)
-        llama.generate(tokens(2, 5), **GREEDY)
-    assert [(name, sorted(part.__dict__)) for name, part in llama.named_modules()] == names
-    assert_same_bits(llama.generate(tokens(2, 5), **GREEDY), plain)
-
-
-# Any sequence of these, on one model.
 
 
 NAMED = {"low": 0.4, "high": 3.0}
@@ -776,10 +452,10 @@ class Actions(RuleBasedStateMachine):
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[0, : min(padding, length - 1)] = 0
         with torch.set_grad_enabled(grad):
-            found = self.model(tokens(batch, length), attention_mask=mask).logits
+            result = self.model(tokens(batch, length), attention_mask=mask).logits
             with self.twin_capped(mask):
-                wanted = self.twin(tokens(batch, length), attention_mask=mask).logits
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+                expected = self.twin(tokens(batch, length), attention_mask=mask).logits
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
         if self.cap is not None:
             assert self.cap.projections()[LAYERS[0]].shape == (batch, length, 1)
 
@@ -794,16 +470,16 @@ class Actions(RuleBasedStateMachine):
             "lookup": {"input_ids": ids, "prompt_lookup_num_tokens": 2},
             "embeddings": {},
         }[way]
-        found = []
+        result = []
         for model in (self.model, self.twin):
             given = options or {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
             with self.twin_capped() if model is self.twin else contextlib.nullcontext():
                 made = model.generate(
                     **given, do_sample=False, max_new_tokens=5, output_scores=True, return_dict_in_generate=True
                 )
-            found.append((made.sequences, made.scores[-1][..., 3:]))
-        assert torch.equal(found[0][0], found[1][0])
-        torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+            result.append((made.sequences, made.scores[-1][..., 3:]))
+        assert torch.equal(result[0][0], result[1][0])
+        torch.testing.assert_close(result[0][1], result[1][1], atol=1e-4, rtol=1e-4)
 
     @rule()
     def train(self) -> None:
@@ -851,4 +527,6 @@ class Actions(RuleBasedStateMachine):
 
 
 TestActions = Actions.TestCase
+
+
 TestActions.settings = settings(max_examples=12, stateful_step_count=10, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import profile_for
-from test_install import LAYERS, build, plain_cap, tokens
+from tiny_models import LAYERS, build, plain_cap, tokens
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -86,9 +86,9 @@ def logged(of: Trainer) -> list[dict[str, float]]:
     ]
 
 
-def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance)
+def assert_close(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, atol=tolerance, rtol=tolerance)
 
 
 def test_a_trainer_learns_what_it_learns_under_the_hand_written_hook(llama, profile, tmp_path):
@@ -108,11 +108,11 @@ def test_a_trainer_learns_what_it_learns_under_the_hand_written_hook(llama, prof
     assert_close(weights(llama), weights(other))
     with pytest.raises(AssertionError):
         assert_close(weights(llama), weights(plain))
-    for found, wanted in zip(logged(ours), logged(theirs), strict=True):
-        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-4)
+    for result, expected in zip(logged(ours), logged(theirs), strict=True):
+        assert result["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         for layer in LAYERS:
-            assert 0 < found[f"axiscap/fired/{layer}"] <= 1
-            assert found[f"axiscap/added/{layer}"] == found[f"axiscap/shortfall/{layer}"] > 0
+            assert 0 < result[f"axiscap/fired/{layer}"] <= 1
+            assert result[f"axiscap/added/{layer}"] == result[f"axiscap/shortfall/{layer}"] > 0
     assert "axiscap/fired/1" not in logged(uncapped)[0]
     assert not llama.model.layers[LAYERS[0]]._forward_hooks  # it is out again
 
@@ -130,7 +130,7 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_learns_the_same(way, llama, profile, tmp_path):
+def test_each_way_to_train_learns_the_same_weights(way, llama, profile, tmp_path):
     other = copy.deepcopy(llama)
     training.attach(one := trainer(other, tmp_path / "one", max_steps=3), profile)
     one.train()
@@ -142,8 +142,8 @@ def test_every_way_to_train_learns_the_same(way, llama, profile, tmp_path):
     two.train()
     assert_close(weights(llama), weights(other), 1e-4)
     if way != "accumulated":  # of which the last part is counted with the first
-        for found, wanted in zip(logged(two), logged(one), strict=True):
-            assert found["axiscap/fired/2"] == pytest.approx(wanted["axiscap/fired/2"])
+        for result, expected in zip(logged(two), logged(one), strict=True):
+            assert result["axiscap/fired/2"] == pytest.approx(expected["axiscap/fired/2"])
 
 
 def test_bfloat16_and_adapters(profile, tmp_path):
@@ -212,16 +212,16 @@ def test_floors_rise_and_steps_are_left_out(llama, profile):
     cap.remove()
 
 
-def test_evaluation_is_capped_where_it_is_asked_for(llama, profile, tmp_path):
+def test_evaluation_is_capped_only_on_request(llama, profile, tmp_path):
     ids = tokens(2, 9)
     with torch.no_grad():
         uncapped = llama(ids).logits
         with plain_cap(llama, profile):
             capped = llama(ids).logits
-    for asked, wanted in ((False, uncapped), (True, capped)):
+    for asked, expected in ((False, uncapped), (True, capped)):
         cap = training.TrainingCap(llama, profile, in_evaluation=asked)
         with torch.no_grad():
-            torch.testing.assert_close(llama(ids).logits, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(llama(ids).logits, expected, atol=2e-5, rtol=2e-5)
             with cap.step(0, 1):
                 torch.testing.assert_close(llama(ids).logits, capped, atol=2e-5, rtol=2e-5)
         cap.remove()
@@ -233,7 +233,7 @@ def test_evaluation_is_capped_where_it_is_asked_for(llama, profile, tmp_path):
     assert run.evaluate()["eval_loss"] == last
 
 
-def test_what_is_added_to_a_log_reaches_those_that_report_and_probes_are_uncapped(profile, tmp_path, demo_model):
+def test_callbacks_that_report_get_the_figures_and_probes_are_uncapped(profile, tmp_path, demo_model):
     tokenizer = demo_model[1]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -261,21 +261,21 @@ def test_what_is_added_to_a_log_reaches_those_that_report_and_probes_are_uncappe
     assert callback.cap is None
     steps = [entry for entry in reported if "loss" in entry]
     assert len(steps) == 4
-    for entry, wanted in zip(steps, seen, strict=True):
+    for entry, expected in zip(steps, seen, strict=True):
         assert entry["axiscap/fired/1"] > 0
         for at, layer in enumerate(LAYERS[:1]):  # behind the first cap rows differ; the probes are read uncapped
-            assert entry[f"axiscap/probes/{layer}"] == pytest.approx(wanted[at], abs=1e-4)
+            assert entry[f"axiscap/probes/{layer}"] == pytest.approx(expected[at], abs=1e-4)
 
 
 def probes_by_hand(model, tokenizer, profile: CapProfile) -> list[float]:
-    found: list[list[torch.Tensor]] = [[] for _ in profile.layers]
+    result: list[list[torch.Tensor]] = [[] for _ in profile.layers]
     blocks = models.decoder_layers(model)
     for text in ("Who are you?", "Are you a ghost, and do you remember me?"):
-        said = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         handles = [
             blocks[layer].register_forward_hook(
-                lambda m, a, out, at=at: found[at].append(
+                lambda m, a, out, at=at: result[at].append(
                     (out[0] if isinstance(out, tuple) else out)[0] @ profile.axes[at, 0]
                 )
             )
@@ -285,7 +285,7 @@ def probes_by_hand(model, tokenizer, profile: CapProfile) -> list[float]:
             model(**ids)
         for handle in handles:
             handle.remove()
-    return [torch.cat(rows).mean().item() for rows in found]
+    return [torch.cat(rows).mean().item() for rows in result]
 
 
 @pytest.mark.slow
@@ -297,12 +297,12 @@ def test_trainers_of_trl(kind, profile, tmp_path, demo_model):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=49152, **sizes))
-    said = [{"role": "user", "content": f"What is {number}?"} for number in range(8)]
+    messages = [{"role": "user", "content": f"What is {number}?"} for number in range(8)]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("A number.", "Arr, I am a pirate."))
     rows = (
-        [{"messages": [turn, *good]} for turn in said]
+        [{"messages": [turn, *good]} for turn in messages]
         if kind == "SFT"
-        else [{"prompt": [turn], "chosen": good, "rejected": bad} for turn in said]
+        else [{"prompt": [turn], "chosen": good, "rejected": bad} for turn in messages]
     )
     options = {
         "max_steps": 3,
@@ -338,7 +338,7 @@ def test_layers_that_a_backward_pass_computes_again(thread, reentrant, llama, pr
     ids, mask = torch.stack([entry["input_ids"] for entry in batch]), batch.real.long()
     with plain_cap(llama, profile, mask):
         llama(ids, attention_mask=mask).logits.square().mean().backward()
-    wanted = llama.get_input_embeddings().weight.grad.clone()
+    expected = llama.get_input_embeddings().weight.grad.clone()
     llama.zero_grad()
     for layer in LAYERS:
         block = llama.model.layers[layer]
@@ -359,7 +359,7 @@ def test_layers_that_a_backward_pass_computes_again(thread, reentrant, llama, pr
         else:
             loss.backward()
         assert {stats.rows for stats in cap.stats()["default"].values()} == {int(mask.sum())}
-    torch.testing.assert_close(llama.get_input_embeddings().weight.grad, wanted, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(llama.get_input_embeddings().weight.grad, expected, atol=2e-5, rtol=2e-5)
 
 
 def _caught(call, errors: list[BaseException]) -> None:
@@ -414,9 +414,9 @@ def shared(rank: int, folder: str) -> None:
                 model(input_ids=mine(batch), labels=mine(batch)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        found = cap.figures()
+        result = cap.figures()
         cap.remove()
-        return found
+        return result
 
     def half(batch):
         return batch[rank * 2 : rank * 2 + 2]
@@ -425,29 +425,29 @@ def shared(rank: int, folder: str) -> None:
     profile = profile_for(whole, LAYERS, FLOOR)
     everything = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda sums: None  # this one is of one process
-    wanted = run(whole, whole, lambda batch: batch)
+    expected = run(whole, whole, lambda batch: batch)
     torch.distributed.all_reduce = everything
     inner = build("Llama").train()
     averaged = DistributedDataParallel(inner)
-    found = run(averaged, inner, half)
+    result = run(averaged, inner, half)
     assert_close(weights(inner), weights(whole))
-    assert found == pytest.approx(wanted, abs=1e-4)
+    assert result == pytest.approx(expected, abs=1e-4)
 
     parts = build("Llama").train()
     for layer in parts.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(parts, mesh=mesh)
-    found = run(parts, parts, half)
+    result = run(parts, parts, half)
     assert_close({name: value.full_tensor() for name, value in parts.named_parameters()}, weights(whole))
-    assert found == pytest.approx(wanted, abs=1e-4)
+    assert result == pytest.approx(expected, abs=1e-4)
 
     # Each process has all rows, and a part of each matrix.
     matrices = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).train()
-    found = run(matrices, matrices, lambda batch: batch)
+    result = run(matrices, matrices, lambda batch: batch)
     made = {name: value.full_tensor() for name, value in matrices.named_parameters() if isinstance(value, DTensor)}
     assert "model.layers.0.mlp.up_proj.weight" in made
     assert_close(made, {name: value for name, value in weights(whole).items() if name in made})
-    assert found == pytest.approx(wanted, abs=1e-4)
+    assert result == pytest.approx(expected, abs=1e-4)
     torch.distributed.barrier()
     del averaged
     gc.collect()  # nothing holds on to the group any more
@@ -462,7 +462,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     torch.multiprocessing.spawn(shared, (str(tmp_path),), 2)
 
 
-def test_what_is_wrong_is_said(llama, profile):
+def test_invalid_arguments_are_refused(llama, profile):
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         training.TrainingCap(llama, profile, every=0)
     with pytest.raises(ValueError, match=r"rise must be from 0 to 1, got 1\.5"):
@@ -478,7 +478,7 @@ def test_what_is_wrong_is_said(llama, profile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("missing", "code", "said"),
+    ("missing", "code", "message"),
     [
         (
             "transformers",
@@ -492,7 +492,7 @@ def test_what_is_wrong_is_said(llama, profile):
         ),
     ],
 )
-def test_without_what_it_needs_the_extra_is_named(missing, code, said):
+def test_a_missing_dependency_names_its_extra(missing, code, message):
     code = f"import sys; sys.modules[{missing!r}] = None; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert said in done.stderr
+    assert message in done.stderr

@@ -77,7 +77,14 @@ def run_tests(python: str, torch: str, package: Path) -> str:
     packages = (f"torch=={torch}", "numpy", "safetensors", "typer", "rich", "pytest", "hypothesis")
     interpreter = make_environment(f"{python}-torch-{torch}", python, *packages)
     run("uv", "pip", "install", "--quiet", "--python", interpreter, "--no-deps", "--reinstall", package)
-    arguments = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/test_ops.py")
+    arguments = (
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        *map(str, sorted((REPOSITORY / "tests").glob("test_ops*.py"))),
+    )
     output = run(interpreter, *arguments, PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
     return re.sub(r"( in .*|=)", "", output.strip().splitlines()[-1]).strip()
 

@@ -21,8 +21,8 @@ from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import percentile_interval
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Request, Work, shards
-from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
+from axiscap.transformers import Installation, install
 
 #: The most texts of a domain, and the most tokens of each answer.
 PER_DOMAIN, LONGEST = 8, 256

@@ -34,9 +34,9 @@ from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import TOKENS, Work, settings_of
-from axiscap.installation import install
 from axiscap.jsonl import read_lines
 from axiscap.profile import CapProfile
+from axiscap.transformers import install
 
 #: The kind of roles that are near the Assistant by design, so that taking one on is no drift.
 NEAR = "helper"

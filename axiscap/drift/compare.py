@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, UNCAPPED
-from axiscap.installation import install
 from axiscap.jsonl import read_lines, to_label, to_text
 from axiscap.profile import CapProfile
 from axiscap.stats import LayerStats
+from axiscap.transformers import install
 
 
 @dataclass(frozen=True)

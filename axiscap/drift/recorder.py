@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from axiscap.installation import Installation
+from axiscap.transformers import Installation
 
 
 class Recorder:

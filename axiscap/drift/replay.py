@@ -13,9 +13,9 @@ from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, Conversation, Encoded, encode
 from axiscap.drift.scale import Drift, Scale, check_layers, drift_of, summarise_turn
-from axiscap.installation import install
 from axiscap.models import text_config
 from axiscap.profile import CapProfile, Slot
+from axiscap.transformers import install
 
 #: Conversations that are encoded ahead and sorted by length, so that a batch has little padding.
 _WINDOW = 128

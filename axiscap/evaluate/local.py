@@ -26,8 +26,8 @@ from torch import Tensor
 
 from axiscap import models
 from axiscap.evaluate.calls import Calls
-from axiscap.installation import Installation, install
 from axiscap.profile import CapProfile
+from axiscap.transformers import Installation, install
 
 #: A batch waits for this many seconds for another request, as long as requests arrive.
 GATHER = 0.2

@@ -23,9 +23,9 @@ from rich.panel import Panel
 from torch import Tensor
 
 from axiscap.drift import CAPPED, UNCAPPED, Conversation, Recorder, Scale, make_probe, replay
-from axiscap.installation import install
 from axiscap.models import stop_tokens, text_config
 from axiscap.profile import CapProfile
+from axiscap.transformers import install
 
 SIDES = (UNCAPPED, CAPPED)
 #: A growing answer is measured again after this many tokens.

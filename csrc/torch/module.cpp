@@ -135,7 +135,16 @@ void define_tools(py::module_& m) {
     if (!accelerator) return std::nullopt;
     return std::pair(accelerator->runtime_version, accelerator->driver_version());
   });
-  m.attr("STAT_FIELDS") = py::make_tuple("seen", "fired", "below", "nonfinite", "sum", "min", "max", "shortfall");
+  py::tuple fields(int64_t{kStatFields});  // by their positions in StatField, so that Python has no order of its own
+  fields[kSeen] = "seen";
+  fields[kFired] = "fired";
+  fields[kBelow] = "below";
+  fields[kNonFinite] = "nonfinite";
+  fields[kSum] = "sum";
+  fields[kMin] = "min";
+  fields[kMax] = "max";
+  fields[kShortfall] = "shortfall";
+  m.attr("STAT_FIELDS") = fields;
   m.attr("MAX_DIRECTIONS") = kMaxDirections;
 }
 

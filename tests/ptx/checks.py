@@ -7,7 +7,7 @@ import itertools
 import torch
 from conftest import assert_same_bits
 from emulated import MAX_REGISTER_SIZE, OPS, Device, storage_bytes
-from test_ops import DTYPES, Input, assert_close_to_oracle, assert_normed, in_fp8, own_scales
+from op_inputs import DTYPES, Input, assert_close_to_oracle, assert_normed, in_fp8, own_scales
 
 from axiscap import reference
 

@@ -9,7 +9,7 @@ import torch
 from checks import NARROW_AND_WIDE, WIDEST, run_on
 from conftest import assert_same_bits, unit
 from emulated import MAX_REGISTER_SIZE, OPS, Device
-from test_ops import DTYPES, at_the_edge
+from op_inputs import DTYPES, at_the_edge
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from axiscap import _C, reference

@@ -22,7 +22,7 @@ from checks import (
 from conftest import assert_same_bits, unit
 from emulated import LAYER_BYTES, MAX_LAYERS, MAX_REGISTER_SIZE, OPS, Device, kernel_name, kernels, shared_kernel
 from hypothesis import given, settings
-from test_ops import DTYPES, Input, around_fp8, in_fp8, inputs
+from op_inputs import DTYPES, Input, around_fp8, in_fp8, inputs
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from emulated import MAX_REGISTER_SIZE, TYPES
-from test_ops import DTYPES
+from op_inputs import DTYPES
 
 from axiscap import _C
 

@@ -13,8 +13,8 @@ import test_kernels
 import torch
 from checks import check_against_oracle
 from emulated import MAX_REGISTER_SIZE, Device, kernel_name, kernels, shared_kernel
+from op_inputs import Input
 from ptx_module import PtxError
-from test_ops import Input
 
 #: The tests that must find a fault.
 TARGETS = test_capped_rows.test_a_row_below_its_floor_ends_at_its_target

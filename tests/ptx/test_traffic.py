@@ -10,7 +10,7 @@ from checks import NARROW_AND_WIDE, norm_arguments, run_on
 from conftest import unit
 from emulated import MAX_REGISTER_SIZE, OPS, TYPES, Device
 from interpreter import SECTOR
-from test_ops import DTYPES
+from op_inputs import DTYPES
 
 from axiscap import _C
 

@@ -273,9 +273,9 @@ class Budget:
         )
 
 
-#: The budget of the mild profile. Costs are measured on the model's own samples, which every change makes less likely;
-#: on answers of another model, the settings within this budget cost nothing that can be measured (docs/calibration.md).
-MILD = Budget(0.015, 0.03)
+#: The budget of the mild profile. Costs are measured on the model's own samples, which every change makes less likely, so
+#: that they are upper bounds (docs/calibration.md).
+MILD = Budget(0.003, 0.003)
 
 
 @dataclass(frozen=True)

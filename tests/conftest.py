@@ -149,6 +149,26 @@ def shipped_profile() -> CapProfile:
     return CapProfile.load(SHIPPED_PROFILE)
 
 
+def template_rows_that_fire(model, tokenizer, profile: CapProfile, requests: list[str]) -> list[tuple[str, int, str]]:
+    """The rows of the chat template, all but those of the request's own text, that lie below a floor: the request, the
+    layer and the token of each.
+    """
+    fired = []
+    with axiscap.install(model, profile) as cap:
+        for request in requests:
+            chat = [{"role": "user", "content": request}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
+            begin, offsets = text.index(request), encoded.pop("offset_mapping")[0]
+            in_template = (offsets[:, 1] <= begin) | (offsets[:, 0] >= begin + len(request))
+            with torch.no_grad():
+                model(**encoded)
+            for layer, floors in zip(profile.layers, profile.floors, strict=True):
+                below = (cap.projections()[layer][0] < floors).any(-1) & in_template
+                fired += [(request, layer, tokenizer.decode(encoded["input_ids"][0, row])) for row in below.nonzero()]
+    return fired
+
+
 def turned(model, tokenizer, profile: CapProfile, **knows) -> CapProfile:
     """The mean difference at layers 14 to 21, each turned so that the first token's sink lies below its floor, which is
     the 5th percentile of the tokens of plain prose; read and corrected along it, as published.

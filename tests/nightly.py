@@ -70,8 +70,8 @@ def test_personas_are_held(points):
 
 def test_ordinary_work_costs_nothing_that_shows(points):
     uncapped, capped = points
-    assert capped.worst[1] <= 1.02, capped.worst  # plain prose included
-    assert capped.worst_fiction[1] <= 1.05, capped.worst_fiction
+    assert capped.worst[1] <= 1.025, capped.worst  # plain prose included
+    assert capped.worst_fiction[1] <= 1.09, capped.worst_fiction
     assert capped.domains[OWN].perplexity <= 1.02  # the answers to the roles' questions
     # Of twelve answers, a fall by five or more is not chance (a one-sided sign test at 5 %).
     assert capped.tests.checks[0] > uncapped.tests.checks[0] - 5

@@ -8,11 +8,11 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_same_bits, turned
+from conftest import REPOSITORY, SHIPPED_PROFILE, assert_same_bits, template_rows_that_fire, turned
 
 import axiscap
-from axiscap import CapProfile, interop, models
-from axiscap.calibrate.effects import DomainCost, worst
+from axiscap import CapProfile, calibrate, interop, models
+from axiscap.calibrate.effects import Point
 from axiscap.drift import compare
 
 PROMPTS = [
@@ -96,13 +96,19 @@ def test_the_shipped_profile_is_loaded_and_valid(demo_model, shipped_profile):
     assert all(abs(evidence["pc1_cosine"][layer]) > 0.71 for layer in range(10, 20))
     assert abs(evidence["null_auc"][evidence["best_layer"]] - 0.5) < 0.1
     assert not set(evidence["held_roles"]) & set(facts["axis"]["roles"])
-    uncapped, chosen = facts["sweep"]["uncapped"], facts["sweep"]["chosen"]
-    assert chosen["uptake"] < 0.2 * uncapped["uptake"]
-    assert chosen["perplexity"] <= 1.02
-    assert chosen["hold"] >= 10 / 19 * uncapped["hold"]
-    costs = {name: DomainCost(**cost) for name, cost in chosen["domains"].items()}
-    assert worst(costs, fiction=False)[1] <= 1.02
-    assert worst(costs, fiction=True)[1] <= 1.05
+    assert_within_budget(facts, hold=0.6, perplexity=1.025, fiction=1.09)
+
+
+def assert_within_budget(facts: dict, *, hold: float, perplexity: float, fiction: float) -> None:
+    """The shipped point of the sweep holds this share of what personas take away, at most at these costs."""
+    uncapped, chosen = (Point.from_json(facts["sweep"][name]) for name in ("uncapped", "chosen"))
+    assert chosen.hold >= hold * uncapped.hold
+    assert chosen.worst[1] <= perplexity, chosen.worst
+    assert chosen.worst_fiction[1] <= fiction, chosen.worst_fiction
+    assert uncapped.tests is not None
+    assert chosen.tests is not None
+    assert chosen.tests.uptake < uncapped.tests.uptake
+    assert chosen.tests.checks[0] > uncapped.tests.checks[0] - 5
 
 
 def test_the_shipped_profile_of_qwen():
@@ -113,14 +119,28 @@ def test_the_shipped_profile_of_qwen():
     assert profile.axis_all.shape == (24, 896)
     assert profile.lifts is not None
     assert max(facts["evidence"]["auc"]) > 0.85
-    uncapped, chosen = facts["sweep"]["uncapped"], facts["sweep"]["chosen"]
-    assert chosen["hold"] >= 10 / 19 * uncapped["hold"]
-    assert chosen["uptake"] < uncapped["uptake"]
-    assert chosen["perplexity"] <= 1.02
-    assert chosen["checks"][0] > uncapped["checks"][0] - 5
-    costs = {name: DomainCost(**cost) for name, cost in chosen["domains"].items()}
-    assert worst(costs, fiction=False)[1] <= 1.02
-    assert worst(costs, fiction=True)[1] <= 1.05
+    assert_within_budget(facts, hold=0.75, perplexity=1.025, fiction=1.09)
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_the_mild_profile_differs_in_floors_and_targets_only(model):
+    default, mild = (CapProfile.load(SHIPPED_PROFILE.with_name(f"{model}{name}.safetensors")) for name in ("", "-mild"))
+    assert mild.layers == default.layers
+    assert torch.equal(mild.axes, default.axes)
+    assert torch.equal(mild.lifts, default.lifts)
+    assert torch.equal(mild.norm_limits, default.norm_limits)
+    assert (mild.floors < default.floors).all()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "smollm2-135m-instruct-mild"])
+def test_no_row_of_the_template_fires(demo_model, name):
+    """The rows of the system prompt and of all markers are the same for every request, and are never capped."""
+    model, tokenizer = demo_model
+    profile = CapProfile.load(SHIPPED_PROFILE.with_name(f"{name}.safetensors"))
+    work = calibrate.load_work()
+    requests = [request.turns[0] for request in work.requests if not request.check][::60]
+    assert len(requests) >= 10
+    assert template_rows_that_fire(model, tokenizer, profile, requests) == []
 
 
 @pytest.mark.slow

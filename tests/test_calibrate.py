@@ -945,7 +945,7 @@ def test_a_harmful_point_is_not_chosen(tmp_path):
     points = [
         point(1, 1.001, 4.0),
         point(2, 1.01, 6.0),
-        point(4, 1.015, 9.0, declines_interval=(-0.9, -0.1)),
+        point(4, 1.015, 9.0, declines_interval=(-0.9, -0.2)),
         point(5, 1.016, 8.0, checks=(4, 12)),
         point(6, 1.017, 7.0, uptake=0.6),
         point(8, 1.03, 12.0),

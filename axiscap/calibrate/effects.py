@@ -273,8 +273,8 @@ class Budget:
         )
 
 
-#: The budget of the mild profile. Costs are measured on the model's own samples, which every change makes less likely, so
-#: that they are upper bounds (docs/calibration.md).
+#: The budget of the mild profile. Costs are measured on the model's own samples, which every change makes less likely:
+#: they are upper bounds (docs/calibration.md).
 MILD = Budget(0.003, 0.003)
 
 

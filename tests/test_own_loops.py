@@ -53,8 +53,10 @@ def decode(model, prompt: torch.Tensor, steps: int = 4) -> list[torch.Tensor]:
         state = {name: transformers.DynamicCache(config=model.config)}
     out = model(input_ids=prompt, use_cache=True, **state)
     passes = [out.logits]
-    for _ in range(steps):
+    for step in range(steps):
         state = state_of(out) or state
+        if "cache_params" in state:  # in older versions, which do not count the tokens themselves
+            state |= {"cache_position": torch.tensor([prompt.shape[1] + step])}
         out = model(input_ids=out.logits[:, -1:].argmax(-1), use_cache=True, **state)
         passes.append(out.logits)
     return passes

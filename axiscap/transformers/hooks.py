@@ -191,12 +191,13 @@ class ModelHooks:
         """
         if tokens is None or (tokens == 1 and self._has_state(arguments)):
             return None
-        if not torch.compiler.is_compiling() and not self._has_warned and tokens > 1:
+        if not torch.compiler.is_compiling() and not self._has_warned:
             self._has_warned = True
+            count = f"{tokens} tokens" if tokens > 1 else "token"
             warnings.warn(
                 'positions="generated" outside generate(): nothing tells which tokens of a pass the model wrote. The '
-                f"{tokens} tokens of this one count as a prompt, and are left alone; a single token behind a cache is "
-                'capped. Call generate(), or install the profile with positions="all"',
+                f"{count} of this one count as a prompt, and are left alone; a single token behind a cache is capped. "
+                'Call generate(), or install the profile with positions="all"',
                 stacklevel=2,
             )
         return 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import profile_for
-from tiny_models import FLOOR, GREEDY, LAYERS, build, plain_cap, rows, tokens
+from tiny_models import FLOOR, GREEDY, LAYERS, SMALL, build, plain_cap, rows, tokens
 from torch import nn
 
 import axiscap
@@ -143,6 +143,23 @@ def test_generate_goes_on_from_a_cache(positions, given, llama):
     with axiscap.install(llama, profile, positions=positions) as cap:
         llama.generate(inputs, attention_mask=torch.ones_like(whole), max_new_tokens=4, **options)
         assert rows(cap) == 3 + (whole.shape[1] - known if positions == "all" else 0)
+
+
+@pytest.mark.parametrize(("positions", "count"), [("all", 2 * (5 + 5)), ("generated", 2 * 5)])
+def test_a_speech_model_goes_on_with_its_codes_alone(positions, count):
+    """Its depth decoder runs inside each step, and has layers of its own."""
+    torch.manual_seed(0)
+    sizes = SMALL | {"vocab_size": 20, "num_codebooks": 4}
+    depth = transformers.CsmDepthDecoderConfig(**sizes, backbone_hidden_size=32)
+    config = transformers.CsmConfig(
+        **sizes, text_vocab_size=97, depth_decoder_config=depth, codebook_pad_token_id=19, codebook_eos_token_id=18
+    )
+    model, ids = transformers.CsmForConditionalGeneration(config).eval(), tokens(2, 5)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    profile = profile_for(build("Llama"), LAYERS, 1e3)
+    with axiscap.install(model, profile, positions=positions, layers="backbone_model.layers") as cap:
+        model.generate(ids, **options)
+        assert rows(cap) == count
 
 
 # PEFT, with the installation on the model inside and on the one around it, before and after.

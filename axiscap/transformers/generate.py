@@ -107,12 +107,10 @@ class GenerateWrappers:
         mask_before = mask_of(kwargs.get(self._mask_name))
         mask = mask_before if mask is None else mask
         if kwargs.get("is_first_iteration"):
-            generation.begin(input_ids.shape[1])
+            generation.begin(input_ids)
         elif generation.depth == 0 and generation.prompt_length == 0:
             return inputs  # a loop of the caller's, which does not tell where its prompt ends
-        generation.written = max(0, input_ids.shape[1] - generation.prompt_length)
-        endings = thread.endings
-        generation.behind = None if endings is None else endings.behind(input_ids, generation.prompt_length)
+        generation.advance(input_ids, thread.endings)
         rows = generation.rows(mask, tokens, self._generated_only)
         if rows.written and ids is None and mask is not None and mask_before is not None:
             # In each step, PEFT adds the virtual tokens of prompt tuning in front of the embeddings and the mask.

@@ -79,7 +79,7 @@ class Generation:
         self.depth = 0
         #: The sequences that the caller gave, if known. generate() may run several rows for each.
         self.sequences: int | None = None
-        self.prompt_length = 0
+        self.prompt_length, self._dimensions = 0, 2
         #: Whether the call's arguments tell the length of the prompt; else the first pass does.
         self.has_given_prompt = False
         #: Tokens of each sequence that the model wrote, or drafted; None before the first pass.
@@ -87,12 +87,22 @@ class Generation:
         #: (batch, written): which of them lie behind the end of their answer.
         self.behind: Tensor | None = None
 
-    def begin(self, length: int) -> None:
+    def begin(self, ids: Tensor) -> None:
         """Takes the tokens of the first pass for the prompt, unless its length is known."""
+        self._dimensions = ids.dim()
         if self.depth == 0:
-            self.prompt_length = length
+            self.prompt_length = ids.shape[1]
         elif self.depth == 1 and not self.has_given_prompt:
-            self.prompt_length = max(self.prompt_length, length)
+            self.prompt_length = max(self.prompt_length, ids.shape[1])
+
+    def advance(self, ids: Tensor, endings: Endings | None) -> None:
+        """Takes the sequences (batch, tokens) before a pass.
+
+        A speech model goes on with the codes that it wrote, (batch, tokens, codebooks), without its prompt.
+        """
+        prompt_length = 0 if ids.dim() > self._dimensions else self.prompt_length
+        self.written = max(0, ids.shape[1] - prompt_length)
+        self.behind = endings.behind(ids, prompt_length) if endings is not None and ids.dim() == 2 else None
 
     def rows(self, mask: Tensor | None, tokens: int, generated_only: bool) -> Rows:
         """The rows of a pass over the last ``tokens`` of the sequences."""

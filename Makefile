@@ -101,7 +101,7 @@ lint: .venv/built docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/proselint check --config .proselintrc.json $(PROSE)
-	$(BIN)/codespell --ignore-words-list dependant,matc $(PROSE) axiscap/*.py axiscap/*/*.py csrc tests/*.py
+	$(BIN)/codespell --ignore-words-list dependant,matc $(PROSE) $(shell find axiscap axiscap_plugin -name '*.py') csrc tests/*.py
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --quiet .github/workflows
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests benchmarks examples -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")

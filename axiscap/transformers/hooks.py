@@ -26,7 +26,7 @@ _STATES = ("past_key_values", "cache", "cache_params", "state", "mems", "past_ke
 class LayerHook(Hook):
     """The hook of a capped layer: one call of the extension, or of ``call`` for what the extension does not take.
 
-    It caps a copy. The layer's own tensor may belong to others: to hooks that were there first, to the layer, or, if
+    It caps a copy. The layer's own tensor may belong to others: to hooks that were there first, to a submodule, or, if
     the layer returns its input, to the caller.
     """
 
@@ -36,14 +36,13 @@ class LayerHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         # A pass that compiled code began is not announced, even if a graph break runs this hook in Python.
-        is_compiling = torch.compiler.is_dynamo_compiling()
-        if not is_compiling and self.hooks.is_announced and not torch.is_grad_enabled():
-            hidden = _hidden_of(output)
-            if isinstance(hidden, Tensor):
+        if not torch.compiler.is_dynamo_compiling() and self.hooks.is_announced:
+            is_tuple = type(output) is tuple
+            hidden = output[0] if is_tuple else output
+            if type(hidden) is Tensor:
                 capped = hidden.clone()
                 if self.layer.cap_announced(capped):
-                    self.hooks.mark_layer(self.layer, args, capped)
-                    return _with_hidden(output, capped)
+                    return (capped, *output[1:]) if is_tuple else capped
         return self.call(module, args, output)
 
 
@@ -219,7 +218,7 @@ class ModelHooks:
         for announced in self._announced.values():
             announced.end()
         is_traced = torch._C._get_tracing_state() is not None
-        if is_traced or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+        if is_traced or thread.current.has_gradients or not isinstance(inputs, Tensor) or inputs.dim() < 2:
             return
         batch, tokens = inputs.shape[:2]
         if self._sinks.is_due(tokens):  # the check needs the rows before the cap

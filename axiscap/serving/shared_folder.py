@@ -1,7 +1,7 @@
-"""The folder where the processes of one server on this machine meet: the registry, and the totals for its metrics.
+"""The folder in which the processes of one server on this machine exchange files: the registry, totals, and answers.
 
-Each process that uses a folder leaves a claim there, its number and when it began. A folder goes with the last of them;
-where they were killed, the next server that starts takes it away. (Of Linux, like the engines.)
+Each process leaves a claim there: its number and its start time. The last process removes the folder. If all were
+killed, the next server that starts removes it. Claims need Linux, as the engines do.
 """
 
 from __future__ import annotations
@@ -25,50 +25,48 @@ from axiscap.serving.request import SettingsError
 #: What a worker writes, by the names of the failures that the totals count.
 WRITTEN = ("totals", "log", "answers")
 _CLAIM = "process-"
-#: A folder without a claim may be one that is just being made, for so many seconds.
+#: Seconds for which a folder without a claim may be one that is just being created.
 _FRESH = 60
-#: Seconds that an answer's word waits for who asks for it.
+#: Seconds for which an answer is kept for its client.
 _KEPT = 120
 
 
 def folder_path(instance: str) -> Path:
-    """Where a server's folder is, or will be."""
+    """The path of a server's folder, which need not exist yet."""
     return Path(tempfile.gettempdir()) / f"axiscap-{os.getuid()}" / re.sub(r"[^A-Za-z0-9._-]", "_", instance)
 
 
 def folder(instance: str) -> Path:
-    """The folder of a server, made where it is not there, which this process leaves when it ends.
+    """The folder of a server. It is created if necessary, and released when this process ends.
 
     Raises
     ------
     SettingsError
-        it is somebody else's.
+        The folder belongs to another user.
     """
-    found = folder_path(instance)
-    _make(found)
-    _leave_at_exit(found, os.getpid())
-    for other in found.parent.iterdir():
-        if other != found and not _is_used(other):
+    path = folder_path(instance)
+    _make(path)
+    _leave_at_exit(path, os.getpid())
+    for other in path.parent.iterdir():
+        if other != path and not _is_used(other):
             shutil.rmtree(other, ignore_errors=True)
-    return found
+    return path
 
 
 @functools.cache  # once in each process: after a fork the number is another
-def _leave_at_exit(found: Path, pid: int) -> None:
+def _leave_at_exit(path: Path, pid: int) -> None:
     def leave() -> None:
         if pid != os.getpid():  # a fork's inheritance
             return
-        (found / _claim(pid)).unlink(missing_ok=True)
-        if not _is_claimed(found):
-            shutil.rmtree(found, ignore_errors=True)
+        (path / _claim(pid)).unlink(missing_ok=True)
+        if not _is_claimed(path):
+            shutil.rmtree(path, ignore_errors=True)
 
     atexit.register(leave)
 
 
 def _claim(pid: int) -> str:
-    """The name of a process's claim, which another process of the same number, begun later, has not. Empty: it has
-    ended.
-    """
+    """The name of a process's claim, with its start time, since numbers are reused. Empty if the process has ended."""
     try:
         begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -76,29 +74,28 @@ def _claim(pid: int) -> str:
     return f"{_CLAIM}{pid}-{begun}"
 
 
-def _is_claimed(found: Path) -> bool:
-    """Whether a process that uses the folder lives."""
-    names = [claim.name for claim in found.glob(f"{_CLAIM}*-*")]
+def _is_claimed(path: Path) -> bool:
+    """Whether a process with a claim still runs."""
+    names = [claim.name for claim in path.glob(f"{_CLAIM}*-*")]
     return any(_claim(int(name.removeprefix(_CLAIM).split("-")[0])) == name for name in names)
 
 
-def _is_used(found: Path) -> bool:
+def _is_used(path: Path) -> bool:
     with contextlib.suppress(OSError):  # it may go away meanwhile
-        claimed = next(found.glob(f"{_CLAIM}*-*"), None) is not None
-        return _is_claimed(found) if claimed else time.time() - found.stat().st_mtime < _FRESH
+        claimed = next(path.glob(f"{_CLAIM}*-*"), None) is not None
+        return _is_claimed(path) if claimed else time.time() - path.stat().st_mtime < _FRESH
     return True
 
 
 def write(file: Path, content: object) -> None:
-    """Writes JSON in one step, into a folder that :func:`folder` gave; it is made and claimed anew where it was cleaned
-    away.
+    """Writes JSON in one step. A folder that was cleaned away is created and claimed again.
 
     Raises
     ------
     OSError
-        it cannot be written.
+        The file cannot be written.
     SettingsError
-        the folder is somebody else's now.
+        The folder belongs to another user now.
     """
     _make(file.parent)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -111,7 +108,7 @@ def write(file: Path, content: object) -> None:
 
 
 def write_answer(folder: Path, ticket: str, content: Mapping[str, Any]) -> None:
-    """Leaves word of an answer for the process that has its client, which names it by a ticket of its own making.
+    """Leaves the readings of an answer for the process that has its client, under the ticket of that process.
 
     Raises
     ------
@@ -122,7 +119,7 @@ def write_answer(folder: Path, ticket: str, content: Mapping[str, Any]) -> None:
 
 
 def drop_answers(folder: Path) -> None:
-    """Takes away what nobody came for, since the client was gone: what lies there longer than anybody waits."""
+    """Removes answers that no client fetched: those older than the longest wait."""
     for file in folder.glob("answer-*.json"):
         with contextlib.suppress(OSError):  # taken meanwhile
             if time.time() - file.stat().st_mtime > _KEPT:
@@ -130,33 +127,33 @@ def drop_answers(folder: Path) -> None:
 
 
 async def await_answers(folder: Path, tickets: Mapping[str, int], seconds: float) -> dict[str, list[dict[str, Any]]]:
-    """What was left under each ticket, once there are as many answers as it says, or when the time is up."""
-    found: dict[str, list[dict[str, Any]]] = {ticket: [] for ticket in tickets}
+    """The answers under each ticket, once there are as many as its number, or when the time is up."""
+    answers: dict[str, list[dict[str, Any]]] = {ticket: [] for ticket in tickets}
     until = time.monotonic() + seconds
-    while missing := [ticket for ticket, answers in tickets.items() if len(found[ticket]) < answers]:
+    while missing := [ticket for ticket, count in tickets.items() if len(answers[ticket]) < count]:
         if time.monotonic() > until:
             break
         await asyncio.sleep(0.005)
         for ticket in missing:
-            found[ticket] += take_answers(folder, ticket)
-    return found
+            answers[ticket] += take_answers(folder, ticket)
+    return answers
 
 
 def take_answers(folder: Path, ticket: str) -> list[dict[str, Any]]:
-    """What was left under a ticket, oldest first; it is gone then."""
-    found = []
+    """Removes and returns the answers under a ticket, oldest first."""
+    answers = []
     for file in sorted(folder.glob(f"answer-{ticket}-*.json")):
         with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(file.read_text()))
+            answers.append(json.loads(file.read_text()))
             file.unlink()
-    return found
+    return answers
 
 
-def _make(found: Path) -> None:
-    base = found.parent
+def _make(path: Path) -> None:
+    base = path.parent
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = base.lstat()
     if owner.st_uid != os.getuid() or base.is_symlink() or owner.st_mode & 0o077:
         raise SettingsError(f"axiscap: {base} must be a folder of this user's own that nobody else may enter")
-    found.mkdir(mode=0o700, exist_ok=True)
-    (found / _claim(os.getpid())).touch()
+    path.mkdir(mode=0o700, exist_ok=True)
+    (path / _claim(os.getpid())).touch()

@@ -1,5 +1,7 @@
-"""What stands before the routes of a capped server: it refuses a choice that the engine would not read, says in each
-response which profile was in force, tells what the server caps with, and changes profiles for who has the key.
+"""ASGI middleware of a capped server.
+
+It refuses a request that names a profile where the engine would not read it, writes the profile in force and the
+answers' drift into responses, describes the server at ``/axiscap``, and changes profiles for holders of the admin key.
 """
 
 from __future__ import annotations
@@ -17,24 +19,24 @@ from axiscap.serving.front.profiles import ServedProfiles
 from axiscap.serving.request import KEY, RequestedProfile
 from axiscap_plugin.wrapping import is_nearly, wrap
 
-#: Where the server tells what it caps with; below it, profiles are changed.
+#: The route that describes what the server caps with. The routes below change profiles.
 PATH = "/axiscap"
-#: Carries the key of those who may change profiles.
+#: The environment variable with the key of those who may change profiles.
 ADMIN_VARIABLE = "AXISCAP_ADMIN_KEY"
-#: Of each response: the name of the profile that was in force and the digest of its content, or "off" and "-"; of a
-#: request for several answers under several profiles, all of them.
+#: The headers with the name and the digest of the profile in force, or "off" and "-". A request for several answers
+#: under several profiles gets all of them.
 HEADERS = ("x-axiscap-profile", "x-axiscap-digest")
 
-#: Of each answer, where the operator has it told: the percentile of its mean projection among the model's normal
-#: answers, the share of its rows that fired, how many they are, and the layer.
+#: The header with each answer's drift, if the operator allows it: the percentile of its mean projection among the
+#: model's normal answers, the share of rows that fired, the number of rows, and the layer.
 DRIFT_HEADER = "x-axiscap-drift"
-#: Of answers, in one response: beam search makes hundreds of requests of one.
-_MOST_TOLD = 128
-#: What ends a stream of OpenAI's kind, and the last piece of an answer in it, or what was used for all of them.
+#: The most answers whose drift one response has: beam search makes hundreds of requests from one.
+_MOST_ANSWERS = 128
+#: The end of a stream in OpenAI's format, and a mark of the last chunk of an answer or of the usage chunk.
 _DONE = b"data: [DONE]"
 _LAST = re.compile(rb'"finish_reason": ?"|"choices": ?\[\]')
 
-#: What holds a client's own words and not the engine's parameters: keys in there are nobody's choice.
+#: The fields with a client's own words. A key of AxisCap in them names no profile.
 _CONTENT = {
     *("messages", "prompt", "input", "text", "system", "instructions", "documents", "metadata"),
     *("tools", "tool_choice", "functions", "chat_template_kwargs"),
@@ -46,48 +48,48 @@ _Message = dict[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
-#: Changes profiles: called with the application, the name of the method and its arguments; returns what it says.
+#: Changes profiles: called with the application, the name of the method and its arguments; returns its answer.
 Change = Callable[[Any, str, Sequence[Any]], Awaitable[str]]
 
 
-class _Known:
-    """What is known of the request that runs here: digests by profile, and tickets with their numbers of answers."""
+class _ResponseFacts:
+    """Facts for the response of the request that runs in this context: digests by profile, and answers by ticket."""
 
     def __init__(self) -> None:
         self.decisions: dict[str, str] = {}
         self.tickets: dict[str, int] = {}
 
 
-_known: contextvars.ContextVar[_Known] = contextvars.ContextVar("axiscap_known")
+_facts: contextvars.ContextVar[_ResponseFacts] = contextvars.ContextVar("axiscap_known")
 
 
 def note_profile(requested: RequestedProfile, answers: int) -> None:
-    """Notes the decision about the request that runs here, for its response."""
-    known = _known.get(None)
-    if known is not None:
-        known.decisions[requested.name or "off"] = requested.digest or "-"
+    """Notes the profile of the request that runs in this context, for its response."""
+    facts = _facts.get(None)
+    if facts is not None:
+        facts.decisions[requested.name or "off"] = requested.digest or "-"
         if requested.ticket is not None and requested.digest is not None:
-            known.tickets[requested.ticket] = answers
+            facts.tickets[requested.ticket] = answers
 
 
-_put: tuple[ServedProfiles, Collection[tuple[str, ...]], Change]
+_wrapped: tuple[ServedProfiles, Collection[tuple[str, ...]], Change]
 
 
 def wrap_applications(profiles: ServedProfiles, places: Collection[tuple[str, ...]], change: Change) -> None:
-    """Has every application of FastAPI that this process begins to serve stand behind a :class:`Middleware`."""
-    global _put
+    """Puts a :class:`Middleware` around every FastAPI application that this process begins to serve."""
+    global _wrapped
     from fastapi import FastAPI
 
-    _put = profiles, places, change
+    _wrapped = profiles, places, change
     wrap(FastAPI, "build_middleware_stack", _add_middleware)
 
 
 def _add_middleware(original: Callable[[Any], _App], app: Any) -> _App:
-    return Middleware(original(app), *_put)
+    return Middleware(original(app), *_wrapped)
 
 
-class _Wrong(Exception):
-    """A status and a sentence."""
+class _Refusal(Exception):
+    """A refusal: an HTTP status and a sentence."""
 
 
 class Middleware:
@@ -118,19 +120,19 @@ class Middleware:
                 body = await _body(receive)
                 if _MENTIONED.search(body):
                     self._check(scope, path, body)
-                receive = _again(body, receive)
-        except _Wrong as wrong:
-            status, sentence = wrong.args
+                receive = _replay(body, receive)
+        except _Refusal as refusal:
+            status, sentence = refusal.args
             error = {"message": sentence, "type": "BadRequestError", "param": KEY, "code": status}
             return await _answer(send, status, {"error": error})
-        known = _Known()
-        _known.set(known)
-        await self._app(scope, receive, self._with_word(send, known))
+        facts = _ResponseFacts()
+        _facts.set(facts)
+        await self._app(scope, receive, self._with_headers(send, facts))
 
-    # A choice in the wrong place.
+    # Misplaced keys.
 
     def _check(self, scope: _Message, path: str, body: bytes) -> None:
-        """Raises where a request says something of AxisCap that would not be read, and no more than what is read."""
+        """Raises if the body has a key of AxisCap that the server would ignore."""
         try:
             given = json.loads(body)
         except ValueError:
@@ -138,7 +140,7 @@ class Middleware:
         if not isinstance(given, dict):
             return
         if path == "/collective_rpc" and str(given.get("method")).startswith(f"{KEY}_"):
-            raise _Wrong(403, f"profiles are changed at {PATH}/profiles, with the key in {ADMIN_VARIABLE}")
+            raise _Refusal(403, f"profiles are changed at {PATH}/profiles, with the key in {ADMIN_VARIABLE}")
         takes = _fields(scope)
         mine = [place for place in self._places if place[0] in takes]
         found = list(_mentions(given))
@@ -149,25 +151,27 @@ class Middleware:
             where = " or ".join(".".join((*place, KEY)) for place in mine)
             said = ".".join(keys)[:80]
             if not mine:
-                raise _Wrong(400, f"{path} takes no choice of a profile, and {said} would not be read")
-            raise _Wrong(400, f"a profile is chosen in {where}; {said} would not be read")
+                raise _Refusal(400, f"{path} takes no choice of a profile, and {said} would not be read")
+            raise _Refusal(400, f"a profile is chosen in {where}; {said} would not be read")
 
-    # What a client is told.
+    # Headers and drift.
 
-    def _with_word(self, send: _Send, known: _Known) -> _Send:
-        """Holds the head of a response back until its body begins, since a stream's is made before anything is decided;
-        and has the answers' drift in the head of a response that is sent as a whole, or at the end of a stream.
+    def _with_headers(self, send: _Send, facts: _ResponseFacts) -> _Send:
+        """A ``send`` that adds headers and drift.
+
+        It holds the head of a response back until the body begins, since a stream's head is made before a profile is
+        assigned. The drift goes into the head of a complete response, or to the end of a stream.
         """
         held: list[_Message] = []
         is_stream = False
 
         async def release(drift: Sequence[Mapping[str, float]] = (), *, done: bool = False) -> None:
-            words = [", ".join(values) for values in (known.decisions, known.decisions.values()) if known.decisions]
+            words = [", ".join(values) for values in (facts.decisions, facts.decisions.values()) if facts.decisions]
             more = [(name.encode(), said.encode()) for name, said in zip(HEADERS, words, strict=False)]
             if drift and not is_stream:
-                more.append((DRIFT_HEADER.encode(), _said(drift).encode()))
-            elif drift and not (done and _put_into(held, drift)):
-                comment = f": {DRIFT_HEADER}: {_said(drift)}\n\n".encode()
+                more.append((DRIFT_HEADER.encode(), _format_drift(drift).encode()))
+            elif drift and not (done and _add_to_last_chunk(held, drift)):
+                comment = f": {DRIFT_HEADER}: {_format_drift(drift)}\n\n".encode()
                 held.insert(-1, {"type": "http.response.body", "body": comment, "more_body": True})
             while held:
                 message = held.pop(0)
@@ -180,25 +184,25 @@ class Middleware:
             if message["type"] == "http.response.start":
                 is_stream = _header(message, b"content-type").startswith(b"text/event-stream")
                 if message["status"] != 200:
-                    known.tickets.clear()
+                    facts.tickets.clear()
                 held.append(message)
                 return
             body, ends = message.get("body", b""), not message.get("more_body", False)
             done = is_stream and body.lstrip().startswith(_DONE)
-            last = is_stream and bool(known.tickets) and _LAST.search(body) is not None
+            last = is_stream and bool(facts.tickets) and _LAST.search(body) is not None
             if last:
                 await release()  # another answer's last piece
             held.append(message)
-            if known.tickets and (ends or done):
-                tickets, known.tickets = known.tickets, {}
-                few = sum(tickets.values()) <= _MOST_TOLD
+            if facts.tickets and (ends or done):
+                tickets, facts.tickets = facts.tickets, {}
+                few = sum(tickets.values()) <= _MOST_ANSWERS
                 await release(await self._profiles.await_drift(tickets) if few else (), done=done)
-            elif not known.tickets or (is_stream and not last):
+            elif not facts.tickets or (is_stream and not last):
                 await release()
 
         return later
 
-    # The server's own word, and its administration.
+    # The server's own routes.
 
     async def _own(self, scope: _Message, path: str, receive: _Receive) -> object:
         if path == PATH and scope["method"] == "GET":
@@ -207,22 +211,22 @@ class Middleware:
         named = re.fullmatch(rf"{PATH}/profiles/([^/]+)", path)
         method = {"PUT": "load", "PATCH": "move_floors", "DELETE": "retire"}.get(scope["method"])
         if named is None or method is None:
-            raise _Wrong(404, f"there are GET {PATH}, and PUT, PATCH and DELETE {PATH}/profiles/NAME")
+            raise _Refusal(404, f"there are GET {PATH}, and PUT, PATCH and DELETE {PATH}/profiles/NAME")
         key = os.environ.get(ADMIN_VARIABLE)
         if not key:
-            raise _Wrong(403, f"this server was started without {ADMIN_VARIABLE}, so profiles cannot be changed")
+            raise _Refusal(403, f"this server was started without {ADMIN_VARIABLE}, so profiles cannot be changed")
         shown = _header(scope, b"authorization").removeprefix(b"Bearer ")
         if not hmac.compare_digest(shown, key.encode()):
-            raise _Wrong(401, f"the header Authorization must be Bearer and the key in {ADMIN_VARIABLE}")
+            raise _Refusal(401, f"the header Authorization must be Bearer and the key in {ADMIN_VARIABLE}")
         arguments = [named[1], *_arguments(method, await _body(receive))]
         try:
             return {"done": await self._change(scope["app"], f"{KEY}_{method}", arguments)}
         except Exception as error:
-            raise _Wrong(400, str(error).rpartition(" method failed: ")[2]) from None
+            raise _Refusal(400, str(error).rpartition(" method failed: ")[2]) from None
 
 
 def _arguments(method: str, body: bytes) -> list[Any]:
-    """Of a change, behind the profile's name, from the request's body."""
+    """The arguments of a change after the profile's name, from the request's body."""
     if method == "retire":
         return []
     wanted = ["path", "allowed"] if method == "load" else ["by"]
@@ -231,12 +235,12 @@ def _arguments(method: str, body: bytes) -> list[Any]:
     except ValueError:
         given = None
     if not isinstance(given, dict) or set(given) - set(wanted) or wanted[0] not in given:
-        raise _Wrong(400, f"the body must be a JSON object of {' and, where it is wanted, '.join(wanted)}")
+        raise _Refusal(400, f"the body must be a JSON object of {' and, where it is wanted, '.join(wanted)}")
     return [given[name] for name in wanted if name in given]
 
 
 def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    """What stands under keys of AxisCap's, in any spelling, with the keys that lead there."""
+    """The values under AxisCap's key, in any spelling, each with the keys that lead to it."""
     if isinstance(given, Mapping):
         for key, value in given.items():
             if is_nearly(key):
@@ -249,7 +253,7 @@ def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _fields(scope: _Message) -> set[str]:
-    """The fields of the body that the request's route reads; of one that reads its body itself, none are known."""
+    """The fields of the body that the request's route declares; none if the route parses its body itself."""
     from starlette.routing import Match
 
     for route in scope["app"].routes:
@@ -266,12 +270,12 @@ def _names(kind: Any) -> set[str]:
     return own.union(*map(_names, get_args(kind)))
 
 
-def _said(drift: Sequence[Mapping[str, float]]) -> str:
+def _format_drift(drift: Sequence[Mapping[str, float]]) -> str:
     return ", ".join("; ".join(f"{name}={value:g}" for name, value in answer.items()) for answer in drift)
 
 
-def _put_into(held: list[_Message], drift: Sequence[Mapping[str, float]]) -> bool:
-    """Puts the drift into the last piece before a stream's end, as a field of it: many a client reads no comments."""
+def _add_to_last_chunk(held: list[_Message], drift: Sequence[Mapping[str, float]]) -> bool:
+    """Puts the drift into the last chunk before a stream's end, as a field, since many clients ignore comments."""
     for message in reversed(held[:-1]):
         before, found, piece = message.get("body", b"").rpartition(b"data: ")
         try:
@@ -301,14 +305,14 @@ async def _body(receive: _Receive) -> bytes:
             return b"".join(parts)
 
 
-def _again(body: bytes, receive: _Receive) -> _Receive:
-    """A body that was read, for who reads it next."""
+def _replay(body: bytes, receive: _Receive) -> _Receive:
+    """A ``receive`` that replays a body that was read."""
     first = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> _Message:
+    async def replay() -> _Message:
         return first.pop() if first else await receive()
 
-    return again
+    return replay
 
 
 async def _answer(send: _Send, status: int, content: object) -> None:

@@ -26,9 +26,9 @@ WAITING_BYTES = 16 << 20
 
 
 class Writer:
-    """Writes the totals and the log, in a thread of its own: a disk that is full, gone or slow holds up no step.
+    """Writes the totals, the log and the answers' readings in a thread, so that no step waits for a disk.
 
-    What cannot be written is said once, counted on the metrics page, and tried again. Capping goes on meanwhile.
+    A failure is logged once and counted on the metrics page, and the write is tried again. Capping goes on meanwhile.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Writer:
         self._news = threading.Condition()
         self._totals: Mapping[str, Any] | None = None  # the newest; an older one is of no use
         self._lines = bytearray()
-        self._told: deque[tuple[str, Mapping[str, float]]] = deque()
+        self._answers: deque[tuple[str, Mapping[str, float]]] = deque()
         self._writing = threading.Lock()
         self._answers_written = 0
         self._failures = dict.fromkeys(shared_folder.WRITTEN, 0)
@@ -54,19 +54,19 @@ class Writer:
         atexit.register(self.flush)
 
     def totals(self, totals: Mapping[str, Any]) -> None:
-        """What the metrics page shows, in place of what it was given before."""
+        """Replaces the totals that the metrics page shows."""
         with self._news:
             self._totals = totals
             self._news.notify()
 
     def report(self, ticket: str, answer: Mapping[str, float]) -> None:
-        """Word of an answer for its client, who does not wait long for it: what cannot be written is not kept."""
+        """Queues the readings of an answer for its client, who waits briefly: a failed write is not repeated."""
         with self._news:
-            self._told.append((ticket, answer))
+            self._answers.append((ticket, answer))
             self._news.notify()
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """One line each, behind those before."""
+        """Appends a line for each record."""
         lines = [json.dumps(record).encode() + b"\n" for record in records]
         with self._news:
             for line in lines:
@@ -77,7 +77,7 @@ class Writer:
             self._news.notify()
 
     def flush(self) -> bool:
-        """Writes what waits, once, in this thread; returns whether nothing is left."""
+        """Tries to write everything once, in this thread; returns whether nothing is left."""
         with self._writing:
             # The totals last, so that the others' failures are in them.
             parts = {"answers": self._answer, "log": self._append, "totals": self._replace}
@@ -87,7 +87,7 @@ class Writer:
     def _run(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._totals is not None or self._lines or self._told)
+                self._news.wait_for(lambda: self._totals is not None or self._lines or self._answers)
             if not self.flush():
                 time.sleep(TOTALS_EVERY)
 
@@ -98,8 +98,8 @@ class Writer:
             self._failures[what] += 1
             if what not in self._failing:
                 self._failing.add(what)
-                told = "axiscap: the %s cannot be written to %s, and will be tried again; capping goes on: %s"
-                _LOGGER.warning(told, what, self._paths[what], error)
+                message = "axiscap: the %s cannot be written to %s, and will be tried again; capping goes on: %s"
+                _LOGGER.warning(message, what, self._paths[what], error)
             return False
         if what in self._failing:
             self._failing.discard(what)
@@ -109,8 +109,8 @@ class Writer:
     def _answer(self) -> None:
         folder = self._paths["answers"]
         assert folder is not None
-        while self._told:
-            shared_folder.write_answer(folder, *self._told.popleft())
+        while self._answers:
+            shared_folder.write_answer(folder, *self._answers.popleft())
             self._answers_written += 1
             if self._answers_written % _DROP_EVERY == 0:
                 shared_folder.drop_answers(folder)

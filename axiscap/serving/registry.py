@@ -16,8 +16,10 @@ REGISTRY_FILE = "registry.json"
 
 
 class Registry:
-    """Which names there are, whose content they stand for, and the slot of each content. Content never changes: a new
-    version of a profile is another content in another slot, so that requests that run keep theirs.
+    """The names of a server's profiles, the content of each, and the slot of each content.
+
+    Content never changes: a new version of a profile is other content in another slot, so that running requests keep
+    theirs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -40,7 +42,7 @@ class Registry:
         Raises
         ------
         RequestError
-            for the client, with what it may ask for.
+            The request may not have the profile; the message names those that it may have.
         """
         if asked is None:
             return self.default
@@ -51,7 +53,7 @@ class Registry:
 
     @property
     def selectable(self) -> list[str]:
-        """What a request may say: what it gets without a word as well."""
+        """The names that a request may have, the default included, and ``off`` if it is allowed."""
         named = {*self.allowed, *([] if self.default is None else [self.default])}
         return sorted(named) + ([OFF] if self.allow_off or self.default is None else [])
 
@@ -59,7 +61,7 @@ class Registry:
         return self.slots.index(digest)
 
     def assign_slot(self, name: str, digest: str, in_use: Collection[str], *, allowed: bool) -> int:
-        """Gives a name new content; returns the slot to put it into.
+        """Gives a name new content; returns the slot for it.
 
         Raises
         ------
@@ -86,12 +88,12 @@ class Registry:
         return slot
 
     def check(self, name: object) -> None:
-        """Raises ValueError where a name is nobody's."""
+        """Raises ValueError if no profile has the name."""
         if not is_member(name, self.names):
             raise ValueError(f"there is no profile {str(name)[:64]!r}; there are {', '.join(sorted(self.names))}")
 
     def retire(self, name: str) -> None:
-        """Forgets a name; requests that run under it end as they began.
+        """Forgets a name. Running requests keep its content.
 
         Raises
         ------

@@ -1,9 +1,9 @@
-"""KV blocks that leave vLLM: what may hold or carry them without mixing contents.
+"""KV blocks that leave vLLM: the connectors that keep blocks of different contents apart.
 
-A block holds what a request's rows became under the content that capped them, so that whatever finds blocks again must
-tell contents apart. vLLM's own hashes of blocks do, since the digest is in the salt; a connector that goes by them is
-safe as it is. One that goes by the tokens alone has to be told. And where one engine hands a prompt's blocks to the
-next, request by request, the word about them says what they hold, and the other refuses what it would not have made.
+A block depends on the content that capped its rows. vLLM's hashes of blocks include the digest, as a salt, so
+connectors that use them are safe. A connector that uses the tokens alone gets the content as one more part of the
+prompt. If one engine hands a prompt's blocks to another, request by request, the transfer parameters name the content,
+and the other engine refuses a different one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from axiscap.serving.request import Assignment, RequestError
 from axiscap_plugin.wrapping import wrap
 
-#: Connectors that find blocks by the engine's own hashes.
+#: Connectors that find blocks by vLLM's hashes.
 BY_HASH = ("OffloadingConnector",)
 #: vLLM's example of a store that several engines share: it goes by the prompt's tokens, and the identifiers of what is
 #: in it beside text.
@@ -30,7 +30,7 @@ _NOBODYS = Assignment(None, None, "").prompt_salt
 
 
 def attach_content() -> None:
-    """Has an engine that computed a prompt for another say what its blocks hold."""
+    """Adds the content of a prompt's blocks to the parameters that go to another engine."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wrap(Scheduler, "_connector_finished", _with_word)
@@ -44,7 +44,7 @@ def _with_word(original: Callable[..., Any], scheduler: Any, request: Any) -> An
 
 
 def check_handed(extra: Mapping[str, Any] | None, assignment: Assignment) -> None:
-    """Raises RequestError where a request goes on from blocks that hold something else than it would compute.
+    """Raises RequestError if a request continues from blocks of another content than its own.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def check_handed(extra: Mapping[str, Any] | None, assignment: Assignment) -> Non
 
 
 def separate_contents() -> None:
-    """Has the shared store take each request's content for one thing more that is in its prompt."""
+    """Makes the shared store treat a request's content as a part of its prompt."""
     from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 
     wrap(ExampleConnector, "_found_match_for_request", _of_a_request)

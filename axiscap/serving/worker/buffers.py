@@ -29,11 +29,11 @@ class Buffers:
     Parameters
     ----------
     settings
-        layers that this worker does not hold are left out by ``layers``.
+        the server's configuration, for all workers.
     layers
         the capped layers that this worker holds.
     max_rows
-        of one step.
+        the most rows of one step.
     """
 
     def __init__(self, settings: Settings, layers: Sequence[int], max_rows: int, device: torch.device) -> None:
@@ -52,14 +52,14 @@ class Buffers:
         # The same memory by layer, each a storage of its own: a graph that writes several views of one copies them.
         self.projections = [from_dlpack(projections) for projections in self.all_projections]
         self.slot_of: dict[str, int] = {}
-        #: By content: what answers' projections are held against, at one layer.
+        #: By digest: the reference range of answers' projections, at one layer.
         self.scales: dict[str, Scale] = {}
-        #: By content: the gap of each layer and the strength, as :func:`axiscap.stats.layer_stats` takes them.
+        #: By digest: the gap of each layer and the strength, as :func:`axiscap.stats.layer_stats` takes them.
         self.gains: dict[str, tuple[list[Tensor], float]] = {}
         self._filled = 0
 
     def copy_profile(self, slot: int, profile: CapProfile) -> None:
-        """Puts a profile into a slot; what lay there is gone."""
+        """Copies a profile into a slot, in place of its content."""
         self._settings.check_room(profile)
         for at, layer in enumerate(self.layers):
             for tensor, part in zip(self._slots, profile.slot_at(layer, self._settings.directions), strict=True):
@@ -73,13 +73,13 @@ class Buffers:
         self.gains[profile.digest] = gaps, profile.strength
 
     def tensors(self, at: int) -> tuple[Tensor, ...]:
-        """What the op ``.buffers`` takes of a layer, behind the streams."""
+        """The arguments of the ops ``.buffers`` for a layer, after the streams."""
         more = self.targets[at], self.lifts[at], self.norm_limits[at]
         return self.axes[at], self.floors[at], self.rows, self.projections[at], *more
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Puts back the content of all slots, and the slots of all rows, when the context ends."""
+        """Restores the content of all slots, and the slots of all rows, when the context ends."""
         tensors = (*self._slots, self.rows)
         copies = [tensor.clone() for tensor in tensors]
         try:
@@ -89,14 +89,14 @@ class Buffers:
                 tensor.copy_(copy)
 
     def fill(self, slots: Counts) -> None:
-        """The slots of the step's rows; those behind them are left alone."""
+        """Sets the slots of the step's rows. The rows after them are left alone."""
         copy_in(self.rows, slots)
         if self._filled > len(slots):
             self.rows[len(slots) : self._filled].fill_(-1)
         self._filled = len(slots)
 
     def leave(self, alone: Tensor) -> None:
-        """Takes rows of the step out again.
+        """Leaves rows of the step alone.
 
         Parameters
         ----------

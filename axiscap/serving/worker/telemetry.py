@@ -1,4 +1,4 @@
-"""What capping did, counted per request and layer: totals for the metrics page, and a log of finished requests."""
+"""Counts by request and layer: totals for the metrics page, readings for clients, and a log of finished requests."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ PARTS = ("prompt", "answer")
 
 @dataclass
 class _Running:
-    """A request that is counted at ``index``; what its answer is held against, and at which of the layers (None:
-    another worker holds it); and what its profile adds (:attr:`axiscap.serving.worker.buffers.Buffers.gains`).
+    """A request that runs.
+
+    ``index``: its row in the counts. ``scale``: the reference range of its answer. ``at``: the index of that layer, or
+    None if another worker holds it. ``gaps`` and ``strength``: see
+    :attr:`axiscap.serving.worker.buffers.Buffers.gains`.
     """
 
     index: int
@@ -43,7 +46,7 @@ class _Running:
     strength: float
 
     def stats(self, sums: Tensor, at: int) -> LayerStats:
-        """What it did at one layer, from the statistics (layers, K, F)."""
+        """The statistics of one layer, from sums (layers, K, F)."""
         return layer_stats(sums[at], self.gaps[at], self.strength)
 
 
@@ -58,8 +61,8 @@ class _Answers:
 class Telemetry:
     """Counts per request and layer, of its prompt and of its answer, from the projections that the capped graph leaves.
 
-    Nothing here waits for a GPU in a step: what is to be read is copied away and read some steps later. Rows that a
-    speculative step computed and threw away count, and so do those that a preempted request computes again.
+    No step waits for a GPU: counts are copied to the host and read some steps later. Rows that a speculative step
+    discards are counted, and so are rows that a preempted request computes again.
     """
 
     def __init__(self, buffers: Buffers, requests: int, writer: Writer) -> None:
@@ -97,7 +100,7 @@ class Telemetry:
         return stats.reshape(layers, requests, 2, directions, -1)
 
     def start(self, request: str, assignment: Assignment) -> None:
-        """A capped request came into the batch for the first time."""
+        """Begins to count a capped request."""
         assert assignment.digest is not None
         if not self._free:  # preempted requests keep theirs while others run
             self._grow(2 * self._stats.shape[1])
@@ -108,12 +111,12 @@ class Telemetry:
         self._running[request] = _Running(index, assignment, scale, at, *self.buffers.gains[assignment.digest])
 
     def fill(self, requests: Sequence[str], counts: Counts, prompts: Counts, slots: Counts) -> None:
-        """Whose rows the coming step computes, in order; of each request's, the first ``prompts`` are of its prompt.
+        """Sets the requests of the next step's rows, in order. The first ``prompts`` rows of each belong to its prompt.
 
         Parameters
         ----------
         slots
-            of the rows, as the buffers have them: those without one are not counted.
+            the slots of the rows. Rows without one are not counted.
         """
         index = np.array([self._running[name].index if name in self._running else -1 for name in requests], np.int32)
         parts = np.stack([2 * index, 2 * index + 1], 1)
@@ -125,11 +128,11 @@ class Telemetry:
         self._to_add = self._stats.flatten(1, 2), projections, self._floors.flatten(1, 2), self._rows[: len(rows)]
 
     def leave(self, alone: Tensor) -> None:
-        """As :meth:`axiscap.serving.worker.buffers.Buffers.leave`: what is left alone is not counted."""
+        """Does not count the rows (rows,) that :meth:`axiscap.serving.worker.buffers.Buffers.leave` leaves alone."""
         self._rows[: len(alone)].masked_fill_(alone, -1)
 
     def count(self) -> None:
-        """Adds the step that was just computed."""
+        """Adds the rows of the step that just ran."""
         ops.accumulate_(*self._to_add)
         self._changed = True
 
@@ -152,7 +155,7 @@ class Telemetry:
         self._copies.append((event, copied, then))
 
     def settle(self, *, idle: bool) -> None:
-        """Logs what finished requests left, and writes the totals when it is time, or when nothing runs any more."""
+        """Logs finished requests, and writes the totals if they are due or no request runs."""
         now = time.monotonic()
         if self._changed and (idle or now - self._written >= TOTALS_EVERY):
             self._written, self._changed = now, False

@@ -1,5 +1,6 @@
-"""Which rows of a step lie in a reasoning model's thinking: behind the token that begins it, and before the one that
-ends it. What the model wrote a step ago may be known to the device alone, and so it is there that rows are told apart.
+"""The rows of a step that lie in a reasoning model's thinking, between the tokens that begin and end it.
+
+The token of the previous step may exist on the device only, so rows are classified there.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from axiscap.serving.worker.buffers import Counts, copied
 
 
 class Tokens(NamedTuple):
-    """What a step reads: its rows' token ids (rows,), on the device; and the first ids of a request's sequence, by its
-    number in the step and their count, as the host knows them.
+    """The tokens of a step: the ids of its rows (rows,), on the device; and a function that gives the first ids of a
+    request's sequence on the host, by the request's number in the step and their count.
     """
 
     ids: Tensor
@@ -31,7 +32,7 @@ class Thinking:
     begin, end
         token ids.
     requests
-        that run at once, as a first guess.
+        the number of requests that run at once; it grows if there are more.
     """
 
     def __init__(self, begin: int, end: int, device: torch.device, requests: int) -> None:
@@ -101,7 +102,7 @@ def marker_ids(markers: Sequence[str], tokenizer: str, **options: Any) -> tuple[
     Raises
     ------
     SettingsError
-        one of them is not one token of the model's.
+        A marker is not one token of the model.
     """
     from transformers import AutoTokenizer
 

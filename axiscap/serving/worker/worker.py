@@ -1,4 +1,4 @@
-"""One worker's part, whatever the engine: its buffers, which rows of a step are whose, and what is counted of them."""
+"""The engine-independent part of a worker: its buffers, the requests of a step's rows, and their counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from axiscap.serving.worker.writer import Writer
 
 _LOGGER = logging.getLogger("axiscap")
 
-#: One step in this many is watched: it shows whether every layer still measures its rows, and waits for the device.
+#: One step in so many is checked: every layer must have measured its rows. The check waits for the device.
 _WATCHED_EVERY = 64
 
 
@@ -32,11 +32,11 @@ class Worker:
     max_rows
         of one step.
     requests
-        that run at once, as a first guess.
+        the number of requests that run at once; it grows if there are more.
     totals
-        a file for this worker's totals; None: another worker counts the same rows.
+        the file of this worker's totals; None if another worker counts the same rows.
     markers
-        the token ids that begin and end the thinking, where the settings tell rows apart by that.
+        the token ids that begin and end the thinking, if the settings depend on it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Worker:
         self._settings = settings
         assert settings.separates_thinking == (markers is not None)
         self._thinking = None if markers is None else Thinking(*markers, device, requests)
-        # The step that the buffers hold: while a batch goes on writing, its next one is the same.
+        # The step that the buffers hold. While a batch decodes, its next step is the same.
         self._step: tuple[list[str], bytes, bytes] | None = None
         self._to_count = False
         self._steps, self._is_watching = 0, False
@@ -69,11 +69,11 @@ class Worker:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether :meth:`fill` has to be told what the rows are of."""
+        """Whether :meth:`fill` needs the rows' tokens."""
         return self._thinking is not None
 
     def copy_profile(self, slot: int, digest: str, path: str, floors: list[list[float]] | None = None) -> None:
-        """Puts a profile into a slot of every layer."""
+        """Copies a profile into a slot of every layer."""
         profile = read_profile(path, floors, digest)
         self.buffers.copy_profile(slot, profile)
         if profile.knows_sinks:
@@ -106,17 +106,17 @@ class Worker:
             )
 
     def unseen(self, name: str) -> str | None:
-        """The profile of a request, where :meth:`look_for_sinks` has not looked at it yet."""
+        """The profile of a request if :meth:`look_for_sinks` has not checked it yet, else None."""
         digest = self._assignments[name].digest
         return None if digest in self._looked_at else digest
 
     def clear(self) -> None:
-        """Rows that the engine makes up, to warm up or to capture a graph: none is capped."""
+        """No row is capped until the next fill: the engine runs dummy rows, to warm up or to capture a graph."""
         self.buffers.clear()
         self._step = None
 
     def begin(self, finished: Iterable[str], new: Iterable[tuple[str, Assignment]]) -> None:
-        """Before a step: which requests are gone, and which come for the first time (or again: that is no news)."""
+        """Before a step: the requests that ended, and the new ones. A request that is known already is ignored."""
         gone = [name for name in finished if self._assignments.pop(name, None) is not None]
         if self._telemetry:
             self._telemetry.finish(gone)
@@ -139,18 +139,18 @@ class Worker:
         view: Mapping[str, str | None] | None = None,
         tokens: Tokens | None = None,
     ) -> None:
-        """Before the model runs: whose rows the step computes, in order.
+        """Before the model runs: sets the slots of the step's rows, which are ordered by request.
 
         Parameters
         ----------
         prompts
-            how many of each request's rows are of its prompt; the others the model wrote.
+            the number of each request's rows that belong to its prompt; the others are written ones.
         starts
-            the position in its sequence of each request's first row, where a row's place in the thinking decides.
+            the position of each request's first row in its sequence, if the settings depend on the thinking.
         view
             for the checking mode, the digest of each request as the scheduler knows it.
         tokens
-            what the rows are of, where a row's place in the thinking decides.
+            the rows' tokens, if the settings depend on the thinking.
         """
         step = list(names), counts.tobytes(), prompts.tobytes()
         if step != self._step or self._thinking:
@@ -178,7 +178,7 @@ class Worker:
         return np.repeat(np.stack([of_prompts, written], 1), np.stack([prompts, counts - prompts], 1).ravel())
 
     def watch(self) -> None:
-        """Before the model runs on the rows of :meth:`fill`: has :meth:`end` check every layer, now and then."""
+        """Before the model runs: marks every layer's projections now and then, so that :meth:`end` can check them."""
         self._is_watching = self._steps % _WATCHED_EVERY == 0
         self._steps += 1
         if self._is_watching:
@@ -205,8 +205,8 @@ class Worker:
         self._to_count = False
 
     def _check(self, names: Sequence[str], counts: Counts, prompts: Counts, view: Mapping[str, str | None]) -> None:
-        """Every row's slot holds what the scheduler says of its request; rows that are left alone, and those behind the
-        step, have none.
+        """Raises if a row has another content than the scheduler assigned to its request, or has one and must be left
+        alone.
         """
         at = 0
         rows = self.buffers.rows.tolist()

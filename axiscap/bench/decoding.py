@@ -191,7 +191,7 @@ class _LayerTimer:
         return statistics.median(self._decode(variant, steps))
 
     def _decode(self, variant: str, steps: int) -> list[int]:
-        """What the clock measured at each capped layer in the last ``steps`` steps: nanoseconds, or calls."""
+        """The nanoseconds, or calls, of each capped layer in the last ``steps`` steps."""
         self._clock.values.clear()
         undos = self.hooks.add(lambda index: self._clock.start)
         undos += self.variants[variant](_NO_ROW)

@@ -158,7 +158,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which role is asked which question. Held-out roles are asked held-out questions only; neither makes the axis.
+    """The questions of each role. Held-out roles are asked held-out questions only; neither makes the axis.
 
     The default answers all questions, for the floors. The axis and its tests compare only the default's answers to
     questions that roles are asked too. Otherwise the axis would also point from some questions to others.

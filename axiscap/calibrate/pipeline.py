@@ -63,7 +63,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Keep:
-    """Which rollouts count: all of the default's, and those of a role that the judge gave a 3. Without scores, all."""
+    """Keeps all rollouts of the default, and those of a role that the judge gave a 3. Without scores, all are kept."""
 
     scores: dict[str, int | None] | None = None
 

@@ -69,7 +69,7 @@ def read(model: Any, texts: Sequence[Text], use_rows: UseRows) -> None:
 
 
 def are_ordinary(rows: Tensor, layer: int, norm_limits: Sequence[float]) -> Tensor:
-    """Which rows (..., H) of a layer are within its norm limit, and so are no attention sinks. All, without limits."""
+    """The mask of the rows (..., H) of a layer within its norm limit: no attention sinks. All, without limits."""
     limit = norm_limits[layer] if norm_limits else torch.inf
     is_ordinary: Tensor = rows.float().norm(dim=-1) <= limit
     return is_ordinary

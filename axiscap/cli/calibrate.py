@@ -198,7 +198,7 @@ def _workers(engine: str, model: str, loaded: Any, tokenizer: Any, settings: Any
 def _judge_answers(
     judge: str, model: Any, tokenizer: Any, store: Any, plan: Any, folder: Path, progress: Progress
 ) -> Any:
-    """Which answers to keep, by the scores of a judge."""
+    """The filter of answers by the scores of a judge."""
     from axiscap import calibrate as calibration
     from axiscap.calibrate import judge as judges
 

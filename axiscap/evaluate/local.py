@@ -198,7 +198,7 @@ class CappedModel(HuggingFaceAPI):
         return answers
 
     def _rows(self, passes: list[dict[int, Tensor]], row: int) -> dict[str, dict[str, float | None]]:
-        """What the profile did to one answer, by layer. The last token has no row, because it is never fed back."""
+        """The statistics of one answer, by layer. The last token has no row, because it is never fed back."""
         by_layer: dict[str, dict[str, float | None]] = {}
         for index, layer in enumerate(self.profile.layers if self.cap else ()):
             projections = torch.cat([by_pass[layer][row] for by_pass in passes]).cpu()  # (tokens, K)

@@ -1,4 +1,4 @@
-"""What a bank needs of one profile at one layer."""
+"""A slot: the part of a profile that a bank holds at one layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which profiles a server has: the content of each name, and the slot of each content."""
+"""The profiles of a server: the content of each name, and the slot of each content."""
 
 from __future__ import annotations
 

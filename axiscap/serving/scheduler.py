@@ -18,12 +18,12 @@ from axiscap.serving.settings import Settings, read_profile
 
 
 class Control:
-    """For the process that schedules requests: decides for each, where no client reaches, and changes profiles.
+    """Assigns a profile to each request, in the scheduler's process, which no client reaches; and changes profiles.
 
     Parameters
     ----------
     copy_profile
-        called with slot, digest, path and floors (or None) of a profile; puts it into every worker.
+        copies a profile to every worker: called with slot, digest, path and floors (or None).
     share
         whether this process writes the registry for those that talk to clients.
     """
@@ -38,12 +38,12 @@ class Control:
     ) -> None:
         self._settings = settings
         self._registry = Registry(settings)
-        #: Of each name its file, and the digest of what was in it.
+        #: By name: the file of a profile, and the digest of its content.
         self._files = {name: (path, settings.digests[name]) for name, path in settings.profiles.items()}
         self._file = folder / REGISTRY_FILE if share else None
         self._copy_profile = copy_profile
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
-        #: Requests may be decided in one thread while profiles change in another.
+        #: Requests may get profiles in one thread while profiles change in another.
         self.lock = threading.RLock()
         self._save(self._registry)
 
@@ -57,21 +57,19 @@ class Control:
         Raises
         ------
         RequestError
-            it asks for what it may not have, or its client was requested of content that was replaced on the
-            way here.
+            The request may not have the profile, or the content that the front resolved was replaced meanwhile.
         """
         extra = extra or {}
         name = self._registry.resolve(extra.get(KEY))
         digest = None if name is None else self._registry.names[name]
-        requested = RequestedProfile.read(extra) or RequestedProfile(
-            name, digest, None
-        )  # none where an engine is called from Python
+        # An engine that is called from Python has no front.
+        requested = RequestedProfile.read(extra) or RequestedProfile(name, digest, None)
         if requested.digest != digest:
             raise RequestError(f"profile {name} was replaced while the request was on its way; send it again")
         return Assignment(name, digest, request, requested.ticket, self._settings.rows_label)
 
     def track(self, request: Any, assignment: Assignment) -> None:
-        """The engine's own object for a request lives from now on; while it does, its profile keeps its slot."""
+        """Keeps the slot of a request's profile as long as the engine's object for the request lives."""
         request.axiscap_digest = assignment.digest
         self._live.add(request)
 
@@ -141,12 +139,12 @@ class Control:
 
 
 class Scheduling(ABC):
-    """In the process that schedules requests: when each one's profile is decided, and what keeps its blocks apart.
+    """The base of an adapter's part in the scheduler: it assigns profiles, and keeps the blocks of contents apart.
 
     Parameters
     ----------
     control
-        decides, and changes profiles; one for each process, of all ranks in the same order.
+        assigns and changes profiles; every process has one, and all ranks call theirs in the same order.
     """
 
     #: The field of a request whose text goes into the hash of its first block, and so of all behind it.
@@ -156,12 +154,12 @@ class Scheduling(ABC):
         self.control = control
 
     def assign(self, request: Any, name: str, *, apart: bool = True) -> Assignment:
-        """Decides a request. It carries the decision from now on, in place of what its client asked for.
+        """Assigns a profile to a request, which carries the assignment from now on in place of the requested profile.
 
         Parameters
         ----------
         request
-            the engine's; its fields change, so where others hold it too it is a copy.
+            the engine's request. Its fields change, so it must be a copy if others hold it too.
         name
             its id, as clients and logs know it.
         apart
@@ -170,7 +168,7 @@ class Scheduling(ABC):
         Raises
         ------
         RequestError
-            it asks for what it may not have, or for content that was replaced on the way here.
+            The request may not have the profile, or the resolved content was replaced meanwhile.
         """
         extra = self.extra(request)
         assignment = self.control.assign(extra, name)
@@ -182,8 +180,8 @@ class Scheduling(ABC):
 
     @abstractmethod
     def extra(self, request: Any) -> Mapping[str, Any] | None:
-        """What a request carries beside its parameters: its client's assignment, and what the front noted."""
+        """The extra arguments of a request: the client's field, and the profile that the front resolved."""
 
     @abstractmethod
     def carry(self, request: Any, extra: dict[str, Any]) -> None:
-        """Has a request carry this instead, without a change of what its client holds."""
+        """Replaces a request's extra arguments, without a change of the client's own object."""

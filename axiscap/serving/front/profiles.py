@@ -41,14 +41,15 @@ class ServedProfiles:
         return RequestedProfile(name, None if name is None else self._registry.names[name], ticket)
 
     async def await_drift(self, tickets: Mapping[str, int]) -> list[dict[str, float]]:
-        """What there is to tell of the answers of some tickets, by each its number of answers; waits for the workers to
-        have counted them, for a second at most.
+        """The drift of the answers under some tickets, given the number of answers of each.
+
+        It waits a second at most for the workers to count them.
         """
-        found = await shared_folder.await_answers(self._path.parent, tickets, _PATIENCE)
-        return [answer for ticket in tickets for answer in found[ticket]]
+        answers = await shared_folder.await_answers(self._path.parent, tickets, _PATIENCE)
+        return [answer for ticket in tickets for answer in answers[ticket]]
 
     def describe(self) -> dict[str, Any]:
-        """What the server caps with, for people and probes."""
+        """A description of the server's profiles, for people and probes."""
         from axiscap import __version__
 
         self._reload()
@@ -64,7 +65,7 @@ class ServedProfiles:
         return {"version": __version__, **facts}
 
     def _reload(self) -> None:
-        # Where the folder was cleaned away, what was read last holds; the engine decides by its own.
+        # If the folder was cleaned away, the last content holds. The scheduler has a registry of its own.
         with contextlib.suppress(OSError):
             changed = self._path.stat().st_mtime_ns
             if changed != self._seen:

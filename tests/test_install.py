@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -22,7 +23,6 @@ from tiny_models import (
     gemma3_multimodal,
     hooks_and_attributes,
     llava,
-    peft_wrapped,
     tokens,
 )
 from torch import nn
@@ -34,6 +34,11 @@ from axiscap import CapProfile, models
 @pytest.fixture
 def llama() -> nn.Module:
     return build("Llama")
+
+
+def peft_wrapped() -> nn.Module:
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    return peft.get_peft_model(build("Llama"), lora).eval()
 
 
 WRAPPED = {"Gemma3 multimodal": gemma3_multimodal, "Llava": llava, "PEFT": peft_wrapped}

@@ -7,7 +7,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import peft
 import torch
 import transformers
 from conftest import assert_same_bits, profile_for
@@ -101,12 +100,6 @@ def llava() -> nn.Module:
         text_config=transformers.LlamaConfig(**SMALL), vision_config=transformers.CLIPVisionConfig(**VISION)
     )
     return transformers.LlavaForConditionalGeneration(config).eval()
-
-
-def peft_wrapped() -> nn.Module:
-
-    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
-    return peft.get_peft_model(build("Llama"), lora).eval()
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

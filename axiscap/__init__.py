@@ -14,8 +14,8 @@ except ImportError as error:
     raise ImportError(f"axiscap needs torch 2.10 or newer, and finds torch {torch.__version__} ({error})") from error
 
 from axiscap import ops
+from axiscap.ops.stats import LayerStats
 from axiscap.profile import CapProfile, Evidence, ProfileError
-from axiscap.stats import LayerStats
 from axiscap.transformers import Installation, install, installed
 
 __version__ = "0.1.0"

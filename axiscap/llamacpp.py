@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from axiscap import _C
-from axiscap.banks import CappedLayer, Installed, by_name
-from axiscap.fit import ModelFacts, check_fits
+from axiscap.ops.banks import CappedLayer, Installed, by_name
 from axiscap.profile import CapProfile
+from axiscap.profile.fit import ModelFacts, check_fits
 
 #: The functions of ggml that the callback calls, in the order of its ``ggml::Library``.
 _FUNCTIONS = (

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import shipped
-from axiscap.calibrate.floors import PERCENTILES, with_floors
+from axiscap.data.jsonl import shipped
 from axiscap.profile import CapProfile
-from axiscap.stats import layer_stats, target_gap
+from axiscap.profile.floors import PERCENTILES, with_floors
 from axiscap.transformers import install
 
 try:
@@ -202,13 +201,9 @@ class TrainingCap:
         True
         >>> cap.remove()
         """
-        layers = self.installation._layers
-        sums = torch.stack([layers[index].stats[0] for index in self.profile.layers])
+        sums = _sum_over_processes(self.installation._sums(_CAP))
         figures: dict[str, float] = {}
-        for index, layer_sums in zip(self.profile.layers, _sum_over_processes(sums), strict=True):
-            directions = self.profile.directions
-            gap = target_gap(self.profile, index, directions)
-            stats = layer_stats(layer_sums[:directions], gap, self.profile.strength)
+        for index, stats in self.installation._stats_of(_CAP, sums).items():
             if stats.rows:
                 figures[f"axiscap/fired/{index}"] = stats.fired / stats.rows
                 if stats.fired:
@@ -334,12 +329,13 @@ class CapCallback(TrainerCallback):  # type: ignore[misc]
         self.remove()
 
 
-def _sum_over_processes(sums: Tensor) -> Tensor:
-    """The sums (L, K, F) of all processes. The fields "min" and "max" are summed too, and mean nothing."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = sums.clone()
-        torch.distributed.all_reduce(sums)
-    return sums
+def _sum_over_processes(sums: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The sums (K, F) of all processes, by layer. The fields "min" and "max" are summed too, and mean nothing."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return sums
+    stacked = torch.stack(list(sums.values()))
+    torch.distributed.all_reduce(stacked)
+    return dict(zip(sums, stacked, strict=True))
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -17,7 +17,7 @@ import time
 import torch
 
 from axiscap import calibrate, models
-from axiscap.calibrate import cluster, data, pipeline, rollouts, space
+from axiscap.calibrate import cluster, pipeline, rollouts, space
 
 SETTINGS = calibrate.Settings(models.DEFAULT_MODEL, "torch.float32")
 
@@ -59,7 +59,7 @@ def speeds() -> None:
 
 def peak(count: int) -> int:
     """Peak memory in MiB of the stages behind the rollouts, over `count` of them."""
-    roles = {name: data.Role(name, ("a",)) for name in ("default", "a", "b", "c", "d")}
+    roles = {name: calibrate.Role(name, ("a",)) for name in ("default", "a", "b", "c", "d")}
     plan = calibrate.plan(roles, [f"q{i}" for i in range(count // 5 * 4 // 3)])
     batches = calibrate.batches(plan)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +70,9 @@ def peak(count: int) -> int:
             store.write(store.name(batch), calibrate.Shard(batch, [[1]] * n, [[2]] * n, ["x"] * n, means))
         keep = pipeline.Keep()
         sums = pipeline.CollectSums(plan, keep)(store, batches)
-        found, _ = pipeline.CollectProjections(plan, keep, space.Space.of(sums, plan, 1))(store, batches)
-    assert len(found.tasks) == len(plan.tasks)
+        found = space.Space.of(sums, plan, 1)
+        projections, _ = pipeline.CollectProjections(plan, keep, found.axis, found.null)(store, batches)
+    assert len(projections.tasks) == len(plan.tasks)
     print(
         f"  {len(plan.tasks)} rollouts: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True
     )

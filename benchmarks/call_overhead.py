@@ -22,7 +22,8 @@ CALLS = 20_000
 def calls() -> dict[str, Callable[[], object]]:
     import torch
 
-    from axiscap import _C, ops
+    import axiscap
+    from axiscap import _C
 
     torch.set_num_threads(1)
     hidden, projections = torch.randn(1, 576), torch.empty(1, 1)
@@ -32,7 +33,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "`bank.cap_(hidden)`": lambda: bank.cap_(hidden),
         "`bank.cap_(hidden, slots, projections)`": lambda: bank.cap_(hidden, slots, projections),
-        "`ops.cap_(hidden, axes, floors, slots)`": lambda: ops.cap_(hidden, axes, floors, slots),
+        "`ops.cap_(hidden, axes, floors, slots)`": lambda: axiscap.ops.cap_(hidden, axes, floors, slots),
         "`torch.ops.axiscap.cap_(hidden, axes, floors, slots)`": lambda: op(hidden, axes, floors, slots),
     }
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import axiscap.ops  # noqa: F401 - registers torch.ops.axiscap
+import axiscap  # noqa: F401 - registers torch.ops.axiscap
 
 ROUNDS, CALLS = 15, 40
 

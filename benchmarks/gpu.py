@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from axiscap import _C
-from axiscap.doctor import cuda_version
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -75,10 +74,11 @@ def main() -> None:
         sys.exit("this build has no CUDA kernels; `axiscap doctor` says why")
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_properties(0)
+    toolkit, driver = (f"{version // 1000}.{version % 1000 // 10}" for version in versions)
     head = (
         f"# {device.name}\n\n{device.multi_processor_count} processors, {device.total_memory / 2**30:.0f} GiB, compute"
         f" capability {device.major}.{device.minor}; torch {torch.__version__}; kernels with CUDA"
-        f" {cuda_version(versions[0])}, a driver for up to {cuda_version(versions[1])}.\n"
+        f" {toolkit}, a driver for up to {driver}.\n"
     )
     done = [run(name, command, folder) for name, command in parts(folder).items()]
     (folder / "report.md").write_text("\n".join([head, *(section for _, section in done)]))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from axiscap import ops
+import axiscap
 
 ROUNDS, SECONDS = 25, 0.004
 
@@ -25,7 +25,7 @@ ROUNDS, SECONDS = 25, 0.004
 def seconds(hidden: Tensor, bank: tuple[Tensor, Tensor], norm_limits: Tensor | None, calls: int) -> float:
     begin = time.perf_counter()
     for _ in range(calls):
-        ops.cap_(hidden, *bank, norm_limits=norm_limits)
+        axiscap.ops.cap_(hidden, *bank, norm_limits=norm_limits)
     return time.perf_counter() - begin
 
 

@@ -19,7 +19,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "ptx")]
@@ -28,7 +30,6 @@ from conftest import unit  # noqa: E402
 from emulated import Device, kernel_name, nvcc  # noqa: E402
 
 from axiscap import _C  # noqa: E402
-from axiscap.view import plots  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,8 @@ def main() -> None:
                 lines.append(f"| {gpu.name} | {size} | {' | '.join(cells)} |")
     (ROOT / "docs" / "gpu-predicted.md").write_text("\n".join(lines) + "\n")
 
-    plot = plots.pyplot()
-    figure, panels = plot.subplots(1, len(SHOWN), figsize=(13, 3.8), sharey=True, layout="constrained")
+    matplotlib.use("Agg")
+    figure, panels = pyplot.subplots(1, len(SHOWN), figsize=(13, 3.8), sharey=True, layout="constrained")
     for panel, title in zip(panels, SHOWN, strict=True):
         for gpu, marker in zip(GPUS, "os^Dv*", strict=True):
             panel.plot(ROWS, curves[title, gpu.name, 4096], marker=marker, label=gpu.name)

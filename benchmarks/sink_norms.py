@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from axiscap import CapProfile, calibrate, models
-from axiscap.calibrate.data import Task, shipped
+from axiscap.calibrate.roles import Task
 from axiscap.calibrate.tokens import Text, read
+from axiscap.data.jsonl import shipped
 
 #: Texts of a kind, tokens of a long context, and strings of each attack.
 TEXTS, LONG, ATTACKS = 24, 8192, 24

@@ -25,9 +25,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
-from axiscap.calibrate import data, effects, floors, judge, pipeline, rollouts, space, sweep, tokens
+from axiscap.calibrate import effects, judge, pipeline, rollouts, space, sweep, tokens
+from axiscap.calibrate import roles as roles_module
 from axiscap.calibrate.effects import Budget, DomainCost, Outcome, Point, Setting
+from axiscap.calibrate.sketch import Sketch
 from axiscap.drift import compare
+from axiscap.profile import floors
 
 
 def test_shipped_roles_and_questions_are_complete():
@@ -125,7 +128,7 @@ def synthetic(shift=3.0, depth=4, size=16, seed=0):
     """Answers around a mean for each role. The means lie along one direction, with the default at its end."""
     generator = torch.Generator().manual_seed(seed)
     names = ["default", *(f"r{i}" for i in range(12))]
-    roles = {name: data.Role(name, ("a", "b"), "kind") for name in names}
+    roles = {name: calibrate.Role(name, ("a", "b"), "kind") for name in names}
     plan = calibrate.plan(roles, [f"q{i}" for i in range(40)])
     direction = unit(depth, size, seed=5)
     shards = []
@@ -196,7 +199,7 @@ def test_too_few_roles_are_an_error():
 def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
     values = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
     half = count // 2
-    merged = floors.Sketch(2).add(values[:half]).merge(pickle.loads(pickle.dumps(floors.Sketch(2).add(values[half:]))))
+    merged = Sketch(2).add(values[:half]).merge(pickle.loads(pickle.dumps(Sketch(2).add(values[half:]))))
     assert merged.count == count
     table = merged.table()
     for layer in range(2):
@@ -554,7 +557,7 @@ def test_unusable_judges_are_an_error(monkeypatch):
     with pytest.raises(ConnectionError, match="does not answer"):
         judge.endpoint("m", "http://127.0.0.1:9/v1")("x")
     with pytest.raises(ValueError, match="has no eval_prompt"):
-        judge.question_to_the_judge(data.Role("r", ("x",)), calibrate.Task("r", 0, 0, "", ""), "")
+        judge.question_to_the_judge(calibrate.Role("r", ("x",)), calibrate.Task("r", 0, 0, "", ""), "")
 
 
 @pytest.mark.parametrize(("text", "score"), [("3", 3), (" 2\n", 2), ("Score: 0.", 0), ("**1**", 1), ("10 or 2", 2)])
@@ -623,7 +626,7 @@ def write_small_inputs(folder):
 
 
 #: The command with batches of 3, so that there are many moments to kill it.
-SMALL_BATCHES = "from axiscap.calibrate import data; data.BATCH = 3; from axiscap.cli import main; main()"
+SMALL_BATCHES = "from axiscap.calibrate import roles; roles.BATCH = 3; from axiscap.cli import main; main()"
 
 
 def run_command(*arguments):
@@ -784,7 +787,7 @@ def test_the_difference_method_is_the_published_one(small_calibration, tmp_path,
     store = calibrate.Store(str(folder / "work"), calibrate.Settings.of(profile, models.DEFAULT_MODEL))
     means: dict[str, list] = {}
     assert store.settings.norm_limits == tuple(profile.norm_limit_all.tolist())
-    monkeypatch.setattr(data, "BATCH", 3)
+    monkeypatch.setattr(roles_module, "BATCH", 3)
     for shard in store.shards(calibrate.batches(plan)):
         for task, mean in zip(shard.tasks, shard.means, strict=True):
             if task.role in plan.roles and plan.makes_the_axis(task):
@@ -841,12 +844,12 @@ def test_token_projections_are_those_of_the_installation(small_calibration, demo
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
     )
     settings = calibrate.Settings.of(profile, models.DEFAULT_MODEL)
-    data.BATCH, before = 3, data.BATCH
+    calibrate.BATCH, before = 3, calibrate.BATCH
     try:
         store = calibrate.Store(str(folder / "work"), settings)
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
-        data.BATCH = before
+        calibrate.BATCH = before
     texts = [tokens.Text("role x", *pair) for pair in zip(shard.prompts, shard.answers, strict=True)]
     sketch = pipeline.CollectSketches(profile.axis_all, (math.inf,) * 30)(model, texts)["pooled tokens"]
     count = sum(map(len, shard.answers))
@@ -1017,7 +1020,7 @@ def test_the_example_of_other_models_lists_its_models():
 
 def test_the_axis_is_no_direction_between_questions():
     """If answers depend on the question only, roles that are asked a few questions do not differ from the default."""
-    roles = {name: data.Role(name, ("a",)) for name in ("default", *(f"r{i}" for i in range(12)))}
+    roles = {name: calibrate.Role(name, ("a",)) for name in ("default", *(f"r{i}" for i in range(12)))}
     plan = calibrate.plan(roles, [f"q{i}" for i in range(80)], per_role=8)
     assert len({task.question for task in plan.tasks if plan.makes_the_axis(task)}) == 8
     offsets = 5 * torch.randn(80, 1, 16, generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,10 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import axiscap
-from axiscap import CapProfile, bench, cli, doctor, interop, models
+from axiscap import CapProfile, bench, cli, interop, models
 from axiscap.bench.kernels import SHARES
 from axiscap.calibrate import with_floors
+from axiscap.cli.doctor import cuda_advice
 from axiscap.profile import CONVERTED
 from axiscap.view import plots, speeds
 
@@ -357,7 +358,7 @@ def test_doctor_prints_the_installation(command):
     ],
 )
 def test_doctor_advises_on_a_driver_that_is_too_old(runtime, driver, torch_cuda, advice):
-    assert doctor.cuda_advice(runtime, driver, torch_cuda) == advice
+    assert cuda_advice(runtime, driver, torch_cuda) == advice
 
 
 @pytest.mark.slow

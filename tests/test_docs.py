@@ -21,7 +21,8 @@ from numpydoc.validate import validate
 import axiscap
 from axiscap import CapProfile, cli, drift, interop, models, reference
 from axiscap.calibrate.store import Shard
-from axiscap.view import chat, chat_page
+from axiscap.drift import chat
+from axiscap.view import chat_page
 
 
 @pytest.fixture(scope="module")

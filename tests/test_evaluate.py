@@ -19,7 +19,7 @@ from conftest import REPOSITORY, samples_of
 from inspect_ai.log import read_eval_log
 
 from axiscap import CapProfile
-from axiscap.calibrate.data import shipped
+from axiscap.data.jsonl import shipped
 from axiscap.evaluate import behaviours, judges, pairs, tasks
 from axiscap.evaluate import run as run_module
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from axiscap import calibrate, drift, jsonl
+from axiscap import calibrate, drift
+from axiscap.data import jsonl
 from axiscap.drift.compare import load_scripts
 from axiscap.evaluate import behaviours, pairs
 

@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import axiscap
 from axiscap import CapProfile, drift
-from axiscap.drift import BUCKETS, Conversation, Monitor, Scale
+from axiscap.drift import Conversation, Monitor, Scale
+from axiscap.profile.scale import BUCKETS
 
 # Drift statistics.
 

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest, openmetrics
 from prometheus_client.openmetrics import exposition, parser  # noqa: F401
 
 from axiscap import CapProfile, models, reference
-from axiscap.fit import ModelFacts
+from axiscap.profile.fit import ModelFacts
 from axiscap.serving import shared_folder
 from axiscap.serving.front import metrics
 from axiscap.serving.front.profiles import ServedProfiles

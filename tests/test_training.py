@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 import axiscap
 from axiscap import CapProfile, models, training
-from axiscap.calibrate.floors import PERCENTILES
+from axiscap.profile.floors import PERCENTILES
 
 FLOOR = 0.4
 

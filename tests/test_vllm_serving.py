@@ -56,7 +56,7 @@ from serving import (
 )
 
 from axiscap import CapProfile, drift, models
-from axiscap.view import chat
+from axiscap.drift import chat
 
 API = ["-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
 MODEL = [*API, "--model", models.folder(models.DEFAULT_MODEL), "--dtype", "float32", "--max-model-len", "512"]

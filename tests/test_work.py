@@ -14,30 +14,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axiscap import calibrate, models
-from axiscap.calibrate import data, effects, pipeline, refusal, sinks, space, tokens, work
+from axiscap.calibrate import effects, pipeline, refusal, sinks, space, tokens, work
+from axiscap.data.jsonl import shipped
 
 
 def test_the_shipped_requests_are_complete():
-    shipped = calibrate.load_work()
-    assert len(shipped.domains) >= 20
-    for domain in shipped.domains:
-        requests = [request for request in shipped.requests if request.domain == domain]
+    ordinary = calibrate.load_work()
+    assert len(ordinary.domains) >= 20
+    for domain in ordinary.domains:
+        requests = [request for request in ordinary.requests if request.domain == domain]
         assert len(requests) == 30, domain
-    assert len({request.turns for request in shipped.requests}) == len(shipped.requests)
-    assert {"json", "python", "number"} == {request.check.split()[0] for request in shipped.requests if request.check}
-    assert max(request.tokens for request in shipped.requests) >= 400
-    assert max(len(request.turns) for request in shipped.requests) >= 3
-    assert not any(turn.lower().startswith(("you are", "act as")) for r in shipped.requests for turn in r.turns)
+    assert len({request.turns for request in ordinary.requests}) == len(ordinary.requests)
+    assert {"json", "python", "number"} == {request.check.split()[0] for request in ordinary.requests if request.check}
+    assert max(request.tokens for request in ordinary.requests) >= 400
+    assert max(len(request.turns) for request in ordinary.requests) >= 3
+    assert not any(turn.lower().startswith(("you are", "act as")) for r in ordinary.requests for turn in r.turns)
 
 
 def test_a_quarter_is_held_out():
-    shipped = calibrate.load_work()
-    tasks = [data.Task("work", 0, number, "", request.turns[0]) for number, request in enumerate(shipped.requests)]
-    held = [shipped.is_held_out(task) for task in tasks]
-    assert len(shipped.held_domains) == len(shipped.domains) // 4
-    for domain in shipped.domains:
-        is_held = [out for task, out in zip(tasks, held, strict=True) if shipped.domain(task) == domain]
-        assert all(is_held) if domain in shipped.held_domains else sum(is_held) == 7
+    ordinary = calibrate.load_work()
+    tasks = [
+        calibrate.Task("work", 0, number, "", request.turns[0]) for number, request in enumerate(ordinary.requests)
+    ]
+    held = [ordinary.is_held_out(task) for task in tasks]
+    assert len(ordinary.held_domains) == len(ordinary.domains) // 4
+    for domain in ordinary.domains:
+        is_held = [out for task, out in zip(tasks, held, strict=True) if ordinary.domain(task) == domain]
+        assert all(is_held) if domain in ordinary.held_domains else sum(is_held) == 7
 
 
 def test_the_shipped_prose_is_complete_and_apart_from_the_sweeps():
@@ -280,7 +283,7 @@ def test_the_directions_of_refusal_are_differences_of_means(demo_model, refusals
     """The expected means come from transformers, text by text, in float64."""
     model, tokenizer = demo_model
     rows: dict[str, list[torch.Tensor]] = {}
-    for pair in data.shipped("declined.jsonl"):
+    for pair in shipped("declined.jsonl"):
         for kind in ("request", "harmless"):
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": pair[kind]}], add_generation_prompt=True, tokenize=False

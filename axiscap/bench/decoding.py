@@ -15,7 +15,6 @@ from torch import Tensor
 import axiscap
 from axiscap import models, ops
 from axiscap.bench.kernels import published, spread
-from axiscap.profile import CapProfile
 
 _PROMPT = "The history of the sea is long, and"
 #: Floors below and above every projection: no row fires, or every row.
@@ -99,7 +98,7 @@ class _Hooks:
         self._axes = torch.nn.functional.normalize(torch.randn(count, 1, size, generator=generator), dim=-1)
 
     def install(self, floor: float) -> list[Undo]:
-        profile = CapProfile(self.layers, self._axes, torch.full((len(self.layers), 1), floor))
+        profile = axiscap.CapProfile(self.layers, self._axes, torch.full((len(self.layers), 1), floor))
         return [axiscap.install(self._model, profile).remove]
 
     def add(self, make: Callable[[int], Hook]) -> list[Undo]:

@@ -6,14 +6,14 @@ percentile of projections on the axis. Held-out roles and questions show how wel
 """
 
 from axiscap.calibrate.cluster import RayWorkers
-from axiscap.calibrate.data import Plan, Role, Task, batches, load_questions, load_roles, plan
-from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.pipeline import Keep, calibrate
+from axiscap.calibrate.roles import Plan, Role, Task, batches, load_questions, load_roles, plan
 from axiscap.calibrate.rollouts import EndpointEngine, Here, TransformersEngine, VllmEngine, Workers
 from axiscap.calibrate.sinks import NormLimits, find_norm_limits
 from axiscap.calibrate.space import loadings_correlation
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import Work, load_work
+from axiscap.profile.floors import with_floors
 
 __all__ = [
     "EndpointEngine",

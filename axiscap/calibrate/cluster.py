@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from axiscap import models
-from axiscap.calibrate.data import Task
+from axiscap.calibrate.roles import Task
 from axiscap.calibrate.rollouts import TransformersEngine, run
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Collect, Text

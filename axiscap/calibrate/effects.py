@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import Task, in_batches, shipped
-from axiscap.calibrate.floors import with_floors
 from axiscap.calibrate.refusal import COMPLIES, DECLINES
+from axiscap.calibrate.roles import Task, in_batches
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import percentile_interval
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Request, Work, shards
+from axiscap.data.jsonl import shipped
 from axiscap.profile import CapProfile
+from axiscap.profile.floors import with_floors
 from axiscap.transformers import Installation, install
 
 #: The most texts of a domain, and the most tokens of each answer.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Role, Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
+from axiscap.calibrate.roles import DEFAULT_ROLE, Role, Task
 from axiscap.calibrate.store import Shard
-from axiscap.jsonl import read_lines
+from axiscap.data.jsonl import read_lines
 
 #: The score of an answer that counts as the role's.
 TAKEN_ON = 3

@@ -16,13 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 import axiscap
 from axiscap import interop
-from axiscap.calibrate import floors as floors_module
 from axiscap.calibrate import refusal
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, even_sample
-from axiscap.calibrate.floors import Sketch
 from axiscap.calibrate.judge import TAKEN_ON
+from axiscap.calibrate.roles import DEFAULT_ROLE, Plan, Task, batches, even_sample
 from axiscap.calibrate.rollouts import TEMPERATURE, TOP_P, Here, TransformersEngine, Workers
 from axiscap.calibrate.sinks import NormLimits, SinkCounts, find_norm_limits
+from axiscap.calibrate.sketch import Sketch, describe
 from axiscap.calibrate.space import (
     PARTS,
     ROLE,
@@ -43,6 +42,7 @@ from axiscap.calibrate.work import answer as answer_work
 from axiscap.calibrate.work import shards as work_shards
 from axiscap.models import decoder_layers, language_class, text_config
 from axiscap.profile import CapProfile
+from axiscap.profile.floors import check_percentiles, with_floors
 
 #: How many answers of the default are read token by token, and half as many of roles.
 TEXTS = 512
@@ -148,7 +148,7 @@ def calibrate(
     >>> store = calibrate.Store(str(folder / "rollouts"), calibrate.Settings("SmolLM2-135M", "float32", 4))
     >>> profile = calibrate.calibrate(model, tokenizer, plan, store)  # doctest: +SKIP
     """
-    floors_module.check_percentiles(percentile, target_percentile)
+    check_percentiles(percentile, target_percentile)
     limits = find_norm_limits(model, tokenizer, plan, store, work)
     store = Store(store.url, dataclasses.replace(store.settings, norm_limits=limits.limits))
     workers = workers or Here(TransformersEngine(model, tokenizer, store.settings))
@@ -168,14 +168,14 @@ def calibrate(
         "model": _describe_model(model, store.settings.model),
         "axis": _describe_axis(space, sums, plan, judge, work, shrink),
         "sinks": sinks.describe(limits, layers, tokenizer),
-        "quantiles": floors_module.describe(sketches),
+        "quantiles": describe(sketches),
         "evidence": dataclasses.asdict(facts),
         "sampling": _describe_sampling(store.settings),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "axiscap": axiscap.__version__,
     }
     uncapped = _profile_without_floors(layers, directions, limits, sketches, provenance)
-    return floors_module.with_floors(uncapped, percentile, population, target_percentile=target_percentile)
+    return with_floors(uncapped, percentile, population, target_percentile=target_percentile)
 
 
 @dataclass(frozen=True)

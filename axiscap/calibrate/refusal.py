@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import Task, shipped
+from axiscap.calibrate.roles import Task
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import Directions
 from axiscap.calibrate.tokens import Text, are_ordinary, read
+from axiscap.data.jsonl import shipped
 from axiscap.models import decoder_layers, text_config
 
 #: First sentences of answers that decline, and of answers that comply.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import Task
 from axiscap.calibrate.endpoint import CONCURRENT, Endpoint
+from axiscap.calibrate.roles import Task
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.tokens import Collect, Text, are_ordinary
 from axiscap.models import folder, stop_tokens, watched_layers

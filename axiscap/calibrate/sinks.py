@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, even_sample
+from axiscap.calibrate.roles import DEFAULT_ROLE, Plan, Task, even_sample
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.tokens import Text, read

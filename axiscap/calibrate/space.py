@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from axiscap import ops
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task
+from axiscap.calibrate.roles import DEFAULT_ROLE, Plan, Task
 from axiscap.calibrate.store import Shard
 from axiscap.calibrate.tokens import Scatter
 from axiscap.profile import Evidence

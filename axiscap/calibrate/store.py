@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import axiscap
-from axiscap.calibrate.data import Task
+from axiscap.calibrate.roles import Task
 from axiscap.profile import CapProfile
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axiscap.calibrate.data import DEFAULT_ROLE, Plan, Task, batches, in_batches, shipped
 from axiscap.calibrate.effects import (
     Budget,
     Costs,
@@ -30,11 +29,12 @@ from axiscap.calibrate.effects import (
     losses,
     measure,
 )
+from axiscap.calibrate.roles import DEFAULT_ROLE, Plan, Task, batches, in_batches
 from axiscap.calibrate.rollouts import TransformersEngine
 from axiscap.calibrate.space import auc
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import TOKENS, Work, settings_of
-from axiscap.jsonl import read_lines
+from axiscap.data.jsonl import read_lines, shipped
 from axiscap.profile import CapProfile
 from axiscap.transformers import install
 

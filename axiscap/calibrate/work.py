@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from axiscap.calibrate.data import HOLD_OUT, Task, in_batches, shipped
+from axiscap.calibrate.roles import HOLD_OUT, Task, in_batches
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
-from axiscap.jsonl import read_lines, to_text
+from axiscap.data.jsonl import read_lines, shipped, to_text
 
 #: The most tokens of an answer, unless a request has its own limit. Code and stories need this many.
 TOKENS = 200

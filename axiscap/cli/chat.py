@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from axiscap import models
+from axiscap import CapProfile, models
 from axiscap.cli.console import console
 from axiscap.cli.options import AnswerTokensOption
-from axiscap.profile import CapProfile
 
 
 def chat(
@@ -33,7 +32,8 @@ def chat(
     max_new_tokens: AnswerTokensOption = 64,
 ) -> None:
     """Chat with a model, uncapped and capped side by side, and see where its answers lie along the axis."""
-    from axiscap.view import chat as chats
+    from axiscap.drift import chat as chats
+    from axiscap.view import chat as terminal_chat
     from axiscap.view import chat_page
 
     loaded = {path.stem: CapProfile.load(path) for path in profiles}
@@ -49,7 +49,7 @@ def chat(
     if terminal:
         console.print("Write a line; an empty line, or the end of the input, ends the conversation.")
         lines = iter(_read_line, "")
-        chats.converse(responder, next(iter(loaded.values())), console, lines, max_new_tokens=max_new_tokens)
+        terminal_chat.converse(responder, next(iter(loaded.values())), console, lines, max_new_tokens=max_new_tokens)
     else:
         console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
         chat_page.launch(chat_page.build(responder, loaded, max_new_tokens=max_new_tokens), port)

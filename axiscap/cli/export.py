@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from axiscap import CapProfile
 from axiscap.cli.console import print_line
 from axiscap.cli.options import ProfileArgument, make_folder
-from axiscap.profile import CapProfile
 
 
 def export(

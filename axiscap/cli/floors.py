@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from axiscap import models
+from axiscap import CapProfile, models
 from axiscap.cli.console import print_line, progress_bar
 from axiscap.cli.options import (
     PUBLISHED,
@@ -27,7 +27,6 @@ from axiscap.cli.options import (
     parse_settings,
 )
 from axiscap.cli.sweep import print_points
-from axiscap.profile import CapProfile
 
 
 def floors(
@@ -72,7 +71,7 @@ def floors(
 ) -> None:
     """Write a profile with other floors or other layers. Only a budget needs the model."""
     from axiscap.calibrate import effects
-    from axiscap.calibrate.floors import PERCENTILES, with_floors
+    from axiscap.profile.floors import PERCENTILES, with_floors
 
     if published:
         percentile, population = PUBLISHED

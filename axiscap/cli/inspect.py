@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from axiscap import CapProfile, Evidence, ProfileError
 from axiscap.cli.console import console, print_line, print_table
 from axiscap.cli.options import ProfileArgument
-from axiscap.profile import CapProfile, Evidence, ProfileError
 
 
 def inspect(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from axiscap.profile import CapProfile
+from axiscap import CapProfile
 
 
 def make_folder(path: Path | None) -> Path | None:

@@ -11,11 +11,9 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 
-from axiscap import drift, models
+from axiscap import CapProfile, drift, models
 from axiscap.cli.console import console, print_error_line, print_line, print_table, progress_bar
 from axiscap.cli.options import ModelOption, make_folder, parse_layers
-from axiscap.jsonl import read_lines
-from axiscap.profile import CapProfile
 
 
 def replay(
@@ -101,10 +99,8 @@ def replay_file(
     on_error: Callable[[str], None] | None = None,
 ) -> Iterator[drift.Trace]:
     """Loads the model and replays the conversations of a file, with a progress bar."""
-    # Only JSONL has one conversation a line: the number in other files is unknown until all is read.
-    total = sum(1 for _ in read_lines(conversations)) if conversations.suffix == ".jsonl" else None
     loaded, tokenizer = models.load(model)
-    task = progress.add_task("conversations read", total=total)
+    task = progress.add_task("conversations read", total=drift.count_conversations(conversations))
     stored = drift.read_conversations(conversations, on_error=on_error)
     for trace in drift.replay(loaded, tokenizer, profile, stored, layers=layers, capped=capped, on_error=on_error):
         yield trace

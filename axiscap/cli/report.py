@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from axiscap import drift, models
+from axiscap import CapProfile, drift, models
 from axiscap.cli.console import print_line, progress_bar
 from axiscap.cli.options import ModelOption, ProfileArgument, make_folder
 from axiscap.cli.replay import replay_file
-from axiscap.profile import CapProfile
 
 
 def report(

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from axiscap import models
+from axiscap import CapProfile, models
 from axiscap.cli.console import console, print_line, print_table
 from axiscap.cli.options import AnswerTokensOption, ModelOption, ProfileArgument, make_folder
-from axiscap.profile import CapProfile
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from axiscap import models
+from axiscap import CapProfile, models
 from axiscap.cli.console import console, print_line, print_table, progress_bar
 from axiscap.cli.options import (
     FictionBudgetOption,
@@ -23,7 +23,6 @@ from axiscap.cli.options import (
     make_folder,
     parse_settings,
 )
-from axiscap.profile import CapProfile
 
 #: The columns of the table of points in a file or a pipe.
 _POINTS_WIDTH = 180
@@ -89,10 +88,11 @@ def sweep(
     budgets = {out: effects.Budget(budget, fiction_budget)} | ({} if mild is None else {mild: effects.MILD})
     best = _measure(measured, settings, budgets)
     uncapped, points = measured.point(None), [measured.point(setting) for setting in settings]
-    marks = {id(point): "frontier" for point in effects.frontier(points)}
+    frontier = effects.frontier(points)
+    marks = {id(point): "frontier" for point in frontier}
     marks |= {id(point): "mild" if path == mild else "chosen" for path, point in best.items()}
     print_points([uncapped, *points], marks)
-    plots.draw_sweep(uncapped, points, [point for point in best.values() if point], picture)
+    plots.draw_sweep(uncapped, points, frontier, [point for point in best.values() if point], picture)
     print_line(f"picture: {picture}")
     for path, point in best.items():
         if point is None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from axiscap import CapProfile
 from axiscap.cli.console import print_line
-from axiscap.profile import CapProfile
 
 
 def verify(

@@ -6,27 +6,26 @@ at once, and reports when one drifts and when it recovers. ``axiscap.drift.compa
 uncapped and capped.
 """
 
-from axiscap.drift.conversations import CAPPED, UNCAPPED, Conversation, Encoded, Turn, encode, read_conversations
+from axiscap.drift.conversations import (
+    CAPPED,
+    UNCAPPED,
+    Conversation,
+    Encoded,
+    Turn,
+    count_conversations,
+    encode,
+    read_conversations,
+)
 from axiscap.drift.monitor import Monitor
 from axiscap.drift.recorder import Recorder
 from axiscap.drift.records import make_records, open_records
 from axiscap.drift.replay import BATCH_TOKENS, Trace, group_by_length, make_probe, project_sequences, replay
-from axiscap.drift.scale import (
-    BUCKETS,
-    Drift,
-    Scale,
-    bucket_of,
-    cumulate,
-    describe_percentile,
-    drift_of,
-    measurable_layers,
-    summarise_turn,
-)
 from axiscap.drift.selection import Selection
+from axiscap.drift.statistics import Drift, drift_of, summarise_turn
+from axiscap.profile.scale import Scale, describe_percentile, measurable_layers
 
 __all__ = [
     "BATCH_TOKENS",
-    "BUCKETS",
     "CAPPED",
     "UNCAPPED",
     "Conversation",
@@ -38,8 +37,7 @@ __all__ = [
     "Selection",
     "Trace",
     "Turn",
-    "bucket_of",
-    "cumulate",
+    "count_conversations",
     "describe_percentile",
     "drift_of",
     "encode",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axiscap import LayerStats
+from axiscap.data.jsonl import read_lines, to_label, to_text
 from axiscap.drift.conversations import CAPPED, UNCAPPED
-from axiscap.jsonl import read_lines, to_label, to_text
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats
 from axiscap.transformers import install
 
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from axiscap import jsonl
+from axiscap.data import jsonl
+from axiscap.data.jsonl import to_label
 from axiscap.drift.spans import THOUGHT_FIELDS
 from axiscap.drift.template import render_spans, with_arguments
-from axiscap.jsonl import to_label
 
 #: The sides of a conversation that was generated twice: without a profile, and under one.
 UNCAPPED, CAPPED = "uncapped", "capped"
@@ -108,6 +108,11 @@ def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = N
             on_error(f"{path}, {unit} {number}: {error}")
         else:
             yield conversation
+
+
+def count_conversations(path: Path) -> int | None:
+    """The number of conversations in a ``.jsonl`` file; None for another file, which is one JSON value."""
+    return sum(1 for _ in jsonl.read_lines(path)) if path.suffix == ".jsonl" else None
 
 
 def _entries(path: Path) -> Iterator[tuple[int, object]]:

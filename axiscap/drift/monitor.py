@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from axiscap.drift.scale import BUCKETS, Drift, RunningDrift, Scale, bucket_of, cumulate, summarise_turn
+from axiscap.drift.statistics import Drift, RunningDrift, summarise_turn
 from axiscap.profile import CapProfile
+from axiscap.profile.scale import BUCKETS, Scale, bucket_of, cumulate
 
 
 @dataclass

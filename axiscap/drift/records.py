@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from axiscap.drift.replay import Trace
-from axiscap.drift.scale import Scale
+from axiscap.profile.scale import Scale
 
 #: Records that are collected before they are written to Parquet as one row group.
 _ROW_GROUP = 10_000

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from axiscap.drift.conversations import CAPPED, Conversation, Encoded, encode
-from axiscap.drift.scale import Drift, Scale, check_layers, drift_of, summarise_turn
+from axiscap.drift.statistics import Drift, drift_of, summarise_turn
 from axiscap.models import text_config
 from axiscap.profile import CapProfile, Slot
+from axiscap.profile.scale import Scale, check_layers
 from axiscap.transformers import install
 
 #: Conversations that are encoded ahead and sorted by length, so that a batch has little padding.

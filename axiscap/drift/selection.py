@@ -9,7 +9,8 @@ import torch
 
 from axiscap.drift.conversations import CAPPED
 from axiscap.drift.replay import Trace
-from axiscap.drift.scale import Drift, Scale, drift_of
+from axiscap.drift.statistics import Drift, drift_of
+from axiscap.profile.scale import Scale
 
 #: How many conversations a page lists and draws, and how many it shows token by token. More make the page too large.
 ROWS, DETAILED = 200, 8

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axiscap.calibrate import Role, load_roles
-from axiscap.calibrate.data import shipped
-from axiscap.jsonl import read_lines, to_label
+from axiscap.data.jsonl import read_lines, shipped, to_label
 
 #: The columns of the request, in this order: StrongREJECT, JailbreakBench (whose Behavior is only a title), HarmBench,
 #: JSONL files.

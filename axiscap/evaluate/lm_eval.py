@@ -17,9 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
-from axiscap import models
-from axiscap.profile import CapProfile
-from axiscap.transformers import install
+from axiscap import CapProfile, install, models
 
 
 @register_model("axiscap")

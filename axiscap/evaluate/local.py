@@ -24,10 +24,8 @@ from inspect_ai.solver._task_state import sample_state
 from inspect_ai.tool import ToolChoice, ToolInfo
 from torch import Tensor
 
-from axiscap import models
+from axiscap import CapProfile, Installation, install, models
 from axiscap.evaluate.calls import Calls
-from axiscap.profile import CapProfile
-from axiscap.transformers import Installation, install
 
 #: A batch waits for this many seconds for another request, as long as requests arrive.
 GATHER = 0.2

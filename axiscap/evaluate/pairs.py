@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from axiscap.jsonl import read_lines
+from axiscap.data.jsonl import read_lines
 
 #: The names of scorers and tasks whose lower scores are better.
 LOWER = frozenset({"harmful", "not_refused", "in_character", "refused", "garak"})

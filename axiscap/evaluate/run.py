@@ -17,9 +17,9 @@ from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import Model, get_model
 
+from axiscap import CapProfile
 from axiscap.evaluate import tasks as own
 from axiscap.evaluate.pairs import Run, read_logs
-from axiscap.profile import CapProfile
 
 #: AxisCap's own tasks, in the order of the table.
 OWN = ("persona_jailbreak", "over_refusal", "arithmetic", "instructions", "choices", "code")

@@ -17,8 +17,8 @@ from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate, system_message, user_message
 from inspect_ai.util import sandbox
 
-from axiscap.calibrate.data import shipped
 from axiscap.calibrate.effects import fenced, numbers
+from axiscap.data.jsonl import shipped
 from axiscap.evaluate.behaviours import Behaviour, look_alikes, own, personas, read
 from axiscap.evaluate.judges import harmful, in_character, not_refused, refused
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from axiscap.fit import unstated
 from axiscap.profile import format_layers
+from axiscap.profile.fit import unstated
 from axiscap.serving.request import KEY, OFF, RequestError
 from axiscap.serving.settings import ROWS, Settings, check_name, is_member
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from axiscap.fit import ModelFacts, check_fits
 from axiscap.profile import CapProfile, is_url
+from axiscap.profile.fit import ModelFacts, check_fits
 from axiscap.serving.request import KEY, OFF, SettingsError
 from axiscap_plugin.wrapping import is_nearly
 
@@ -91,7 +91,7 @@ class Settings:
     digests
         the profiles' content, by name.
     model
-        what a profile has to fit, as :class:`axiscap.fit.ModelFacts` takes it; None until the model is known.
+        what a profile has to fit, as :class:`axiscap.profile.fit.ModelFacts` takes it; None until the model is known.
     """
 
     profiles: dict[str, str]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from axiscap.banks import Installed, by_name
-from axiscap.fit import ModelFacts, check_fits
 from axiscap.models import decoder_layers, language_class, text_config
+from axiscap.ops.banks import Installed, by_name
 from axiscap.profile import CapProfile
+from axiscap.profile.fit import ModelFacts, check_fits
 from axiscap.transformers.generate import GenerateWrappers
 from axiscap.transformers.hooks import ModelHooks
 from axiscap.transformers.layers import ModelLayer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from axiscap import _C, ops
-from axiscap.banks import CappedLayer
+from axiscap.ops.banks import CappedLayer
 from axiscap.profile import CapProfile
 from axiscap.transformers.rows import ThreadState
 

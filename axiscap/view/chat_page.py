@@ -12,12 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from axiscap.calibrate.floors import PERCENTILES, populations, with_floors
+from axiscap import CapProfile
 from axiscap.drift import Scale, Selection, measurable_layers, replay
+from axiscap.drift.chat import SIDES, Local, Remote, Responder, Turn, conversations, mean_at
 from axiscap.drift.compare import load_scripts
-from axiscap.profile import CapProfile
+from axiscap.profile.floors import PERCENTILES, populations, with_floors
 from axiscap.view import page, sheet
-from axiscap.view.chat import SIDES, Local, Remote, Responder, Turn, conversations, mean_at
 
 #: Requests that wait in the queue, and files that are kept for download.
 _MAX_WAITING = 8

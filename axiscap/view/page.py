@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import axiscap
+from axiscap import CapProfile, Evidence, ProfileError
 from axiscap.drift import CAPPED, Scale, Selection, Trace, describe_percentile
-from axiscap.profile import CapProfile, Evidence, ProfileError
 from axiscap.view.sheet import BLUE, GREY, ORANGE, PINK, Figures, axis, grid, provenance, rounded, save, section, table
 from axiscap.view.sinks import describe_sinks, sink_warnings
 

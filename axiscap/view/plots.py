@@ -8,8 +8,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from axiscap import CapProfile, Evidence
 from axiscap.drift.compare import Comparison, Track
-from axiscap.profile import CapProfile, Evidence
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; markers and dashes differ for prints in grey.
 UNCAPPED, CAPPED, FLOOR = "#D55E00", "#0072B2", "#555555"
@@ -227,7 +227,9 @@ def _draw_loadings(panel: Any, evidence: Evidence) -> None:
     panel.grid(alpha=0.25, axis="x")
 
 
-def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Sequence[Any], path: Path) -> None:
+def draw_sweep(
+    uncapped: Any, points: Sequence[Any], frontier: Sequence[Any], chosen: Sequence[Any], path: Path
+) -> None:
     """Hold against the cost in the worst domain for each point of a sweep, with intervals, the frontier and the choice.
 
     Parameters
@@ -235,13 +237,10 @@ def draw_sweep(uncapped: Any, points: Sequence[Any], chosen: Sequence[Any], path
     path
         the picture; its suffix is its format.
     """
-    from axiscap.calibrate.effects import frontier
-
     plot = pyplot()
     figure, panel = plot.subplots(figsize=(9, 6), layout="constrained")
     _draw_points(panel, points)
-    best = frontier(points)
-    panel.plot(_costs(best), [p.hold for p in best], color=FLOOR, linewidth=1, label="frontier")
+    panel.plot(_costs(frontier), [p.hold for p in frontier], color=FLOOR, linewidth=1, label="frontier")
     panel.plot(_costs(chosen), [p.hold for p in chosen], marker="o", markersize=16, fillstyle="none",
                color="black", linestyle="none", label="chosen")  # fmt: skip
     panel.axhline(uncapped.hold, color=FLOOR, linestyle=":", label="what personas take away")

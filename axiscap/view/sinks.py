@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from axiscap.profile import CONVERTED, CapProfile, format_layers
+from axiscap import CapProfile
+from axiscap.profile import CONVERTED, format_layers
 
 #: A larger share of rows near a layer's limit means that ordinary rows and attention sinks overlap.
 OVERLAP = 0.001

@@ -10,11 +10,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from axiscap.doctor import Check
+from axiscap import CapProfile, Evidence
 from axiscap.drift import Scale, Selection
 from axiscap.drift.compare import Comparison, by_group
 from axiscap.drift.selection import Row
-from axiscap.profile import CapProfile, Evidence
 from axiscap.view.sinks import describe_sinks
 
 #: The provenance that a summary shows, and the characters after which an entry is cut.
@@ -243,15 +242,4 @@ def speed_table(results: Sequence[Comparison]) -> Table:
     for result in results:
         speeds = (f"{track.tokens_per_second:.1f}" for track in (result.uncapped, result.capped))
         table.add_row(result.conversation.name, *speeds)
-    return table
-
-
-# The installation.
-
-
-def check_table(checks: Iterable[Check]) -> Table:
-    table = Table("what", "found", "what to do")
-    for check in checks:
-        cells = (escape(text) for text in (check.what, check.found, check.advice))
-        table.add_row(*cells, style="yellow" if check.advice else None)
     return table

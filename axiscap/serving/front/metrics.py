@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from axiscap.drift import cumulate
+from axiscap.profile.scale import cumulate
 from axiscap.serving.shared_folder import WRITTEN
 
 _COUNTERS = {

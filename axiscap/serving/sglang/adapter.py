@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from axiscap.fit import ModelFacts
+from axiscap.profile.fit import ModelFacts
 from axiscap.serving import shared_folder
 from axiscap.serving.front import metrics, middleware
 from axiscap.serving.front.profiles import ServedProfiles

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axiscap.fit import ModelFacts
+from axiscap.profile.fit import ModelFacts
 from axiscap.serving import shared_folder
 from axiscap.serving.front import metrics, middleware
 from axiscap.serving.front.profiles import ServedProfiles

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from axiscap.drift import Scale
+from axiscap.ops.stats import target_gap
 from axiscap.profile import CapProfile
+from axiscap.profile.scale import Scale
 from axiscap.serving.settings import Settings
-from axiscap.stats import target_gap
 
 #: No projection of a real row: a layer that measures its rows overwrites it.
 UNSEEN = 12345.0
@@ -54,7 +54,7 @@ class Buffers:
         self.slot_of: dict[str, int] = {}
         #: By digest: the reference range of answers' projections, at one layer.
         self.scales: dict[str, Scale] = {}
-        #: By digest: the gap of each layer and the strength, as :func:`axiscap.stats.layer_stats` takes them.
+        #: By digest: the gap of each layer and the strength, as :func:`axiscap.ops.stats.layer_stats` takes them.
         self.gains: dict[str, tuple[list[Tensor], float]] = {}
         self._filled = 0
 

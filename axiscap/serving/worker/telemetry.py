@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from axiscap import _C, ops
-from axiscap.drift import BUCKETS, Scale, bucket_of
+from axiscap.ops.stats import LayerStats, layer_stats
+from axiscap.profile.scale import BUCKETS, Scale, bucket_of
 from axiscap.serving.request import Assignment
 from axiscap.serving.worker.buffers import Buffers, Counts, copy_in
 from axiscap.serving.worker.writer import TOTALS_EVERY, Writer
-from axiscap.stats import LayerStats, layer_stats
 
 _LOGGER = logging.getLogger("axiscap")
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ def read_lines(path: Path, *, complete: bool = False) -> Iterator[Line]:
                 content = content.removeprefix(codecs.BOM_UTF8)
             if content.strip() and (content.endswith(b"\n") or not complete):
                 yield Line(path, number, content)
+
+
+def shipped(name: str) -> list[dict[str, Any]]:
+    """The entries of a JSONL file that AxisCap ships."""
+    return [line.parse() for line in read_lines(Path(str(files("axiscap.data") / name)))]
 
 
 def parse_json(content: bytes) -> Any:

@@ -8,10 +8,12 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
-from axiscap import _C, ops
+from axiscap import _C
+from axiscap.ops.library import new_stats
+from axiscap.ops.stats import LayerStats, layer_stats, target_gap
 from axiscap.profile import CapProfile
-from axiscap.stats import LayerStats, layer_stats, target_gap
 
 #: The name of a profile that was installed without one.
 DEFAULT_NAME = "default"
@@ -56,7 +58,7 @@ class CappedLayer:
             "lifts": lifts if any(profile.lifts is not None for profile in profiles) else None,
             "norm_limits": norm_limits if bool(norm_limits.isfinite().any()) else None,
         }
-        self.stats = ops.new_stats(len(profiles), directions)
+        self.stats = new_stats(len(profiles), directions)
         self.move_to(device)
 
     def move_to(self, device: torch.device) -> None:
@@ -110,13 +112,20 @@ class Installed(ABC):
         >>> list(cap.stats()["default"]) == list(profile.layers)
         True
         """
-        result: dict[str, dict[int, LayerStats]] = {}
-        for slot, (name, profile) in enumerate(self._profiles.items()):
-            directions, strength = profile.directions, profile.strength
-            sums = {index: self._layers[index].stats[slot, :directions].cpu() for index in profile.layers}
-            gaps = {index: target_gap(profile, index, directions) for index in profile.layers}
-            result[name] = {index: layer_stats(sums[index], gaps[index], strength) for index in profile.layers}
-        return result
+        return {name: self._stats_of(name, self._sums(name)) for name in self._profiles}
+
+    def _sums(self, name: str) -> dict[int, Tensor]:
+        """The kernels' sums of a profile, (K, F) on the device, by layer."""
+        profile, slot = self._profiles[name], self._slot(name)
+        return {index: self._layers[index].stats[slot, : profile.directions] for index in profile.layers}
+
+    def _stats_of(self, name: str, sums: Mapping[int, Tensor]) -> dict[int, LayerStats]:
+        """The statistics of a profile by layer, from its sums in this process or in several."""
+        profile = self._profiles[name]
+        return {
+            index: layer_stats(part.cpu(), target_gap(profile, index, profile.directions), profile.strength)
+            for index, part in sums.items()
+        }
 
     def reset_stats(self) -> None:
         """Sets the statistics back to no rows.
@@ -131,7 +140,7 @@ class Installed(ABC):
         """
         for layer in self._layers.values():
             slots, directions = layer.floors.shape
-            layer.stats.copy_(ops.new_stats(slots, directions, layer.stats.device))
+            layer.stats.copy_(new_stats(slots, directions, layer.stats.device))
 
     def _slot(self, name: str | None) -> int:
         """The slot of a profile, or -1 for None: rows that are left alone.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from axiscap.profile import CapProfile
+from axiscap.profile.record import CapProfile
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from axiscap.jsonl import parse_json, read_lines, to_label, to_text
+from axiscap.data.jsonl import parse_json, read_lines, to_label, to_text
 
 #: The role that stands for the Assistant itself.
 DEFAULT_ROLE = "default"
@@ -29,11 +29,6 @@ class Role:
     prompts: tuple[str, ...]
     kind: str = ""
     eval_prompt: str = ""
-
-
-def shipped(name: str) -> list[dict[str, Any]]:
-    """The entries of a JSONL file that AxisCap ships."""
-    return [line.parse() for line in read_lines(Path(str(files("axiscap.data") / name)))]
 
 
 def load_roles(folder: Path | None = None, model_name: str = "an AI model") -> dict[str, Role]:

@@ -844,12 +844,12 @@ def test_token_projections_are_those_of_the_installation(small_calibration, demo
         calibrate.load_roles(folder / "roles"), calibrate.load_questions(folder / "questions.jsonl"), 32
     )
     settings = calibrate.Settings.of(profile, models.DEFAULT_MODEL)
-    calibrate.BATCH, before = 3, calibrate.BATCH
+    roles_module.BATCH, before = 3, roles_module.BATCH
     try:
         store = calibrate.Store(str(folder / "work"), settings)
         shard = next(store.shards(calibrate.batches(plan)))
     finally:
-        calibrate.BATCH = before
+        roles_module.BATCH = before
     texts = [tokens.Text("role x", *pair) for pair in zip(shard.prompts, shard.answers, strict=True)]
     sketch = pipeline.CollectSketches(profile.axis_all, (math.inf,) * 30)(model, texts)["pooled tokens"]
     count = sum(map(len, shard.answers))

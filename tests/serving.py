@@ -54,13 +54,13 @@ PROMPTS = [
 ]
 
 
-#: Several blocks long, so that a prefix cache has something to keep.
+#: Several blocks long, so that a prefix cache has something to keep; uncapped, `mild` and `strict` go on differently.
 LONG = (
     "The village lay under the lake for ninety years. Its bell could be heard on still nights, and the fishermen would "
     "not row there after dark. Some said that a woman walked the shore with wet hair, asking for her house. Others had "
     "seen lights below the water, in the order of the old streets. When the drought came the steeple rose again, and "
     "the first to go there found the door open, the floor swept, and bread on the table. "
-) * 2 + PROMPTS[0]
+) * 2 + PROMPTS[7]
 
 
 def make_profiles(folder: Path) -> dict[str, CapProfile]:

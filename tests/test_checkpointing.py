@@ -271,3 +271,34 @@ def test_layers_whose_inputs_are_kept_elsewhere(llama, profiles):
         checkpoint_as_before_5_24(llama, False)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()):
             assert_gradient(llama, plain, profiles, PASSES["three passes"])
+
+
+def compile_layers(llama) -> None:
+    for layer in llama.model.layers:
+        layer.compile(backend="aot_eager")
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_layers_that_are_compiled_one_by_one(way, reentrant, compiled_first, llama, profiles):
+    """The hooks of such layers are compiled code, which cannot look at the graph."""
+    plain = copy.deepcopy(llama)
+    if compiled_first:
+        compile_layers(llama)
+    with axiscap.install(llama, profiles):
+        if not compiled_first:
+            compile_layers(llama)
+        if way is not None:
+            WAYS[way](llama, reentrant)
+        assert_gradient(llama, plain, profiles, PASSES["three passes"])
+
+
+def test_a_checkpoint_around_a_model_whose_layers_are_compiled(llama, profiles):
+    def run(model, mask):
+        return checkpoint(lambda ids: run_plainly(model, mask), IDS, use_reentrant=False)
+
+    plain = copy.deepcopy(llama)
+    with axiscap.install(llama, profiles):
+        compile_layers(llama)
+        assert_gradient(llama, plain, profiles, PASSES["three passes"], run)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from axiscap.transformers.batching import Batching, batching_of_this_thread
 from axiscap.transformers.layers import ModelLayer
-from axiscap.transformers.recompute import is_recomputing, mark, nearest_mark
+from axiscap.transformers.recompute import before_backward, is_recomputing, mark, nearest_mark
 from axiscap.transformers.rows import Pass, PerThread, Rows, SinkCheck, ThreadState, mask_of
 from axiscap.transformers.selection import Selection
 from axiscap.transformers.wrapping import Hook
@@ -95,6 +95,7 @@ class ModelHooks:
             self._register_mask_hooks(module, undo)
         before = self.decoder.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True)
         undo.append(before.remove)
+        undo.append(self.decoder.register_forward_hook(Hook(self._after_decoder)).remove)
         for index, layer in self._layers.items():
             block = self._blocks[index]
             undo.append(_order_of_hooks(block))
@@ -126,19 +127,30 @@ class ModelHooks:
         compiling = torch.compiler.is_compiling()
         thread = self.threads.mine
         if not compiling and is_recomputing():
-            if nearest_mark(self) is None:
-                thread.recomputed = self._unmarked_pass(thread, args, kwargs)
+            thread.recomputed = nearest_mark(self) or self._unmarked_pass(thread, args, kwargs)
             return
         arguments = _by_name(self._signature, args, kwargs)
         inputs = _inputs_of(args, arguments)
         rows = self._rows(thread, arguments, inputs)
-        thread.current = Pass(rows, self._selected(rows), self._sequences(thread))
+        thread.current, thread.recomputed = Pass(rows, self._selected(rows), self._sequences(thread)), None
         self.is_announced = False
         if not compiling:
-            self.last, thread.recomputed = thread, None
+            self.last = thread
             self._note_selection(thread.current.selected)
-            thread.current.has_gradients = torch.is_grad_enabled()
+            if torch.is_grad_enabled():
+                thread.current.banks = {index: layer.tensors for index, layer in self._layers.items()}
             self._announce(thread, inputs)
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Marks the graph at the decoder's output. Compiled layers cannot mark it: for them, backward says which pass
+        it has reached, before it computes them again.
+        """
+        this_pass = self.threads.mine.current
+        if torch.compiler.is_compiling() or not this_pass.banks or is_recomputing():
+            return
+        hidden = next(iter(output.values()), None) if isinstance(output, dict) else _hidden_of(output)
+        mark(hidden, self, this_pass)
+        before_backward(hidden, lambda: setattr(self.threads.mine, "recomputed", this_pass))
 
     def _note_selection(self, selected: list[int]) -> None:
         if self._first_selected is None:
@@ -218,7 +230,7 @@ class ModelHooks:
         for announced in self._announced.values():
             announced.end()
         is_traced = torch._C._get_tracing_state() is not None
-        if is_traced or thread.current.has_gradients or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+        if is_traced or thread.current.banks or not isinstance(inputs, Tensor) or inputs.dim() < 2:
             return
         batch, tokens = inputs.shape[:2]
         if self._sinks.is_due(tokens):  # the check needs the rows before the cap
@@ -239,9 +251,8 @@ class ModelHooks:
     def mark_layer(self, layer: ModelLayer, args: tuple[Any, ...], capped: Tensor) -> None:
         """Marks the graph at a layer's input and output, for checkpoints. A reentrant one runs without gradients."""
         this_pass = self.threads.mine.current
-        if not this_pass.has_gradients:
+        if not this_pass.banks:
             return
-        this_pass.banks[layer.index] = layer.tensors
         for tensor in (*args[:1], capped):
             mark(tensor, self, this_pass)
 
@@ -257,9 +268,10 @@ class ModelHooks:
                 "torch.jit.trace would keep this pass's choice of rows for all others; use torch.compile or "
                 "torch.export, or remove the installation first"
             )
-        cap = self._cap_again if not compiling and is_recomputing() else self._cap
+        is_again = self.threads.mine.recomputed is not None if compiling else is_recomputing()
+        cap = self._cap_again if is_again else self._cap
         capped = _cap_replicated(layer, hidden, cap) if hasattr(hidden, "to_local") else cap(layer, hidden)
-        if not compiling and not is_recomputing():
+        if not compiling and not is_again:
             self.mark_layer(layer, args, capped)
         return _with_hidden(output, capped)
 
@@ -275,7 +287,8 @@ class ModelHooks:
 
     def _cap_again(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
         """Caps a layer that backward computes again. Its rows were counted in its pass."""
-        earlier = nearest_mark(self) or self.threads.mine.recomputed
+        mark = None if torch.compiler.is_compiling() else nearest_mark(self)
+        earlier = mark or self.threads.mine.recomputed
         if earlier is None:
             raise RuntimeError(f"backward computes layer {layer.index} again, and its forward pass is not known")
         slots = earlier.slots(hidden.device, *_batch_and_tokens(hidden))

@@ -8,6 +8,7 @@ So the mark travels with the graph, whatever other passes run before backward, a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def mark(tensor: object, key: object, value: object) -> None:
     """Marks the node that computed a tensor, if it has one."""
     if isinstance(tensor, Tensor) and tensor.requires_grad:
         _metadata(get_gradient_edge(tensor).node)[key] = value
+
+
+def before_backward(tensor: object, call: Callable[[], None]) -> None:
+    """Calls ``call`` when backward reaches the node that computed a tensor, if it has one."""
+    if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+        tensor.grad_fn.register_prehook(lambda gradients: call())
 
 
 def nearest_mark(key: object) -> Any:

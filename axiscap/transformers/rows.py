@@ -35,8 +35,7 @@ class Pass:
         self.rows, self.selected = rows, selected
         #: The number of sequences, if several rows of the batch belong to each; None: each row is one.
         self.sequences = sequences
-        #: Whether it began with gradients, so that backward may compute its layers again; and by layer, their banks.
-        self.has_gradients = False
+        #: The banks by layer, if the pass began with gradients, so that backward may compute its layers again.
         self.banks: dict[int, Any] = {}
         self._slots: dict[tuple[torch.device, int, int], Tensor | None] = {}
 
@@ -119,7 +118,7 @@ class ThreadState:
 
     def __init__(self) -> None:
         self.current = Pass(Rows(), [0])
-        #: A pass that backward computes again and that has no mark.
+        #: The pass that backward computes again, for layers that cannot reach a mark.
         self.recomputed: Pass | None = None
         #: By generate(), for the next pass.
         self.announced: Rows | None = None

@@ -108,6 +108,19 @@ def test_fields_of_another_type_are_named(tmp_path, fields, message):
         list(drift.read_conversations(write_lines(tmp_path / "c.jsonl", [[{"role": "user", "content": "Hi"}, answer]])))
 
 
+@pytest.mark.parametrize("tools", [[CALL], json.dumps([CALL])])
+def test_tools_of_a_conversation_are_read_from_a_file(tmp_path, tools):
+    entry = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    (conversation,) = drift.read_conversations(write_lines(tmp_path / "c.jsonl", [entry]))
+    assert conversation.tools == (CALL,)
+
+
+def test_tools_of_another_type_are_named(tmp_path):
+    entry = {"messages": [{"role": "user", "content": "Hi"}], "tools": "weather()"}
+    with pytest.raises(ValueError, match="line 1: a conversation must have a list of objects as tools"):
+        list(drift.read_conversations(write_lines(tmp_path / "c.jsonl", [entry])))
+
+
 HALF = "\ud83d"
 
 

@@ -38,11 +38,11 @@ def assistant(text, **fields):
     return {"role": "assistant", "content": text, **fields}
 
 
-def turns_of(template, messages, *, warns=""):
+def turns_of(template, messages, tools=(), *, warns=""):
     """The rendering, and the text and the thoughts of each turn in it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        encoded = drift.encode(make_tokenizer(template), messages)
+        encoded = drift.encode(make_tokenizer(template), messages, tools)
     assert {str(warning.message).partition("leaves out the ")[2].partition(" of")[0] for warning in caught} == (
         {warns} if warns else set()
     )
@@ -143,6 +143,26 @@ def test_tool_calls_are_read_or_said_to_be_left_out_in_every_template_of_trl(nam
     assert texts[0::3] == ["How is the weather?", "It is cold."]
     assert texts[1] == ""
     assert texts[2] in (TOOL_TALK[2]["content"], json.dumps(TOOL_TALK[2]["content"])[1:-1])
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city now.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(TRL))
+def test_tools_are_read_or_said_to_be_left_out_in_every_template_of_trl(name):
+    messages = [user("Who are you?"), assistant("An assistant.")]
+    plain = turns_of(TRL[name], messages)
+    is_read = "tools" in TRL[name]
+    rendering, texts, _, _ = turns_of(TRL[name], messages, [TOOL], warns="" if is_read else "tools")
+    assert ("The weather of a city now." in rendering) == is_read
+    assert texts == plain[1]
 
 
 # Kinds of templates.

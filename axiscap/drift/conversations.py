@@ -32,6 +32,8 @@ class Conversation:
         a label that several conversations share, such as a domain.
     side
         ``capped`` or ``uncapped``, if the conversation was generated so.
+    tools
+        the tools that the model was offered, as chat templates take them.
 
     Examples
     --------
@@ -45,6 +47,7 @@ class Conversation:
     messages: tuple[dict[str, Any], ...]
     group: str = ""
     side: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def read_conversations(path: Path, *, on_error: Callable[[str], None] | None = N
 
     A ``.jsonl`` file has a conversation on each line. Any other file is one JSON value: a conversation, or a list of
     them. A conversation is a list of messages, or an object that has such a list as ``messages``, ``conversation`` or
-    ``conversations``, and optionally ``name`` (or ``id``), ``group`` and ``side``. A message is ``{"role",
-    "content"}`` (the content a string or a list of text parts), or ShareGPT's ``{"from", "value"}``; it may have
-    thoughts as ``reasoning_content``, ``reasoning`` or ``thinking``, and ``tool_calls``.
+    ``conversations``, and optionally ``name`` (or ``id``), ``group``, ``side`` and ``tools`` (a list of objects, or its
+    JSON). A message is ``{"role", "content"}`` (the content a string or a list of text parts), or ShareGPT's ``{"from",
+    "value"}``; it may have thoughts as ``reasoning_content``, ``reasoning`` or ``thinking``, and ``tool_calls``.
 
     Parameters
     ----------
@@ -153,7 +156,15 @@ def _to_conversation(entry: object, default_name: str) -> Conversation:
     messages = tuple(_to_message(message, number) for number, message in enumerate(entries, start=1))
     labels = [facts[key] for key in ("name", "id") if facts.get(key) is not None]
     name = labels[0] if labels else default_name
-    return Conversation(str(name), messages, to_label(facts.get("group")), to_label(facts.get("side")))
+    group, side = to_label(facts.get("group")), to_label(facts.get("side"))
+    return Conversation(str(name), messages, group, side, _tools(facts.get("tools")))
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    tools = _parse_json(value) if value else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("a conversation must have a list of objects as tools")
+    return tuple(tools)
 
 
 def _to_message(entry: object, number: int) -> dict[str, Any]:
@@ -191,17 +202,17 @@ def _optional_fields(facts: Mapping[str, Any], number: int) -> dict[str, Any]:
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ValueError(f"message {number} must have a list of objects as tool_calls")
-        fields["tool_calls"] = [with_arguments(call, _parse_arguments) for call in calls]
+        fields["tool_calls"] = [with_arguments(call, _parse_json) for call in calls]
     return fields
 
 
-def _parse_arguments(arguments: Any) -> Any:
-    """The arguments of a tool call as an object; servers send them as a string of JSON."""
+def _parse_json(arguments: Any) -> Any:
+    """The arguments of a tool call, or a list of tools, as objects; many files have them as a string of JSON."""
     try:
         parsed = jsonl.parse_json(arguments.encode()) if isinstance(arguments, str) else arguments
     except jsonl.NotJsonError:
         return arguments
-    return parsed if isinstance(parsed, dict) else arguments
+    return parsed if isinstance(parsed, dict | list) else arguments
 
 
 @dataclass(frozen=True)
@@ -213,11 +224,12 @@ class Encoded:
     turns: list[Turn]
 
 
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
+def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Encoded:
     """A conversation's tokens by the model's chat template, and those of each message.
 
-    The messages may have thoughts (as ``<think>`` in the content, or as ``reasoning_content``, ``reasoning`` or
-    ``thinking``) and ``tool_calls``. A token that reaches over an end of a message belongs to none.
+    The template describes the tools at the beginning, in tokens that belong to no message. The messages may have
+    thoughts (as ``<think>`` in the content, or as ``reasoning_content``, ``reasoning`` or ``thinking``) and
+    ``tool_calls``. A token that reaches over an end of a message belongs to none.
 
     Raises
     ------
@@ -235,7 +247,7 @@ def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
             jsonl.check_characters(entry)
         except jsonl.NotJsonError as error:
             raise ValueError(f"message {number} ({entry['role']}) is {error}") from None
-    text, spans = render_spans(tokenizer, entries)
+    text, spans = render_spans(tokenizer, entries, tools)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begins = [begin for begin, _ in encoded["offset_mapping"]]
     ends = [end for _, end in encoded["offset_mapping"]]

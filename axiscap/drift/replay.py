@@ -236,7 +236,7 @@ def _encode_all(
     longest = getattr(text_config(model), "max_position_embeddings", None)
     for conversation in conversations:
         try:
-            text = encode(tokenizer, conversation.messages)
+            text = encode(tokenizer, conversation.messages, conversation.tools)
             if longest is not None and len(text.tokens) > longest:
                 raise ValueError(f"{len(text.tokens)} tokens, more than the {longest} that the model reads")
         except ValueError as error:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from axiscap.drift.spans import THOUGHT_FIELDS, MessageSpan, depends_on, find_spans
 
 
-def render_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[MessageSpan]]:
+def render_spans(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[MessageSpan]]:
     """The rendering of a conversation, and the characters of each message.
 
-    Warns of tool calls that the template leaves out, and of thoughts of the last answer.
+    Warns of tools and tool calls that the template leaves out, and of thoughts of the last answer.
 
     Raises
     ------
@@ -26,7 +28,7 @@ def render_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple
     errors: list[ValueError] = []
     renderings = []
     for form in _FORMS:
-        template = _Template(tokenizer, form)
+        template = _Template(tokenizer, form, tools)
         try:
             text, spans = find_spans(template.render, messages)
         except ValueError as error:
@@ -41,7 +43,7 @@ def render_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple
         raise ValueError(f"{name} {min(errors, key=lambda error: isinstance(error, _LanguageError))}")
     left_out, text, spans = min(renderings, key=lambda rendering: len(rendering[0]))
     for field in left_out:
-        warnings.warn(f"{name} leaves out the {field} of a message: the model does not read it", stacklevel=3)
+        warnings.warn(f"{name} leaves out the {field}: the model does not read it", stacklevel=3)
     return text, spans
 
 
@@ -85,11 +87,12 @@ class _Template:
 
     tokenizer: Any
     form: _Form
+    tools: Sequence[Mapping[str, Any]]
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         entries = [self.form.apply(message) for message in messages]
         try:
-            text = str(self.tokenizer.apply_chat_template(entries, tokenize=False))
+            text = str(self.tokenizer.apply_chat_template(entries, tools=list(self.tools) or None, tokenize=False))
         except Exception as error:  # each template raises classes of its own
             is_deliberate = type(error).__name__ == "TemplateError"
             raise (ValueError if is_deliberate else _LanguageError)(f"refuses this conversation: {error}") from None
@@ -105,13 +108,14 @@ def _to_json(arguments: Any) -> str:
 def _fields_left_out(
     template: _Template, messages: Sequence[Mapping[str, Any]], text: str, spans: Sequence[MessageSpan]
 ) -> list[str]:
-    fields = [
-        "tool_calls"
-        for index, message in enumerate(messages)
-        if message.get("tool_calls") and not depends_on(template.render, messages, text, index, "tool_calls")
-    ]
+    fields = []
+    if template.tools and replace(template, tools=()).render(messages) == text:
+        fields.append("tools of a conversation")
+    for index, message in enumerate(messages):
+        if message.get("tool_calls") and not depends_on(template.render, messages, text, index, "tool_calls"):
+            fields.append("tool_calls of a message")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     # Many templates drop the thoughts of earlier answers, as a server does while the conversation goes on.
     if answers and not spans[answers[-1]].thoughts:
-        fields += [field for field in THOUGHT_FIELDS if messages[answers[-1]].get(field)]
+        fields += [f"{field} of a message" for field in THOUGHT_FIELDS if messages[answers[-1]].get(field)]
     return list(dict.fromkeys(fields))

@@ -38,8 +38,8 @@ class Conversation:
     Examples
     --------
     >>> from axiscap import drift
-    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-    >>> drift.Conversation("first", said).messages[1]["content"]
+    >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> drift.Conversation("first", messages).messages[1]["content"]
     'An assistant.'
     """
 

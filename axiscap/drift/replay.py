@@ -42,8 +42,8 @@ class Trace:
     Examples
     --------
     >>> from axiscap import drift
-    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-    >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+    >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", messages)])
     >>> trace.projections.shape[0] == len(trace.layers)
     True
     """
@@ -69,8 +69,8 @@ class Trace:
         Examples
         --------
         >>> from axiscap import drift
-        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", messages)])
         >>> len(trace.answers(trace.layers[0]))
         1
         """
@@ -94,8 +94,8 @@ class Trace:
         Examples
         --------
         >>> from axiscap import drift
-        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", messages)])
         >>> trace.drift(drift.Scale.of(profile)).turns
         1
         """
@@ -117,8 +117,8 @@ class Trace:
         Examples
         --------
         >>> from axiscap import drift
-        >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", said)])
+        >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+        >>> (trace,) = drift.replay(model, tokenizer, profile, [drift.Conversation("first", messages)])
         >>> [(mean, tokens, below)] = trace.sums(drift.Scale.of(profile))
         >>> tokens > 0
         True
@@ -173,8 +173,9 @@ def replay(
     Examples
     --------
     >>> from axiscap import drift
-    >>> said = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
-    >>> [trace.conversation.name for trace in drift.replay(model, tokenizer, profile, [drift.Conversation("a", said)])]
+    >>> messages = {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "An assistant."}
+    >>> traces = drift.replay(model, tokenizer, profile, [drift.Conversation("a", messages)])
+    >>> [trace.conversation.name for trace in traces]
     ['a']
     """
     measured = tuple(profile.layers if layers is None else sorted(set(layers)))

@@ -68,9 +68,9 @@ def verify(
 
     before = server.counted("rows", server.asked)
     _, headers = server.complete(server.asked, "Who are you?", max_tokens=2)
-    if (found := headers.get(HEADERS[1])) != profile.digest:
-        raise NotCapped(f"an answer was written under {headers.get(HEADERS[0])} {found}, and not {profile.digest}")
-    yield f"an answer was written under {server.asked} {found}"
+    if (digest := headers.get(HEADERS[1])) != profile.digest:
+        raise NotCapped(f"an answer was written under {headers.get(HEADERS[0])} {digest}, and not {profile.digest}")
+    yield f"an answer was written under {server.asked} {digest}"
 
     if before is None:
         raise NotCapped("the server has no metrics page with AxisCap's counts, so that no row can be seen to be capped")
@@ -144,9 +144,9 @@ class _Server:
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._head = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        said, _ = _fetch(self._url + PATH, self._head)
+        body, _ = _fetch(self._url + PATH, self._head)
         try:
-            facts = json.loads(said)
+            facts = json.loads(body)
             self.profiles: dict[str, str] = dict(facts["profiles"])
             self.choices: list[str] = list(facts["choices"])
             self.default, self.layers, self.asked = facts["default"], facts["layers"], facts["default"]
@@ -186,10 +186,10 @@ class _Server:
 
     def scores(self, name: str) -> list[tuple[str, float]]:
         """The tokens of a persona's prompt and answer under a profile, each with its log-probability."""
-        said, _ = self.complete(name, _PERSONA, max_tokens=16, logprobs=1, echo=True)
+        body, _ = self.complete(name, _PERSONA, max_tokens=16, logprobs=1, echo=True)
         try:
-            found = json.loads(said)["choices"][0]["logprobs"]
-            pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
+            logprobs = json.loads(body)["choices"][0]["logprobs"]
+            pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
             scores = [(token, float(score)) for token, score in pairs if score is not None]
             if scores:
                 return scores
@@ -254,9 +254,9 @@ def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
     url, digest = url.rstrip("/"), CapProfile.load(source).digest
     head = {"Authorization": f"Bearer {admin_key}"}
     _fetch(f"{url}{PATH}/profiles/{urllib.parse.quote(name, safe='')}", head, {"path": source}, method="PUT")
-    found = json.loads(_fetch(url + PATH, {})[0])["profiles"].get(name)
-    if found != digest:
-        raise NotCapped(f"{url} has {found} as {name}, and not {digest}")
+    loaded = json.loads(_fetch(url + PATH, {})[0])["profiles"].get(name)
+    if loaded != digest:
+        raise NotCapped(f"{url} has {loaded} as {name}, and not {digest}")
     return digest
 
 

@@ -48,8 +48,8 @@ class Registry:
             return self.default
         if isinstance(asked, str) and asked in self.selectable:
             return None if asked == OFF else asked
-        said = repr(asked[:64]) if isinstance(asked, str) else json.dumps(asked, default=str)[:64]
-        raise RequestError(f"{KEY} must be one of {', '.join(self.selectable)}; got {said}")
+        shown = repr(asked[:64]) if isinstance(asked, str) else json.dumps(asked, default=str)[:64]
+        raise RequestError(f"{KEY} must be one of {', '.join(self.selectable)}; got {shown}")
 
     @property
     def selectable(self) -> list[str]:

@@ -22,7 +22,7 @@ from axiscap_plugin.wrapping import is_nearly
 FILE_VARIABLE = "AXISCAP_CONFIG"
 
 THINKING, ANSWER = "thinking", "answer"
-#: Which rows may be capped, and how that is said.
+#: Which rows may be capped, in the words of the configuration.
 ROWS = {
     "all": "all rows",
     "generated": "the rows of tokens that the model wrote",
@@ -77,7 +77,7 @@ class Settings:
     markers
         the text of the tokens that begin and end the thinking.
     tell_drift
-        whether clients are told how far their answers drifted.
+        whether responses say how far their answers drifted.
     allow_other_model
         whether profiles that were made for another architecture are installed.
     check
@@ -129,7 +129,7 @@ class Settings:
         return self.positions in (THINKING, ANSWER)
 
     @classmethod
-    def parse(cls, given: object) -> Settings:
+    def parse(cls, facts: object) -> Settings:
         """Reads what the operator wrote, and the profiles that it names.
 
         Raises
@@ -137,52 +137,52 @@ class Settings:
         SettingsError
             one sentence that says what is wrong.
         """
-        _require(isinstance(given, Mapping), f"the configuration must be an object, got {type(given).__name__}")
-        assert isinstance(given, Mapping)
+        _require(isinstance(facts, Mapping), f"the configuration must be an object, got {type(facts).__name__}")
+        assert isinstance(facts, Mapping)
         keys = {"profiles", "default", "allowed", "allow_off", "slots", "log", "check", "positions", "markers"}
         keys |= {"tell_drift", "allow_other_model"}
         stored = {"layers", "directions", "hidden_size", "digests", "model", "version"}
-        extra = sorted(str(key) for key in given.keys() - keys - stored)
+        extra = sorted(str(key) for key in facts.keys() - keys - stored)
         _require(not extra, f"unknown keys {', '.join(extra)[:200]}; known are {', '.join(sorted(keys))}")
-        paths = given.get("profiles")
+        paths = facts.get("profiles")
         _require(isinstance(paths, Mapping) and len(paths) > 0, "profiles must be an object of at least one name: path")
         assert isinstance(paths, Mapping)
         for name, path in paths.items():
             check_name(name)
             _require(isinstance(path, str), f"the path of profile {name} must be a string")
         _require(
-            "default" in given or len(paths) == 1,
+            "default" in facts or len(paths) == 1,
             "default must name one of several profiles, or be null to leave requests alone that name none",
         )
-        default = given["default"] if "default" in given else next(iter(paths))
+        default = facts["default"] if "default" in facts else next(iter(paths))
         _require(default is None or is_member(default, paths), f"default must be one of {', '.join(paths)} or null")
-        allowed = given.get("allowed", [])
+        allowed = facts.get("allowed", [])
         _require(
             isinstance(allowed, list) and all(is_member(name, paths) for name in allowed),
             f"allowed must be a list of names from {', '.join(paths)}",
         )
         for key in ("allow_off", "check", "tell_drift", "allow_other_model"):
-            _require(isinstance(given.get(key, False), bool), f"{key} must be true or false")
-        positions, markers = _parse_positions(given, is_stored=bool(given.keys() & stored))
-        slots = given.get("slots", len(paths) + 4)
+            _require(isinstance(facts.get(key, False), bool), f"{key} must be true or false")
+        positions, markers = _parse_positions(facts, is_stored=bool(facts.keys() & stored))
+        slots = facts.get("slots", len(paths) + 4)
         _require(
             isinstance(slots, int) and not isinstance(slots, bool) and len(paths) <= slots <= _MAX_SLOTS,
             f"slots must be a number from {len(paths)}, the number of profiles, to {_MAX_SLOTS}",
         )
-        log = given.get("log")
+        log = facts.get("log")
         _check_log(log)
         settings = cls(
             profiles={name: path if is_url(path) else str(Path(path).absolute()) for name, path in paths.items()},
             default=default,
             allowed=sorted(set(allowed)),
-            allow_off=given.get("allow_off", False),
+            allow_off=facts.get("allow_off", False),
             slots=slots,
             log=None if log is None else str(Path(log).absolute()),
-            check=given.get("check", False),
+            check=facts.get("check", False),
             positions=positions,
             markers=markers,
-            tell_drift=given.get("tell_drift", False),
-            allow_other_model=given.get("allow_other_model", False),
+            tell_drift=facts.get("tell_drift", False),
+            allow_other_model=facts.get("allow_other_model", False),
         )
         return settings._with_profiles()
 
@@ -250,10 +250,10 @@ class Settings:
         return cls(**{key: value for key, value in stored.items() if key != "version"})
 
 
-def _parse_positions(given: Mapping[str, Any], *, is_stored: bool) -> tuple[str, list[str]]:
-    positions = given.get("positions", "all")
+def _parse_positions(facts: Mapping[str, Any], *, is_stored: bool) -> tuple[str, list[str]]:
+    positions = facts.get("positions", "all")
     _require(is_member(positions, ROWS), f"positions must be one of {', '.join(ROWS)}")
-    markers = given.get("markers", list(MARKERS))
+    markers = facts.get("markers", list(MARKERS))
     _require(
         isinstance(markers, list)
         and len(markers) == 2
@@ -262,7 +262,7 @@ def _parse_positions(given: Mapping[str, Any], *, is_stored: bool) -> tuple[str,
     )
     _require(markers[0] != markers[1], "markers must be two different texts")
     _require(
-        "markers" not in given or positions in (THINKING, ANSWER) or is_stored,
+        "markers" not in facts or positions in (THINKING, ANSWER) or is_stored,
         f'markers are for positions "{THINKING}" and "{ANSWER}"',
     )
     return positions, markers
@@ -335,6 +335,6 @@ def read_profile(path: str, floors: list[list[float]] | None, digest: str | None
 
 def refuse(engine: str, reasons: Mapping[str, bool]) -> None:
     """Raises SettingsError for the first of an engine's settings that would cap the wrong rows, or none."""
-    for reason, found in reasons.items():
-        if found:
+    for reason, names in reasons.items():
+        if names:
             raise SettingsError(f"axiscap: {engine} is set up in a way that cannot be capped: {reason}")

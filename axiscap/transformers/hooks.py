@@ -217,9 +217,9 @@ class ModelHooks:
         """Whether a pass goes on from an earlier one: by a cache or a recurrent state, else by its positions. If the
         decoder takes neither, its single tokens are taken for written ones.
         """
-        given = [arguments[name] for name in _STATES if arguments.get(name) is not None]
-        if given:
-            return any(map(_is_filled, given))
+        states = [arguments[name] for name in _STATES if arguments.get(name) is not None]
+        if states:
+            return any(map(_is_filled, states))
         positions = (arguments.get(name) for name in ("cache_position", "position_ids"))
         if any(isinstance(position, Tensor) and bool((position > 0).any()) for position in positions):
             return True

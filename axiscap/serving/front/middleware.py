@@ -134,25 +134,25 @@ class Middleware:
     def _check(self, scope: _Message, path: str, body: bytes) -> None:
         """Raises if the body has a key of AxisCap that the server would ignore."""
         try:
-            given = json.loads(body)
+            request = json.loads(body)
         except ValueError:
             return  # the engine says so
-        if not isinstance(given, dict):
+        if not isinstance(request, dict):
             return
-        if path == "/collective_rpc" and str(given.get("method")).startswith(f"{KEY}_"):
+        if path == "/collective_rpc" and str(request.get("method")).startswith(f"{KEY}_"):
             raise _Refusal(403, f"profiles are changed at {PATH}/profiles, with the key in {ADMIN_VARIABLE}")
         takes = _fields(scope)
         mine = [place for place in self._places if place[0] in takes]
-        found = list(_mentions(given))
-        read = [value for (*place, key), value in found if key == KEY and tuple(place) in mine]
-        for keys, value in found:
+        mentions = list(_mentions(request))
+        read = [value for (*place, key), value in mentions if key == KEY and tuple(place) in mine]
+        for keys, value in mentions:
             if value in read:  # in its place, or once more for another engine
                 continue
             where = " or ".join(".".join((*place, KEY)) for place in mine)
-            said = ".".join(keys)[:80]
+            name = ".".join(keys)[:80]
             if not mine:
-                raise _Refusal(400, f"{path} takes no choice of a profile, and {said} would not be read")
-            raise _Refusal(400, f"a profile is chosen in {where}; {said} would not be read")
+                raise _Refusal(400, f"{path} takes no choice of a profile, and {name} would not be read")
+            raise _Refusal(400, f"a profile is chosen in {where}; {name} would not be read")
 
     # Headers and drift.
 
@@ -167,7 +167,7 @@ class Middleware:
 
         async def release(drift: Sequence[Mapping[str, float]] = (), *, done: bool = False) -> None:
             words = [", ".join(values) for values in (facts.decisions, facts.decisions.values()) if facts.decisions]
-            more = [(name.encode(), said.encode()) for name, said in zip(HEADERS, words, strict=False)]
+            more = [(name.encode(), value.encode()) for name, value in zip(HEADERS, words, strict=False)]
             if drift and not is_stream:
                 more.append((DRIFT_HEADER.encode(), _format_drift(drift).encode()))
             elif drift and not (done and _add_to_last_chunk(held, drift)):
@@ -231,24 +231,24 @@ def _arguments(method: str, body: bytes) -> list[Any]:
         return []
     wanted = ["path", "allowed"] if method == "load" else ["by"]
     try:
-        given = json.loads(body or b"null")
+        fields = json.loads(body or b"null")
     except ValueError:
-        given = None
-    if not isinstance(given, dict) or set(given) - set(wanted) or wanted[0] not in given:
+        fields = None
+    if not isinstance(fields, dict) or set(fields) - set(wanted) or wanted[0] not in fields:
         raise _Refusal(400, f"the body must be a JSON object of {' and, where it is wanted, '.join(wanted)}")
-    return [given[name] for name in wanted if name in given]
+    return [fields[name] for name in wanted if name in fields]
 
 
-def _mentions(given: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def _mentions(body: object, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     """The values under AxisCap's key, in any spelling, each with the keys that lead to it."""
-    if isinstance(given, Mapping):
-        for key, value in given.items():
+    if isinstance(body, Mapping):
+        for key, value in body.items():
             if is_nearly(key):
                 yield (*at, str(key)), value
             elif key not in _CONTENT:
                 yield from _mentions(value, (*at, str(key)))
-    elif isinstance(given, list):
-        for value in given:
+    elif isinstance(body, list):
+        for value in body:
             yield from _mentions(value, at)
 
 
@@ -277,14 +277,14 @@ def _format_drift(drift: Sequence[Mapping[str, float]]) -> str:
 def _add_to_last_chunk(held: list[_Message], drift: Sequence[Mapping[str, float]]) -> bool:
     """Puts the drift into the last chunk before a stream's end, as a field, since many clients ignore comments."""
     for message in reversed(held[:-1]):
-        before, found, piece = message.get("body", b"").rpartition(b"data: ")
+        before, prefix, piece = message.get("body", b"").rpartition(b"data: ")
         try:
-            said = json.loads(piece)
+            chunk = json.loads(piece)
         except ValueError:
             continue
-        if found and isinstance(said, dict):
-            said[KEY] = {"drift": list(drift)}
-            message["body"] = before + found + json.dumps(said, ensure_ascii=False).encode() + b"\n\n"
+        if prefix and isinstance(chunk, dict):
+            chunk[KEY] = {"drift": list(drift)}
+            message["body"] = before + prefix + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
             return True
     return False
 

@@ -27,8 +27,8 @@ def readers(model: nn.Module, layers: int) -> dict[int, nn.Module]:
     """
     blocks = engine_layers(model, layers)
     (holder,) = (part for part in model.modules() if any(child is blocks for child in part.children()))
-    found = [getattr(block, "input_layernorm", None) for block in blocks[1:]] + [getattr(holder, "norm", None)]
-    return {layer: norm for layer, norm in enumerate(found) if norm is not None and _bias(norm) is not None}
+    norms = [getattr(block, "input_layernorm", None) for block in blocks[1:]] + [getattr(holder, "norm", None)]
+    return {layer: norm for layer, norm in enumerate(norms) if norm is not None and _bias(norm) is not None}
 
 
 def _bias(norm: Any) -> float | None:
@@ -76,12 +76,12 @@ def take_in(norm: nn.Module, tensors: tuple[Tensor, ...]) -> None:
         if not plain or (scale is not None and (scale.dtype is not torch.float32 or not scale.is_contiguous())):
             torch.ops.axiscap.cap_residual_.buffers(x, residual, *tensors)
             return original(x, residual, *rest, **named)
-        given = residual, norm.weight.data, eps, axes, floors, slots, projections, bias
+        arguments = residual, norm.weight.data, eps, axes, floors, slots, projections, bias
         if scale is None:
-            torch.ops.axiscap.add_rms_norm_cap_.buffers(x, *given, *more)
+            torch.ops.axiscap.add_rms_norm_cap_.buffers(x, *arguments, *more)
             return x, residual
         quantized = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        torch.ops.axiscap.add_rms_norm_cap_fp8_.buffers(quantized, x, *given, scale, None, *more)
+        torch.ops.axiscap.add_rms_norm_cap_fp8_.buffers(quantized, x, *arguments, scale, None, *more)
         return (quantized, scale, x.dtype), residual
 
     norm.forward = forward

@@ -54,10 +54,10 @@ def check_handed(extra: Mapping[str, Any] | None, assignment: Assignment) -> Non
     word = (extra or {}).get(_WORD)
     if not isinstance(word, Mapping) or not word.get("do_remote_prefill"):
         return
-    found = word.get(_CONTENT, _NOBODYS)
-    if found != assignment.prompt_salt:
+    content = word.get(_CONTENT, _NOBODYS)
+    if content != assignment.prompt_salt:
         raise RequestError(
-            f"the prompt was computed as {str(found)[:80]}, and this server would go on as {assignment.prompt_salt}: "
+            f"the prompt was computed as {str(content)[:80]}, and this server would go on as {assignment.prompt_salt}: "
             "both must have the same profile; send it again"
         )
 

@@ -18,7 +18,7 @@ from torch.fx import Graph
 from vllm.compilation.passes.inductor_pass import InductorPass
 
 _CAP = torch.ops.axiscap.cap_residual_.buffers
-#: Of a graph; what a node is given is, to a type checker, any of sixteen kinds of thing.
+#: A value of a graph. The stubs of torch.fx declare the arguments of a node as a union of sixteen types.
 Node = Any
 _CONVERT = torch.ops.prims.convert_element_type.default
 
@@ -43,7 +43,7 @@ class _Norm(NamedTuple):
     bias: float
     eps: float
     joined: _Joined
-    given: dict[str, Node]  # what the joined op takes besides
+    extra: dict[str, Node]  # what the joined op takes besides
     results: tuple[str, ...]  # of the node, in order, by the joined op's names; "" for what an op returns of itself
 
 
@@ -62,23 +62,24 @@ def _norm(node: Node) -> _Norm | None:
     results: tuple[str, ...]
     if node.target is torch.ops.vllm_ir.fused_add_rms_norm.default:
         names = ("x", "x_residual", "weight", "epsilon", "variance_size")
-        told = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        x, residual, known = told["x"], told["x_residual"], told.get("variance_size") is None
-        joined, given, results = _NORM, {}, ("hidden", "residual")
+        arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        x, residual, known = arguments["x"], arguments["x_residual"], arguments.get("variance_size") is None
+        joined, extra, results = _NORM, {}, ("hidden", "residual")
     elif node.target is auto_functionalized:
-        told = node.kwargs
-        x, residual, joined, known = told.get("input"), told.get("residual"), _NORM_FP8, told.get("scale_ub") is None
+        arguments = node.kwargs
+        x, residual, known = arguments.get("input"), arguments.get("residual"), arguments.get("scale_ub") is None
+        joined = _NORM_FP8
         if node.args[0] is _vllms("fused_add_rms_norm_static_fp8_quant"):
-            given, results = {"scale": told["scale"], "scales": None}, ("", "quantized", "residual")
+            extra, results = {"scale": arguments["scale"], "scales": None}, ("", "quantized", "residual")
         elif node.args[0] is _vllms("rms_norm_dynamic_per_token_quant"):
-            given, results = {"scale": None, "scales": told["scale"]}, ("", "quantized", "scales", "residual")
+            extra, results = {"scale": None, "scales": arguments["scale"]}, ("", "quantized", "scales", "residual")
         else:
             return None
-        given |= {"quantized": told["result"]}
-        known = known and residual is not None and _dtype(told["result"]) is torch.float8_e4m3fn
+        extra |= {"quantized": arguments["result"]}
+        known = known and residual is not None and _dtype(arguments["result"]) is torch.float8_e4m3fn
     else:
         return None
-    weight, bias = told["weight"], 0.0
+    weight, bias = arguments["weight"], 0.0
     if weight is None or not known:
         return None
     if weight.target is torch.ops.aten.add.Tensor and weight.args[1] == 1 and _dtype(weight) is torch.float32:
@@ -88,7 +89,7 @@ def _norm(node: Node) -> _Norm | None:
             weight = weight.args[0]
     if _dtype(weight) is not _dtype(x):
         return None
-    return _Norm(x, residual, weight, bias, told["epsilon"], joined, given, results)
+    return _Norm(x, residual, weight, bias, arguments["epsilon"], joined, extra, results)
 
 
 def _vllms(name: str) -> Any:
@@ -109,15 +110,15 @@ def _cap_of(norm: _Norm, node: Node) -> Node | None:
 
 
 def _join(graph: Graph, cap: Node, node: Node, norm: _Norm) -> None:
-    told = {**cap.kwargs, **norm.given, "weight": norm.weight, "eps": norm.eps, "weight_bias": norm.bias}
+    arguments = {**cap.kwargs, **norm.extra, "weight": norm.weight, "eps": norm.eps, "weight_bias": norm.bias}
     parts: dict[str, Node] = {}
     with graph.inserting_before(node):
-        joined = graph.call_function(auto_functionalized, (norm.joined.op,), told)
+        joined = graph.call_function(auto_functionalized, (norm.joined.op,), arguments)
         # A functionalised op returns what the op does, and behind that all that it changes, in the schema's order.
         for at, name in enumerate(norm.joined.changes):
-            if told[name] is not None:
+            if arguments[name] is not None:
                 parts[name] = graph.call_function(getitem, (joined, 1 + at))
-                parts[name].meta["val"] = told[name].meta["val"]
+                parts[name].meta["val"] = arguments[name].meta["val"]
     joined.meta["val"] = (None, *(parts[name].meta["val"] if name in parts else None for name in norm.joined.changes))
     new = {node: {at: name for at, name in enumerate(norm.results) if name}, cap: {2: "projections"}}
     for old in (node, cap):

@@ -52,10 +52,10 @@ def check_points() -> None:
     for point in POINTS:
         try:
             owner = getattr(importlib.import_module(point.module), point.owner)
-            found = inspect.signature(getattr(owner, point.name)).parameters
+            parameters = inspect.signature(getattr(owner, point.name)).parameters
         except (ImportError, AttributeError):
             raise _unknown(f"{point.owner}.{point.name}", point.use) from None
-        if missing := [name for name in point.parameters if name not in found]:
+        if missing := [name for name in point.parameters if name not in parameters]:
             raise _unknown(f"parameter {missing[0]} of {point.owner}.{point.name}", point.use)
 
 

@@ -111,8 +111,8 @@ class VllmWorker(Model):
         )
         self.worker.begin(step.finished_req_ids, new)
         if self._v2:
-            told = ((new.req_id, new.prefill_token_ids or new.prompt_token_ids) for new in step.scheduled_new_reqs)
-            self._begun = {name: ids or () for name, ids in told}
+            prompts = ((new.req_id, new.prefill_token_ids or new.prompt_token_ids) for new in step.scheduled_new_reqs)
+            self._begun = {name: ids or () for name, ids in prompts}
         self._is_filled = False
         result = original(step, *args, **kwargs)
         if step.total_num_scheduled_tokens and not self._is_filled:

@@ -148,9 +148,9 @@ def engine_layers(model: nn.Module, count: int) -> nn.ModuleList:
         there is not one such list; the message says what there is.
     """
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    found = [part for part in lists.values() if len(part) == count]
-    if len(found) != 1:
+    matching = [part for part in lists.values() if len(part) == count]
+    if len(matching) != 1:
         listed = ", ".join(f"{name} ({len(part)})" for name, part in lists.items()) or "none"
         kind = type(model).__name__
         raise SettingsError(f"axiscap: cannot tell the {count} decoder layers of {kind}; its module lists: {listed}")
-    return found[0]
+    return matching[0]

@@ -125,10 +125,10 @@ def learn_form(block: nn.Module, layer: int, read: Read, run: Run) -> Form:
         nonlocal order
         order = numbers[0], numbers[1]
         written.clear()
-        found = run()
+        result = run()
         if len(written) != 1:
             raise SettingsError(f"axiscap: layer {layer}, a {kind}, runs {len(written)} times in a pass, and not once")
-        return found
+        return result
 
     with torch.no_grad(), _hooked(block, overwrite):
         base, other = result(0, 1), result(2, 3)

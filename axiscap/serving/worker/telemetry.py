@@ -216,8 +216,8 @@ class Telemetry:
                 part: {layer: _described(entry.stats(sums, number)) for number, layer in enumerate(self.buffers.layers)}
                 for part, sums in parts.items()
             }
-            said = {name: value for name, value in vars(entry.assignment).items() if name != "ticket"}
-            records.append({**said, "time": time.time(), **counted, "drift": answer})
+            facts = {name: value for name, value in vars(entry.assignment).items() if name != "ticket"}
+            records.append({**facts, "time": time.time(), **counted, "drift": answer})
         self._writer.log(records)
 
 
@@ -239,14 +239,14 @@ def _answer(entry: _Running, stats: Tensor) -> dict[str, float] | None:
     """
     if entry.at is None:
         return None
-    found = entry.stats(stats, entry.at)
-    if not found.rows:
+    counts = entry.stats(stats, entry.at)
+    if not counts.rows:
         return None
-    percentile = entry.scale.percentile(found.mean[0])
+    percentile = entry.scale.percentile(counts.mean[0])
     known = {"percentile": round(percentile, 2)} if math.isfinite(percentile) else {}
-    if math.isfinite(found.mean[0]):
-        known["mean"] = round(found.mean[0], 4)
-    return {**known, "fired": round(found.fired / found.rows, 4), "rows": found.rows, "layer": entry.scale.layer}
+    if math.isfinite(counts.mean[0]):
+        known["mean"] = round(counts.mean[0], 4)
+    return {**known, "fired": round(counts.fired / counts.rows, 4), "rows": counts.rows, "layer": entry.scale.layer}
 
 
 def _described(stats: LayerStats) -> dict[str, Any]:

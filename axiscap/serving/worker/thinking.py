@@ -61,8 +61,8 @@ class Thinking:
             self._next[name] = start + count
         ends = np.cumsum(counts)
         index = np.array([self._index[name] for name in names])
-        told = np.stack([index, ends - counts, ends - 1, np.array(known)]).astype(np.int64)
-        of, first, last, from_host = copied(told, self._inside.device)
+        spans = np.stack([index, ends - counts, ends - 1, np.array(known)]).astype(np.int64)
+        of, first, last, from_host = copied(spans, self._inside.device)
         before = torch.where(from_host < 0, self._inside[of], from_host)
         # Each marker as twice its row, and 1 where it begins: the largest so far is the last. A request's first row has
         # one in any case, so that none is taken from the request before.
@@ -107,11 +107,11 @@ def marker_ids(markers: Sequence[str], tokenizer: str, **options: Any) -> tuple[
     from transformers import AutoTokenizer
 
     known = AutoTokenizer.from_pretrained(tokenizer, **options)
-    found = [known.encode(marker, add_special_tokens=False) for marker in markers]
-    for marker, ids in zip(markers, found, strict=True):
+    encoded = [known.encode(marker, add_special_tokens=False) for marker in markers]
+    for marker, ids in zip(markers, encoded, strict=True):
         if len(ids) != 1:
             raise SettingsError(
                 f"axiscap: {marker!r} is not one token of this model's, but {len(ids)}; markers must name those that "
                 "begin and end its thinking"
             )
-    return found[0][0], found[1][0]
+    return encoded[0][0], encoded[1][0]

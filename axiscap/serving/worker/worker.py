@@ -215,9 +215,11 @@ class Worker:
             written = at + (prompt if self._settings.caps_written_only else 0)
             if set(rows[at:written]) - {-1}:
                 raise RuntimeError(f"axiscap: of the prompt of {name}, which is left alone, some rows are capped")
-            found = {content.get(row) for row in rows[written : at + count]}
-            if found - {view[name], *([None] if self._thinking else [])}:
-                raise RuntimeError(f"axiscap: rows {at} to {at + count - 1} of {name} have {found}, not {view[name]}")
+            contents = {content.get(row) for row in rows[written : at + count]}
+            if contents - {view[name], *([None] if self._thinking else [])}:
+                raise RuntimeError(
+                    f"axiscap: rows {at} to {at + count - 1} of {name} have {contents}, not {view[name]}"
+                )
             at += count
         if set(rows[at:]) - {-1}:
             raise RuntimeError(f"axiscap: rows behind the {at} of this step are capped")

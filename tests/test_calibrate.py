@@ -20,15 +20,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, unit
+from conftest import REPOSITORY, template_rows_that_fire, unit
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from axiscap import CapProfile, calibrate, install, interop, models
-from axiscap.calibrate import effects, judge, pipeline, rollouts, space, sweep, tokens
+from axiscap.calibrate import effects, judge, pipeline, rollouts, space, sweep, template, tokens
 from axiscap.calibrate import roles as roles_module
 from axiscap.calibrate.effects import Budget, DomainCost, Outcome, Point, Setting
 from axiscap.calibrate.sketch import Sketch
+from axiscap.calibrate.work import Work
 from axiscap.drift import compare
 from axiscap.profile import floors
 
@@ -211,6 +212,27 @@ def test_sketches_are_exact_when_small_and_within_their_bound(count, seed):
             assert off <= 3 * merged.error + 1 / count + 1e-9
     if count <= 1000:
         assert merged.error == 0
+
+
+def test_floors_leave_the_rows_of_the_template_alone(shipped_profile, demo_model):
+    model, tokenizer = demo_model
+    whole = calibrate.load_work()
+    work = Work(tuple(request for request in whole.requests if request.domain in whole.domains[:4])[::4])
+    engine = calibrate.TransformersEngine(model, tokenizer, calibrate.Settings("m", "torch.float32"))
+    limits = shipped_profile.norm_limit_all.tolist()
+    lowest = template.lowest_template_rows(engine, work, shipped_profile.axis_all, limits)
+    plain, knows = (shipped_profile.with_floors(shipped_profile.floors) for _ in range(2))
+    plain.provenance["template"], knows.provenance["template"] = {}, {"lowest": lowest.tolist()}
+    read = [
+        request.turns[0]
+        for number, request in enumerate(work.requests)
+        if not work.is_held_out(roles_module.Task("work", 0, number, "", ""))
+    ]
+    plain, knows = (calibrate.with_floors(profile, 70.0, profile.population) for profile in (plain, knows))
+    assert template_rows_that_fire(model, tokenizer, plain, read)
+    margin = knows.with_floors(knows.floors - 1e-3)  # of float32, in another batch
+    assert template_rows_that_fire(model, tokenizer, margin, read) == []
+    assert torch.equal(knows.floors[:, 0], torch.minimum(plain.floors[:, 0], lowest[list(knows.layers)]))
 
 
 def test_percentiles_between_columns_are_interpolated():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,7 @@ from axiscap.calibrate.space import (
     project,
 )
 from axiscap.calibrate.store import Settings, Store
+from axiscap.calibrate.template import lowest_template_rows
 from axiscap.calibrate.tokens import Collect, Scatter, Text, are_ordinary, read
 from axiscap.calibrate.work import Work, load_prose
 from axiscap.calibrate.work import answer as answer_work
@@ -169,6 +171,7 @@ def calibrate(
         "axis": _describe_axis(space, sums, plan, judge, work, shrink),
         "sinks": sinks.describe(limits, layers, tokenizer),
         "quantiles": describe(sketches),
+        "template": run.describe_template(directions.axis),
         "evidence": dataclasses.asdict(facts),
         "sampling": _describe_sampling(store.settings),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -272,6 +275,15 @@ class _Run:
         for part_sketches in self._over_texts(collect_tokens, "texts projected"):
             _merge_sketches(sketches, part_sketches)
         return projections, {name: sketch for name, sketch in sketches.items() if sketch.count}
+
+    def describe_template(self, axis: Tensor) -> dict[str, Any]:
+        """The entry for the rows of the chat template; empty without ordinary work, or without a template."""
+        if self.work is None or self.tokenizer.chat_template is None:
+            return {}
+        settings = self.store.settings
+        engine = TransformersEngine(self.model, self.tokenizer, settings)
+        lowest = lowest_template_rows(engine, self.work, axis, settings.norm_limits)
+        return {"lowest": [math.floor(value * 10_000) / 10_000 for value in lowest.tolist()]}
 
     def _sketch_work(self, work: Work, axis: Tensor) -> Sketch:
         """The distribution of the projections of answers to ordinary work, without those that are held out."""

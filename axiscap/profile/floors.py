@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axiscap.profile.checks import is_number_list
 from axiscap.profile.record import CapProfile
 
 #: The percentiles of a profile's tables. Others are interpolated.
@@ -70,6 +71,9 @@ def with_floors(
 ) -> CapProfile:
     """The profile with the same axes, and floors at a percentile of a population.
 
+    A floor is never above the lowest row that the chat template has in ordinary requests, if the profile's provenance
+    tells it (``template``): such a row is in every request.
+
     Parameters
     ----------
     profile
@@ -119,11 +123,12 @@ def with_floors(
     if target_percentile is not None:
         facts["target_percentile"] = target_percentile
         targets = at_percentile(tables[population], target_percentile)[chosen][:, None]
+    floors = torch.minimum(at_percentile(tables[population], percentile), _lowest_template_rows(profile))
     lifts, limits = profile.lift_all, profile.norm_limit_all
     return CapProfile(
         chosen,
         profile.axis_all[chosen][:, None].contiguous(),
-        at_percentile(tables[population], percentile)[chosen][:, None],
+        floors[chosen][:, None],
         {**profile.provenance, "floors": facts},
         targets=targets,
         lifts=None if lifts is None else lifts[chosen][:, None].contiguous(),
@@ -134,3 +139,10 @@ def with_floors(
         quantiles=tables[population].clone(),
         populations=profile.populations,
     )
+
+
+def _lowest_template_rows(profile: CapProfile) -> Tensor:
+    """(n_layers,) float32; infinity where the profile does not tell."""
+    facts = profile.provenance.get("template")
+    lowest = facts.get("lowest") if isinstance(facts, dict) else None
+    return torch.tensor(lowest if is_number_list(lowest, profile.num_layers) else torch.inf)

@@ -21,23 +21,25 @@ quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 # What takes an hour and more: the shipped profile from nothing, and what it does; every architecture of transformers, and
-# every way to generate; llama.cpp, which is compiled for it. What is finished of the first is not done again.
-nightly: .venv/built test-llamacpp
+# every way to generate; llama.cpp, which is compiled for it; the servers' tests that are slow and seldom fail. What is
+# finished of the first is not done again.
+nightly: .venv/built test-llamacpp .venv-garak/made
 	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
+	$(MAKE) --jobs=2 test-serving SERVED=nightly
 
-# The serving engines, and the scanner that is run against one, want versions of their own: each has an environment, an
-# engine's with the wheel that .venv builds. With one thread each, so that `make --jobs=2` runs both engines at once, and
+# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one thread each, so that `make --jobs=2` runs both engines at once, and
 # neither waits for a core that the other holds.
+SERVED := not nightly
 test-serving: test-vllm test-sglang
 test-vllm test-sglang: export OMP_NUM_THREADS = 1
 test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
 # Their many processes must not compile all that they import again and again; uv leaves it to the first import.
 test-vllm test-sglang: export PYTHONDONTWRITEBYTECODE =
-test-vllm: .venv-vllm/built .venv-garak/made
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_fails_closed.py tests/served_architectures.py \
+test-vllm: .venv-vllm/built
+	.venv-vllm/bin/python -m pytest -m '$(SERVED)' tests/test_vllm.py tests/test_vllm_fails_closed.py tests/served_architectures.py \
 	  tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
 test-sglang: .venv-sglang/built
-	.venv-sglang/bin/python -m pytest tests/test_sglang_fails_closed.py tests/served_architectures.py tests/test_sglang_serving.py
+	.venv-sglang/bin/python -m pytest -m '$(SERVED)' tests/test_sglang_fails_closed.py tests/served_architectures.py tests/test_sglang_serving.py
 
 # Ten minutes on one core to compile llama.cpp, once; then two.
 test-llamacpp: .venv-llamacpp/built

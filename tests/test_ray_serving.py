@@ -71,6 +71,7 @@ def processes(name: str) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
+@pytest.mark.nightly
 def test_a_profile_is_rolled_out_and_a_replica_dies_under_load(cluster, tmp_path):
     """No answer is written under mixed floors, and none uncapped; what the dead replica was writing fails."""
     model, tokenizer, made = small_model(tmp_path)

@@ -101,6 +101,7 @@ def plain(profiles):
         yield server
 
 
+@pytest.mark.nightly
 def test_evaluate_asks_for_each_answer_capped_and_uncapped(server, tmp_path):
     evaluated(server, "sglang", tmp_path)
 
@@ -110,6 +111,7 @@ def mixed(server) -> list[str]:
         return list(pool.map(lambda asked: server.text(*asked, max_tokens=12), MIXED))
 
 
+@pytest.mark.nightly
 def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     model, tokenizer, made = small_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(configuration(tmp_path, check=True)))
@@ -325,6 +327,7 @@ def test_the_stock_client(server):
     stock_client(server)
 
 
+@pytest.mark.nightly
 def test_the_engines_own_benchmark_client(server, tmp_path):
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai", "--base-url", server.url]
     command += ["--model", "m", "--tokenizer", models.folder(models.DEFAULT_MODEL), "--dataset-name", "random-ids"]
@@ -350,6 +353,7 @@ def test_requests_are_counted_and_logged(server, profiles, demo_model):
     )
 
 
+@pytest.mark.nightly
 def test_capping_goes_on_where_telemetry_cannot_be_written(profiles, tmp_path):
     def command(log: str) -> tuple[list[str], dict[str, str]]:
         settings = configuration(profiles[0], check=True, log=log)
@@ -401,6 +405,7 @@ def retractions(server) -> float:
     return sum(value for key, value in server.metrics().items() if "num_retracted_requests_total" in key)
 
 
+@pytest.mark.nightly
 def test_a_thousand_mixed_requests_with_retractions_and_cancellations(server):
     """The server's checking mode compares every step's slots with the radix cache's key, and dies if they differ."""
     before = retractions(server)

@@ -137,6 +137,7 @@ def test_two_pipeline_ranks(profiles, demo_model):
     assert found == expected_mixed(*demo_model, profiles[1], TOKENS)
 
 
+@pytest.mark.nightly
 def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
     """Rows of drafts that are thrown away belong to their request as well."""
     model, tokenizer = demo_model
@@ -170,6 +171,7 @@ def test_speculative_decoding_with_lora(profiles, demo_model, tmp_path):
     assert [found[at] for at in plain] != unadapted
 
 
+@pytest.mark.nightly
 def test_two_tensor_parallel_ranks_in_each_of_two_pipeline_ranks(tmp_path):
     model, tokenizer, made = small_model(tmp_path)
     found = served(str(tmp_path / "model"), tmp_path, tensor_parallel_size=2, pipeline_parallel_size=2)

@@ -138,10 +138,12 @@ def test_evaluate_asks_for_each_answer_capped_and_uncapped(server, tmp_path):
     evaluated(server, "vllm", tmp_path)
 
 
+@pytest.mark.nightly
 def test_an_evaluation_outlives_its_server(server, tmp_path):
     evaluated_by_a_server_that_dies(server, "vllm", tmp_path)
 
 
+@pytest.mark.nightly
 def test_reports_of_garak_are_compared(server, tmp_path):
     """Its own command scans the server twice, capped and not; the same prompts are pairs."""
     garak = REPOSITORY / ".venv-garak" / "bin" / "garak"
@@ -318,6 +320,7 @@ def test_the_chat_speaks_to_the_server(server, profiles, demo_model):
         assert chat.mean_at(turn, chat.CAPPED, layer) == pytest.approx(read, abs=0.5)
 
 
+@pytest.mark.nightly
 def test_the_engines_own_benchmark_client(server):
     from vllm.benchmarks import serve
 

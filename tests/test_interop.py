@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
 import random
 
+import fsspec
 import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import unit
+from safetensors.torch import save_file
 
 from axiscap import CapProfile, ProfileError, interop, models, reference
 
@@ -165,7 +170,7 @@ def test_at_most_as_many_directions_as_the_kernels_have(tmp_path):
     steps = [{"vector": "a", "cap": 1.0}] * 65
     entry = {"vector": torch.ones(4), "layer": 3}
     torch.save({"vectors": {"a": entry}, "experiments": [{"id": "x", "interventions": steps}]}, tmp_path / "c.pt")
-    with pytest.raises(ProfileError, match="has 65 interventions at one layer, at most 64 are allowed"):
+    with pytest.raises(ProfileError, match="has 65 directions at one layer, at most 64 are allowed"):
         interop.read_capping_config(tmp_path / "c.pt", "x")
 
 
@@ -313,3 +318,177 @@ def test_a_folder_is_no_file_to_read(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="a file; the path must name a folder"):
         interop.write_vectors(interop.Vectors(torch.ones(2, 4), {"ghost": torch.zeros(2, 4)}), tmp_path / "file")
+
+
+# Any layout, told by its content.
+
+
+@pytest.fixture
+def axis():
+    return torch.randn(6, 16, generator=torch.Generator().manual_seed(9))
+
+
+def pipeline_folder(folder, default, roles):
+    """As the authors' pipeline/4_vectors.py and 5_axis.py leave it."""
+    (folder / "vectors").mkdir(parents=True)
+    for role, vector in {"default": default, **roles}.items():
+        kind = "mean" if role == "default" else "pos_3"
+        torch.save({"vector": vector, "type": kind, "role": role}, folder / "vectors" / f"{role}.pt")
+    axis = default - torch.stack(list(roles.values())).mean(0)
+    torch.save({"axis": axis, "default_mean": default, "n_default": 1, "n_roles": len(roles)}, folder / "axis.pt")
+    (folder / "scores").mkdir()
+    return axis
+
+
+def assert_axis_without_floors(profile, axis):
+    torch.testing.assert_close(profile.axis_all, torch.nn.functional.normalize(axis, dim=-1))
+    assert torch.equal(profile.axes[:, 0], profile.axis_all[list(profile.layers)])
+    assert profile.floors.isneginf().all()
+    assert profile.num_layers == len(axis)
+
+
+def test_the_pipelines_own_folder_is_read(tmp_path, axis):
+    roles = {"ghost": torch.randn(6, 16), "hermit": torch.randn(6, 16)}
+    expected = pipeline_folder(tmp_path / "run", axis, roles)
+    assert_axis_without_floors(interop.read_source(tmp_path / "run"), expected)
+    assert_axis_without_floors(interop.read_source(tmp_path / "run" / "axis.pt"), expected)
+    with pytest.raises(ProfileError, match=r"a vector of one role \(ghost\) is no axis"):
+        interop.read_source(tmp_path / "run" / "vectors" / "ghost.pt")
+
+
+def test_published_folders_are_read(tmp_path, axis):
+    vectors = interop.Vectors(axis, {"ghost": torch.zeros(6, 16)})
+    interop.write_vectors(vectors, tmp_path / "whole")
+    assert_axis_without_floors(interop.read_source(tmp_path / "whole"), axis)
+    (tmp_path / "axis alone").mkdir()
+    torch.save(axis, tmp_path / "axis alone" / "assistant_axis.pt")
+    assert_axis_without_floors(interop.read_source(tmp_path / "axis alone"), axis)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ProfileError, match="no known layout"):
+        interop.read_source(tmp_path / "nothing")
+
+
+def test_the_layer_count_tells_an_axis_from_persona_vectors(tmp_path, axis):
+    """persona_vectors saves (layers + 1, H): the first row is of the embeddings, and it points towards the trait."""
+    path = tmp_path / "evil_response_avg_diff.pt"
+    torch.save(torch.cat([torch.randn(1, 16), axis]), path)
+    assert_axis_without_floors(interop.read_source(path, model={"num_layers": 6}), -axis)
+    with pytest.raises(ProfileError, match="an axis of 7 layers, or persona vectors of 6 and the embeddings"):
+        interop.read_source(path)
+    with pytest.raises(ProfileError, match="7 rows fit no model of 8 layers"):
+        interop.read_source(path, model={"num_layers": 8})
+    torch.save(axis, tmp_path / "assistant_axis.pt")
+    assert_axis_without_floors(interop.read_source(tmp_path / "assistant_axis.pt", model={"num_layers": 6}), axis)
+    with pytest.raises(ProfileError, match="its vectors have 16 elements, and the model's rows 32"):
+        interop.read_source(path, model={"num_layers": 6, "hidden_size": 32})
+
+
+def test_vectors_that_an_experiment_adds_are_left_out_with_a_warning(tmp_path):
+    config = make_config()
+    config["experiments"][1]["interventions"].append({"vector": "layer_5/a", "coef": 2.0})
+    torch.save(config, tmp_path / "config.pt")
+    with pytest.warns(UserWarning, match=r"also adds 1 vectors \(coef\)"):
+        profile = interop.read_source(tmp_path / "config.pt", "another")
+    assert profile.layers == (3,)
+    with pytest.raises(ProfileError, match=r"name one of its experiments: layers_3:6-p0\.25, another"):
+        interop.read_source(tmp_path / "config.pt")
+    config["experiments"] = [{"id": "adds", "interventions": [{"vector": "layer_5/a", "coef": 2.0}]}]
+    torch.save(config, tmp_path / "config.pt")
+    with pytest.raises(ProfileError, match="experiment 'adds' adds vectors and caps nothing"):
+        interop.read_source(tmp_path / "config.pt")
+
+
+def clamp(hidden, vector, low, high, strength):
+    """The operation of a directional clamp, from its description."""
+    v = vector / vector.norm()
+    p = hidden @ v
+    return hidden + strength * (p.clamp(low, high) - p)[:, None] * v
+
+
+CLAMPS = {
+    "a floor": ({"min": 0.5}, (0.5, math.inf, 1.0)),
+    "a ceiling": ({"max": -0.25, "strength": 0.5}, (-math.inf, -0.25, 0.5)),
+    "two bounds": ({"min": -0.5, "max": 0.5, "strength": 0.25}, (-0.5, 0.5, 0.25)),
+    "a pin": ({"value": 1.5}, (1.5, 1.5, 1.0)),
+}
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("kind", list(CLAMPS))
+def test_a_clamp_becomes_the_same_operation(tmp_path, kind, is_packed):
+    bounds, expected = CLAMPS[kind]
+    vector, hidden = torch.randn(16).double() * 3, torch.randn(200, 16)
+    module = {"vectors": {}, "clamps": {"post_block": {"3": [{"vector": vector.tolist(), **bounds}]}}}
+    if is_packed:
+        low, high, strength = expected
+        module["clamps"]["post_block"] = {
+            "dtype": "float64", "shape": [1, 16], "layer_indices": [3],
+            "data": base64.b64encode(vector.numpy().tobytes()).decode(),
+            "bounds": [[None if math.isinf(low) else low, None if math.isinf(high) else high]],
+            "strengths": [strength],
+        }  # fmt: skip
+    (tmp_path / "module.json").write_text(json.dumps(module))
+    profile = interop.read_source(tmp_path / "module.json")
+    slot = profile.slot_at(3, profile.directions)
+    capped = hidden.clone()
+    lifts = None if profile.lifts is None else slot.lifts[None]
+    reference.cap_(capped, slot.axes[None], slot.floors[None], lifts=lifts)
+    torch.testing.assert_close(capped, clamp(hidden.double(), vector, *expected).float())
+
+
+CLAMP = {"vector": [1, 0], "min": 0}
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({"clamps": {"post_block": {}}, "vectors": {"post_block": {"3": [1.0]}}}, "it has vectors"),
+        ({"clamps": {"pre_attn": {"3": [{"vector": [1.0], "min": 0}]}}}, "it clamps at pre_attn"),
+        ({"clamps": {"post_block": {"3": [{"vector": [1.0]}]}}}, "a clamp without a bound"),
+        ({"clamps": {"post_block": {"3": [{"vector": [1.0, 0], "min": 2, "max": 1}]}}}, "min <= max"),
+        ({"clamps": {"post_block": {"3": [{"vector": ["a"], "min": 2}]}}}, "not in the form"),
+        ({"clamps": {"post_block": {"data": "!", "shape": [1, 4], "dtype": "float32"}}}, "not in the form"),
+        ({"clamps": {"post_block": {"3": [CLAMP, {"vector": [1, 1], "min": 0}]}}}, "not orthogonal"),
+        ({"clamps": {"post_block": {}}}, "it has no directions"),
+        ({"weights": []}, "no steering module"),
+    ],
+)  # fmt: skip
+def test_a_module_that_a_profile_cannot_express_is_refused(tmp_path, module, message):
+    (tmp_path / "module.json").write_text(json.dumps(module))
+    with pytest.raises(ProfileError, match=message):
+        interop.read_source(tmp_path / "module.json")
+
+
+def test_tensors_of_other_projects_and_profiles_are_refused_by_name(tmp_path, shipped_profile):
+    save_file({"direction": torch.ones(4), "scale": torch.ones(1)}, tmp_path / "reading.safetensors")
+    with pytest.raises(ProfileError, match=r"its tensors \(direction, scale\) are in no known layout"):
+        interop.read_source(tmp_path / "reading.safetensors")
+    shipped_profile.save(tmp_path / "p.safetensors")
+    with pytest.raises(ProfileError, match="it is a profile already"):
+        interop.read_source(tmp_path / "p.safetensors")
+
+
+def test_a_source_may_be_a_url_with_a_digest(tmp_path, axis):
+    fs = fsspec.filesystem("memory")
+    pipeline_folder(tmp_path / "run", axis, {"ghost": torch.zeros(6, 16)})
+    fs.put(str(tmp_path / "run"), "memory://axes/run", recursive=True)
+    with interop.open_source("memory://axes/run") as (path, digest):
+        assert_axis_without_floors(interop.read_source(path), axis)
+    with interop.open_source(str(tmp_path / "run")) as (_, same):
+        assert same == digest
+    with interop.open_source(f"memory://axes/run/axis.pt#{sha256(tmp_path / 'run' / 'axis.pt')}") as (path, _):
+        assert path.name == "axis.pt"
+    with (
+        pytest.raises(ProfileError, match=f"its SHA-256 is {digest}, not {'0' * 64}"),
+        interop.open_source(f"memory://axes/run#{'0' * 64}"),
+    ):
+        pass
+    with (
+        pytest.raises(FileNotFoundError, match="there is no memory://axes/none"),
+        interop.open_source("memory://axes/none"),
+    ):
+        pass
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,15 +8,16 @@ The paper's cap is a *ceiling* on vectors that point *away* from the Assistant a
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from axiscap.interop.directions import Direction, to_profile
 from axiscap.interop.torch_files import load_torch_file, save_torch_file, to_numbers
-from axiscap.profile import MAX_DIRECTIONS, MAX_LAYERS, CapProfile, ProfileError
+from axiscap.profile import CapProfile, ProfileError
 
 
 def experiments(path: str | os.PathLike[str]) -> list[str]:
@@ -48,7 +49,8 @@ def read_capping_config(
 ) -> CapProfile:
     """The profile of one experiment of a capping config.
 
-    Several interventions at one layer become its directions, in their order.
+    Several interventions at one layer become its directions, in their order. Interventions that add a vector (``coef``)
+    are left out, with a warning, as the authors' own loader leaves them out.
 
     Parameters
     ----------
@@ -83,14 +85,22 @@ def read_capping_config(
     by_experiment = _interventions(config, name)
     if experiment not in by_experiment:
         raise ProfileError(f"{name}: no experiment {experiment!r}; it has {', '.join(by_experiment) or 'none'}")
-    by_layer: dict[int, list[tuple[Tensor, float]]] = {}
-    for step in by_experiment[experiment]:
-        layer, axis, floor = _read_intervention(config, step, name, experiment)
-        by_layer.setdefault(layer, []).append((axis, floor))
-    _check_directions(by_layer, name, experiment)
-    axes, floors = _stack_directions(by_layer)
+    steps = by_experiment[experiment]
+    if not steps:
+        raise ProfileError(f"{name}: experiment {experiment!r} has no interventions")
+    caps = [step for step in steps if not (isinstance(step, Mapping) and "cap" not in step and "coef" in step)]
+    if not caps:
+        raise ProfileError(f"{name}: experiment {experiment!r} adds vectors and caps nothing")
+    if len(caps) < len(steps):
+        added = len(steps) - len(caps)
+        warnings.warn(
+            f"{name}: experiment {experiment!r} also adds {added} vectors (coef), which are left out, as by its "
+            "authors' own loader",
+            stacklevel=2,
+        )
+    directions = [_read_intervention(config, step, name, experiment) for step in caps]
     facts = {"source": f"capping config {Path(path).name}, experiment {experiment}", **(provenance or {})}
-    return CapProfile(sorted(by_layer), axes, floors, facts)
+    return to_profile(directions, f"{name}: experiment {experiment!r}", facts)
 
 
 def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], experiment: str) -> None:
@@ -143,8 +153,8 @@ def _interventions(config: Any, name: str) -> dict[str, list[Any]]:
         ) from None
 
 
-def _read_intervention(config: Any, step: Any, name: str, experiment: str) -> tuple[int, Tensor, float]:
-    """The layer, axis (H,) and floor of one intervention."""
+def _read_intervention(config: Any, step: Any, name: str, experiment: str) -> Direction:
+    """One intervention, a ceiling on a vector away from the Assistant, as a floor on the vector towards it."""
     try:
         entry = config["vectors"][step["vector"]]
         if not isinstance(entry, Mapping):
@@ -157,39 +167,6 @@ def _read_intervention(config: Any, step: Any, name: str, experiment: str) -> tu
             f"{name}: an intervention of {experiment!r} must name a vector with 'vector' and 'layer', "
             "and have a number as 'cap'"
         ) from None
-    if type(layer) is not int or not 0 <= layer < MAX_LAYERS:
-        raise ProfileError(f"{name}: layer must be an integer from 0 to {MAX_LAYERS - 1}, got {layer!r}")
     if not abs(cap) <= torch.finfo(torch.float32).max:
         raise ProfileError(f"{name}: a cap at layer {layer} must be a finite float32, got {cap:g}")
-    vector = to_numbers(stored, 1, f"{name}: vector {step['vector']!r}")
-    largest = vector.abs().max()
-    if largest == 0:
-        raise ProfileError(f"{name}: vector {step['vector']!r} has length 0")
-    vector = vector / largest  # first, since the square of a very large or small number overflows or underflows
-    return layer, (-vector / vector.norm()).float(), -cap
-
-
-def _check_directions(by_layer: Mapping[int, list[tuple[Tensor, float]]], name: str, experiment: str) -> None:
-    if not by_layer:
-        raise ProfileError(f"{name}: experiment {experiment!r} has no interventions")
-    sizes = {len(axis) for directions in by_layer.values() for axis, _ in directions}
-    if len(sizes) > 1:
-        raise ProfileError(f"{name}: vectors must have one length, got {sorted(sizes)}")
-    most = max(len(directions) for directions in by_layer.values())
-    if most > MAX_DIRECTIONS:
-        raise ProfileError(
-            f"{name}: experiment {experiment!r} has {most} interventions at one layer, at most "
-            f"{MAX_DIRECTIONS} are allowed"
-        )
-
-
-def _stack_directions(by_layer: Mapping[int, list[tuple[Tensor, float]]]) -> tuple[Tensor, Tensor]:
-    """Axes (L, K, H) and floors (L, K); a layer with fewer directions gets directions that are off."""
-    most = max(len(directions) for directions in by_layer.values())
-    padded = []
-    for _, directions in sorted(by_layer.items()):
-        off = (directions[-1][0], -torch.inf)
-        padded.append(directions + [off] * (most - len(directions)))
-    axes = torch.stack([torch.stack([axis for axis, _ in directions]) for directions in padded])
-    floors = torch.tensor([[floor for _, floor in directions] for directions in padded], dtype=torch.float32)
-    return axes, floors
+    return Direction(layer, -to_numbers(stored, 1, f"{name}: vector {step['vector']!r}"), -cap)

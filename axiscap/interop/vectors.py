@@ -137,6 +137,56 @@ def read_vectors(folder: str | os.PathLike[str]) -> Vectors:
     return Vectors(default, roles)
 
 
+def read_pipeline(folder: str | os.PathLike[str]) -> Vectors:
+    """The vectors that the authors' pipeline leaves in its folder: ``vectors/ROLE.pt``.
+
+    A file is ``{"vector": tensor, "type": str, "role": str}``. The default's vectors are those of the role ``default``
+    or of the type ``mean``.
+
+    Parameters
+    ----------
+    folder
+        of one model, with the subfolder ``vectors``.
+
+    Returns
+    -------
+    Vectors
+        In float32; the default is the mean of the default's vectors.
+
+    Raises
+    ------
+    ProfileError
+        there are no vectors of the default or none of roles, or a file is no vector.
+
+    Examples
+    --------
+    >>> from axiscap import interop
+    >>> (folder / "run" / "vectors").mkdir(parents=True)
+    >>> for role, kind in (("default", "mean"), ("ghost", "pos_3")):
+    ...     content = {"vector": torch.ones(2, 4), "type": kind, "role": role}
+    ...     torch.save(content, folder / "run" / "vectors" / f"{role}.pt")
+    >>> list(interop.read_pipeline(folder / "run").roles)
+    ['ghost']
+    """
+    defaults, roles = [], {}
+    for path in sorted(Path(folder).glob("vectors/*.pt")):
+        entry = load_torch_file(path)
+        if not isinstance(entry, Mapping):
+            raise ProfileError(f"{path}: not a vector of the pipeline; it must have 'vector', 'type' and 'role'")
+        vector = to_numbers(entry.get("vector"), 2, f"{path}: the vector").float()
+        role = str(entry.get("role", path.stem))
+        if role == "default" or entry.get("type") == "mean":
+            defaults.append(vector)
+        else:
+            roles[role] = vector
+    if not defaults or not roles:
+        raise ProfileError(f"{os.fspath(folder)}: its folder vectors must have a default (type mean) and roles")
+    shapes = sorted({tuple(vector.shape) for vector in (*defaults, *roles.values())})
+    if len(shapes) > 1:
+        raise ProfileError(f"{os.fspath(folder)}: its vectors must have one shape, got {shapes}")
+    return Vectors(torch.stack(defaults).mean(0), roles)
+
+
 def write_vectors(vectors: Vectors, folder: str | os.PathLike[str]) -> None:
     """Writes vectors in the published layout, and their axis as ``assistant_axis.pt``.
 

@@ -6,6 +6,7 @@ percentile of projections on the axis. Held-out roles and questions show how wel
 """
 
 from axiscap.calibrate.cluster import RayWorkers
+from axiscap.calibrate.measure import measure
 from axiscap.calibrate.pipeline import Keep, calibrate
 from axiscap.calibrate.roles import Plan, Role, Task, batches, load_questions, load_roles, plan
 from axiscap.calibrate.rollouts import EndpointEngine, Here, TransformersEngine, VllmEngine, Workers
@@ -38,6 +39,7 @@ __all__ = [
     "load_roles",
     "load_work",
     "loadings_correlation",
+    "measure",
     "plan",
     "with_floors",
 ]

@@ -167,13 +167,13 @@ def calibrate(
     facts = evidence(space, projections, plan)
     layers = _layers_to_cap(torch.tensor(facts.auc), count, has_work=work is not None)
     provenance = {
-        "model": _describe_model(model, store.settings.model),
+        "model": describe_model(model, store.settings.model),
         "axis": _describe_axis(space, sums, plan, judge, work, shrink),
         "sinks": sinks.describe(limits, layers, tokenizer),
         "quantiles": describe(sketches),
-        "template": run.describe_template(directions.axis),
+        "template": {} if work is None else describe_template(model, tokenizer, work, store.settings, directions.axis),
         "evidence": dataclasses.asdict(facts),
-        "sampling": _describe_sampling(store.settings),
+        "sampling": describe_sampling(store.settings),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "axiscap": axiscap.__version__,
     }
@@ -270,28 +270,11 @@ class _Run:
             projections.merge(part)
             _merge_sketches(sketches, part_sketches)
         if self.work is not None:
-            sketches["work"] = self._sketch_work(self.work, directions.axis)
+            sketches["work"] = sketch_work(self.work, self.store, directions.axis)
         collect_tokens = CollectSketches(directions.axis, self.store.settings.norm_limits)
         for part_sketches in self._over_texts(collect_tokens, "texts projected"):
             _merge_sketches(sketches, part_sketches)
         return projections, {name: sketch for name, sketch in sketches.items() if sketch.count}
-
-    def describe_template(self, axis: Tensor) -> dict[str, Any]:
-        """The entry for the rows of the chat template; empty without ordinary work, or without a template."""
-        if self.work is None or self.tokenizer.chat_template is None:
-            return {}
-        settings = self.store.settings
-        engine = TransformersEngine(self.model, self.tokenizer, settings)
-        lowest = lowest_template_rows(engine, self.work, axis, settings.norm_limits)
-        return {"lowest": [math.floor(value * 10_000) / 10_000 for value in lowest.tolist()]}
-
-    def _sketch_work(self, work: Work, axis: Tensor) -> Sketch:
-        """The distribution of the projections of answers to ordinary work, without those that are held out."""
-        sketch = Sketch(len(axis))
-        for shard in work_shards(work, self.store):
-            rows = [row for row, task in enumerate(shard.tasks) if not work.is_held_out(task)]
-            sketch.add(project(shard.means[rows], axis[:, None])[..., 0])
-        return sketch
 
     def _over_texts(self, collect: Collect, label: str) -> Iterator[Any]:
         total = len(self.texts)
@@ -413,7 +396,7 @@ def choose_layers(separation: Tensor, count: int) -> list[int]:
     return list(range(best, best + count))
 
 
-def _describe_model(model: Any, name: str) -> dict[str, Any]:
+def describe_model(model: Any, name: str) -> dict[str, Any]:
     config = text_config(model)
     return {
         "id": Path(name).name if Path(name).is_dir() else name,
@@ -445,7 +428,7 @@ def _describe_axis(
     return facts
 
 
-def _describe_sampling(settings: Settings) -> dict[str, Any]:
+def describe_sampling(settings: Settings) -> dict[str, Any]:
     return {
         "temperature": TEMPERATURE,
         "top_p": TOP_P,
@@ -481,6 +464,24 @@ def _profile_without_floors(
     )
 
 
+def sketch_work(work: Work, store: Store, axis: Tensor) -> Sketch:
+    """The distribution of the projections of answers to ordinary work, without those that are held out."""
+    sketch = Sketch(len(axis))
+    for shard in work_shards(work, store):
+        rows = [row for row, task in enumerate(shard.tasks) if not work.is_held_out(task)]
+        sketch.add(project(shard.means[rows], axis[:, None])[..., 0])
+    return sketch
+
+
+def describe_template(model: Any, tokenizer: Any, work: Work, settings: Settings, axis: Tensor) -> dict[str, Any]:
+    """The entry for the rows of the chat template; empty without a template."""
+    if tokenizer.chat_template is None:
+        return {}
+    engine = TransformersEngine(model, tokenizer, settings)
+    lowest = lowest_template_rows(engine, work, axis, settings.norm_limits)
+    return {"lowest": [math.floor(value * 10_000) / 10_000 for value in lowest.tolist()]}
+
+
 def _merge_sketches(sketches: dict[str, Sketch], others: Mapping[str, Sketch]) -> None:
     for name, sketch in others.items():
         sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
@@ -497,7 +498,7 @@ def _sample_texts(
     for role_texts in roles.values():
         texts += even_sample(role_texts, max(1, 2 * TEXTS // len(roles)))
     if work is not None:
-        texts += _ordinary_texts(work, store, tokenizer)
+        texts += ordinary_texts(work, store, tokenizer)
     return texts
 
 
@@ -522,7 +523,7 @@ def _axis_texts(
     return [text for _, text in sorted(default, key=lambda entry: entry[0])], by_role
 
 
-def _ordinary_texts(work: Work, store: Store, tokenizer: Any) -> list[Text]:
+def ordinary_texts(work: Work, store: Store, tokenizer: Any) -> list[Text]:
     """Answers to ordinary work that are not held out, some of them again as plain text, and the shipped prose."""
     texts = []
     for shard in work_shards(work, store):

@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from axiscap.calibrate.roles import HOLD_OUT, Task, in_batches
+from axiscap.calibrate.roles import HOLD_OUT, Task, even_sample, in_batches
 from axiscap.calibrate.rollouts import Workers
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.data.jsonl import read_lines, shipped, to_text
@@ -44,6 +44,8 @@ class Work:
     """Requests. Every fourth domain is held out, and every fourth request of the other domains; these only test."""
 
     requests: tuple[Request, ...]
+    #: False for a sample, none of which is held out.
+    holds_out: bool = True
 
     @property
     def domains(self) -> list[str]:
@@ -72,6 +74,8 @@ class Work:
 
     def is_held_out(self, task: Task) -> bool:
         """Whether a task of :func:`answer` belongs to a held-out request."""
+        if not self.holds_out:
+            return False
         domain = self.requests[task.question].domain
         if domain in self.held_domains:
             return True
@@ -80,6 +84,15 @@ class Work:
 
     def domain(self, task: Task) -> str:
         return self.requests[task.question].domain
+
+    def sample(self, requests: int, tokens: int) -> Work:
+        """About this many of the requests that are not held out, their first turns alone, with short answers."""
+        first = [Task("", 0, number, "", "") for number in range(len(self.requests))]
+        chosen = even_sample([self.requests[task.question] for task in first if not self.is_held_out(task)], requests)
+        return Work(
+            tuple(replace(request, turns=request.turns[:1], tokens=min(request.tokens, tokens)) for request in chosen),
+            holds_out=False,
+        )
 
 
 def load_work(path: Path | None = None) -> Work:

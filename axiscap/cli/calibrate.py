@@ -13,7 +13,6 @@ from rich.progress import Progress
 from axiscap import models
 from axiscap.cli.console import Stages, console, print_line, print_table, progress_bar
 from axiscap.cli.options import (
-    PUBLISHED,
     AnswerTokensOption,
     ModelOption,
     PopulationOption,
@@ -25,6 +24,7 @@ from axiscap.cli.options import (
     TargetOption,
     WorkOption,
     describe_percentiles,
+    floor_rule,
     load_plan,
 )
 
@@ -52,8 +52,8 @@ def calibrate(
     percentile: Annotated[
         float | None,
         typer.Option(
-            help="The percentile of the population at which the floors lie. Default: 4, lifted to 15, or 25 with "
-            "--method difference."
+            help="The percentile of the population at which the floors lie. Default: 4 of ordinary tokens, lifted to "
+            "15, or 25 of another population."
         ),
     ] = None,
     target: TargetOption = None,
@@ -110,9 +110,8 @@ def calibrate(
     if engine not in _ENGINES:
         raise ValueError(f"--engine must be transformers, vllm, endpoint or ray, got {engine}")
     ordinary_work = _load_ordinary_work(method, work)
-    percentile, target, population = _floor_rule(
-        percentile, target, population, published, has_work=ordinary_work is not None
-    )
+    default = "assistant" if ordinary_work is None else "ordinary tokens"
+    percentile, target, population = floor_rule(percentile, target, population, published, default)
     plan = load_plan(roles, questions, per_role, model)
     answer_folder = out.with_suffix(".rollouts")
     loaded, tokenizer = models.load(model, dtype)
@@ -171,18 +170,6 @@ def _load_ordinary_work(method: str, path: Path | None) -> Any:
             raise ValueError("--work is for --method discriminant; the published method knows no ordinary work")
         return None
     return calibration.load_work(path)
-
-
-def _floor_rule(
-    percentile: float | None, target: float | None, population: str | None, published: bool, *, has_work: bool
-) -> tuple[float, float | None, str]:
-    """Percentile, target percentile and population, with the defaults of the method."""
-    if percentile is None:
-        percentile, target = (4.0, 15.0 if target is None else target) if has_work else (25.0, target)
-    population = population or ("ordinary tokens" if has_work else "assistant")
-    if published:
-        percentile, population = PUBLISHED
-    return percentile, target, population
 
 
 def _workers(engine: str, model: str, loaded: Any, tokenizer: Any, settings: Any, count: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from axiscap import CapProfile, models
-from axiscap.cli.console import print_line, progress_bar
+from axiscap.cli.console import Stages, print_line, progress_bar
 from axiscap.cli.options import (
-    PUBLISHED,
     FictionBudgetOption,
     ModelOption,
     PopulationOption,
@@ -23,17 +23,27 @@ from axiscap.cli.options import (
     TargetOption,
     WorkOption,
     describe_percentiles,
+    floor_rule,
+    load_plan,
     parse_layers,
     parse_settings,
 )
 from axiscap.cli.sweep import print_points
+from axiscap.profile.floors import shares_below
+
+#: If more ordinary tokens than this share lie below a floor, a sentence says so.
+MOST_BELOW = 0.1
 
 
 def floors(
     profile: ProfileArgument,
     out: ProfileOutput,
     percentile: Annotated[
-        float | None, typer.Option(help="The percentile of the population, counted towards the Assistant. Default: 25.")
+        float | None,
+        typer.Option(
+            help="The percentile of the population, counted towards the Assistant. Default: 4 of ordinary tokens, "
+            "lifted to 15, or 25 of another population."
+        ),
     ] = None,
     target: TargetOption = None,
     population: PopulationOption = None,
@@ -63,25 +73,41 @@ def floors(
             "domain."
         ),
     ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="First measure ordinary work on this model, a local folder or a hub name: for an axis without "
+            "floors, or a model that changed.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="For --measure: the dtype of the weights. auto: as `calibrate` takes it.")
+    ] = "auto",
     rollouts: Annotated[
-        str | None, typer.Option(help="For a budget: the answers that `calibrate --rollouts` kept.")
+        str | None,
+        typer.Option(
+            help="For a budget: the answers that `calibrate --rollouts` kept. For --measure: where to keep them. "
+            "Default: beside the profile, until it is written."
+        ),
     ] = None,
     model: ModelOption = models.DEFAULT_MODEL,
     work: WorkOption = None,
 ) -> None:
-    """Write a profile with other floors or other layers. Only a budget needs the model."""
+    """Write a profile with other floors or other layers. Only a budget and --measure need the model."""
     from axiscap.calibrate import effects
     from axiscap.profile.floors import PERCENTILES, with_floors
 
-    if published:
-        percentile, population = PUBLISHED
     loaded = CapProfile.load(profile)
+    if measure is not None:
+        loaded = _measure(loaded, out, measure, dtype, rollouts, work)
     layer_list = parse_layers(layers) if layers else None
     if strength is not None and (percentile, target, population, budget, changed) == (None,) * 5:
         _write_weaker(out, loaded if layer_list is None else loaded.at_layers(layer_list), strength)
         return
-    population = population or loaded.population or "assistant"
+    has_work = _knows(loaded)
     if budget is not None or changed is not None:
+        population = population or loaded.population or "assistant"
         if rollouts is None:
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
@@ -91,12 +117,50 @@ def floors(
         result = _best_within_budget(lowest, population, effects.Budget(*limits), settings, rollouts, model, work)
         percentile, target = (result.provenance["floors"].get(name) for name in ("percentile", "target_percentile"))
     else:
-        percentile = 25.0 if percentile is None else percentile
+        default = loaded.population or ("ordinary tokens" if has_work else "assistant")
+        percentile, target, population = floor_rule(percentile, target, population, published, default)
         result = with_floors(loaded, percentile, population, layer_list, target_percentile=target)
     if strength is not None:
         result = result.with_strength(strength)
     result.save(out)
+    if measure is not None and rollouts is None:
+        shutil.rmtree(_answer_folder(out), ignore_errors=True)
     print_line(f"wrote {out}: {population}, {describe_percentiles(percentile, target)}")
+    if has_work and (most := shares_below(result, result.floors).max().item()) > MOST_BELOW:
+        print_line(
+            f"At one layer, {most:.0%} of ordinary tokens lie below their floor. Above {MOST_BELOW:.0%}, ordinary work "
+            "pays for the cap"
+        )
+
+
+def _answer_folder(out: Path) -> Path:
+    return out.with_suffix(".rollouts")
+
+
+def _measure(
+    profile: CapProfile, out: Path, model: str, dtype: str, rollouts: str | None, work: Path | None
+) -> CapProfile:
+    """The profile with tables of this model, and the old floors' share of ordinary tokens in a sentence."""
+    from axiscap import calibrate as calibration
+
+    loaded, tokenizer = models.load(model, dtype)
+    plan = load_plan(None, None, 1, model)
+    store = calibration.Store(rollouts or str(_answer_folder(out)), calibration.Settings(model, str(loaded.dtype)))
+    with progress_bar(rate=True) as progress:
+        measured = calibration.measure(
+            loaded, tokenizer, profile, plan, store, calibration.load_work(work), progress=Stages(progress)
+        )
+    if bool(profile.floors.isfinite().any()):
+        now = shares_below(measured, profile.floors)
+        before = (
+            f"; when they were found, {shares_below(profile, profile.floors).mean():.1%}" if _knows(profile) else ""
+        )
+        print_line(f"Below the old floors: {now.mean():.1%} of this model's ordinary tokens{before}")
+    return measured
+
+
+def _knows(profile: CapProfile) -> bool:
+    return "ordinary tokens" in profile.tables
 
 
 def _write_weaker(out: Path, profile: CapProfile, strength: float) -> None:

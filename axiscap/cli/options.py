@@ -105,5 +105,17 @@ def load_plan(roles: Path | None, questions: Path | None, per_role: int, model: 
     return calibrate.plan(loaded_roles, calibrate.load_questions(questions), per_role or None)
 
 
+def floor_rule(
+    percentile: float | None, target: float | None, population: str | None, published: bool, default: str
+) -> tuple[float, float | None, str]:
+    """Percentile, target percentile and population. ``default``: the population if none is named."""
+    if published:
+        return PUBLISHED[0], target, PUBLISHED[1]
+    population = population or default
+    if percentile is None and population == "ordinary tokens":
+        return 4.0, 15.0 if target is None else target, population
+    return 25.0 if percentile is None else percentile, target, population
+
+
 def describe_percentiles(percentile: float, target: float | None) -> str:
     return f"percentile {percentile:g}" + ("" if target is None else f", lifted to percentile {target:g}")

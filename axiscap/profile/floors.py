@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,24 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
     if not tables or profile.percentiles != PERCENTILES:
         raise ValueError("the profile has no quantile tables; it was not made by this version's calibration")
     return tables
+
+
+def shares_below(profile: CapProfile, floors: Tensor, population: str = "ordinary tokens") -> Tensor:
+    """(L,) float64: which share of a population lies below floors (L, 1) at the capped layers, by the profile's tables.
+
+    Raises
+    ------
+    ValueError
+        the profile has no such table.
+    """
+    table = populations(profile)[population][list(profile.layers)].double()
+    return torch.tensor(
+        [
+            float(np.interp(floor, row, PERCENTILES, left=0, right=100)) / 100
+            for floor, row in zip(floors[:, 0], table, strict=True)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def with_floors(

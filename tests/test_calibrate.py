@@ -823,6 +823,55 @@ def test_the_difference_method_is_the_published_one(small_calibration, tmp_path,
 
 
 @pytest.mark.slow
+def test_an_axis_without_floors_is_measured(shipped_profile, demo_model, tmp_path, monkeypatch):
+    model, tokenizer = demo_model
+    monkeypatch.setattr(roles_module, "BATCH", 3)
+    write_small_inputs(tmp_path)
+    axis, out = tmp_path / "axis.pt", tmp_path / "out.safetensors"
+    interop.write_axis(shipped_profile.lift_all, axis)
+    imported = run_command("import", axis, tmp_path / "axis.safetensors", "--model", models.DEFAULT_MODEL)
+    assert "`axiscap floors" in imported.communicate()[0]
+    arguments = [
+        "--measure",
+        models.DEFAULT_MODEL,
+        "--work",
+        tmp_path / "work.jsonl",
+        "--rollouts",
+        tmp_path / "answers",
+    ]
+    process = run_command("floors", tmp_path / "axis.safetensors", out, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    profile = CapProfile.load(out)
+    assert profile.knows_sinks
+    assert profile.provenance["floors"] | {"count": 0} == {
+        "population": "ordinary tokens", "percentile": 4.0, "target_percentile": 15.0, "count": 0,
+        "sign": "towards the Assistant",
+    }  # fmt: skip
+
+    # The rows of the same texts, read plainly.
+    settings = calibrate.Settings(models.DEFAULT_MODEL, "torch.float32")
+    limits = tuple(profile.norm_limit_all.tolist())
+    store = calibrate.Store(str(tmp_path / "answers"), replace(settings, norm_limits=limits))
+    sample = calibrate.load_work(tmp_path / "work.jsonl").sample(160, 100)
+    texts = pipeline.ordinary_texts(sample, store, tokenizer)
+    projections = {layer: [] for layer in profile.layers}
+    with torch.inference_mode():
+        for text in texts:
+            rows = model(torch.tensor([[*text.prompt, *text.answer]]), output_hidden_states=True).hidden_states
+            for layer, axis_row in zip(profile.layers, profile.axes[:, 0], strict=True):
+                ordinary = rows[layer + 1][0][rows[layer + 1][0].norm(dim=-1) <= limits[layer]]
+                projections[layer].append(ordinary @ axis_row)
+    below = [
+        (torch.cat(projections[layer]) < floor).float().mean().item()
+        for layer, floor in zip(profile.layers, profile.floors[:, 0], strict=True)
+    ]
+    assert max(below) == pytest.approx(0.04, abs=0.01)  # a floor is lower where the template's rows are
+    assert floors.shares_below(profile, profile.floors).max().item() <= 0.04 + 1e-6
+    assert floors.shares_below(profile, profile.floors - 1e6).tolist() == [0] * len(profile.layers)
+
+
+@pytest.mark.slow
 def test_other_floors_need_no_model(small_calibration, tmp_path):
     folder, _, profile = small_calibration
     out = tmp_path / "other.safetensors"
@@ -833,7 +882,8 @@ def test_other_floors_need_no_model(small_calibration, tmp_path):
     assert result.layers == (3, 4, 5)
     column = floors.PERCENTILES.index(40.0)
     table = floors.populations(profile)["assistant tokens"]
-    assert torch.equal(result.floors[:, 0], table[3:6, column])
+    lowest = torch.tensor(profile.provenance["template"]["lowest"][3:6])
+    assert torch.equal(result.floors[:, 0], torch.minimum(table[3:6, column], lowest))
     assert torch.equal(result.norm_limits, profile.norm_limit_all[3:6])
     assert result.targets is None
     lifted = run_command("floors", folder / "whole.safetensors", *arguments, "--target", "50")

@@ -105,7 +105,7 @@ def measure(
         "model": {**profile.model_facts, **facts},
         "quantiles": describe(tables),
         "template": describe_template(model, tokenizer, sample, store.settings, axis),
-        "sampling": describe_sampling(store.settings),
+        "sampling": describe_sampling(dataclasses.replace(store.settings, max_new_tokens=TOKENS)),
         "measured": {
             "requests": sample.answers,
             "digest": work.digest,

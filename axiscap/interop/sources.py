@@ -284,5 +284,5 @@ def _of_axis(axis: Tensor, source: str, name: str) -> CapProfile:
     first, end = (round(share * len(axis)) for share in _BAND)
     layers = list(range(first, max(end, first + 1)))
     floors = torch.full((len(layers), 1), -torch.inf)
-    facts = {"source": f"{source}; it has no floors", "model": {"num_layers": len(axis)}}
+    facts = {"source": source, "model": {"num_layers": len(axis)}}
     return CapProfile(layers, axis[layers][:, None].contiguous(), floors, facts, axis_all=axis)

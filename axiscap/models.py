@@ -287,6 +287,10 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "auto") -> tuple[Any, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     source = folder(name)
+    if not Path(source).is_dir() and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"there is no folder {source}; a model is a local folder, or a hub name such as org/name"
+        )
     has_gpu = torch.cuda.is_available()
     device_map = "auto" if has_gpu else None
     with _no_progress_bars():

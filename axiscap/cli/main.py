@@ -26,7 +26,7 @@ from axiscap.cli.run import run
 from axiscap.cli.sweep import sweep
 from axiscap.cli.verify import verify
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(requested: bool) -> None:
@@ -67,5 +67,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        print_error_line(f"[red]axiscap:[/red] {escape(str(error))}")
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print_error_line(f"[red]axiscap:[/red] {escape(text)}")
         sys.exit(1)

@@ -134,6 +134,8 @@ def _check_header_size(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     require(len(start) == 8, "too short for a safetensors file")
+    is_other = start.startswith((b"PK", b"\x80\x02", b"GGUF"))
+    require(not is_other, "a file of torch or GGUF, and no profile; `axiscap import` makes one of it")
     (header,) = struct.unpack("<Q", start)
     require(
         header <= size - 8,

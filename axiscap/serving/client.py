@@ -263,6 +263,8 @@ def roll_out(url: str, name: str, source: str, admin_key: str) -> str:
 def _fetch(
     url: str, head: Mapping[str, str], body: object = None, method: str | None = None
 ) -> tuple[str, Mapping[str, str]]:
+    if not url.startswith(("http://", "https://")):
+        raise NotCapped(f"the address of a server begins with http:// or https://, got {url.removesuffix(PATH)}")
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data, {**head, "Content-Type": "application/json"}, method=method)
@@ -272,4 +274,5 @@ def _fetch(
         why = "; a server without AxisCap has no such page" if url.endswith(PATH) else ""
         raise NotCapped(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:200]}{why}") from None
     except (OSError, ValueError) as error:
-        raise NotCapped(f"{url} cannot be reached: {error}") from None
+        reason = getattr(error, "reason", error)
+        raise NotCapped(f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}") from None

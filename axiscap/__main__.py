@@ -1,0 +1,5 @@
+"""``python -m axiscap``: the command line."""
+
+from axiscap.cli.main import main
+
+main()

@@ -14,7 +14,7 @@ from axiscap.calibrate.sinks import NormLimits, find_norm_limits
 from axiscap.calibrate.space import loadings_correlation
 from axiscap.calibrate.store import Settings, Shard, Store
 from axiscap.calibrate.work import Work, load_work
-from axiscap.profile.floors import with_floors
+from axiscap.profile.floors import shares_below, with_floors
 
 __all__ = [
     "EndpointEngine",
@@ -41,5 +41,6 @@ __all__ = [
     "loadings_correlation",
     "measure",
     "plan",
+    "shares_below",
     "with_floors",
 ]

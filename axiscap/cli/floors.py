@@ -29,7 +29,6 @@ from axiscap.cli.options import (
     parse_settings,
 )
 from axiscap.cli.sweep import print_points
-from axiscap.profile.floors import shares_below
 
 #: If more ordinary tokens than this share lie below a floor, a sentence says so.
 MOST_BELOW = 0.1
@@ -95,8 +94,7 @@ def floors(
     work: WorkOption = None,
 ) -> None:
     """Write a profile with other floors or other layers. Only a budget and --measure need the model."""
-    from axiscap.calibrate import effects
-    from axiscap.profile.floors import PERCENTILES, with_floors
+    from axiscap.calibrate import effects, shares_below, with_floors
 
     loaded = CapProfile.load(profile)
     if measure is not None:
@@ -111,7 +109,7 @@ def floors(
         if rollouts is None:
             raise ValueError("a budget needs --rollouts, where the answers to ordinary work are")
         limits = [math.inf if limit is None else limit for limit in (budget, fiction_budget, changed)]
-        lowest = with_floors(loaded, PERCENTILES[0], population, layer_list)
+        lowest = with_floors(loaded, loaded.percentiles[0], population, layer_list)
         percentiles, targets = ("" if number is None else f"{number:g}" for number in (percentile, target))
         settings = parse_settings(lowest, "", percentiles, targets, population)
         result = _best_within_budget(lowest, population, effects.Budget(*limits), settings, rollouts, model, work)
@@ -151,10 +149,9 @@ def _measure(
             loaded, tokenizer, profile, plan, store, calibration.load_work(work), progress=Stages(progress)
         )
     if bool(profile.floors.isfinite().any()):
-        now = shares_below(measured, profile.floors)
-        before = (
-            f"; when they were found, {shares_below(profile, profile.floors).mean():.1%}" if _knows(profile) else ""
-        )
+        now = calibration.shares_below(measured, profile.floors)
+        found = calibration.shares_below(profile, profile.floors).mean() if _knows(profile) else None
+        before = "" if found is None else f"; when they were found, {found:.1%}"
         print_line(f"Below the old floors: {now.mean():.1%} of this model's ordinary tokens{before}")
     return measured
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from axiscap.data.jsonl import NotJsonError, parse_json
 from axiscap.interop.directions import Direction, check_orthogonal, to_profile
 from axiscap.profile import CapProfile, ProfileError, check_file
 
@@ -74,8 +74,8 @@ def read_clamps(path: str | os.PathLike[str], provenance: Mapping[str, Any] | No
 def _parse(path: Path) -> Any:
     try:
         check_file(path)
-        return parse_json(path.read_bytes())
-    except (ProfileError, NotJsonError) as error:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # a ProfileError is a ValueError
         raise ProfileError(f"{path}: {error}") from None
 
 

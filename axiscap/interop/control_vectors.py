@@ -64,7 +64,7 @@ def read_control_vector(path: str | os.PathLike[str]) -> CapProfile:
         raise ProfileError(f"{name}: directions must be there, and of one length")
     layers = sorted(by_layer)
     axes = torch.stack([by_layer[layer] for layer in layers])[:, None]
-    facts = {"source": f"control vector {Path(path).name}"}
+    facts = {"source": f"control vector {Path(path).name}: directions alone"}
     return CapProfile(layers, axes, torch.full((len(layers), 1), -torch.inf), facts)
 
 

@@ -63,12 +63,32 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
 
 
 def shares_below(profile: CapProfile, floors: Tensor, population: str = "ordinary tokens") -> Tensor:
-    """(L,) float64: which share of a population lies below floors (L, 1) at the capped layers, by the profile's tables.
+    """Which share of a population lies below floors at the capped layers, by the profile's tables.
+
+    Parameters
+    ----------
+    profile
+        with tables.
+    floors
+        (L, 1), at the profile's layers.
+    population
+        a name in the tables.
+
+    Returns
+    -------
+    Tensor
+        (L,) float64, from 0 to 1.
 
     Raises
     ------
     ValueError
-        the profile has no such table.
+        the profile has no tables.
+
+    Examples
+    --------
+    >>> from axiscap import calibrate
+    >>> round(calibrate.shares_below(profile, profile.floors).max().item(), 2)
+    0.04
     """
     table = populations(profile)[population][list(profile.layers)].double()
     return torch.tensor(

@@ -101,7 +101,7 @@ def test_inspect_runs_a_capped_model_and_pairs_are_pairs(tmp_path):
 @pytest.mark.slow
 def test_inspect_counts_the_rows_of_an_answer(tmp_path):
     """As many as the tokens of prompt and answer, less the last, which is never fed back, less the attention sinks: the
-    first token, and at the first capped layers sometimes another.
+    first token, and at the first capped layers sometimes one or two others.
     """
     found = inspect_eval(tmp_path, "-M", f"profile={off(tmp_path)}")
     for sample in found.values():
@@ -109,7 +109,7 @@ def test_inspect_counts_the_rows_of_an_answer(tmp_path):
         assert len(usage) == 2
         for one, counted in zip(usage, sample["metadata"]["axiscap"], strict=True):
             measured, read = [layer["rows"] for layer in counted.values()], one["total_tokens"] - 1
-            assert set(measured) <= {read, read - 1, read - 2}
+            assert set(measured) <= set(range(read - 3, read + 1))
             assert measured[-1] == read - 1
 
 

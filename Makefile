@@ -14,21 +14,22 @@ demo: .venv/built
 
 # Two files at a time, of one thread each; tests of threads ask for theirs.
 test: .venv/built sanitize
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not nightly' --numprocesses 2 --dist loadfile
 
 # What takes a second or so at most: no sanitizers, no engine, no long run. Two minutes on two cores.
 quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 # What takes an hour and more: the shipped profile from nothing, and what it does; every architecture of transformers, and
-# every way to generate; llama.cpp, which is compiled for it; the servers' tests that are slow and seldom fail. What is
-# finished of the first is not done again.
+# every way to generate; llama.cpp, which is compiled for it; the tests that are slow and seldom fail. What is finished of
+# the first is not done again.
 nightly: .venv/built test-llamacpp .venv-garak/made
 	$(BIN)/python -m pytest -s tests/nightly.py tests/architectures.py tests/generation.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly tests/test_calibrate.py tests/test_notebook.py
 	$(MAKE) --jobs=2 test-serving SERVED=nightly
 
-# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one thread each, so that `make --jobs=2` runs both engines at once, and
-# neither waits for a core that the other holds.
+# The serving engines want versions of their own: each has an environment, with the wheel that .venv builds. With one
+# thread each, so that `make --jobs=2` runs both engines at once, and neither waits for a core that the other holds.
 SERVED := not nightly
 test-serving: test-vllm test-sglang
 test-vllm test-sglang: export OMP_NUM_THREADS = 1

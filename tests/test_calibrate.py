@@ -939,6 +939,7 @@ def test_token_projections_are_those_of_the_installation(small_calibration, demo
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_gives_the_same_profile_if_workers_die(small_calibration, tmp_path):
     pytest.importorskip("ray", reason="--engine ray needs ray")
     _, options, expected = small_calibration
@@ -1048,6 +1049,7 @@ def last_points(out):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_chooses_a_point_and_measures_it_once(small_calibration, tmp_path):
     folder, options, _ = small_calibration
     out, picture = tmp_path / "best.safetensors", tmp_path / "sweep.png"

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_notebook_runs():
     notebook = nbformat.read(REPOSITORY / "examples" / "walkthrough.ipynb", as_version=4)
     NotebookClient(notebook, timeout=1200, kernel_name="python3").execute()

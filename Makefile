@@ -37,10 +37,11 @@ test-vllm test-sglang: export VLLM_CPU_OMP_THREADS_BIND = nobind
 # Their many processes must not compile all that they import again and again; uv leaves it to the first import.
 test-vllm test-sglang: export PYTHONDONTWRITEBYTECODE =
 test-vllm: .venv-vllm/built
-	.venv-vllm/bin/python -m pytest -m '$(SERVED)' tests/test_vllm.py tests/test_vllm_fails_closed.py tests/served_architectures.py \
-	  tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
+	.venv-vllm/bin/python -m pytest -m '$(SERVED)' tests/test_vllm.py tests/test_vllm_fails_closed.py \
+	  tests/served_architectures.py tests/test_vllm_engines.py tests/test_vllm_serving.py tests/test_ray_serving.py
 test-sglang: .venv-sglang/built
-	.venv-sglang/bin/python -m pytest -m '$(SERVED)' tests/test_sglang_fails_closed.py tests/served_architectures.py tests/test_sglang_serving.py
+	.venv-sglang/bin/python -m pytest -m '$(SERVED)' tests/test_sglang_fails_closed.py \
+	  tests/served_architectures.py tests/test_sglang_serving.py
 
 # Ten minutes on one core to compile llama.cpp, once; then two.
 test-llamacpp: .venv-llamacpp/built

@@ -19,12 +19,12 @@ def register_vllm() -> None:
 
     A vLLM that has not what is wrapped here goes on where capping is not configured, and stops where it is.
     """
-    specs = [
+    wrapped = [
         wrap_in("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", _configure),
         wrap_in("vllm.v1.engine.core", "EngineCore", "_initialize_kv_caches", _start_core),
         wrap_in("vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device", _start_worker),
     ]
-    if not all(specs):
+    if not all(wrapped):
         if "AXISCAP_CONFIG" in os.environ:
             from axiscap.serving.vllm.points import check_points
 

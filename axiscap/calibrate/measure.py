@@ -17,12 +17,14 @@ from axiscap.calibrate.pipeline import (
     describe_sampling,
     describe_template,
     ordinary_texts,
+    profile_without_floors,
     sketch_work,
 )
 from axiscap.calibrate.roles import Plan
 from axiscap.calibrate.rollouts import Here, TransformersEngine
 from axiscap.calibrate.sinks import find_norm_limits
 from axiscap.calibrate.sketch import describe
+from axiscap.calibrate.space import Directions
 from axiscap.calibrate.store import Store
 from axiscap.calibrate.work import Work
 from axiscap.calibrate.work import answer as answer_work
@@ -113,26 +115,14 @@ def measure(
         },
         "axiscap": axiscap.__version__,
     }
-    norm_limits = torch.tensor(limits.limits)
     lift = None if profile.lifts is None else _at_every_layer(profile, profile.lift_all, profile.lifts, depth)
-    return CapProfile(
-        profile.layers,
-        profile.axes,
-        torch.full_like(profile.floors, -torch.inf),
-        provenance,
-        lifts=profile.lifts,
-        norm_limits=norm_limits[list(profile.layers)],
-        axis_all=axis,
-        lift_all=lift,
-        norm_limit_all=norm_limits,
-        populations=torch.stack([sketch.table() for sketch in tables.values()]),
-    )
+    return profile_without_floors(list(profile.layers), Directions(axis, lift), limits, tables, provenance)
 
 
-def _at_every_layer(profile: CapProfile, known: Tensor | None, capped: Tensor, depth: int) -> Tensor:
+def _at_every_layer(profile: CapProfile, stored: Tensor | None, capped: Tensor, depth: int) -> Tensor:
     """(n_layers, H): vectors at every layer, zeros where only the capped layers have some."""
-    if known is not None:
-        return known
+    if stored is not None:
+        return stored
     vectors = torch.zeros(depth, profile.hidden_size)
     vectors[list(profile.layers)] = capped[:, 0]
     return vectors

@@ -177,7 +177,7 @@ def calibrate(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "axiscap": axiscap.__version__,
     }
-    uncapped = _profile_without_floors(layers, directions, limits, sketches, provenance)
+    uncapped = profile_without_floors(layers, directions, limits, sketches, provenance)
     return with_floors(uncapped, percentile, population, target_percentile=target_percentile)
 
 
@@ -439,7 +439,7 @@ def describe_sampling(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _profile_without_floors(
+def profile_without_floors(
     layers: list[int],
     directions: Directions,
     limits: NormLimits,

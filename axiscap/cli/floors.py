@@ -150,8 +150,8 @@ def _measure(
         )
     if bool(profile.floors.isfinite().any()):
         now = calibration.shares_below(measured, profile.floors)
-        found = calibration.shares_below(profile, profile.floors).mean() if _knows(profile) else None
-        before = "" if found is None else f"; when they were found, {found:.1%}"
+        former = calibration.shares_below(profile, profile.floors).mean() if _knows(profile) else None
+        before = "" if former is None else f"; when they were found, {former:.1%}"
         print_line(f"Below the old floors: {now.mean():.1%} of this model's ordinary tokens{before}")
     return measured
 

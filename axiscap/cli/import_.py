@@ -36,7 +36,7 @@ def import_(
         raise ValueError(f"import takes SOURCE, EXPERIMENT and OUT, got {len(ids) + 2} arguments")
     with interop.open_source(source) as (path, digest):
         if not target:
-            print_line("\n".join(interop.describe_source(path)) or "one setting, without an id")
+            print_line("\n".join(_settings_of(path)) or "one setting, without an id")
             return
         profile = interop.read_source(path, *ids, model=None if model is None else _model_facts(model))
     profile.provenance["source_sha256"] = digest
@@ -46,6 +46,16 @@ def import_(
     print_line(f"wrote {out}: layers {', '.join(map(str, profile.layers))}; {profile.provenance['source']}")
     if bool(profile.floors.isneginf().all()):
         print_line(f"It has no floors. `axiscap floors {out} OUT --measure MODEL` finds them.")
+
+
+def _settings_of(source: Path) -> list[str]:
+    """The ids of a capping config; any other source has one setting without an id."""
+    from axiscap import ProfileError, interop
+
+    try:
+        return interop.experiments(source)
+    except ProfileError:
+        return []
 
 
 def _model_facts(name: str) -> dict[str, Any]:

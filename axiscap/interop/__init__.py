@@ -3,12 +3,11 @@
 from axiscap.interop.capping_config import experiments, read_capping_config, write_capping_config
 from axiscap.interop.clamps import read_clamps
 from axiscap.interop.control_vectors import read_control_vector, write_control_vector
-from axiscap.interop.sources import describe_source, open_source, read_source
+from axiscap.interop.sources import open_source, read_source
 from axiscap.interop.vectors import Vectors, read_axis, read_pipeline, read_vectors, write_axis, write_vectors
 
 __all__ = [
     "Vectors",
-    "describe_source",
     "experiments",
     "open_source",
     "read_axis",

@@ -146,6 +146,8 @@ def write_capping_config(profile: CapProfile, path: str | os.PathLike[str], expe
 def _interventions(config: Any, name: str) -> dict[str, list[Any]]:
     """The interventions of a config by the id of their experiment."""
     try:
+        if not isinstance(config, Mapping):  # torch warns of a tensor that is indexed by a name
+            raise TypeError
         return {str(entry["id"]): list(entry["interventions"]) for entry in config["experiments"]}
     except (TypeError, KeyError, IndexError):
         raise ProfileError(

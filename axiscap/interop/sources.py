@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -103,35 +103,6 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def describe_source(path: str | os.PathLike[str]) -> list[str]:
-    """The ids of the settings in a source, if it has several to choose from; else none.
-
-    Parameters
-    ----------
-    path
-        of the source.
-
-    Returns
-    -------
-    list[str]
-        In the file's order.
-
-    Examples
-    --------
-    >>> from axiscap import interop
-    >>> plain = axiscap.CapProfile(profile.layers, profile.axes, profile.floors)
-    >>> interop.write_capping_config(plain, folder / "config.pt", "mine")
-    >>> interop.describe_source(folder / "config.pt")
-    ['mine']
-    """
-    if Path(path).is_dir():
-        return []
-    try:
-        return experiments(path)
-    except ProfileError:
-        return []
-
-
 def read_source(
     path: str | os.PathLike[str],
     experiment: str | None = None,
@@ -184,9 +155,9 @@ def _check_model(profile: CapProfile, facts: Mapping[str, Any], name: str) -> No
     size, depth = facts.get("hidden_size"), facts.get("num_layers")
     if size not in (None, profile.hidden_size):
         raise ProfileError(f"{name}: its vectors have {profile.hidden_size} elements, and the model's rows {size}")
-    known = profile.num_layers
-    if depth is not None and (profile.layers[-1] >= depth or known not in (None, depth)):
-        raise ProfileError(f"{name}: it is of {known or profile.layers[-1] + 1} layers, and the model has {depth}")
+    own_depth = profile.num_layers
+    if depth is not None and (profile.layers[-1] >= depth or own_depth not in (None, depth)):
+        raise ProfileError(f"{name}: it is of {own_depth or profile.layers[-1] + 1} layers, and the model has {depth}")
 
 
 def _read_folder(folder: Path) -> CapProfile:
@@ -213,11 +184,11 @@ def _read_file(path: Path, experiment: str | None, facts: Mapping[str, Any]) -> 
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return read_clamps(path)
     if start[8:9] == b"{":
-        return _refuse_safetensors(path)
+        _refuse_safetensors(path)
     return _read_torch_file(path, experiment, facts)
 
 
-def _refuse_safetensors(path: Path) -> CapProfile:
+def _refuse_safetensors(path: Path) -> NoReturn:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(min(size, 1 << 20))

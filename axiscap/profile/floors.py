@@ -63,7 +63,7 @@ def populations(profile: CapProfile) -> dict[str, Tensor]:
 
 
 def shares_below(profile: CapProfile, floors: Tensor, population: str = "ordinary tokens") -> Tensor:
-    """Which share of a population lies below floors at the capped layers, by the profile's tables.
+    """Reads from a profile's tables what share of a population lies below floors, at each capped layer.
 
     Parameters
     ----------

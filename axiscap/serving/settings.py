@@ -22,7 +22,7 @@ from axiscap_plugin.wrapping import is_nearly
 FILE_VARIABLE = "AXISCAP_CONFIG"
 
 THINKING, ANSWER = "thinking", "answer"
-#: Which rows may be capped, in the words of the configuration.
+#: The configuration says by one of these words which rows may be capped.
 ROWS = {
     "all": "all rows",
     "generated": "the rows of tokens that the model wrote",

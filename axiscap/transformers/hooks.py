@@ -287,8 +287,8 @@ class ModelHooks:
 
     def _cap_again(self, layer: ModelLayer, hidden: Tensor) -> Tensor:
         """Caps a layer that backward computes again. Its rows were counted in its pass."""
-        mark = None if torch.compiler.is_compiling() else nearest_mark(self)
-        earlier = mark or self.threads.mine.recomputed
+        marked = None if torch.compiler.is_compiling() else nearest_mark(self)
+        earlier = marked or self.threads.mine.recomputed
         if earlier is None:
             raise RuntimeError(f"backward computes layer {layer.index} again, and its forward pass is not known")
         slots = earlier.slots(hidden.device, *_batch_and_tokens(hidden))
